@@ -1,0 +1,15 @@
+"""mona_mm: parameter-efficient fine-tuning of dense-prediction models, as an OpenMMLab plugin.
+
+Importing it registers everything under the scope ``mona_mm`` and, where mmcv has no compiled operators, makes the
+OpenMMLab libraries importable without them. Import it before their models.
+"""
+
+from mona_mm import compat
+
+compat.install()  # before anything below can import mmcv.ops
+
+from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
+from mona_mm.freeze import count_trainable, freeze  # noqa: E402
+from mona_mm.version import __version__  # noqa: E402
+
+__all__ = ['FrozenModel', 'PeftBackbone', '__version__', 'count_trainable', 'freeze']

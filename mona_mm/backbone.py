@@ -1,0 +1,87 @@
+"""Build a stock module, insert a method, freeze: what ``type='mona_mm.PeftBackbone'`` in a config does."""
+
+from types import MethodType
+from typing import Any
+
+from mmengine.config import ConfigDict
+from torch import nn
+
+from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
+from mona_mm.freeze import Rules, freeze
+from mona_mm.methods import build_method
+from mona_mm.registry import MODELS
+from mona_mm.errors import ConfigError
+from mona_mm.sites import find_host, inject, method_modules
+
+
+@MODELS.register_module()
+def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, trainable: Rules | None = None) -> nn.Module:
+    """A stock backbone with a method in its blocks and its other weights frozen.
+
+    The object returned *is* the stock backbone, modified in place: its class and the names of its parameters stay, so
+    every published checkpoint loads and the OpenMMLab code sees the class it knows. The parameters of the method have
+    ``.peft.`` in their names and always train.
+
+    Args:
+        base: the stock backbone's config; a ``Pretrained`` ``init_cfg`` in it may name a file of any known format.
+        peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
+        trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.freeze`. By default
+            none under a method, all without one.
+
+    Raises:
+        UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
+        ConfigError: unknown method, a rule that matches nothing, or ``frozen_stages`` reaching a method's modules.
+        UnknownOptionError: an option that the method does not have.
+        KeyError: the base's ``type`` is in no registry.
+    """
+    if peft is not None:
+        method, build = build_method(peft)
+    backbone = _build(base)
+    find_host(backbone)
+    if peft is not None:
+        inject(backbone, method, build)
+    freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
+    backbone.init_weights = MethodType(init_weights, backbone)
+    return backbone
+
+
+@MODELS.register_module()
+def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
+    """Any module of a config (neck, head, a ResNet, a whole detector), of which only ``trainable`` trains.
+
+    Freezing happens here, before a Runner wraps the model for distributed training. A BatchNorm that is frozen
+    altogether keeps its statistics, too.
+
+    Args:
+        base: the module's own config.
+        trainable: a rule or a list of rules of :mod:`mona_mm.freeze`.
+
+    Raises:
+        ConfigError: if a rule matches nothing.
+        KeyError: the base's ``type`` is in no registry.
+    """
+    module = _build(base)
+    freeze(module, trainable)
+    return module
+
+
+def _build(base: dict[str, Any]) -> nn.Module:
+    if not isinstance(base, dict) or 'type' not in base:
+        raise ConfigError(f'base={base!r} must be the config of a stock module, a dict with a `type`.')
+    return MODELS.build(ConfigDict(base))
+
+
+def init_weights(self: nn.Module) -> None:
+    """``init_weights`` of a :func:`PeftBackbone`: load or initialise the base, then give the method its own values.
+
+    A ``Pretrained`` ``init_cfg`` goes through :func:`load_pretrained`, which checks that the file fits, whichever of
+    the libraries the host is from. The method comes last, because some hosts re-randomise every linear layer.
+    """
+    file = pretrained_file(self)
+    if file is not None:
+        load_pretrained(self, file)
+    else:
+        type(self).init_weights(self)
+    for module in method_modules(self):
+        module.reset_parameters()
+

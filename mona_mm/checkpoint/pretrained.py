@@ -1,0 +1,128 @@
+"""Load the pretrained base: any known format, into any host, with nothing skipped in silence."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os.path import basename, join
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+
+from mona_mm.checkpoint.convert import convert_state_dict
+from mona_mm.errors import CheckpointMismatchError, MissingFileError
+from mona_mm.sites import find_host, method_names
+
+# Buffers that the host derives from its configuration.
+_RECOMPUTED = ('relative_position_index', 'relative_coords_table')
+
+
+def pretrained_file(module: nn.Module) -> str | None:
+    """The file or address in the ``Pretrained`` ``init_cfg`` of a module, or None."""
+    init_cfg = getattr(module, 'init_cfg', None) or []
+    for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
+        if cfg['type'] == 'Pretrained':
+            return cfg['checkpoint']
+    return None
+
+
+def load_pretrained(backbone: nn.Module, file: str) -> None:
+    """Load a pretrained base into a supported backbone, in place, and log what it held.
+
+    Relative-position tables of another window size are interpolated (bicubic). The parameters of a method and the
+    norms of the backbone's outputs, which pretraining does not have, may be absent; everything else must be there.
+
+    Args:
+        backbone: an instance of one of :data:`mona_mm.sites.HOSTS`, with or without a method.
+        file: a path or an address that mmengine can read.
+
+    Raises:
+        MissingFileError: if the file is not there or cannot be downloaded; it says where to put it.
+        CheckpointMismatchError: if it does not fit; it names the first keys that do not.
+    """
+    state_dict = convert_state_dict(read_checkpoint(file))
+    current = backbone.state_dict()
+    _resize_position_tables(state_dict, current)
+
+    method = method_names(backbone)
+    output_norms = find_host(backbone).output_norms
+
+    def optional(name: str) -> bool:
+        return name in method or name.startswith(output_norms) or name.endswith(_RECOMPUTED)
+
+    wrong = compare(current, state_dict, optional)
+    if wrong:
+        raise CheckpointMismatchError(
+            f'{file} does not hold the weights of this {type(backbone).__name__}: {wrong} Use the checkpoint of the '
+            'same architecture (embed_dims, depths, window), or change the backbone in the config.'
+        )
+    loaded = {name: tensor for name, tensor in state_dict.items() if name in current}
+    backbone.load_state_dict(loaded, strict=False)  # what may be missing has been checked above
+    absent = [name for name in current if name not in loaded and not name.endswith(_RECOMPUTED)]
+    print_log(
+        f'Loaded {len(loaded)} tensors of the base from {file}; {len(absent)} are not in it and keep their initial '
+        'values (the method and the output norms).',
+        logger='current',
+    )
+
+
+def read_checkpoint(file: str) -> dict:
+    """Read a checkpoint with mmengine's file backends, weights only, onto the CPU.
+
+    Raises:
+        MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
+    """
+    try:
+        return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+    except (URLError, TimeoutError, ConnectionError) as error:
+        cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
+        raise MissingFileError(
+            f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at {cached}, '
+            'where the next run finds it, or name its path: --cfg-options '
+            'model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
+        ) from error
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f'There is no checkpoint {file}. Name another with --cfg-options '
+            'model.backbone.base.init_cfg.checkpoint=/path/to/the/file, or set model.backbone.base.init_cfg=None to '
+            'start from random weights.'
+        ) from error
+
+
+def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: Callable[[str], bool]) -> str:
+    """Describe how the keys and shapes of ``given`` differ from ``current``; the empty string if they fit.
+
+    Keys that are ``optional`` may be in one of the two alone.
+    """
+    missing = [name for name in current if name not in given and not optional(name)]
+    unexpected = [name for name in given if name not in current and not optional(name)]
+    reshaped = [
+        f'{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}'
+        for name, tensor in current.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    parts = [_first('other shapes: ', reshaped), _first('missing: ', missing), _first('unexpected: ', unexpected)]
+    return ' '.join(part for part in parts if part)
+
+
+def _first(label: str, names: Sequence[str], count: int = 3) -> str:
+    if not names:
+        return ''
+    more = f' and {len(names) - count} more' if len(names) > count else ''
+    return f'{label}{", ".join(names[:count])}{more}.'
+
+
+def _resize_position_tables(state_dict: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    """Interpolate relative-position bias tables ``((2w-1)^2, heads)`` of another window size, in place."""
+    for name, table in list(state_dict.items()):
+        if not name.endswith('relative_position_bias_table') or name not in current:
+            continue
+        length, heads = current[name].shape
+        if table.shape[0] == length or table.shape[1] != heads:
+            continue
+        old, new = round(table.shape[0] ** 0.5), round(length**0.5)
+        grid = table.T.reshape(1, heads, old, old).float()
+        resized = F.interpolate(grid, size=(new, new), mode='bicubic')
+        state_dict[name] = resized.view(heads, length).T.contiguous().to(table.dtype)
+        state_dict.pop(name.replace('bias_table', 'index'), None)

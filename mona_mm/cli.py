@@ -1,0 +1,63 @@
+"""What the command lines in ``tools/`` share."""
+
+import argparse
+import os
+import os.path as osp
+import sys
+from collections.abc import Callable
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from mona_mm.config import adapt_to_device, load_config
+from mona_mm.errors import UserError
+
+_LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+def run_parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the options that training and testing share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>)')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
+    )
+    parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def read_run_config(args: argparse.Namespace) -> Config:
+    """The config that the arguments of :func:`run_parser` describe, fit for this machine."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+    adapt_to_device(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
+    if cfg.launcher == 'pytorch' and not torch.accelerator.is_available():
+        torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what the user can mend ends it with one line and exit status 2, not with a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,231 @@
+"""Which parameters train: rules, freezing, and counting.
+
+Rules select by module structure, never by a substring of a parameter's name:
+
+=================  ==================================================================================================
+``'all'``          every parameter
+``'none'``         no parameter
+``'bias'``         every bias, relative-position bias tables included (BitFit)
+``'norm'``         every parameter of a normalisation layer (NormTuning)
+``'last_block'``   the last block of a supported host (Partial-1)
+a module path      every parameter under it, e.g. ``'stages.3'``; a parameter's own path selects that one
+a module type      every parameter directly in modules of that class, e.g. ``'Conv2d'``
+=================  ==================================================================================================
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MethodType
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from mona_mm.errors import ConfigError, FreezeError
+from mona_mm.sites import find_host, method_modules
+
+Rules = str | Sequence[str]
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+@dataclass(frozen=True)
+class FreezeRecord:
+    """What was asked of a module and what that selected; kept on the module as ``freeze_record``."""
+
+    rules: tuple[str, ...]
+    trainable: frozenset[str]
+
+
+def select(module: nn.Module, rules: Rules) -> set[str]:
+    """The names of the parameters of ``module`` that ``rules`` select.
+
+    Raises:
+        ConfigError: if a rule selects nothing (other than ``'none'``); it lists what could have been meant.
+    """
+    selected: set[str] = set()
+    for rule in [rules] if isinstance(rules, str) else rules:
+        names = _select(module, rule)
+        if not names and rule != 'none':
+            raise ConfigError(
+                f'trainable={rule!r} matches nothing in {type(module).__name__}. A rule is '
+                "'all', 'none', 'bias', 'norm', 'last_block', a module path or a module type. " + _suggest(module, rule)
+            )
+        selected |= names
+    return selected
+
+
+def _select(module: nn.Module, rule: str) -> set[str]:
+    if rule == 'none':
+        return set()
+    if rule == 'last_block':
+        last = find_host(module).blocks(module)[-1]
+        return _names(module, [name for name, m in module.named_modules() if m is last])
+    own = {  # parameter -> (the module it is directly in, its name there)
+        f'{path}.{name}' if path else name: (m, name)
+        for path, m in module.named_modules()
+        for name, _ in m.named_parameters(recurse=False)
+    }
+    if rule == 'all':
+        return set(own)
+    if rule == 'bias':
+        return {full for full, (_, name) in own.items() if name == 'bias' or name.endswith(('_bias', '_bias_table'))}
+    if rule == 'norm':
+        return {full for full, (m, _) in own.items() if isinstance(m, _NORMS)}
+    if rule in own:
+        return {rule}
+    return _names(module, [rule]) or {full for full, (m, _) in own.items() if type(m).__name__ == rule}
+
+
+def _names(module: nn.Module, paths: Iterable[str]) -> set[str]:
+    return {name for name, _ in module.named_parameters() if any(name.startswith(f'{path}.') for path in paths)}
+
+
+def _suggest(module: nn.Module, rule: str) -> str:
+    paths = [path for path, _ in module.named_modules() if path]
+    types = sorted({type(m).__name__ for m in module.modules() if next(m.parameters(recurse=False), None) is not None})
+    close = get_close_matches(rule, paths + types, n=3)
+    if close:
+        return f'Did you mean {" or ".join(map(repr, close))}?'
+    children = [name for name, _ in module.named_children()]
+    return f'Module paths begin with {", ".join(children)}; module types here are {", ".join(types)}.'
+
+
+def freeze(module: nn.Module, rules: Rules) -> None:
+    """Let exactly the parameters that ``rules`` select train, and those of a method; freeze every other, in place.
+
+    A BatchNorm that is frozen altogether stays in eval mode through every later ``module.train()``: with statistics
+    that move it would not be frozen. What the host freezes by itself (``frozen_stages``) is frozen on top.
+
+    Raises:
+        ConfigError: if a rule selects nothing, or if the host's own ``frozen_stages`` reaches a method's modules.
+    """
+    own = {id(p) for m in method_modules(module) for p in m.parameters()}
+    selected = select(module, rules)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad = name in selected or id(parameter) in own
+    module.train = MethodType(train, module)
+    training = module.training
+    module.train()
+    _refuse_frozen_methods(module)
+    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    module.train(training)
+    module.freeze_record = FreezeRecord((rules,) if isinstance(rules, str) else tuple(rules), trainable)
+
+
+def train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """``nn.Module.train`` of a module given to :func:`freeze`."""
+    type(self).train(self, mode)
+    for m in self.modules():
+        if isinstance(m, _BatchNorm) and m.affine and not any(p.requires_grad for p in m.parameters()):
+            m.eval()
+    return self
+
+
+def _refuse_frozen_methods(module: nn.Module) -> None:
+    modules = method_modules(module)
+    frozen = [m for m in modules if not m.training or not all(p.requires_grad for p in m.parameters())]
+    if frozen:
+        raise ConfigError(
+            f'frozen_stages={getattr(module, "frozen_stages", None)} in the base config makes '
+            f'{type(module).__name__}.train() freeze {len(frozen)} of the {len(modules)} '
+            f'{type(frozen[0]).__name__} modules, again and again, after the model has been wrapped for DDP. '
+            'A method freezes its base by itself: set frozen_stages=-1, and say in `trainable` what else is to train.'
+        )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Check that what trains in ``model`` is still what its :class:`FreezeRecord` s say.
+
+    Raises:
+        FreezeError: if not; it names the first parameters that differ.
+    """
+    for path, module in model.named_modules():
+        record = getattr(module, 'freeze_record', None)
+        if record is None:
+            continue
+        actual = {name for name, p in module.named_parameters() if p.requires_grad}
+        wrong = sorted(actual ^ record.trainable)
+        if wrong:
+            listed = ', '.join(f'{name} ({"trains" if name in actual else "is frozen"})' for name in wrong[:5])
+            raise FreezeError(
+                f'{len(wrong)} parameters of {path or "the model"} do not train as the config asked '
+                f'(trainable={list(record.rules)}): {listed}{", ..." if len(wrong) > 5 else ""}. Something changed '
+                'requires_grad after the model was built.'
+            )
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """Parameters of one part of a model."""
+
+    part: str
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model. ``backbone_*`` count base and method; a model without a backbone is its own."""
+
+    parts: tuple[PartCount, ...]
+    backbone_base_total: int
+    backbone_total: int
+    backbone_trainable: int
+
+    @property
+    def total(self) -> int:
+        return sum(part.total for part in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        return sum(part.trainable for part in self.parts)
+
+    def table(self) -> str:
+        """A table of the parts, and what trains as a share of the backbone, as lines of text."""
+        rows = [('part', 'trainable', 'total', '%')]
+        for p in (*self.parts, PartCount('model', self.trainable, self.total)):
+            share = f'{100 * p.trainable / p.total:.2f}' if p.total else '-'
+            rows.append((p.part, f'{p.trainable:,}', f'{p.total:,}', share))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+                 for row in rows]  # fmt: skip
+        rule = '-' * len(lines[0])
+        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines.append(
+            f'trainable in the backbone: {self.backbone_trainable:,} '
+            f'= {_percent(self.backbone_trainable, self.backbone_base_total)} of the base, '
+            f'{_percent(self.backbone_trainable, self.backbone_total)} of base and method'
+        )
+        return '\n'.join(lines)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f'{100 * part / whole:.2f}%' if whole else '-'
+
+
+def count_trainable(model: nn.Module) -> ParameterCount:
+    """Count what trains in ``model``: a whole model, or a backbone alone. Meta tensors count like others."""
+    backbone = getattr(model, 'backbone', None)
+    if not isinstance(backbone, nn.Module):
+        backbone = model
+    method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
+    parts = [_count('backbone base', (p for p in backbone.parameters() if id(p) not in method))]
+    if method:
+        method_type = type(method_modules(backbone)[0]).__name__
+        parts.append(_count(f'method ({method_type})', method.values()))
+    backbone_parts = tuple(parts)
+    if backbone is not model:
+        parts += [_count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
+        parts.append(_count('(direct)', model.parameters(recurse=False)))
+    return ParameterCount(
+        parts=tuple(p for p in parts if p.total),
+        backbone_base_total=backbone_parts[0].total,
+        backbone_total=sum(p.total for p in backbone_parts),
+        backbone_trainable=sum(p.trainable for p in backbone_parts),
+    )
+
+
+def _count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:
+    parameters = list(parameters)
+    return PartCount(part, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))

@@ -1,0 +1,8 @@
+"""mmengine hooks, one behaviour a file."""
+
+from mona_mm.hooks.checkpoint import SafeCheckpointHook
+from mona_mm.hooks.iteration_seed import IterationSeedHook
+from mona_mm.hooks.load_check import LoadCheckHook
+from mona_mm.hooks.param_freeze import ParamFreezeHook
+
+__all__ = ['IterationSeedHook', 'LoadCheckHook', 'ParamFreezeHook', 'SafeCheckpointHook']

@@ -1,0 +1,48 @@
+"""The optimizer gets what trains, and nothing else."""
+
+import logging
+from collections import defaultdict
+
+from mmengine.logging import MMLogger
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from torch import nn
+
+from mona_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """mmengine's constructor over the parameters that train, with few parameter groups and no line per parameter.
+
+    mmengine hands frozen parameters to the optimizer when there is no ``paramwise_cfg``, logs a warning for each of
+    them when there is one, and makes one parameter group of every parameter. The options of ``paramwise_cfg`` mean
+    what they mean there.
+    """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        # Any non-empty paramwise_cfg makes mmengine go through `add_params`, which leaves out the frozen parameters.
+        self.paramwise_cfg = {'custom_keys': {}, **(self.paramwise_cfg or {})}
+        return super().__call__(model)
+
+    def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
+        """Append the groups of ``module`` to ``params``: one for each set of options."""
+        if prefix:  # mmengine's recursion
+            super().add_params(params, module, prefix, is_dcn_module)
+            return
+        separate: list[dict] = []
+        logger = MMLogger.get_current_instance()
+        logger.addFilter(_not_per_parameter)
+        try:
+            super().add_params(separate, module)
+        finally:
+            logger.removeFilter(_not_per_parameter)
+        groups = defaultdict(list)
+        for group in separate:
+            options = tuple(sorted((key, value) for key, value in group.items() if key != 'params'))
+            groups[options] += group['params']
+        params += [{'params': members, **dict(options)} for options, members in groups.items()]
+
+
+def _not_per_parameter(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not (message.startswith('paramwise_options') or 'is skipped since its requires_grad' in message)

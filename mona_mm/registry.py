@@ -1,0 +1,20 @@
+"""The registries of mona_mm: children of mmengine's, under the scope ``mona_mm``.
+
+A config that says ``type='mona_mm.PeftBackbone'`` makes mmengine import this module by the scope's name, so no
+``custom_imports`` line is needed once the OpenMMLab stack itself can be imported.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mona_mm', locations=['mona_mm.backbone'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mona_mm', locations=['mona_mm.hooks'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mona_mm',
+    locations=['mona_mm.optim'],
+)
+METHODS = Registry('peft method', scope='mona_mm', locations=['mona_mm.methods'])
