@@ -1,0 +1,34 @@
+"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--amp] [--launcher L] [--cfg-options ...]"""
+
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.cli import build_runner, read_run_config, run, run_parser
+from mona_mm.config import check_data, resume_from
+from mona_mm.errors import ConfigError
+
+
+def main() -> None:
+    parser = run_parser('Train a model')
+    parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate to the real batch size (linear rule)'
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='continue from this checkpoint, or without PATH from the last one in the work dir',
+    )
+    args = parser.parse_args()
+    cfg = read_run_config(args)
+    check_data(cfg, ('train', 'val'))
+    resume_from(cfg, args.resume)
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
+        cfg.auto_scale_lr.enable = True
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    run(main)
