@@ -92,18 +92,20 @@ def _suggest(module: nn.Module, rule: str) -> str:
 
 
 def freeze(module: nn.Module, rules: Rules) -> None:
-    """Let exactly the parameters that ``rules`` select train, and those of a method; freeze every other, in place.
+    """Let only the parameters that ``rules`` select train, and those of a method; freeze every other, in place.
 
-    A BatchNorm that is frozen altogether stays in eval mode through every later ``module.train()``: with statistics
-    that move it would not be frozen. What the host freezes by itself (``frozen_stages``) is frozen on top.
+    What is frozen already stays so: position embeddings that a host fixes, ``frozen_stages``, the base of a
+    PeftBackbone inside a FrozenModel. A BatchNorm that is frozen altogether stays in eval mode through every later
+    ``module.train()``: with statistics that move it would not be frozen.
 
     Raises:
-        ConfigError: if a rule selects nothing, or if the host's own ``frozen_stages`` reaches a method's modules.
+        ConfigError: if a rule selects nothing, or under a method if the host has ``frozen_stages`` of its own.
     """
     own = {id(p) for m in method_modules(module) for p in m.parameters()}
     selected = select(module, rules)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad = name in selected or id(parameter) in own
+        if not (name in selected or id(parameter) in own):
+            parameter.requires_grad = False
     module.train = MethodType(train, module)
     training = module.training
     module.train()
@@ -124,13 +126,14 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _refuse_frozen_methods(module: nn.Module) -> None:
     modules = method_modules(module)
-    frozen = [m for m in modules if not m.training or not all(p.requires_grad for p in m.parameters())]
-    if frozen:
+    reached = [m for m in modules if not m.training or not all(p.requires_grad for p in m.parameters())]
+    stages = getattr(module, 'frozen_stages', -1)
+    if reached or (modules and stages >= 1):
         raise ConfigError(
-            f'frozen_stages={getattr(module, "frozen_stages", None)} in the base config makes '
-            f'{type(module).__name__}.train() freeze {len(frozen)} of the {len(modules)} '
-            f'{type(frozen[0]).__name__} modules, again and again, after the model has been wrapped for DDP. '
-            'A method freezes its base by itself: set frozen_stages=-1, and say in `trainable` what else is to train.'
+            f'frozen_stages={stages} in the base config: {type(module).__name__} freezes those stages by itself, '
+            f'the {type(modules[0]).__name__} modules in them included, and does so again at every .train(), after '
+            'the model has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and say in '
+            '`trainable` what else is to train.'
         )
 
 

@@ -2,7 +2,7 @@
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 
 from mona_mm.checkpoint.pretrained import compare
 from mona_mm.errors import CheckpointMismatchError
@@ -27,7 +27,8 @@ class LoadCheckHook(Hook):
         """Called by the Runner between reading a checkpoint and loading it into the model."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         given = checkpoint.get('state_dict', checkpoint)
-        fine_tuning = runner._train_loop is not None and not runner._resume
+        # The Runner keeps the loop's config until it trains.
+        fine_tuning = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         method = method_names(model) if fine_tuning else set()
         wrong = compare(model.state_dict(), given, optional=method.__contains__)
         if wrong:

@@ -1,0 +1,112 @@
+"""What the tests share: small hosts of every kind, small data, a small detector, and the independent evidence."""
+
+import json
+from pathlib import Path
+
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import pytest
+import torch
+from mmengine.config import Config
+from mona_mm.config import load_config
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / 'shared'
+
+SWIN = dict(embed_dims=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 4))
+VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
+HOSTS = {
+    'mmdet-swin': dict(type='mmdet.SwinTransformer', drop_path_rate=0.3, **SWIN),
+    'mmseg-swin': dict(type='mmseg.SwinTransformer', drop_path_rate=0.3, **SWIN),
+    'mmpretrain-swin': dict(
+        type='mmpretrain.SwinTransformer',
+        arch={**SWIN},
+        drop_path_rate=0.3,
+        out_indices=(0, 1, 2, 3),
+        pad_small_map=True,
+    ),
+    'mmpretrain-vit': dict(
+        type='mmpretrain.VisionTransformer', arch=VIT, img_size=64, drop_path_rate=0.3, out_type='raw'
+    ),
+    'mmpretrain-vit-no-cls': dict(
+        type='mmpretrain.VisionTransformer',
+        arch=VIT,
+        img_size=64,
+        drop_path_rate=0.3,
+        out_type='featmap',
+        with_cls_token=False,
+    ),
+}
+
+
+def shared(name: str) -> Path:
+    """A file or folder of the independent evidence; the test says so and skips where it is not there."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f'the independent evidence shared/{name} is not on this machine')
+    return path
+
+
+def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of one file of outputs of the published code."""
+    with safe_open(shared(f'golden/{name}.safetensors'), 'pt') as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def golden_swin_config(metadata: dict[str, str]) -> dict:
+    """The published code's Swin arguments, as mmdet's and mmseg's Swin take them."""
+    published = json.loads(metadata['config'])
+    same = ('depths', 'num_heads', 'window_size', 'drop_path_rate', 'patch_norm')
+    return dict(embed_dims=published['embed_dim'], **{key: published[key] for key in same})
+
+
+@pytest.fixture(params=HOSTS)
+def host(request) -> dict:
+    """The config of a small backbone of each supported kind."""
+    return dict(HOSTS[request.param])
+
+
+@pytest.fixture(scope='session')
+def demo_data(tmp_path_factory) -> Path:
+    """Six training and two validation images in COCO's layout."""
+    from mona_mm.demo_data import make_demo_dataset
+
+    root = tmp_path_factory.mktemp('data') / 'shapes'
+    make_demo_dataset(root, train=6, val=2)
+    return root
+
+
+@pytest.fixture
+def detector_config(demo_data, tmp_path) -> Config:
+    """The demo's detector, narrower still: six iterations an epoch, batch 1, everything deterministic."""
+    cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'), dict(data_root=str(demo_data)))
+    cfg.merge_from_dict(
+        {
+            'work_dir': str(tmp_path / 'work'),
+            'train_dataloader.batch_size': 1,
+            'train_dataloader.num_workers': 0,
+            'train_dataloader.persistent_workers': False,
+            'val_dataloader.num_workers': 0,
+            'val_dataloader.persistent_workers': False,
+            'randomness': dict(seed=0),
+            'default_hooks.logger.interval': 1,
+        }
+    )
+    cfg.test_dataloader = cfg.val_dataloader
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """Every test begins from the same random numbers and from no default scope."""
+    torch.manual_seed(0)
+    yield
+    from mmengine.registry import DefaultScope
+
+    DefaultScope._instance_dict.clear()
+

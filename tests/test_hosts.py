@@ -1,0 +1,315 @@
+"""Every method on every host: what injecting promises, whatever is injected."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import HOSTS
+from mmengine.registry import MODELS
+from mona_mm import FrozenModel, PeftBackbone
+from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
+from mona_mm.methods import PeftModule
+from mona_mm.registry import METHODS
+from mona_mm.sites import SITES, method_modules, method_names
+
+METHOD_CONFIGS = {'mona': dict(type='Mona', bottleneck=8)}
+
+
+@pytest.fixture(params=METHOD_CONFIGS)
+def method(request) -> dict:
+    return dict(METHOD_CONFIGS[request.param])
+
+
+@pytest.fixture
+def adapted(host, method):
+    return PeftBackbone(base=host, peft=method)
+
+
+def images(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 64, 64)
+
+
+def outputs(model, x, seed: int | None = None) -> list[torch.Tensor]:
+    if seed is not None:
+        torch.manual_seed(seed)
+    return list(model(x))
+
+
+def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    assert len(a) == len(b) > 0
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+class EverySite(PeftModule):
+    """Does nothing, everywhere: shows that the seams themselves change nothing."""
+
+    sites = SITES
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.offset = torch.nn.Parameter(torch.zeros(channels))
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.offset)
+
+    def forward(self, x, hw):
+        assert x.shape[1] - hw[0] * hw[1] in (0, 1)
+        return x
+
+
+@pytest.fixture
+def every_site():
+    METHODS.register_module(module=EverySite)
+    yield dict(type='EverySite')
+    METHODS.module_dict.pop('EverySite')
+
+
+@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+@pytest.mark.parametrize('seams', [False, True], ids=['no-method', 'seams'])
+def test_stock_outputs_bit_for_bit(host, every_site, training, seams):
+    """A stock checkpoint loads strictly and gives the stock outputs; seams without a method change no bit."""
+    stock = MODELS.build(host)
+    stock.init_weights()
+    wrapped = PeftBackbone(base=host, peft=every_site if seams else None)
+    if seams:
+        result = wrapped.load_state_dict(stock.state_dict(), strict=False)
+        assert not result.unexpected_keys
+        assert set(result.missing_keys) == method_names(wrapped)
+    else:
+        wrapped.load_state_dict(stock.state_dict(), strict=True)
+    stock.train(training)
+    wrapped.train(training)
+    x = images()
+    expected = outputs(stock, x, seed=1)
+    assert_same(outputs(wrapped, x, seed=1), expected)
+    if training:
+        assert any((a != b).any() for a, b in zip(outputs(stock, x, seed=2), expected, strict=True)), 'no DropPath?'
+
+
+def test_seams_keep_gradients(host, every_site):
+    """The input gradient through the seams is the stock one, bit for bit."""
+    stock = MODELS.build(host)
+    stock.init_weights()
+    wrapped = PeftBackbone(base=host, peft=every_site)
+    wrapped.load_state_dict(stock.state_dict(), strict=False)
+    gradients = []
+    for model in (stock, wrapped):
+        model.eval()
+        torch.manual_seed(3)
+        x = images().requires_grad_()
+        sum(out.square().sum() for out in model(x)).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_base_keys_are_kept(host, method):
+    """Injecting adds names with `.peft.` and changes no other; class and public attributes stay the stock ones."""
+    stock = MODELS.build(host)
+    adapted = PeftBackbone(base=host, peft=method)
+    before, after = set(stock.state_dict()), set(adapted.state_dict())
+    assert before < after
+    assert all('.peft.' in name for name in after - before)
+    assert after - before == method_names(adapted)
+    assert type(adapted) is type(stock)
+
+
+def test_gradients_only_where_they_belong(adapted):
+    """Every parameter of the method gets a gradient, no other parameter does."""
+    adapted.init_weights()
+    adapted.train()
+    sum(out.square().sum() for out in adapted(images())).backward()
+    own = {f'{name}' for name in method_names(adapted)}
+    with_gradient = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    required = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert with_gradient == required == own
+
+
+def test_state_dict_round_trip(host, method):
+    """What one model saves, another of the same config loads strictly, and computes the same."""
+    source, target = (PeftBackbone(base=host, peft=method) for _ in range(2))
+    source.init_weights()
+    source.eval()
+    target.eval()
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    x = images()
+    assert_same(outputs(source, x), outputs(target, x))
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_are_independent(adapted, clone):
+    """A copy (EMA makes one) computes with its own weights and grid, and resets its own method."""
+    adapted.init_weights()
+    adapted.eval()
+    x = images()
+    expected = outputs(adapted, x)
+    twin = clone(adapted)
+    assert_same(outputs(twin, x), expected)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert not torch.equal(outputs(twin, x)[0], expected[0])
+    assert_same(outputs(adapted, x), expected)
+    twin(torch.randn(1, 3, 96, 32))  # another grid in the copy
+    if clone is copy.deepcopy:
+        copied = method_modules(twin)[0]
+        twin.init_weights()
+        assert any(p.abs().sum() > 0 for p in copied.parameters())
+    assert_same(outputs(adapted, x), expected)
+
+
+@pytest.mark.parametrize('size', [(64, 96), (96, 64), (50, 70)])
+def test_any_image_size(adapted, size):
+    """The grid is the image's, not the configuration's."""
+    adapted.eval()
+    for out in adapted(torch.randn(1, 3, *size)):
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize('name', [name for name in HOSTS if 'swin' in name])
+def test_activation_checkpointing_is_equal(name, method):
+    """`with_cp=True` gives the same outputs and gradients in train mode, dropout and DropPath included."""
+    results = []
+    for with_cp in (False, True):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=dict(HOSTS[name], with_cp=with_cp), peft=method)
+        model.init_weights()
+        model.train()
+        torch.manual_seed(1)
+        x = images()
+        out = outputs(model, x, seed=2)
+        sum(o.square().sum() for o in out).backward()
+        results.append((out, [p.grad for p in model.parameters() if p.requires_grad]))
+    assert_same(results[0][0], results[1][0])
+    assert_same(results[0][1], results[1][1])
+
+
+def test_bfloat16_is_finite(adapted):
+    """Forward and backward under autocast to bfloat16 give finite numbers."""
+    adapted.init_weights()
+    adapted.train()
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = sum(out.float().square().mean() for out in adapted(images()))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_float16_on_a_gpu_is_close(host, method):
+    """Autocast to float16 on a GPU stays near float32 on the CPU."""
+    model = PeftBackbone(base=host, peft=method)
+    model.init_weights()
+    model.eval()
+    x = images()
+    expected = outputs(model, x)
+    with torch.autocast('cuda', torch.float16):
+        actual = outputs(model.cuda(), x.cuda())
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.float().cpu(), b, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize('source', ['random', 'pretrained', 'model-level'])
+def test_method_is_reset_after_the_base(host, method, source, tmp_path):
+    """The method starts from its own initial values whether the base was loaded, initialised, or re-initialised by a
+    model-level init_cfg, and the base is what was asked for."""
+    stock = MODELS.build(host)
+    torch.save({'state_dict': stock.state_dict()}, tmp_path / 'base.pth')
+    base = dict(host)
+    if source == 'pretrained':
+        base['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    model = PeftBackbone(base=base, peft=method)
+    with torch.no_grad():
+        for module in method_modules(model):
+            for p in module.parameters():
+                p.fill_(7.0)
+    if source == 'model-level':
+        from mmengine.model import BaseModule
+
+        parent = BaseModule(init_cfg=dict(type='Constant', layer=['Linear', 'Conv2d', 'LayerNorm'], val=7.0, bias=7.0))
+        parent.backbone = model
+        torch.manual_seed(5)
+        parent.init_weights()
+    else:
+        torch.manual_seed(5)
+        model.init_weights()
+    for module in method_modules(model):
+        assert not any((p == 7.0).any() for p in module.parameters())
+        assert not any(p.requires_grad is False for p in module.parameters())
+    if source == 'pretrained':
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ('base', 'stages'),
+    [
+        (dict(HOSTS['mmdet-swin'], frozen_stages=1), 1),
+        (dict(HOSTS['mmseg-swin'], frozen_stages=2), 2),
+        (dict(HOSTS['mmpretrain-swin'], frozen_stages=0), 0),
+        (dict(HOSTS['mmpretrain-vit'], frozen_stages=2), 2),
+    ],
+)
+def test_frozen_stages_under_a_method_are_refused(base, stages):
+    """The host would freeze the method's modules again at every `.train()`: refused, with the reason."""
+    with pytest.raises(ConfigError, match=rf'frozen_stages={stages}.*frozen_stages=-1'):
+        PeftBackbone(base=base, peft=dict(type='Mona'))
+    without = PeftBackbone(base=base)  # without a method it is the host's own business, and is respected
+    without.train()
+    assert 0 < len(without.freeze_record.trainable) < len(list(without.parameters()))
+
+
+def test_frozen_patch_embedding_is_accepted():
+    """mmdet's `frozen_stages=0` reaches no block, and is the published VOC setting."""
+    model = PeftBackbone(base=dict(HOSTS['mmdet-swin'], frozen_stages=0), peft=dict(type='Mona'))
+    model.train()
+    assert all(p.requires_grad for m in method_modules(model) for p in m.parameters())
+
+
+def test_unknown_hosts_are_refused():
+    """BEiT's blocks have the attribute names of ViT's, and a ResNet none: both are refused, naming what is supported."""
+    for base in (
+        dict(type='mmpretrain.BEiTViT', arch='deit-tiny', img_size=32),
+        dict(type='mmdet.ResNet', depth=18),
+    ):
+        with pytest.raises(UnsupportedHostError, match=r'mmdet\.models\.backbones\.swin\.SwinTransformer.*FrozenModel'):
+            PeftBackbone(base=base, peft=dict(type='Mona'))
+
+
+def test_unknown_method_and_misspelt_argument():
+    """Each error names the wrong thing and the accepted ones."""
+    base = HOSTS['mmdet-swin']
+    with pytest.raises(ConfigError, match="unknown method 'Monna'.*Mona"):
+        PeftBackbone(base=base, peft=dict(type='Monna'))
+    with pytest.raises(UnknownOptionError, match="no argument 'bottelneck'.*Did you mean 'bottleneck'"):
+        PeftBackbone(base=base, peft=dict(type='Mona', bottelneck=8))
+    with pytest.raises(ConfigError, match='bottleneck=0'):
+        PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=0))
+    with pytest.raises(ConfigError, match='base='):
+        PeftBackbone(base='swin', peft=dict(type='Mona'))
+
+
+def test_second_method_is_refused(every_site):
+    """One backbone carries one method."""
+    from mona_mm.methods import Mona
+    from mona_mm.sites import inject
+
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'))
+    with pytest.raises(ConfigError, match='already carries'):
+        inject(model, Mona, Mona)
+
+
+def test_subclasses_of_a_host_keep_their_blocks():
+    """A user's subclass with stock blocks is a host; one with its own block class is not touched."""
+    from mmdet.models.backbones.swin import SwinTransformer
+
+    class MySwin(SwinTransformer):
+        pass
+
+    arguments = {key: value for key, value in HOSTS['mmdet-swin'].items() if key != 'type'}
+    model = FrozenModel(base=dict(type=MySwin, **arguments), trainable='last_block')
+    assert model.freeze_record.trainable

@@ -1,0 +1,179 @@
+"""Mona is the published Mona: outputs, gradients, counts, initial values, and where its dropout is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HOSTS, golden, golden_swin_config, part
+from mmengine.registry import MODELS
+from mona_mm import PeftBackbone, count_trainable
+from mona_mm.checkpoint import convert_state_dict
+from mona_mm.meta import meta_device
+from mona_mm.methods import Mona
+from mona_mm.sites import method_modules
+
+SIZES = {
+    'swin_t': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    'swin_b': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    'swin_l': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+
+
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+def test_golden_parity(library):
+    """Outputs, input gradient and every parameter gradient of the published code, within 1e-4."""
+    tensors, metadata = golden('swin_mona')
+    base = dict(type=f'{library}.SwinTransformer', **golden_swin_config(metadata))
+    model = PeftBackbone(base=base, peft=dict(type='Mona'))
+    model.load_state_dict(convert_state_dict(part(tensors, 'state/')), strict=True)
+    model.eval()
+    x = tensors['input'].requires_grad_()
+    outs = model(x)
+    for i, out in enumerate(outs):
+        torch.testing.assert_close(out, tensors[f'output/{i}'], atol=1e-4, rtol=0)
+    sum((out * tensors[f'cotangent/{i}']).sum() for i, out in enumerate(outs)).backward()
+    torch.testing.assert_close(x.grad, tensors['grad_input'], atol=1e-4, rtol=0)
+    expected = convert_state_dict(part(tensors, 'grad/'))
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-4, rtol=0, msg=name)
+    assert count_trainable(model).trainable == int(metadata['trainable'])
+
+
+def plain_mona(p: dict[str, torch.Tensor], x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
+    """The formula of the class's docstring, written out with plain functions, one pixel and one channel at a time
+    where the convolutions are."""
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    norm = (x - mean) / (var + 1e-5).sqrt() * p['norm.weight'] + p['norm.bias']
+    s = p['gamma'] * norm + p['gammax'] * x
+    d = s @ p['down.weight'].T + p['down.bias']
+    batch, _, width = d.shape
+    grid = d.view(batch, *hw, width)
+    mixed = torch.zeros_like(grid)
+    for i, k in enumerate((3, 5, 7)):
+        weight, bias = p[f'depthwise.{i}.weight'], p[f'depthwise.{i}.bias']
+        padded = F.pad(grid, (0, 0, k // 2, k // 2, k // 2, k // 2))
+        for dy in range(k):
+            for dx in range(k):
+                mixed = mixed + weight[:, 0, dy, dx] * padded[:, dy : dy + hw[0], dx : dx + hw[1]]
+        mixed = mixed + bias
+    q = (mixed / 3 + grid).view(batch, -1, width)
+    r = q @ p['pointwise.weight'][:, :, 0, 0].T + p['pointwise.bias'] + q
+    activated = 0.5 * r * (1 + torch.erf(r / 2**0.5))
+    return x + activated @ p['up.weight'].T + p['up.bias']
+
+
+def randomised(channels: int, bottleneck: int) -> Mona:
+    module = Mona(channels, bottleneck).double().eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p))
+    return module
+
+
+@pytest.mark.parametrize('hw', [(5, 4), (1, 9), (8, 8)])
+def test_formula_and_gradients_in_float64(hw):
+    """Output, input gradient and parameter gradients equal those of the plain formula."""
+    module = randomised(6, 4)
+    x = torch.randn(2, hw[0] * hw[1], 6, dtype=torch.float64)
+    cotangent = torch.randn_like(x)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = module(x1, hw), plain_mona(parameters, x2, hw)
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    out.backward(cotangent)
+    expected.backward(cotangent)
+    torch.testing.assert_close(x1.grad, x2.grad, atol=1e-9, rtol=1e-9)
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.grad, parameters[name].grad, atol=1e-8, rtol=1e-9, msg=name)
+
+
+def test_extra_tokens_bypass_the_convolutions():
+    """A class token and register tokens are adapted without neighbours, and change nothing on the grid."""
+    module = randomised(6, 4)
+    hw = (3, 5)
+    tokens = torch.randn(2, 5 + 15, 6, dtype=torch.float64)  # a class token and four registers first
+    out = module(tokens, hw)
+    torch.testing.assert_close(out[:, 5:], module(tokens[:, 5:], hw))
+    state = dict(module.named_parameters())
+    without = {name: torch.zeros_like(p) if 'depthwise' in name or 'pointwise' in name else p for name, p in state.items()}
+    torch.testing.assert_close(out[:, :5], plain_mona(without, tokens[:, :5], (1, 5)))
+
+
+def test_train_mode_drops_after_the_activation():
+    """In train mode exactly the input of `up` is dropped, with probability 0.1 and the survivors scaled by 1/0.9."""
+    module = randomised(6, 64).train()
+    seen = {}
+    module.up.register_forward_hook(lambda m, args, out: seen.update(up=args[0]))
+    module.act.register_forward_hook(lambda m, args, out: seen.update(act=out))
+    module(torch.randn(4, 100, 6, dtype=torch.float64), (10, 10))
+    alive = seen['act'] != 0  # the GELU of a large negative number is zero already
+    dropped = seen['up'] == 0
+    assert 0.09 < dropped[alive].double().mean() < 0.11
+    torch.testing.assert_close(seen['up'][~dropped], (seen['act'] / 0.9)[~dropped])
+    dropouts = [m for m in module.modules() if isinstance(m, torch.nn.Dropout)]
+    assert [m.p for m in dropouts] == [0.1]
+
+
+def test_mona_is_outside_drop_path():
+    """With every residual branch dropped, the block still applies both its Mona modules: they come after the adds."""
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'))
+    model.init_weights()
+    model.train()
+    block = model.stages[0].blocks[0]
+    for m in block.modules():
+        if type(m).__name__ == 'DropPath':
+            m.drop_prob = 1 - 1e-9
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    x = torch.randn(2, 49, 24)
+    expected = block.peft.post_ffn(block.peft.post_attn(x, (7, 7)), (7, 7))
+    torch.testing.assert_close(block(x, (7, 7)), expected)
+    assert not torch.equal(expected, x)
+
+
+@pytest.mark.parametrize('loaded', [False, True], ids=['random-base', 'pretrained-base'])
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_initial_values(library, loaded, tmp_path):
+    """gamma 1e-6, gammax 1, norm 1 and 0, linears truncated normal 0.02 with zero bias, convolutions as torch makes
+    them: the same after a pretrained load and without one."""
+    base = dict(HOSTS[f'{library}-swin'])
+    if loaded:
+        torch.save(MODELS.build(base).state_dict(), tmp_path / 'base.pth')
+        base['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    model = PeftBackbone(base=base, peft=dict(type='Mona'))
+    model.init_weights()
+    modules = method_modules(model)
+    assert len(modules) == 16
+    for m in modules:
+        assert (m.gamma == 1e-6).all() and (m.gammax == 1).all()
+        assert (m.norm.weight == 1).all() and (m.norm.bias == 0).all()
+        for linear in (m.down, m.up):
+            assert (linear.bias == 0).all()
+            assert 0.017 < linear.weight.std() < 0.023 and linear.weight.abs().max() <= 2
+        for conv in (*m.depthwise, m.pointwise):
+            bound = (conv.weight[0].numel()) ** -0.5
+            assert conv.weight.abs().max() <= bound and conv.bias.abs().max() <= bound
+            assert conv.weight.std() > 0.4 * bound and conv.bias.abs().sum() > 0
+    assert not torch.equal(modules[0].down.weight, modules[1].down.weight)
+
+
+@pytest.mark.parametrize(('size', 'count'), [('swin_t', 1408128), ('swin_b', 3667456), ('swin_l', 5267712)])
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+def test_published_counts(library, size, count):
+    """Exactly the published numbers of trainable parameters, by the formula of the docstring, too."""
+    with meta_device():
+        model = PeftBackbone(base=dict(type=f'{library}.SwinTransformer', **SIZES[size]), peft=dict(type='Mona'))
+    counted = count_trainable(model)
+    assert counted.backbone_trainable == counted.trainable == count
+    n, depths = 64, SIZES[size]['depths']
+    widths = [SIZES[size]['embed_dims'] * 2**i for i in range(4)]
+    assert count == sum(2 * d * ((2 * n + 5) * m + n * n + 88 * n) for d, m in zip(depths, widths, strict=True))
+
+
+@pytest.mark.parametrize('arguments', [dict(bottleneck=0), dict(bottleneck=1.5), dict(dropout=1.0), dict(dropout=-0.1)])
+def test_bad_arguments(arguments):
+    """One error names the argument and what it may be."""
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ValueError, match=f'{name}={value}'):
+        Mona(8, **arguments)
