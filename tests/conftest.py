@@ -10,6 +10,9 @@ from mmengine.config import Config
 from mona_mm.config import load_config
 from safetensors import safe_open
 
+# The models here are too small for a second thread to pay, and two of them fight on a busy machine.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'
 

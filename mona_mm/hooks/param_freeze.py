@@ -4,6 +4,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -53,8 +54,11 @@ class ParamFreezeHook(Hook):
                 "model=dict(type='mona_mm.FrozenModel', base=<your model>, trainable=...)."
             )
         freeze(model, self.trainable)
-        for group in getattr(runner.optim_wrapper, 'param_groups', []):
-            group['params'] = [p for p in group['params'] if p.requires_grad]
+        wrapper = runner.optim_wrapper
+        for each in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+            if isinstance(each, OptimWrapper):  # a config still, where the Runner only tests
+                for group in each.optimizer.param_groups:
+                    group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
         method = {id(p) for m in method_modules(model) for p in m.parameters()}
