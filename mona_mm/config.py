@@ -1,44 +1,72 @@
 """Read a config for the command lines: options, data paths, and what a machine without an accelerator needs."""
 
 import os.path as osp
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mona_mm.errors import MissingFileError
+from mona_mm.errors import ConfigError, MissingFileError
 
 
 def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and merge ``--cfg-options`` into it.
 
-    mmengine merges after the file has been evaluated, so an option does not reach what was computed from it. For
-    ``data_root``, the one variable of every data path in the shipped configs, it does here.
+    mmengine merges after the file has been evaluated, so an option does not reach what was computed from it. Two do
+    here: ``data_root``, the one variable of every data path, and ``classes``, the names of the data set's classes,
+    which also sets every ``num_classes`` of the model.
 
     Raises:
         MissingFileError: if there is no such file.
+        ConfigError: if ``classes`` is given to a config whose data sets have none.
     """
     if not osp.isfile(file):
         raise MissingFileError(f'There is no config file {file}.')
     cfg = Config.fromfile(file)
     options = dict(options or {})
-    new_root = options.get('data_root')
-    if new_root is not None and 'data_root' in cfg:
-        _replace_root(cfg._cfg_dict, cfg.data_root, osp.join(new_root, ''))
-        options['data_root'] = cfg.data_root
+    data_root, classes = options.pop('data_root', None), options.pop('classes', None)
+    if data_root is not None:
+        _set_data_root(cfg, osp.join(str(data_root), ''))
+    if classes is not None:
+        _set_classes(cfg, (classes,) if isinstance(classes, str) else tuple(classes))
     cfg.merge_from_dict(options)
     return cfg
 
 
-def _replace_root(node: Any, old: str, new: str) -> None:
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in list(items):
-        if isinstance(value, str) and value.startswith(old):
-            node[key] = new + value[len(old) :]
-        elif isinstance(value, dict | list):
-            _replace_root(value, old, new)
+def _set_data_root(cfg: Config, new: str) -> None:
+    if not isinstance(cfg.get('data_root'), str):
+        raise ConfigError(f'data_root={new}: {cfg.filename} has no top-level data_root, so set the paths one by one.')
+    old = cfg.data_root
+
+    def replace(node: Any) -> Any:
+        if isinstance(node, str):
+            return new + node[len(old) :] if node.startswith(old) else node
+        return _map_children(node, replace)
+
+    replace(cfg._cfg_dict)
+
+
+def _set_classes(cfg: Config, classes: tuple[str, ...]) -> None:
+    def set_count(node: Any) -> Any:
+        if isinstance(node, dict) and 'num_classes' in node:
+            node['num_classes'] = len(classes)
+        return _map_children(node, set_count)
+
+    set_count(cfg.model)
+    for split in ('train', 'val', 'test'):
+        for dataset in _datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
+            dataset['metainfo'] = {**(dataset.get('metainfo') or {}), 'classes': classes}
+
+
+def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to every child of a dict or list in place, to every child of a tuple in a new tuple."""
+    if isinstance(node, tuple):
+        return tuple(function(child) for child in node)
+    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
+        node[key] = function(node[key])
+    return node
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -84,28 +112,28 @@ def adapt_to_device(cfg: Config) -> None:
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(key, None)
         replaced.append('fp32 in place of mixed precision')
-    if _replace_type(cfg._cfg_dict, 'SyncBN', 'BN'):
+    if _without_sync_bn(cfg._cfg_dict):
         replaced.append('BN in place of SyncBN')
     if cfg.get('launcher', 'none') != 'none':
-        cfg.merge_from_dict(
-            {
-                'env_cfg.dist_cfg': dict(backend='gloo'),
-                'model_wrapper_cfg': {'type': 'MMDistributedDataParallel', **cfg.get('model_wrapper_cfg', {})},
-            }
-        )
+        cfg.env_cfg = {**cfg.get('env_cfg', {}), 'dist_cfg': dict(backend='gloo')}
+        # mmengine's default wrapper passes a device index, which DDP refuses for a model on the CPU.
+        cfg.model_wrapper_cfg = {'type': 'MMDistributedDataParallel', **cfg.get('model_wrapper_cfg', {})}
         replaced.append('gloo in place of nccl')
     if replaced:
         print_log(f'No accelerator here: running on the CPU with {", ".join(replaced)}.', logger='current')
 
 
-def _replace_type(node: Any, old: str, new: str) -> bool:
+def _without_sync_bn(cfg: dict) -> bool:
     found = False
-    if isinstance(node, dict) and node.get('type') == old:
-        node['type'] = new
-        found = True
-    for value in node.values() if isinstance(node, dict) else node:
-        if isinstance(value, dict | list | tuple):
-            found |= _replace_type(value, old, new)
+
+    def replace(node: Any) -> Any:
+        nonlocal found
+        if isinstance(node, dict) and node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+            found = True
+        return _map_children(node, replace)
+
+    replace(cfg)
     return found
 
 

@@ -1,0 +1,98 @@
+"""Command-line options reach what depends on them; bad input is found before anything is built."""
+
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+from mona_mm.config import adapt_to_device, check_data, find_last_checkpoint, load_config, resume_from
+from mona_mm.errors import ConfigError, MissingFileError
+
+COCO = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')
+
+
+def strings(node):
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        return [s for child in node for s in strings(child)]
+    return [node] if isinstance(node, str) else []
+
+
+def test_data_root_is_one_variable():
+    """`data_root=` on the command line reaches every dataset and evaluator; no old path is left anywhere."""
+    cfg = load_config(COCO, dict(data_root='/my/coco'))
+    assert not [s for s in strings(cfg._cfg_dict) if 'data/coco' in s]
+    assert cfg.val_evaluator.ann_file == '/my/coco/annotations/instances_val2017.json'
+    for split in ('train', 'val', 'test'):
+        assert cfg[f'{split}_dataloader'].dataset.data_root == '/my/coco/'
+
+
+def test_classes_reach_every_head():
+    """`classes=` sets the data sets' classes and each `num_classes` of the three box heads and the mask head."""
+    cfg = load_config(COCO, {'classes': ['cat', 'dog'], 'train_dataloader.batch_size': 3})
+    assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [2, 2, 2]
+    assert cfg.model.roi_head.mask_head.num_classes == 2
+    for split in ('train', 'val', 'test'):
+        assert tuple(cfg[f'{split}_dataloader'].dataset.metainfo.classes) == ('cat', 'dog')
+    assert cfg.train_dataloader.batch_size == 3
+    assert load_config(COCO, dict(classes='cat')).model.roi_head.mask_head.num_classes == 1
+
+
+def test_config_that_is_not_there():
+    with pytest.raises(MissingFileError, match='no config file configs/nowhere.py'):
+        load_config('configs/nowhere.py')
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_missing_data(split, demo_data, tmp_path):
+    """A missing root, annotation file or image folder is named before training, with the option that mends it."""
+    with pytest.raises(MissingFileError, match=rf'{split} data.*/nowhere/.*--cfg-options data_root='):
+        check_data(load_config(COCO, dict(data_root='/nowhere')), (split,))
+    cfg = load_config(COCO, dict(data_root=str(demo_data)))
+    check_data(cfg, (split,))
+    cfg[f'{split}_dataloader'].dataset.ann_file = 'annotations/mine.json'
+    with pytest.raises(MissingFileError, match=r'annotations/mine\.json'):
+        check_data(cfg, (split,))
+    cfg = load_config(COCO, {'data_root': str(demo_data), f'{split}_dataloader.dataset.data_prefix.img': 'pictures/'})
+    wrapped = Config({f'{split}_dataloader': dict(dataset=dict(type='RepeatDataset', dataset=cfg[f'{split}_dataloader'].dataset))})
+    with pytest.raises(MissingFileError, match='pictures'):
+        check_data(wrapped, (split,))
+
+
+def test_cpu_fallback_is_said_and_complete(monkeypatch, capsys):
+    """Without an accelerator no SyncBN, AMP or nccl is left, and one line says so; with one nothing changes."""
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
+    cfg = load_config(COCO)
+    untouched = cfg.pretty_text
+    adapt_to_device(cfg)
+    assert cfg.pretty_text == untouched
+
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
+    cfg.launcher = 'pytorch'
+    capsys.readouterr()
+    adapt_to_device(cfg)
+    assert {'SyncBN', 'AmpOptimWrapper', 'nccl'}.isdisjoint(strings(cfg._cfg_dict))
+    assert 'loss_scale' not in cfg.optim_wrapper
+    assert capsys.readouterr().out.count('No accelerator here') == 1
+
+
+def test_resume_needs_a_checkpoint(tmp_path):
+    """`--resume` finds the last checkpoint, also in a work dir that moved; with none it says what to do."""
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    with pytest.raises(MissingFileError, match=f'--resume: there is no checkpoint in {tmp_path}.*--work-dir'):
+        resume_from(cfg, 'auto')
+    with pytest.raises(MissingFileError, match='--resume: there is no checkpoint /no/epoch_1.pth'):
+        resume_from(cfg, '/no/epoch_1.pth')
+    (tmp_path / 'epoch_3.pth').touch()
+    (tmp_path / 'last_checkpoint').write_text('/where/it/was/epoch_3.pth')
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_3.pth')
+    resume_from(cfg, 'auto')
+    assert cfg.resume and cfg.load_from == str(tmp_path / 'epoch_3.pth')
+    cfg = Config(dict(work_dir=str(tmp_path)))
+    resume_from(cfg, None)
+    assert 'resume' not in cfg
+
+
+def test_data_root_of_a_config_without_one(tmp_path):
+    (tmp_path / 'mine.py').write_text('model = dict(type="X")\n')
+    with pytest.raises(ConfigError, match='no top-level data_root'):
+        load_config(str(tmp_path / 'mine.py'), dict(data_root='/x'))
