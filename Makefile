@@ -14,10 +14,14 @@ ifeq ($(STACK),official)
 VENV := .venv
 REQUIREMENTS := requirements.txt
 CONSTRAINTS := requirements/constraints.txt
+# Not `pip install --editable`: openmim looks for mona_mm/ beside the metadata, which pip puts elsewhere.
+INSTALL_MONA_MM = $(BIN)/python -W ignore setup.py --quiet develop --no-deps
 else ifeq ($(STACK),onedl)
 VENV := .venv-onedl
 REQUIREMENTS := requirements/onedl.txt
 CONSTRAINTS := requirements/constraints-onedl.txt
+# Not `develop`: onedl-mim understands only what pip notes down.
+INSTALL_MONA_MM = $(PIP) install --no-deps --editable .
 else
 $(error STACK=$(STACK): there are two, official and onedl)
 endif
@@ -51,12 +55,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# `develop` and not `pip install -e`: mim and mmengine look for mona_mm/.mim beside the package's metadata.
 # The last step is for machines without libGL, where only the headless opencv can be imported.
 $(STAMP): $(BIN)/python $(REQUIREMENTS) $(CONSTRAINTS) requirements/test.txt pyproject.toml setup.py
 	@$(BIN)/python -m ensurepip >/dev/null
 	$(PIP) install -r $(REQUIREMENTS) -r requirements/test.txt -c $(CONSTRAINTS)
-	$(BIN)/python -W ignore setup.py --quiet develop --no-deps
+	$(INSTALL_MONA_MM)
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  echo 'opencv-python cannot be imported here (no libGL?): installing the headless build over it'; \
 	  $(PIP) install --no-deps --force-reinstall opencv-python-headless -c $(CONSTRAINTS); }

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the `.mim` folder in the package, where mim and `mona_mm::` configs are looked up."""
+"""What pyproject.toml cannot say: the `.mim` folder in the package, where mim looks for configs and tools."""
 
 import shutil
 from pathlib import Path
@@ -11,28 +11,18 @@ ROOT = Path(__file__).parent
 MIM_FILES = ('configs', 'tools', 'model-index.yml')
 
 
-def link_mim_files() -> None:
-    """In a checkout, `.mim` holds links: it is always current."""
-    folder = ROOT / 'mona_mm' / '.mim'
-    folder.mkdir(exist_ok=True)
-    for name in MIM_FILES:
-        link = folder / name
-        link.unlink(missing_ok=True)
-        link.symlink_to(Path('..', '..', name))
-
-
 class BuildPy(build_py):
-    """In a wheel, `.mim` holds copies."""
+    """In a wheel, `.mim` holds copies. (An editable install by pip has none: openmim would not find it, and onedl-mim
+    searches the whole checkout, where it must meet a config only once.)"""
 
     def run(self):
-        super().run()
         if self.editable_mode:
-            link_mim_files()
-            return
-        folder = Path(self.build_lib, 'mona_mm', '.mim')
-        shutil.rmtree(folder, ignore_errors=True)
+            return super().run()
+        package = Path(self.build_lib, 'mona_mm')
+        shutil.rmtree(package, ignore_errors=True)  # an earlier build's files would end up in the wheel
+        super().run()
         for source in self._mim_sources():
-            target = folder / source
+            target = package / '.mim' / source
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / source, target)
 
@@ -47,8 +37,15 @@ class BuildPy(build_py):
 
 
 class Develop(develop):
+    """In a checkout, `.mim` holds links, so that it is always current."""
+
     def run(self):
-        link_mim_files()
+        folder = ROOT / 'mona_mm' / '.mim'
+        folder.mkdir(exist_ok=True)
+        for name in MIM_FILES:
+            link = folder / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path('..', '..', name))
         super().run()
 
 
