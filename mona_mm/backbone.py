@@ -30,9 +30,8 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
-        ConfigError: unknown method, a rule that matches nothing, or ``frozen_stages`` reaching a method's modules.
+        ConfigError: unknown base or method, a rule that matches nothing, or ``frozen_stages`` reaching a method's modules.
         UnknownOptionError: an option that the method does not have.
-        KeyError: the base's ``type`` is in no registry.
     """
     if peft is not None:
         method, build = build_method(peft)
@@ -57,8 +56,7 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
         trainable: a rule or a list of rules of :mod:`mona_mm.freeze`.
 
     Raises:
-        ConfigError: if a rule matches nothing.
-        KeyError: the base's ``type`` is in no registry.
+        ConfigError: unknown base, or a rule that matches nothing.
     """
     module = _build(base)
     freeze(module, trainable)
@@ -68,6 +66,12 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
 def _build(base: dict[str, Any]) -> nn.Module:
     if not isinstance(base, dict) or 'type' not in base:
         raise ConfigError(f'base={base!r} must be the config of a stock module, a dict with a `type`.')
+    with MODELS.switch_scope_and_registry(None) as registry:  # the running config's default scope
+        if isinstance(base['type'], str) and registry.get(base['type']) is None:
+            raise ConfigError(
+                f"base: there is no module {base['type']!r}. Give the type that a stock config has, outside a config "
+                "with its library's scope: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
+            )
     return MODELS.build(ConfigDict(base))
 
 

@@ -52,7 +52,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
-    if cfg.launcher == 'pytorch' and not torch.accelerator.is_available():
+    if cfg.get('launcher') == 'pytorch' and not torch.accelerator.is_available():
         torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 

@@ -116,8 +116,9 @@ def adapt_to_device(cfg: Config) -> None:
         replaced.append('BN in place of SyncBN')
     if cfg.get('launcher', 'none') != 'none':
         cfg.env_cfg = {**cfg.get('env_cfg', {}), 'dist_cfg': dict(backend='gloo')}
-        # mmengine's default wrapper passes a device index, which DDP refuses for a model on the CPU.
-        cfg.model_wrapper_cfg = {'type': 'MMDistributedDataParallel', **cfg.get('model_wrapper_cfg', {})}
+        # mmengine passes a device index by default, which DDP refuses for a model on the CPU.
+        wrapper_cfg = cfg.get('model_wrapper_cfg') or dict(type='MMDistributedDataParallel')
+        cfg.model_wrapper_cfg = {**wrapper_cfg, 'device_ids': None}
         replaced.append('gloo in place of nccl')
     if replaced:
         print_log(f'No accelerator here: running on the CPU with {", ".join(replaced)}.', logger='current')

@@ -1,0 +1,209 @@
+"""Whole runs of the small detector: resuming bit for bit, two processes, and errors before training."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.hooks import Hook
+from mona_mm.cli import build_runner
+from mona_mm.config import adapt_to_device, find_last_checkpoint, resume_from
+
+
+def iteration_based(cfg, iterations: int):
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=100)
+    cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=6)
+
+
+def epoch_based(cfg, iterations: int):
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=iterations // 6, val_interval=100)
+
+
+def with_noise(cfg):
+    """DropPath, dropout and random flips, so that equality shows the random state is right."""
+    cfg.model.backbone.base.drop_path_rate = 0.3
+    cfg.model.backbone.peft.dropout = 0.1
+    cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[4, 9], gamma=0.5)]
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopHook(Hook):
+    """Stops a run at its seventh iteration, as a signal would."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 6:
+            raise Stopped
+
+
+def train(cfg, work_dir, resume=None, stop=False):
+    cfg = cfg.copy()
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = f'{work_dir.name}-{resume}-{os.urandom(4).hex()}'
+    resume_from(cfg, resume)
+    adapt_to_device(cfg)
+    runner = build_runner(cfg)
+    losses = []
+    train_step = runner.model.train_step
+
+    def recorded(*args, **kwargs):
+        out = train_step(*args, **kwargs)
+        losses.append(float(out['loss']))
+        return out
+
+    runner.model.train_step = recorded
+    if stop:
+        runner.register_hook(StopHook())
+    with pytest.raises(Stopped) if stop else nullcontext():
+        runner.train()
+    return losses, torch.load(find_last_checkpoint(cfg.work_dir), weights_only=True)
+
+
+def flat(node, path=''):
+    """(path, tensor or number) pairs of nested dicts and lists."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from flat(value, f'{path}/{key}')
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from flat(value, f'{path}/{i}')
+    elif isinstance(node, torch.Tensor | int | float):
+        yield path, node
+
+
+@pytest.mark.parametrize('loop', [epoch_based, iteration_based])
+def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
+    """Six iterations, stop, six more after --resume: the losses of twelve straight ones, and every tensor of the
+    model and the optimizer, bit for bit; data order, augmentation, DropPath and dropout included."""
+    with_noise(detector_config)
+    loop(detector_config, 12)
+    straight, expected = train(detector_config, tmp_path / 'straight')
+    first, _ = train(detector_config, tmp_path / 'stopped', stop=True)
+    second, actual = train(detector_config, tmp_path / 'stopped', resume='auto')
+    assert len(straight) == 12 and len(first) == len(second) == 6
+    assert first + second == straight
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        a, b = dict(flat(actual[part])), dict(flat(expected[part]))
+        assert a.keys() == b.keys()
+        wrong = [k for k in a if not torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k]))]
+        assert not wrong, (part, wrong[:5])
+
+
+def test_a_run_depends_on_its_seed(detector_config, tmp_path):
+    """The test above could not pass if nothing were random: another seed gives other losses from the second step."""
+    with_noise(detector_config)
+    epoch_based(detector_config, 6)
+    first, _ = train(detector_config, tmp_path / 'a')
+    detector_config.randomness = dict(seed=1)
+    second, _ = train(detector_config, tmp_path / 'b')
+    assert first != second
+
+
+def test_a_malicious_history_is_refused(tmp_path):
+    """Loading mmengine's log history allows no getattr beyond its own methods."""
+
+    from mmengine.logging import HistoryBuffer
+
+    class Attack:
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, '__init__')  # whose __globals__ hold everything
+
+    torch.save({'x': Attack()}, tmp_path / 'attack.pth')
+    with pytest.raises(pickle.UnpicklingError, match='__init__.*not allowed'):
+        torch.load(tmp_path / 'attack.pth', weights_only=True)
+
+
+def command(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=kwargs.pop('cwd', ROOT), env=environment, capture_output=True, text=True
+    )
+
+
+def test_two_processes_train(detector_config, tmp_path):
+    """Two gloo processes on the CPU train under DDP without `find_unused_parameters`, and end with the same weights
+    as each other (rank 0 writes them; DDP would hang or raise if a trainable parameter had no gradient)."""
+    detector_config.train_cfg.max_epochs = 1
+    detector_config.train_cfg.val_interval = 1
+    detector_config.dump(tmp_path / 'config.py')
+    result = command(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'tools/train.py'),
+        str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'ddp'),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    log = result.stdout + result.stderr
+    assert 'gloo in place of nccl' in log and 'find_unused_parameters' not in log.split('What trains')[-1]
+    assert 'Epoch(train) [1][3/3]' in log and 'coco/bbox_mAP' in log
+    assert 'frozen tensors are unchanged' in log
+    assert torch.load(find_last_checkpoint(tmp_path / 'ddp'), weights_only=True)['meta']['iter'] == 3
+
+
+COCO = 'configs/mona/cascade_swin_b_coco.py'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['tools/train.py', 'configs/nowhere.py'], 'There is no config file configs/nowhere.py'),
+        (['tools/train.py', COCO, '--cfg-options', 'data_root=/nowhere'], '--cfg-options data_root='),
+        (
+            ['tools/train.py', COCO, '--resume', '--work-dir', '/tmp/none', '--cfg-options', 'data_root=DATA'],
+            '--resume: there is no checkpoint in /tmp/none',
+        ),
+        (
+            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.type=Monna'],
+            "unknown method 'Monna'",
+        ),
+        (
+            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.bottelneck=64'],
+            "Did you mean 'bottleneck'",
+        ),
+        (
+            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.frozen_stages=1'],
+            'frozen_stages=1',
+        ),
+        (
+            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainable=stages.9'],
+            "trainable='stages.9' matches nothing",
+        ),
+        (
+            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.type=SwinV2'],
+            'SwinV2',
+        ),
+        (['tools/test.py', COCO, 'nowhere.pth'], 'There is no checkpoint nowhere.pth'),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_bad_input_ends_in_one_line(arguments, message, demo_data, tmp_path):
+    """A user's mistake ends the command with status 2 and one line that names it, without a traceback."""
+    arguments = [a.replace('DATA', str(demo_data)) for a in arguments]
+    if '--work-dir' not in arguments:
+        arguments += ['--work-dir', str(tmp_path)]
+    result = command(*arguments)
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert last.startswith('error: ') and message in last
+    assert 'Traceback' not in result.stderr
+
+
+def test_count_params_prints_the_contract(tmp_path):
+    """One object a config with exactly the keys of the contract, and Swin-B's published numbers."""
+    configs = [COCO, 'configs/full/full_cascade_swin_b_coco.py', 'configs/fixed/fixed_cascade_swin_b_coco.py']
+    result = command('tools/count_params.py', *configs, '--json')
+    rows = json.loads(result.stdout)
+    assert [set(row) for row in rows] == 3 * [
+        {'config', 'method', 'total', 'trainable', 'backbone_total', 'backbone_trainable'}
+    ]
+    assert [row['config'] for row in rows] == configs
+    assert [row['backbone_trainable'] for row in rows] == [3667456, 86745016, 0]
+    assert [row['backbone_total'] for row in rows] == [86745016 + 3667456, 86745016, 86745016]
+    table = command('tools/count_params.py', COCO).stdout
+    assert '3,667,456 = 4.23% of the base, 4.06% of base and method' in table
