@@ -7,10 +7,10 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
+from mona_mm.errors import ConfigError
 from mona_mm.freeze import Rules, freeze
 from mona_mm.methods import build_method
 from mona_mm.registry import MODELS
-from mona_mm.errors import ConfigError
 from mona_mm.sites import find_host, inject, method_modules
 
 
@@ -30,7 +30,7 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
-        ConfigError: unknown base or method, a rule that matches nothing, or ``frozen_stages`` reaching a method's modules.
+        ConfigError: unknown base or method, a rule that matches nothing, or ``frozen_stages`` under a method.
         UnknownOptionError: an option that the method does not have.
     """
     if peft is not None:
@@ -69,7 +69,7 @@ def _build(base: dict[str, Any]) -> nn.Module:
     with MODELS.switch_scope_and_registry(None) as registry:  # the running config's default scope
         if isinstance(base['type'], str) and registry.get(base['type']) is None:
             raise ConfigError(
-                f"base: there is no module {base['type']!r}. Give the type that a stock config has, outside a config "
+                f'base: there is no module {base["type"]!r}. Give the type that a stock config has, outside a config '
                 "with its library's scope: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
             )
     return MODELS.build(ConfigDict(base))
@@ -88,4 +88,3 @@ def init_weights(self: nn.Module) -> None:
         type(self).init_weights(self)
     for module in method_modules(self):
         module.reset_parameters()
-

@@ -14,6 +14,9 @@ from mmengine.runner import Runner
 from mona_mm.config import adapt_to_device, load_config
 from mona_mm.errors import UserError
 
+# The fork's loader otherwise falls back to executing a pickle that weights-only loading refuses.
+os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 

@@ -170,4 +170,3 @@ def find_last_checkpoint(work_dir: str) -> str | None:
         return path
     moved = osp.join(work_dir, osp.basename(path))  # the work dir was renamed or copied
     return moved if osp.isfile(moved) else None
-

@@ -155,7 +155,9 @@ def inject(backbone: nn.Module, method: type[PeftModule], build: Callable[[int],
         raise ConfigError(f'{method.__name__}: unknown sites {sorted(unknown)}; sites are {", ".join(SITES)}.')
     host = find_host(backbone)
     if method_modules(backbone):
-        raise ConfigError(f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.')
+        raise ConfigError(
+            f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.'
+        )
 
     grid = TokenGrid()
     if host.grid_source is not None:

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 import pytest
 import torch
 from mmengine.config import Config
-from mona_mm.config import load_config
 from safetensors import safe_open
+
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.config import load_config
 
 # The models here are too small for a second thread to pay, and two of them fight on a busy machine.
 torch.set_num_threads(1)
@@ -112,4 +113,3 @@ def _fresh_state():
     from mmengine.registry import DefaultScope
 
     DefaultScope._instance_dict.clear()
-

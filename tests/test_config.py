@@ -3,6 +3,7 @@
 import pytest
 from conftest import ROOT
 from mmengine.config import Config
+
 from mona_mm.config import adapt_to_device, check_data, find_last_checkpoint, load_config, resume_from
 from mona_mm.errors import ConfigError, MissingFileError
 
@@ -53,7 +54,9 @@ def test_missing_data(split, demo_data, tmp_path):
     with pytest.raises(MissingFileError, match=r'annotations/mine\.json'):
         check_data(cfg, (split,))
     cfg = load_config(COCO, {'data_root': str(demo_data), f'{split}_dataloader.dataset.data_prefix.img': 'pictures/'})
-    wrapped = Config({f'{split}_dataloader': dict(dataset=dict(type='RepeatDataset', dataset=cfg[f'{split}_dataloader'].dataset))})
+    wrapped = Config(
+        {f'{split}_dataloader': dict(dataset=dict(type='RepeatDataset', dataset=cfg[f'{split}_dataloader'].dataset))}
+    )
     with pytest.raises(MissingFileError, match='pictures'):
         check_data(wrapped, (split,))
 

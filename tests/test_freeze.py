@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import HOSTS
+from torch import nn
+
 from mona_mm import FrozenModel, PeftBackbone, count_trainable, freeze
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.freeze import check_trainable, select
-from torch import nn
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
 

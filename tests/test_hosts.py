@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import HOSTS
 from mmengine.registry import MODELS
+
 from mona_mm import FrozenModel, PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.methods import PeftModule
@@ -271,7 +272,7 @@ def test_frozen_patch_embedding_is_accepted():
 
 
 def test_unknown_hosts_are_refused():
-    """BEiT's blocks have the attribute names of ViT's, and a ResNet none: both are refused, naming what is supported."""
+    """BEiT's blocks have the attribute names of ViT's, a ResNet none: both are refused, naming what is supported."""
     for base in (
         dict(type='mmpretrain.BEiTViT', arch='deit-tiny', img_size=32),
         dict(type='mmdet.ResNet', depth=18),

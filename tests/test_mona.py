@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import HOSTS, golden, golden_swin_config, part
 from mmengine.registry import MODELS
+
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.checkpoint import convert_state_dict
 from mona_mm.meta import meta_device
@@ -96,7 +97,9 @@ def test_extra_tokens_bypass_the_convolutions():
     out = module(tokens, hw)
     torch.testing.assert_close(out[:, 5:], module(tokens[:, 5:], hw))
     state = dict(module.named_parameters())
-    without = {name: torch.zeros_like(p) if 'depthwise' in name or 'pointwise' in name else p for name, p in state.items()}
+    without = {
+        name: torch.zeros_like(p) if 'depthwise' in name or 'pointwise' in name else p for name, p in state.items()
+    }
     torch.testing.assert_close(out[:, :5], plain_mona(without, tokens[:, :5], (1, 5)))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import HOSTS, VIT, golden, golden_swin_config, part
 from mmengine.registry import MODELS
+
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint import convert_state_dict
 from mona_mm.errors import CheckpointMismatchError, MissingFileError
@@ -104,7 +105,9 @@ def test_window_size_is_interpolated(tmp_path):
     """Tables of a window of 7 are resized for a window of 12; everything else loads as it is."""
     source = stock('mmdet-swin')
     torch.save(source.state_dict(), tmp_path / 'w7.pth')
-    base = dict(HOSTS['mmdet-swin'], window_size=12, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'w7.pth')))
+    base = dict(
+        HOSTS['mmdet-swin'], window_size=12, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'w7.pth'))
+    )
     model = PeftBackbone(base=base, peft=dict(type='Mona'))
     model.init_weights()
     name = 'stages.1.blocks.0.attn.w_msa.relative_position_bias_table'

@@ -1,4 +1,4 @@
-"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--amp] [--launcher L] [--cfg-options ...]"""
+"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--amp] [--cfg-options ...]"""
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, read_run_config, run, run_parser

@@ -7,7 +7,6 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import convert_state_dict
@@ -73,6 +72,8 @@ def read_checkpoint(file: str) -> dict:
     Raises:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
     """
+    from mmengine.runner.checkpoint import CheckpointLoader  # here, because it takes half a second to import
+
     try:
         return CheckpointLoader.load_checkpoint(file, map_location='cpu')
     except (URLError, TimeoutError, ConnectionError) as error:

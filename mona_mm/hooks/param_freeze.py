@@ -64,9 +64,7 @@ class ParamFreezeHook(Hook):
         method = {id(p) for m in method_modules(model) for p in m.parameters()}
         asked = select(model, self.trainable)
         wrong = sorted(
-            name
-            for name, p in model.named_parameters()
-            if id(p) not in method and p.requires_grad != (name in asked)
+            name for name, p in model.named_parameters() if id(p) not in method and p.requires_grad != (name in asked)
         )
         if wrong:
             raise FreezeError(

@@ -55,5 +55,7 @@ def build_method(cfg: dict[str, Any]) -> tuple[type[PeftModule], Callable[[int],
         if option not in accepted:
             close = get_close_matches(option, accepted, n=1)
             hint = f' Did you mean {close[0]!r}?' if close else ''
-            raise UnknownOptionError(f'peft: {name} has no argument {option!r}; it accepts {", ".join(accepted)}.{hint}')
+            raise UnknownOptionError(
+                f'peft: {name} has no argument {option!r}; it accepts {", ".join(accepted)}.{hint}'
+            )
     return method, lambda channels: method(channels, **options)
