@@ -10,6 +10,7 @@ that mmcv allocated. (The compiled operators compute in half throughout and refu
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,18 @@ def _in_float32(*tensors: Tensor) -> list[Tensor]:
     """``tensors`` in their common dtype, at least float32: torchvision refuses a mixture, and half on CPU."""
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
+
+
+def _add_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor, totals: Sequence[Tensor]
+) -> None:
+    """Add the gradients of ``function(*inputs)`` to ``totals``, by running it again under autograd."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    with torch.enable_grad():  # autograd calls the backward of a custom function without it
+        output = function(*inputs)
+    gradients = torch.autograd.grad(output, inputs, grad_output.to(output), materialize_grads=True)
+    for total, gradient in zip(totals, gradients, strict=True):
+        total += gradient
 
 
 # ---- non-maximum suppression ----
@@ -258,7 +271,7 @@ def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) ->
     return sign * input, sign, scale
 
 
-# ---- modulated deformable convolution (DyHead, DCNv2) ----
+# ---- modulated deformable convolution (DyHead, GLIP) ----
 
 
 def modulated_deform_conv_forward(
@@ -272,7 +285,7 @@ def modulated_deform_conv_forward(
     columns: Tensor,
     **geometry,
 ) -> None:
-    """Modulated deformable convolution (arXiv:1811.11168), into ``output`` ``(B, C_out, H_out, W_out)``.
+    """Modulated deformable convolution (arXiv:1811.11168), into ``output``.
 
     Args:
         input: ``(B, C_in, H, W)``.
@@ -281,10 +294,10 @@ def modulated_deform_conv_forward(
         ones: a buffer of mmcv's, unused, as is ``columns``.
         offset: ``(B, 2 * deformable_group * kernel_h * kernel_w, H_out, W_out)``, y before x.
         mask: ``(B, deformable_group * kernel_h * kernel_w, H_out, W_out)``.
-        geometry: the keywords of :func:`_deform_arguments`.
+        output: ``(B, C_out, H_out, W_out)``.
+        geometry: ``stride_h``, ``pad_h``, ``dilation_h``, the same for w, and sizes that the tensors tell as well.
     """
-    arguments = _deform_arguments(input, weight, offset, mask, bias, **geometry)
-    output.copy_(_torchvision_ops().deform_conv2d(*arguments))
+    output.copy_(_modulated_deform_conv(input, weight, bias, offset, mask, output.shape[2:], geometry))
 
 
 def modulated_deform_conv_backward(
@@ -304,36 +317,32 @@ def modulated_deform_conv_backward(
     **geometry,
 ) -> None:
     """The gradients of :func:`modulated_deform_conv_forward`, each added to its ``grad_*`` of equal shape."""
-    arguments = _deform_arguments(input, weight, offset, mask, bias, **geometry)
-    gradients = _torchvision_ops()._deform_conv2d_backward(grad_output.to(arguments[0]), *arguments)
-    for total, gradient in zip((grad_input, grad_weight, grad_offset, grad_mask, grad_bias), gradients, strict=True):
-        if total.numel():  # grad_bias is empty where there is no bias
-            total += gradient
+    _add_gradients(
+        lambda *inputs: _modulated_deform_conv(*inputs, grad_output.shape[2:], geometry),
+        inputs=(input, weight, bias, offset, mask),
+        grad_output=grad_output,
+        totals=(grad_input, grad_weight, grad_bias, grad_offset, grad_mask),
+    )
 
 
-def _deform_arguments(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    bias: Tensor,
-    *,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    with_bias: bool,
-) -> tuple:
-    """The arguments of torchvision's ``deform_conv2d``, which reads the kernel's size off the weight."""
-    bias = bias if with_bias else weight.new_zeros(weight.size(0))
-    tensors = _in_float32(input, weight, offset, mask, bias)
-    return *tensors, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True
+def _modulated_deform_conv(
+    input: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, mask: Tensor, output_size: torch.Size, geometry: dict
+) -> Tensor:
+    from torchvision.ops import deform_conv2d
+
+    # DyHead passes the offsets and mask of a larger feature map. mmcv's kernel then takes, of each image, as many
+    # values as it needs in the order of memory, and a model trained with mmcv expects that.
+    offset, mask = (
+        tensor.flatten(1)[:, : tensor.size(1) * output_size.numel()].unflatten(1, (tensor.size(1), *output_size))
+        for tensor in (offset, mask)
+    )
+    input, weight, bias, offset, mask = _in_float32(input, weight, bias, offset, mask)
+    stride, padding, dilation = (
+        (geometry[f'{name}_h'], geometry[f'{name}_w']) for name in ('stride', 'pad', 'dilation')
+    )
+    return deform_conv2d(
+        input, offset, weight, bias if geometry['with_bias'] else None, stride, padding, dilation, mask
+    )
 
 
 # ---- multi-scale deformable attention (DINO, Mask2Former) ----
@@ -382,11 +391,11 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """The gradients of :func:`ms_deform_attn_forward`, each added to its ``grad_*`` of equal shape."""
-    inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
-    with torch.enable_grad():  # autograd calls a custom backward without it
-        output = ms_deform_attn_forward(
-            inputs[0], value_spatial_shapes, value_level_start_index, inputs[1], inputs[2], im2col_step
-        )
-    gradients = torch.autograd.grad(output, inputs, grad_output)
-    for total, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
-        total += gradient
+    _add_gradients(
+        lambda value, locations, weights: ms_deform_attn_forward(
+            value, value_spatial_shapes, value_level_start_index, locations, weights, im2col_step
+        ),
+        inputs=(value, sampling_locations, attention_weights),
+        grad_output=grad_output,
+        totals=(grad_value, grad_sampling_loc, grad_attn_weight),
+    )
