@@ -169,7 +169,11 @@ class PartCount:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model. ``backbone_*`` count base and method; a model without a backbone is its own."""
+    """Parameters of a model.
+
+    ``method`` is the method's name, without one the ``trainable`` rules, of a stock model None. ``backbone_*`` count
+    base and method; a model without a backbone is its own.
+    """
 
     method: str | None
     parts: tuple[PartCount, ...]
@@ -215,15 +219,17 @@ def count_trainable(model: nn.Module) -> ParameterCount:
         backbone = model
     method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
     parts = [_count('backbone base', (p for p in backbone.parameters() if id(p) not in method))]
-    method_name = type(method_modules(backbone)[0]).__name__ if method else None
+    record = getattr(backbone, 'freeze_record', None)
+    name = '+'.join(record.rules) if record else None
     if method:
-        parts.append(_count(f'method ({method_name})', method.values()))
+        name = type(method_modules(backbone)[0]).__name__
+        parts.append(_count(f'method ({name})', method.values()))
     backbone_parts = tuple(parts)
     if backbone is not model:
         parts += [_count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
         parts.append(_count('(direct)', model.parameters(recurse=False)))
     return ParameterCount(
-        method=method_name,
+        method=name,
         parts=tuple(p for p in parts if p.total),
         backbone_base_total=backbone_parts[0].total,
         backbone_total=sum(p.total for p in backbone_parts),

@@ -97,7 +97,10 @@ def log_of(runner: Runner) -> str:
     return Path(runner.logger.handlers[-1].baseFilename).read_text()
 
 
-@pytest.mark.parametrize('options', ['plain', 'ema', 'accumulate', 'with_cp'])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+@pytest.mark.parametrize('options', ['plain', 'ema', 'accumulate', 'with_cp', pytest.param('amp', marks=needs_gpu)])
 def test_only_what_should_train_moves(make_runner, options):
     """Training moves the method and the head, no base weight, under EMA, accumulation and checkpointing too; the log
     has the table before and the proof after."""
@@ -110,6 +113,12 @@ def test_only_what_should_train_moves(make_runner, options):
             constructor='mona_mm.PeftOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
             accumulative_counts=2,
+        )
+    elif options == 'amp':
+        kwargs['optim_wrapper'] = dict(
+            type='AmpOptimWrapper',
+            constructor='mona_mm.PeftOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
         )
     elif options == 'with_cp':
         backbone = PeftBackbone(base=dict(HOSTS['mmdet-swin'], with_cp=True), peft=dict(type='Mona', bottleneck=8))

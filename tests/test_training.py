@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -132,9 +133,15 @@ def command(*arguments, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
+def scores(log: str) -> list[str]:
+    """The AP values of the last evaluation in a log."""
+    last = [line for line in log.splitlines() if 'coco/bbox_mAP:' in line][-1]
+    return re.findall(r'coco/(?:bbox|segm)_mAP\w*: [-\d.]+', last)
+
+
 def test_two_processes_train(detector_config, tmp_path):
-    """Two gloo processes on the CPU train under DDP without `find_unused_parameters`, and end with the same weights
-    as each other (rank 0 writes them; DDP would hang or raise if a trainable parameter had no gradient)."""
+    """Two gloo processes on the CPU train under DDP without `find_unused_parameters` (DDP would raise if a trainable
+    parameter had no gradient); `tools/test.py` on the checkpoint repeats the scores and draws every image."""
     detector_config.train_cfg.max_epochs = 1
     detector_config.train_cfg.val_interval = 1
     detector_config.dump(tmp_path / 'config.py')
@@ -147,7 +154,17 @@ def test_two_processes_train(detector_config, tmp_path):
     assert 'gloo in place of nccl' in log and 'find_unused_parameters' not in log.split('What trains')[-1]
     assert 'Epoch(train) [1][3/3]' in log and 'coco/bbox_mAP' in log
     assert 'frozen tensors are unchanged' in log
-    assert read_checkpoint(find_last_checkpoint(tmp_path / 'ddp'))['meta']['iter'] == 3
+    checkpoint = find_last_checkpoint(tmp_path / 'ddp')
+    assert read_checkpoint(checkpoint)['meta']['iter'] == 3
+
+    result = command(
+        'tools/test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'test'),
+        '--show-dir', str(tmp_path / 'pictures'), '--out', str(tmp_path / 'predictions.pkl'),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert scores(result.stdout + result.stderr) == scores(log)
+    assert len(list((tmp_path / 'pictures').iterdir())) == 2
+    assert (tmp_path / 'predictions.pkl').stat().st_size > 0
 
 
 COCO = 'configs/mona/cascade_swin_b_coco.py'
@@ -207,6 +224,7 @@ def test_count_params_prints_the_contract(tmp_path):
         {'config', 'method', 'total', 'trainable', 'backbone_total', 'backbone_trainable'}
     ]
     assert [row['config'] for row in rows] == configs
+    assert [row['method'] for row in rows] == ['Mona', 'all', 'none']
     assert [row['backbone_trainable'] for row in rows] == [3667456, 86745016, 0]
     assert [row['backbone_total'] for row in rows] == [86745016 + 3667456, 86745016, 86745016]
     table = command('tools/count_params.py', COCO).stdout
