@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 from safetensors import safe_open
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
@@ -107,9 +109,8 @@ def detector_config(demo_data, tmp_path) -> Config:
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Every test begins from the same random numbers and from no default scope."""
+    """Every test begins from the same random numbers, no default scope, and no logger of a test before it."""
     torch.manual_seed(0)
     yield
-    from mmengine.registry import DefaultScope
-
-    DefaultScope._instance_dict.clear()
+    for manager in (DefaultScope, MMLogger):
+        manager._instance_dict.clear()

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -168,58 +169,80 @@ def test_two_processes_train(detector_config, tmp_path):
 
 
 COCO = 'configs/mona/cascade_swin_b_coco.py'
+DEMO = 'configs/demo/demo_mona_shapes.py'
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a command line in this process: (exit status, standard output, standard error)."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, 'argv', [name, *arguments])
+        status = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
+    ('name', 'arguments', 'message'),
     [
-        (['tools/train.py', 'configs/nowhere.py'], 'There is no config file configs/nowhere.py'),
-        (['tools/train.py', COCO, '--cfg-options', 'data_root=/nowhere'], '--cfg-options data_root='),
+        ('train.py', ['configs/nowhere.py'], 'There is no config file configs/nowhere.py'),
+        ('train.py', [DEMO, '--cfg-options', 'data_root=/nowhere'], '--cfg-options data_root='),
+        ('train.py', [DEMO, '--resume', '--cfg-options', 'data_root=DATA'], '--resume: there is no checkpoint in'),
         (
-            ['tools/train.py', COCO, '--resume', '--work-dir', '/tmp/none', '--cfg-options', 'data_root=DATA'],
-            '--resume: there is no checkpoint in /tmp/none',
-        ),
-        (
-            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.type=Monna'],
+            'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.type=Monna'],
             "unknown method 'Monna'",
         ),
         (
-            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.bottelneck=64'],
+            'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.peft.bottelneck=64'],
             "Did you mean 'bottleneck'",
         ),
         (
-            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.frozen_stages=1'],
+            'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.frozen_stages=1'],
             'frozen_stages=1',
         ),
         (
-            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainable=stages.9'],
+            'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainable=stages.9'],
             "trainable='stages.9' matches nothing",
         ),
         (
-            ['tools/train.py', COCO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.type=SwinV2'],
-            'SwinV2',
+            'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.base.type=SwinV3'],
+            "there is no module 'SwinV3'",
         ),
-        (['tools/test.py', COCO, 'nowhere.pth'], 'There is no checkpoint nowhere.pth'),
+        (
+            'train.py',
+            [DEMO, '--auto-scale-lr', '--cfg-options', 'data_root=DATA', 'auto_scale_lr=None'],
+            '--auto-scale-lr',
+        ),
+        ('test.py', [DEMO, 'nowhere.pth', '--cfg-options', 'data_root=DATA'], 'There is no checkpoint nowhere.pth'),
     ],
-    ids=lambda x: x if isinstance(x, str) else None,
+    ids=lambda value: value.split()[-1] if isinstance(value, str) else None,
 )
-def test_bad_input_ends_in_one_line(arguments, message, demo_data, tmp_path):
-    """A user's mistake ends the command with status 2 and one line that names it, without a traceback."""
+def test_bad_input_ends_in_one_line(tool, name, arguments, message, demo_data, tmp_path):
+    """A user's mistake ends the command before training, with status 2 and one line that names it."""
     arguments = [a.replace('DATA', str(demo_data)) for a in arguments]
-    if '--work-dir' not in arguments:
-        arguments += ['--work-dir', str(tmp_path)]
-    result = command(*arguments)
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert last.startswith('error: ') and message in last
-    assert 'Traceback' not in result.stderr
+    status, _, err = tool(name, *arguments, '--work-dir', str(tmp_path))
+    assert status == 2
+    errors = [line for line in err.splitlines() if line.startswith('error: ')]
+    assert len(errors) == 1 and message in errors[0] and 'Traceback' not in err
 
 
-def test_count_params_prints_the_contract(tmp_path):
+def test_count_params_prints_the_contract(tool):
     """One object a config with exactly the keys of the contract, and Swin-B's published numbers."""
     configs = [COCO, 'configs/full/full_cascade_swin_b_coco.py', 'configs/fixed/fixed_cascade_swin_b_coco.py']
-    result = command('tools/count_params.py', *configs, '--json')
-    rows = json.loads(result.stdout)
+    rows = json.loads(tool('count_params.py', *configs, '--json')[1])
     assert [set(row) for row in rows] == 3 * [
         {'config', 'method', 'total', 'trainable', 'backbone_total', 'backbone_trainable'}
     ]
@@ -227,5 +250,5 @@ def test_count_params_prints_the_contract(tmp_path):
     assert [row['method'] for row in rows] == ['Mona', 'all', 'none']
     assert [row['backbone_trainable'] for row in rows] == [3667456, 86745016, 0]
     assert [row['backbone_total'] for row in rows] == [86745016 + 3667456, 86745016, 86745016]
-    table = command('tools/count_params.py', COCO).stdout
+    table = tool('count_params.py', COCO)[1]
     assert '3,667,456 = 4.23% of the base, 4.06% of base and method' in table

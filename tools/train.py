@@ -24,7 +24,7 @@ def main() -> None:
     check_data(cfg, ('train', 'val'))
     resume_from(cfg, args.resume)
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
     build_runner(cfg).train()
