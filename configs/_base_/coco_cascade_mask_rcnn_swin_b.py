@@ -1,5 +1,6 @@
 # COCO instance segmentation: Cascade Mask R-CNN, Swin-B, 36 epochs, as in the Mona paper (its full fine-tuning).
 _base_ = ['./default_runtime.py']
+default_scope = 'mmdet'
 
 # Model -----------------------------------------------------------------------------------------------------------
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -232,4 +233,8 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))
+default_hooks = dict(
+    checkpoint=dict(save_best='coco/bbox_mAP'),
+    visualization=dict(type='DetVisualizationHook'),
+)
+visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

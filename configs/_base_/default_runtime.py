@@ -1,6 +1,5 @@
-# What every config shares, whatever its task.
+# What every config shares, whatever its library and task.
 custom_imports = dict(imports=['mona_mm'], allow_failed_imports=False)
-default_scope = 'mmdet'
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -8,7 +7,6 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='mona_mm.SafeCheckpointHook', interval=1, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='DetVisualizationHook'),
 )
 custom_hooks = [
     dict(type='mona_mm.ParamFreezeHook'),  # says what trains, proves that the rest does not
@@ -21,8 +19,6 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-vis_backends = [dict(type='LocalVisBackend')]
-visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 log_level = 'INFO'
 load_from = None
