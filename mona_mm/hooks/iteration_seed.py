@@ -66,3 +66,8 @@ class _SeededIterator:
         seed(self._seed, self._fetched, _FETCH)
         self._fetched += 1
         return next(self._batches)
+
+    def skip_iter(self, count: int) -> None:
+        """Pass ``count`` batches without loading them: how the fork's loop skips what a resumed run has had."""
+        self._batches.skip_iter(count)
+        self._fetched += count
