@@ -239,11 +239,12 @@ def test_checksums_see_any_single_change(dtype):
     reference = checksums(model)['weight']
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[model.weight.element_size()]
     bits = model.weight.data.view(integers)
-    for bit in range(8 * model.weight.element_size()):
-        flip = torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(integers)
-        bits[2, 3] ^= flip
-        assert checksums(model)['weight'] != reference, bit
-        bits[2, 3] ^= flip
+    for element in [(2, 3), (4, 6)]:  # the last one is beyond the last whole 64-bit word
+        for bit in range(8 * model.weight.element_size()):
+            flip = torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(integers)
+            bits[element] ^= flip
+            assert checksums(model)['weight'] != reference, (element, bit)
+            bits[element] ^= flip
     assert checksums(model)['weight'] == reference
 
 
