@@ -34,11 +34,11 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
         UnknownOptionError: an option that the method does not have.
     """
     if peft is not None:
-        method, build = build_method(peft)
+        sites, build = build_method(peft)
     backbone = _build(base)
     find_host(backbone)
     if peft is not None:
-        inject(backbone, method, build)
+        inject(backbone, sites, build)
     freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
     backbone.init_weights = MethodType(init_weights, backbone)
     return backbone

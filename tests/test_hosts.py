@@ -13,9 +13,16 @@ from mona_mm import FrozenModel, PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.methods import PeftModule
 from mona_mm.registry import METHODS
-from mona_mm.sites import SITES, method_modules, method_names
+from mona_mm.sites import LINEAR_SITES, STREAM_SITES, method_modules, method_names
 
-METHOD_CONFIGS = {'mona': dict(type='Mona', bottleneck=8)}
+METHOD_CONFIGS = {
+    'mona': dict(type='Mona', bottleneck=8),
+    'adapter': dict(type='Adapter', bottleneck=8),
+    'adaptformer': dict(type='AdaptFormer', bottleneck=8),
+    'lorand': dict(type='LoRand', inner=4),
+    'lora': dict(type='LoRA', rank=4),
+    'lora-everywhere': dict(type='LoRA', rank=4, sites=['q', 'k', 'v', 'proj', 'fc1', 'fc2']),
+}
 
 
 @pytest.fixture(params=METHOD_CONFIGS)
@@ -46,7 +53,7 @@ def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
 class EverySite(PeftModule):
     """Does nothing, everywhere: shows that the seams themselves change nothing."""
 
-    sites = SITES
+    sites = tuple(site for site in STREAM_SITES if site != 'parallel_ffn')
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -60,21 +67,42 @@ class EverySite(PeftModule):
         return x
 
 
+class BesideFFN(EverySite):
+    sites = ('parallel_ffn',)
+
+    def forward(self, x, hw):
+        return torch.zeros_like(x)
+
+
+class EveryLinear(EverySite):
+    sites = LINEAR_SITES
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(out_channels)
+
+    def forward(self, x):
+        return self.offset.expand(*x.shape[:-1], -1)
+
+
 @pytest.fixture
 def every_site():
-    METHODS.register_module(module=EverySite)
-    yield dict(type='EverySite')
-    METHODS.module_dict.pop('EverySite')
+    """Configs of the methods above, by what they occupy."""
+    classes = {'stream-sites': EverySite, 'beside-ffn': BesideFFN, 'linear-sites': EveryLinear}
+    for cls in classes.values():
+        METHODS.register_module(module=cls)
+    yield {kind: dict(type=cls.__name__) for kind, cls in classes.items()}
+    for cls in classes.values():
+        METHODS.module_dict.pop(cls.__name__)
 
 
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('seams', [False, True], ids=['no-method', 'seams'])
+@pytest.mark.parametrize('seams', ['no-method', 'stream-sites', 'beside-ffn', 'linear-sites'])
 def test_stock_outputs_bit_for_bit(host, every_site, training, seams):
     """A stock checkpoint loads strictly and gives the stock outputs; seams without a method change no bit."""
     stock = MODELS.build(host)
     stock.init_weights()
-    wrapped = PeftBackbone(base=host, peft=every_site if seams else None)
-    if seams:
+    wrapped = PeftBackbone(base=host, peft=every_site.get(seams))
+    if seams != 'no-method':
         result = wrapped.load_state_dict(stock.state_dict(), strict=False)
         assert not result.unexpected_keys
         assert set(result.missing_keys) == method_names(wrapped)
@@ -93,7 +121,7 @@ def test_seams_keep_gradients(host, every_site):
     """The input gradient through the seams is the stock one, bit for bit."""
     stock = MODELS.build(host)
     stock.init_weights()
-    wrapped = PeftBackbone(base=host, peft=every_site)
+    wrapped = PeftBackbone(base=host, peft=every_site['stream-sites'])
     wrapped.load_state_dict(stock.state_dict(), strict=False)
     gradients = []
     for model in (stock, wrapped):
@@ -301,7 +329,7 @@ def test_second_method_is_refused(every_site):
 
     model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'))
     with pytest.raises(ConfigError, match='already carries'):
-        inject(model, Mona, Mona)
+        inject(model, Mona.sites, Mona)
 
 
 def test_subclasses_of_a_host_keep_their_blocks():

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mona_mm.errors import ConfigError
-from mona_mm.methods.base import PeftModule
+from mona_mm.methods.base import PeftModule, positive, probability
 from mona_mm.registry import METHODS
 
 
@@ -40,10 +39,8 @@ class Mona(PeftModule):
 
     def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
         super().__init__()
-        if not (isinstance(bottleneck, int) and bottleneck >= 1):
-            raise ConfigError(f'Mona: bottleneck={bottleneck!r} must be a whole number of at least 1.')
-        if not 0 <= dropout < 1:
-            raise ConfigError(f'Mona: dropout={dropout!r} must be a probability in [0, 1).')
+        positive('Mona', 'bottleneck', bottleneck)
+        probability('Mona', 'dropout', dropout)
         self.norm = nn.LayerNorm(channels)
         self.gamma = nn.Parameter(torch.empty(channels))
         self.gammax = nn.Parameter(torch.empty(channels))

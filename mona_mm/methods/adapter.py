@@ -1,0 +1,54 @@
+"""Adapter: a bottleneck on the output of both branches."""
+
+from torch import Tensor, nn
+
+from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.registry import METHODS
+
+
+@METHODS.register_module()
+class Adapter(PeftModule):
+    r"""Bottleneck with a residual, on the output of the attention and of the FFN, before DropPath.
+
+    .. math:: y = x + W_\mathrm{up}\,\mathrm{Dropout}(\mathrm{GELU}(W_\mathrm{down} x + b_\mathrm{down})) + b_\mathrm{up}
+
+    A module has :math:`2mn + m + n` parameters for :math:`m` channels and bottleneck :math:`n`. It does not begin as
+    the identity: the published code leaves both projections at a truncated normal.
+
+    Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, as the baseline in the
+    published code of Mona (CVPR 2025).
+
+    Args:
+        channels: width ``C`` of the token stream.
+        bottleneck: hidden width.
+        dropout: drop probability after the GELU.
+
+    Raises:
+        ConfigError: if ``bottleneck`` is not a whole number of at least 1, or ``dropout`` is not in [0, 1).
+    """
+
+    sites = ('attn_branch', 'ffn_branch')
+
+    def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
+        super().__init__()
+        positive(type(self).__name__, 'bottleneck', bottleneck)
+        probability(type(self).__name__, 'dropout', dropout)
+        self.down = nn.Linear(channels, bottleneck)
+        self.act = nn.GELU()
+        self.dropout = nn.Dropout(dropout)
+        self.up = nn.Linear(bottleneck, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of std 0.02 for both projections, zero biases."""
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The bottleneck without its residual, ``(B, N, C) -> (B, N, C)``."""
+        return self.up(self.dropout(self.act(self.down(x))))
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``."""
+        return x + self.branch(x)

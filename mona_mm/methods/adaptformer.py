@@ -1,0 +1,38 @@
+"""AdaptFormer: a scaled bottleneck beside the FFN."""
+
+from torch import Tensor
+
+from mona_mm.methods.adapter import Adapter
+from mona_mm.registry import METHODS
+
+
+@METHODS.register_module()
+class AdaptFormer(Adapter):
+    r"""Scaled bottleneck of the un-normalised residual, added beside the FFN after DropPath.
+
+    .. math:: \Delta = s\,(W_\mathrm{up}\,\mathrm{Dropout}(\mathrm{GELU}(W_\mathrm{down} x + b_\mathrm{down})) + b_\mathrm{up})
+
+    Initial values and parameter count are :class:`Adapter` 's.
+
+    Source: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, as
+    the baseline in the published code of Mona (CVPR 2025), which leaves out the paper's LayerNorm and ReLU.
+
+    Args:
+        channels: width ``C`` of the token stream.
+        bottleneck: hidden width.
+        dropout: drop probability after the GELU.
+        scale: factor :math:`s` on the branch.
+
+    Raises:
+        ConfigError: if ``bottleneck`` is not a whole number of at least 1, or ``dropout`` is not in [0, 1).
+    """
+
+    sites = ('parallel_ffn',)
+
+    def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1, scale: float = 0.1) -> None:
+        super().__init__(channels, bottleneck, dropout)
+        self.scale = scale
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C)`` to what is added, ``(B, N, C)``."""
+        return self.scale * self.branch(x)

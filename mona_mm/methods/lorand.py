@@ -1,0 +1,81 @@
+"""LoRand: an adapter with low-rank synthesised projections."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mona_mm.methods.base import PeftModule, positive
+from mona_mm.registry import METHODS
+
+
+class LoRandLinear(nn.Module):
+    r"""Linear layer whose weight is a sum of low-rank products.
+
+    .. math:: W = \Big(\sum_{i} A_i G_i B_i\Big)^\top
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        inner: rank of one product.
+        branches: how many products.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, inner: int, branches: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(branches, in_channels, inner))
+        self.g = nn.Parameter(torch.empty(branches, inner, inner))
+        self.b = nn.Parameter(torch.empty(branches, inner, out_channels))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Every factor Kaiming-uniform with a = sqrt(5), the bias uniform in +-1/sqrt(in_channels)."""
+        for stack in (self.a, self.g, self.b):
+            for factor in stack:
+                nn.init.kaiming_uniform_(factor, a=5**0.5)
+        bound = self.a.shape[1] ** -0.5
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_channels) -> (..., out_channels)``."""
+        return F.linear(x, (self.a @ self.g @ self.b).sum(0).T, self.bias)
+
+
+@METHODS.register_module()
+class LoRand(PeftModule):
+    r"""Adapter of :class:`LoRandLinear` projections, on the output of the attention and of the FFN after DropPath.
+
+    .. math:: y = x + \mathrm{up}(\mathrm{GELU}(\mathrm{down}(x)))
+
+    The hidden width is half the stream's.
+
+    Source: Yin et al., "1% VS 100%: Parameter-Efficient Low Rank Adapter for Dense Predictions", CVPR 2023, section
+    3.2, in the authors' later release.
+
+    Args:
+        channels: width ``C`` of the token stream.
+        inner: rank of one product; 16 is the variant of the Mona paper's tables, 8 the smaller one.
+        branches: products summed to one weight.
+
+    Raises:
+        ConfigError: if ``inner`` or ``branches`` is not a whole number of at least 1.
+    """
+
+    sites = ('attn_out', 'ffn_out')
+
+    def __init__(self, channels: int, inner: int = 16, branches: int = 4) -> None:
+        super().__init__()
+        positive('LoRand', 'inner', inner)
+        positive('LoRand', 'branches', branches)
+        self.down = LoRandLinear(channels, channels // 2, inner, branches)
+        self.act = nn.GELU()
+        self.up = LoRandLinear(channels // 2, channels, inner, branches)
+
+    def reset_parameters(self) -> None:
+        """See :meth:`LoRandLinear.reset_parameters`."""
+        self.down.reset_parameters()
+        self.up.reset_parameters()
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``."""
+        return x + self.up(self.act(self.down(x)))
