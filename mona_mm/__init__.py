@@ -9,7 +9,7 @@ from mona_mm import compat
 compat.install()  # before anything below can import mmcv.ops
 
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
-from mona_mm.freeze import count_trainable, freeze  # noqa: E402
+from mona_mm.freeze import count_trainable  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
-__all__ = ['FrozenModel', 'PeftBackbone', '__version__', 'count_trainable', 'freeze']
+__all__ = ['FrozenModel', 'PeftBackbone', '__version__', 'count_trainable']

@@ -1,6 +1,6 @@
 """Build a stock module, insert a method, freeze: what ``type='mona_mm.PeftBackbone'`` in a config does."""
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from mmengine.config import ConfigDict
@@ -40,7 +40,8 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
     if peft is not None:
         inject(backbone, sites, build)
     freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
-    backbone.init_weights = MethodType(init_weights, backbone)
+    # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
+    backbone.init_weights = partial(init_weights, backbone)
     return backbone
 
 
@@ -81,9 +82,9 @@ def init_weights(self: nn.Module) -> None:
     A ``Pretrained`` ``init_cfg`` goes through :func:`load_pretrained`, which checks that the file fits, whichever of
     the libraries the host is from. The method comes last, because some hosts re-randomise every linear layer.
     """
-    file = pretrained_file(self)
-    if file is not None:
-        load_pretrained(self, file)
+    pretrained = pretrained_file(self)
+    if pretrained is not None:
+        load_pretrained(self, **pretrained)
     else:
         type(self).init_weights(self)
     for module in method_modules(self):

@@ -5,17 +5,18 @@ import os
 import os.path as osp
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mona_mm.config import adapt_to_device, load_config
-from mona_mm.errors import UserError
+from mona_mm.compat.safe_globals import FORCE_WEIGHTS_ONLY
+from mona_mm.config import adapt_to_device, has_accelerator, load_config
+from mona_mm.errors import ConfigError, UserError
 
-# The fork's loader otherwise falls back to executing a pickle that weights-only loading refuses.
-os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+os.environ.setdefault(FORCE_WEIGHTS_ONLY, '1')  # for what mmengine's Runner loads
 
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -55,7 +56,10 @@ def read_run_config(args: argparse.Namespace) -> Config:
 
 def build_runner(cfg: Config) -> Runner:
     """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
-    if cfg.get('launcher') == 'pytorch' and not torch.accelerator.is_available():
+    launcher = cfg.get('launcher', 'none')
+    if launcher != 'none' and not has_accelerator():
+        if launcher != 'pytorch':
+            raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
         torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
@@ -65,5 +69,14 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+    except TypeError as error:
+        # A misspelt argument of any module in a config: Python's message says which, and of what.
+        if 'unexpected keyword argument' not in str(error):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)

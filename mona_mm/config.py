@@ -1,13 +1,14 @@
 """Read a config for the command lines: options, data paths, and what a machine without an accelerator needs."""
 
 import os.path as osp
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.logging import print_log
 
+from mona_mm.data import datasets
 from mona_mm.errors import ConfigError, MissingFileError
 
 
@@ -36,13 +37,14 @@ def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
 
 
 def _set_data_root(cfg: Config, new: str) -> None:
-    if not isinstance(cfg.get('data_root'), str):
+    if not cfg.get('data_root'):
         raise ConfigError(f'data_root={new}: {cfg.filename} has no top-level data_root, so set the paths one by one.')
-    old = cfg.data_root
+    old = osp.join(cfg.data_root, '')
+    cfg.data_root = old  # with its slash, so that data/coco is not taken for a part of data/coco_extra
 
     def replace(node: Any) -> Any:
         if isinstance(node, str):
-            return new + node[len(old) :] if node.startswith(old) else node
+            return new + node[len(old) :] if osp.join(node, '').startswith(old) else node
         return _map_children(node, replace)
 
     replace(cfg._cfg_dict)
@@ -56,7 +58,7 @@ def _set_classes(cfg: Config, classes: tuple[str, ...]) -> None:
 
     set_count(cfg.model)
     for split in ('train', 'val', 'test'):
-        for dataset in _datasets((cfg.get(f'{split}_dataloader') or {}).get('dataset')):
+        for dataset in datasets(cfg, split):
             dataset['metainfo'] = {**(dataset.get('metainfo') or {}), 'classes': classes}
 
 
@@ -69,41 +71,14 @@ def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
     return node
 
 
-def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check, before anything is built, that the data which ``splits`` (``'train'``, ...) name are there.
-
-    Raises:
-        MissingFileError: if a dataset's root, annotation file or image folder is missing; it says what to set.
-    """
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        for dataset in _datasets(loader.get('dataset')):
-            root = dataset.get('data_root') or ''
-            prefix = dataset.get('data_prefix')
-            paths = [root, dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
-            for path in paths:
-                full = path and osp.join(root, path)
-                if full and '://' not in full and not osp.exists(full):
-                    raise MissingFileError(
-                        f'The {split} data of this config are not there: no {full}. Put the data set at {root or full} '
-                        'or say where it is with --cfg-options data_root=/path/to/it'
-                    )
-
-
-def _datasets(cfg: Any) -> Iterator[dict]:
-    """The datasets in a dataset config, within wrappers (RepeatDataset, ConcatDataset, ...)."""
-    if not isinstance(cfg, dict):
-        return
-    inner = cfg.get('dataset') or cfg.get('datasets')
-    if inner is None:
-        yield cfg
-    for dataset in inner if isinstance(inner, list | tuple) else [inner]:
-        yield from _datasets(dataset)
+def has_accelerator() -> bool:
+    """Whether this machine has a device for mixed precision and SyncBN (a Mac's has neither in mmengine)."""
+    return get_device() not in ('cpu', 'mps')
 
 
 def adapt_to_device(cfg: Config) -> None:
     """Without an accelerator, replace what needs one: mixed precision, SyncBN, NCCL. Says so in one line."""
-    if torch.accelerator.is_available():
+    if has_accelerator():
         return
     replaced = []
     wrapper = cfg.get('optim_wrapper')
@@ -139,19 +114,22 @@ def _without_sync_bn(cfg: dict) -> bool:
 
 
 def resume_from(cfg: Config, checkpoint: str | None) -> None:
-    """Set a config to resume from ``checkpoint``, or with ``'auto'`` from the newest in the work dir.
+    """Set a config to resume from ``checkpoint``, or with ``'auto'`` from the last one in the work dir.
 
     Raises:
-        MissingFileError: if there is none; the run would otherwise silently start anew.
+        MissingFileError: if there is none (the run would otherwise silently start anew), or if there is nothing to
+            resume but a ``load_from`` in the config that does not exist.
     """
     if checkpoint is None:
+        if cfg.get('load_from') and '://' not in cfg.load_from and not osp.isfile(cfg.load_from):
+            raise MissingFileError(f'load_from={cfg.load_from}: there is no such checkpoint.')
         return
     if checkpoint == 'auto':
         checkpoint = find_last_checkpoint(cfg.work_dir)
         if checkpoint is None:
             raise MissingFileError(
-                f'--resume: there is no checkpoint in {cfg.work_dir}. Name one (--resume PATH), name the work dir of '
-                'the run to continue (--work-dir), or leave --resume out to start anew.'
+                f'--resume: there is no checkpoint in {cfg.work_dir} that its last_checkpoint file names. Name one '
+                '(--resume PATH), name the work dir of the run to continue (--work-dir), or leave --resume out.'
             )
     elif '://' not in checkpoint and not osp.isfile(checkpoint):
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')

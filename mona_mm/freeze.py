@@ -16,7 +16,7 @@ a module type      every parameter directly in modules of that class, e.g. ``'Co
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import MethodType
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -99,17 +99,25 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     ``module.train()``: with statistics that move it would not be frozen.
 
     Raises:
-        ConfigError: if a rule selects nothing, or under a method if the host has ``frozen_stages`` of its own.
+        ConfigError: if a rule selects nothing, or nothing that can train, or under a method if the host has
+            ``frozen_stages`` of its own.
     """
     own = {id(p) for m in method_modules(module) for p in m.parameters()}
     selected = select(module, rules)
     for name, parameter in module.named_parameters():
         if not (name in selected or id(parameter) in own):
             parameter.requires_grad = False
-    module.train = MethodType(train, module)
+    module.train = partial(train, module)
     training = module.training
     module.train()
     _refuse_frozen_methods(module)
+    for rule in [rules] if isinstance(rules, str) else rules:
+        if rule != 'none' and not any(module.get_parameter(name).requires_grad for name in select(module, rule)):
+            raise ConfigError(
+                f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen '
+                f'(frozen_stages={getattr(module, "frozen_stages", None)}, or a PeftBackbone within it with a '
+                '`trainable` of its own), so it would train nothing.'
+            )
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     module.train(training)
     module.freeze_record = FreezeRecord((rules,) if isinstance(rules, str) else tuple(rules), trainable)

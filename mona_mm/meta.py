@@ -10,6 +10,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from mona_mm.freeze import freeze
+
 # Hosts compute drop rates and window indices with these and read the values (`linspace(...).item()`).
 _ON_THE_CPU = {torch.linspace, torch.arange, torch.tensor, torch.as_tensor}
 
@@ -30,7 +32,14 @@ def meta_device() -> Iterator[None]:
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
-    """The model of a config, its parameters on the meta device: for counting and inspecting, not for running."""
+    """The model of a config, its parameters on the meta device: for counting and inspecting, not for running.
+
+    What a ``ParamFreezeHook`` of the config would freeze is frozen.
+    """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with meta_device():
-        return MODELS.build(cfg.model)
+        model = MODELS.build(cfg.model)
+    for hook in cfg.get('custom_hooks') or []:
+        if hook['type'] in ('mona_mm.ParamFreezeHook', 'ParamFreezeHook') and hook.get('trainable') is not None:
+            freeze(model, hook['trainable'])
+    return model

@@ -4,9 +4,11 @@ import pytest
 from conftest import ROOT
 from mmengine.config import Config
 
-from mona_mm.config import adapt_to_device, check_data, find_last_checkpoint, load_config, resume_from
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
+from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 
+DEMO_CLASSES = ('disc', 'square', 'triangle', 'star')
 COCO = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')
 
 
@@ -44,12 +46,14 @@ def test_config_that_is_not_there():
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
-def test_missing_data(split, demo_data, tmp_path):
+def test_missing_data(split, demo_data, monkeypatch):
     """A missing root, annotation file or image folder is named before training, with the option that mends it."""
     with pytest.raises(MissingFileError, match=rf'{split} data.*/nowhere/.*--cfg-options data_root='):
         check_data(load_config(COCO, dict(data_root='/nowhere')), (split,))
-    cfg = load_config(COCO, dict(data_root=str(demo_data)))
+    cfg = load_config(COCO, dict(data_root=str(demo_data), classes=list(DEMO_CLASSES)))
     check_data(cfg, (split,))
+    monkeypatch.chdir(demo_data.parent)
+    check_data(load_config(COCO, dict(data_root=demo_data.name, classes=list(DEMO_CLASSES))), (split,))
     cfg[f'{split}_dataloader'].dataset.ann_file = 'annotations/mine.json'
     with pytest.raises(MissingFileError, match=r'annotations/mine\.json'):
         check_data(cfg, (split,))
@@ -61,20 +65,48 @@ def test_missing_data(split, demo_data, tmp_path):
         check_data(wrapped, (split,))
 
 
+def test_missing_evaluation_file_and_load_from(demo_data):
+    options = {'data_root': str(demo_data), 'classes': list(DEMO_CLASSES)}
+    cfg = load_config(COCO, {**options, 'val_evaluator.ann_file': '/no/gt.json'})
+    with pytest.raises(MissingFileError, match='no /no/gt.json'):
+        check_data(cfg, ('val',))
+    with pytest.raises(MissingFileError, match='load_from=/no/model.pth'):
+        resume_from(load_config(COCO, {**options, 'load_from': '/no/model.pth'}), None)
+
+
+@pytest.mark.parametrize(
+    ('classes', 'message'),
+    [
+        (None, 'it has no person, '),
+        (['disc', 'squire', 'triangle', 'star'], 'it has no squire'),
+        (['star', 'disc', 'square', 'triangle'], 'their order is not its'),
+    ],
+)
+def test_classes_that_do_not_fit_the_annotations(classes, message, demo_data):
+    """Missing, misspelt or re-ordered classes, which mmdet drops or misnames in silence; a subset in order is fine."""
+    options = {'data_root': str(demo_data)}
+    cfg = load_config(COCO, {**options, **({'classes': classes} if classes else {})})
+    with pytest.raises(ConfigError, match=rf'{message}.*classes="\[disc,square,triangle,star\]"'):
+        check_data(cfg, ('train',))
+    check_data(load_config(COCO, {**options, 'classes': ['square', 'star']}), ('train', 'val'))
+
+
 def test_cpu_fallback_is_said_and_complete(monkeypatch, capsys):
     """Without an accelerator no SyncBN, AMP or nccl is left, and one line says so; with one nothing changes."""
-    monkeypatch.setattr('torch.accelerator.is_available', lambda: True)
+    monkeypatch.setattr('mona_mm.config.get_device', lambda: 'cuda')
     cfg = load_config(COCO)
     untouched = cfg.pretty_text
     adapt_to_device(cfg)
     assert cfg.pretty_text == untouched
 
-    monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
+    monkeypatch.setattr('mona_mm.config.get_device', lambda: 'cpu')
     cfg.launcher = 'pytorch'
+    cfg.optim_wrapper.update(dtype='float16')
     capsys.readouterr()
     adapt_to_device(cfg)
     assert {'SyncBN', 'AmpOptimWrapper', 'nccl'}.isdisjoint(strings(cfg._cfg_dict))
-    assert 'loss_scale' not in cfg.optim_wrapper
+    assert {'loss_scale', 'dtype', 'use_fsdp'}.isdisjoint(cfg.optim_wrapper)
+    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None)
     assert capsys.readouterr().out.count('No accelerator here') == 1
 
 

@@ -1,15 +1,16 @@
 """Rules select what they say, frozen means frozen, and counts are right."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conftest import HOSTS
 from torch import nn
 
-from mona_mm import FrozenModel, PeftBackbone, count_trainable, freeze
+from mona_mm import FrozenModel, PeftBackbone, count_trainable
 from mona_mm.errors import ConfigError, FreezeError
-from mona_mm.freeze import check_trainable, select
+from mona_mm.freeze import check_trainable, freeze, select
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
 
@@ -135,6 +136,25 @@ def test_freeze_never_unfreezes():
     model.bias.requires_grad = False
     freeze(model, 'all')
     assert trainable(model) == {'weight'}
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_stay_frozen(clone):
+    """A copy keeps its own frozen BatchNorms in eval mode."""
+    twin = clone(FrozenModel(base=RESNET, trainable='layer4'))
+    twin.train()
+    assert not twin.bn1.training and twin.layer4[0].bn1.training
+
+
+def test_rule_that_can_train_nothing():
+    """A rule whose parameters the host itself keeps frozen would train nothing: refused, naming frozen_stages."""
+    with pytest.raises(ConfigError, match=r"trainable='layer1' selects only .*frozen_stages=1"):
+        FrozenModel(base=dict(RESNET, frozen_stages=1), trainable=['layer1', 'layer4'])
+    with pytest.raises(ConfigError, match="trainable='norm0' selects only"):
+        FrozenModel(
+            base=dict(type='mona_mm.PeftBackbone', base=HOSTS['mmdet-swin'], peft=dict(type='Mona')),
+            trainable='norm0',
+        )
 
 
 def test_change_after_the_build_is_found():

@@ -15,9 +15,10 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from mona_mm import FrozenModel, PeftBackbone, freeze
+from mona_mm import FrozenModel, PeftBackbone
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.errors import CheckpointMismatchError, ConfigError, FreezeError
+from mona_mm.freeze import freeze
 from mona_mm.hooks import SafeCheckpointHook
 from mona_mm.hooks.checkpoint import AtomicLocalBackend
 from mona_mm.hooks.param_freeze import checksums
@@ -132,7 +133,7 @@ def test_only_what_should_train_moves(make_runner, options):
     assert moved == trainable
     log = log_of(runner)
     assert log.count('What trains:') == 1 and 'method (Mona)' in log and 'of base and method' in log
-    assert 'frozen tensors are unchanged, bit for bit' in log
+    assert 'frozen parameters are unchanged, bit for bit' in log
     assert 'requires_grad=False' not in log and 'paramwise_options' not in log
 
 
@@ -146,7 +147,7 @@ class Recorder(Hook):
 
 def test_optimizer_gets_only_what_trains(make_runner):
     """Frozen parameters are in no group, with and without a paramwise_cfg, and the decay exceptions hold by name."""
-    for paramwise in (None, dict(custom_keys={'norm': dict(decay_mult=0.0)})):
+    for paramwise in (None, dict(custom_keys={'norm': dict(decay_mult=0.0), 'head': dict(lr_mult=0.1)})):
         runner = make_runner(mona_swin())
         wrapper = runner.build_optim_wrapper(
             dict(
@@ -161,7 +162,10 @@ def test_optimizer_gets_only_what_trains(make_runner):
         assert decay.keys() == {id(p) for p in named.values()}
         for name, p in named.items():
             assert decay[id(p)] == (0.0 if paramwise and 'norm' in name else 0.5), name
-        assert len(wrapper.optimizer.param_groups) == (2 if paramwise else 1)
+        rate = {id(p): g['lr'] for g in wrapper.optimizer.param_groups for p in g['params']}
+        for name, p in named.items():
+            assert rate[id(p)] == pytest.approx(0.01 if paramwise and 'head' in name else 0.1), name
+        assert len(wrapper.optimizer.param_groups) == (3 if paramwise else 1)
 
 
 def test_hook_alone_freezes_a_stock_model(make_runner):
@@ -307,6 +311,24 @@ def test_a_failing_save_keeps_the_last_good_checkpoint(make_runner, tmp_path, mo
     assert checkpoints(work) == {'epoch_1.pth'}
     last = (work / 'last_checkpoint').read_text()
     assert read_checkpoint(last)['meta']['epoch'] == 1
+
+
+def test_the_pointer_to_the_last_checkpoint_is_written_whole(make_runner, tmp_path, monkeypatch):
+    """A failure while `last_checkpoint` is written leaves the one before."""
+    put = AtomicLocalBackend.put
+    written = []
+
+    def fails_the_second_time(self, obj, filepath):
+        if Path(filepath).name == 'last_checkpoint':
+            written.append(filepath)
+            if len(written) == 2:
+                raise OSError(28, 'No space left on device')
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(AtomicLocalBackend, 'put', fails_the_second_time)
+    with pytest.raises(OSError, match='No space left'):
+        make_runner(mona_swin(), epochs=2).train()
+    assert (tmp_path / 'work' / 'last_checkpoint').read_text().endswith('epoch_1.pth')
 
 
 def test_best_checkpoint_survives_too(make_runner, tmp_path, monkeypatch):

@@ -9,11 +9,11 @@ import torch
 from conftest import HOSTS
 from mmengine.registry import MODELS
 
-from mona_mm import FrozenModel, PeftBackbone
+from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.methods import PeftModule
 from mona_mm.registry import METHODS
-from mona_mm.sites import LINEAR_SITES, STREAM_SITES, method_modules, method_names
+from mona_mm.sites import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
 
 METHOD_CONFIGS = {
     'mona': dict(type='Mona', bottleneck=8),
@@ -184,10 +184,8 @@ def test_copies_are_independent(adapted, clone):
     assert not torch.equal(outputs(twin, x)[0], expected[0])
     assert_same(outputs(adapted, x), expected)
     twin(torch.randn(1, 3, 96, 32))  # another grid in the copy
-    if clone is copy.deepcopy:
-        copied = method_modules(twin)[0]
-        twin.init_weights()
-        assert any(p.abs().sum() > 0 for p in copied.parameters())
+    twin.init_weights()
+    assert all(any(p.abs().sum() > 0 for p in m.parameters()) for m in method_modules(twin))
     assert_same(outputs(adapted, x), expected)
 
 
@@ -195,8 +193,16 @@ def test_copies_are_independent(adapted, clone):
 def test_any_image_size(adapted, size):
     """The grid is the image's, not the configuration's."""
     adapted.eval()
+    seen = []
+    for m in method_modules(adapted):
+        m.register_forward_pre_hook(lambda m, args: seen.append((args[0].shape[1], *args[1:])))
     for out in adapted(torch.randn(1, 3, *size)):
         assert out.isfinite().all()
+    for tokens, *hw in [call for call in seen if len(call) > 1][:1]:  # linear sites get no grid
+        patch = 4 if hasattr(adapted, 'stages') else 16
+        grid = tuple(-(-side // patch) for side in size)
+        assert tokens - grid[0] * grid[1] in (0, 1)
+        assert hw == [grid]
 
 
 @pytest.mark.parametrize('name', [name for name in HOSTS if 'swin' in name])
@@ -210,8 +216,12 @@ def test_activation_checkpointing_is_equal(name, method):
         model.train()
         torch.manual_seed(1)
         x = images()
+        runs = []
+        for block in find_host(model).blocks(model):
+            block.norm1.register_forward_hook(lambda m, args, out, runs=runs: runs.append(m))
         out = outputs(model, x, seed=2)
         sum(o.square().sum() for o in out).backward()
+        assert len(runs) == (16 if with_cp else 8), 'every block is computed again in the backward pass, or none is'
         results.append((out, [p.grad for p in model.parameters() if p.requires_grad]))
     assert_same(results[0][0], results[1][0])
     assert_same(results[0][1], results[1][1])
@@ -320,6 +330,10 @@ def test_unknown_method_and_misspelt_argument():
         PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=0))
     with pytest.raises(ConfigError, match='base='):
         PeftBackbone(base='swin', peft=dict(type='Mona'))
+    with pytest.raises(ConfigError, match="peft='Mona' must be a dict"):
+        PeftBackbone(base=base, peft='Mona')
+    with pytest.raises(ConfigError, match=r"Mona cannot attach at sites=\['q'\]; its sites are post_attn, "):
+        PeftBackbone(base=base, peft=dict(type='Mona', sites=['q']))
 
 
 def test_second_method_is_refused(every_site):
@@ -332,13 +346,25 @@ def test_second_method_is_refused(every_site):
         inject(model, Mona.sites, Mona)
 
 
-def test_subclasses_of_a_host_keep_their_blocks():
-    """A user's subclass with stock blocks is a host; one with its own block class is not touched."""
-    from mmdet.models.backbones.swin import SwinTransformer
+def test_subclasses_of_a_host():
+    """A user's subclass with stock blocks is a host; one whose blocks are of a class of its own is refused."""
+    from mmdet.models.backbones.swin import SwinBlock, SwinTransformer
 
     class MySwin(SwinTransformer):
         pass
 
+    class MyBlock(SwinBlock):
+        pass
+
+    class OtherSwin(SwinTransformer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            for stage in self.stages:
+                for block in stage.blocks:
+                    block.__class__ = MyBlock
+
     arguments = {key: value for key, value in HOSTS['mmdet-swin'].items() if key != 'type'}
-    model = FrozenModel(base=dict(type=MySwin, **arguments), trainable='last_block')
-    assert model.freeze_record.trainable
+    model = PeftBackbone(base=dict(type=MySwin, **arguments), peft=dict(type='Mona'))
+    assert len(method_modules(model)) == 16
+    with pytest.raises(UnsupportedHostError, match='OtherSwin'):
+        PeftBackbone(base=dict(type=OtherSwin, **arguments), peft=dict(type='Mona'))

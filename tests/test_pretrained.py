@@ -1,6 +1,7 @@
 """The pretrained base loads whole or not at all, whatever names its file has."""
 
 import re
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -114,6 +115,9 @@ def test_window_size_is_interpolated(tmp_path):
     old, new = source.state_dict()[name], model.state_dict()[name]
     assert new.shape == (23 * 23, 2)
     torch.testing.assert_close(new.view(23, 23, 2)[11, 11], old.view(13, 13, 2)[6, 6])  # the centre is the centre
+    size = dict(size=(23, 23), mode='bicubic')
+    expected = torch.nn.functional.interpolate(old.T.reshape(1, 2, 13, 13), **size)[0]
+    torch.testing.assert_close(new.T.view(2, 23, 23), expected)
     index = model.state_dict()[name.replace('bias_table', 'index')]
     assert index.shape == (144, 144) and index.max() == 23 * 23 - 1
 
@@ -140,6 +144,55 @@ def test_a_vit_is_not_a_swin(tmp_path):
     torch.save(vit.state_dict(), tmp_path / 'vit.pth')
     with pytest.raises(CheckpointMismatchError, match='missing: .*unexpected: cls_token'):
         with_file('mmdet-swin', tmp_path / 'vit.pth').init_weights()
+
+
+def test_vit_of_another_image_size_and_with_a_class_token(tmp_path):
+    """What the stock ViT accepts: a position embedding of another size, and a class token that it has no use for."""
+    for host, size in [('mmpretrain-vit', 96), ('mmpretrain-vit-no-cls', 64)]:
+        source = MODELS.build(dict(HOSTS['mmpretrain-vit'], img_size=size))
+        torch.save(source.state_dict(), tmp_path / 'vit.pth')
+        model, stock_model = with_file(host, tmp_path / 'vit.pth'), MODELS.build(HOSTS[host])
+        model.init_weights()
+        stock_model.load_state_dict(source.state_dict(), strict=False)
+        assert all(torch.equal(t, stock_model.state_dict()[name]) for name, t in base_state(model).items())
+
+
+def test_legacy_classifier_and_prefix(tmp_path):
+    """An old mmpretrain file (final `norm`, attention masks), and an init_cfg with a prefix."""
+    for host in ('mmdet-swin', 'mmpretrain-swin'):
+        state = stock(host).state_dict()
+        legacy = {
+            name.replace('norm3.', 'norm.') if name.startswith('norm3.') else name: t for name, t in state.items()
+        }
+        legacy['stages.0.blocks.1.attn.w_msa.attn_mask'] = torch.zeros(4, 49, 49)
+        torch.save({'state_dict': {f'momentum.{name}': t for name, t in legacy.items()}}, tmp_path / 'legacy.pth')
+        init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'legacy.pth'), prefix='momentum.')
+        model = PeftBackbone(base=dict(HOSTS[host], init_cfg=init_cfg), peft=dict(type='Mona', bottleneck=8))
+        model.init_weights()
+        loaded = {n: t for n, t in base_state(model).items() if not n.startswith('norm3.')}
+        assert all(torch.equal(t, state[name]) for name, t in loaded.items())
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path, monkeypatch):
+    """Text, half a file, and a pickle that runs code, from the disk and from the download cache: none is executed."""
+    torch.save(stock('mmdet-swin').state_dict(), tmp_path / 'whole.pth')
+    (tmp_path / 'text.pth').write_text('not found')
+    (tmp_path / 'half.pth').write_bytes((tmp_path / 'whole.pth').read_bytes()[:50_000])
+
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'executed',)
+
+    torch.save({'state_dict': Attack()}, tmp_path / 'attack.pth')
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    torch.save({'state_dict': Attack()}, tmp_path / 'hub/checkpoints/attack.pth')
+    for file in ('text.pth', 'half.pth', 'attack.pth'):
+        with pytest.raises(CheckpointMismatchError, match=f'{file} cannot be read as a checkpoint'):
+            with_file('mmdet-swin', tmp_path / file).init_weights()
+    with pytest.raises(CheckpointMismatchError, match='cannot be read as a checkpoint'):
+        with_file('mmdet-swin', 'https://example.invalid/attack.pth').init_weights()
+    assert not (tmp_path / 'executed').exists()
 
 
 def test_missing_file_and_no_network(tmp_path, monkeypatch):

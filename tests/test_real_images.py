@@ -50,7 +50,7 @@ def test_full_size_trains_and_validates(tmp_path, two_threads):
     log = run(load_config(CONFIG, options), tmp_path / 'full')
     losses = [float(loss) for loss in re.findall(r'Epoch\(train\).* loss: ([\d.]+)', log)]
     assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
-    assert 'Epoch(val) [1][1/1]' in log and '333 frozen tensors are unchanged' in log
+    assert 'Epoch(val) [1][1/1]' in log and '333 frozen parameters are unchanged' in log
     seconds = re.findall(r'Epoch\(train\).* time: ([\d.]+)', log)
     print(f'seconds an iteration (mean so far): {seconds}; peak memory of the process:', end=' ')
     print(f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB')

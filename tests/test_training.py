@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import random
 import re
 import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -18,6 +20,7 @@ from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
 from mona_mm.compat.safe_globals import register_safe_globals
 from mona_mm.config import adapt_to_device, find_last_checkpoint, resume_from
+from mona_mm.hooks import iteration_seed
 
 
 def iteration_based(cfg, iterations: int):
@@ -103,13 +106,47 @@ def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
 
 
 def test_a_run_depends_on_its_seed(detector_config, tmp_path):
-    """The test above could not pass if nothing were random: another seed gives other losses from the second step."""
+    """The test above could not pass if nothing were random: another seed gives other losses."""
     with_noise(detector_config)
     epoch_based(detector_config, 6)
     first, _ = train(detector_config, tmp_path / 'a')
     detector_config.randomness = dict(seed=1)
     second, _ = train(detector_config, tmp_path / 'b')
     assert first != second
+
+
+class Noise:
+    """A transform whose every number is random."""
+
+    def __call__(self, results):
+        results['img'] = results['img'] + np.random.uniform(0, 20, results['img'].shape).astype(np.float32)
+        return results
+
+
+def test_every_source_of_randomness_is_seeded_by_the_iteration(detector_config, tmp_path):
+    """Resuming with random pixels in the main process: each fetch, the ones that resuming skips included, and each
+    step begin from the seed of their iteration, so any one of them left out changes the losses."""
+    with_noise(detector_config)
+    iteration_based(detector_config, 12)
+    detector_config.train_dataloader.dataset.pipeline.insert(-1, dict(type=Noise))
+    straight, _ = train(detector_config, tmp_path / 'straight')
+    train(detector_config, tmp_path / 'stopped', stop=True)
+    second, _ = train(detector_config, tmp_path / 'stopped', resume='auto')
+    assert second == straight[6:]
+
+
+def test_seeds_differ_by_iteration_rank_and_purpose(monkeypatch):
+    """Two processes, two iterations, a fetch and a step: all draw other numbers, and the same ones again."""
+
+    def draw(rank, *arguments):
+        monkeypatch.setattr('mona_mm.hooks.iteration_seed.get_rank', lambda: rank)
+        iteration_seed.seed(*arguments)
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    calls = [(rank, 7, iteration, purpose) for rank in (0, 1) for iteration in (3, 4) for purpose in (0, 1)]
+    drawn = [draw(*call) for call in calls]
+    assert len(set(drawn)) == len(calls)
+    assert [draw(*call) for call in calls] == drawn
 
 
 def test_a_malicious_history_is_refused(tmp_path):
@@ -152,9 +189,9 @@ def test_two_processes_train(detector_config, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     log = result.stdout + result.stderr
-    assert 'gloo in place of nccl' in log and 'find_unused_parameters' not in log.split('What trains')[-1]
+    assert 'gloo in place of nccl' in log and 'find_unused_parameters' not in log
     assert 'Epoch(train) [1][3/3]' in log and 'coco/bbox_mAP' in log
-    assert 'frozen tensors are unchanged' in log
+    assert 'frozen parameters are unchanged' in log
     checkpoint = find_last_checkpoint(tmp_path / 'ddp')
     assert read_checkpoint(checkpoint)['meta']['iter'] == 3
 
@@ -223,6 +260,11 @@ def tool(monkeypatch, capsys):
         ),
         (
             'train.py',
+            [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainabel=norm'],
+            "unexpected keyword argument 'trainabel'",
+        ),
+        (
+            'train.py',
             [DEMO, '--auto-scale-lr', '--cfg-options', 'data_root=DATA', 'auto_scale_lr=None'],
             '--auto-scale-lr',
         ),
@@ -235,11 +277,11 @@ def test_bad_input_ends_in_one_line(tool, name, arguments, message, demo_data, t
     arguments = [a.replace('DATA', str(demo_data)) for a in arguments]
     status, _, err = tool(name, *arguments, '--work-dir', str(tmp_path))
     assert status == 2
-    errors = [line for line in err.splitlines() if line.startswith('error: ')]
-    assert len(errors) == 1 and message in errors[0] and 'Traceback' not in err
+    assert err.rstrip().splitlines()[-1].startswith('error: '), 'the error is one line, the last one'
+    assert err.count('error: ') == 1 and message in err.rstrip().splitlines()[-1] and 'Traceback' not in err
 
 
-def test_count_params_prints_the_contract(tool):
+def test_count_params_prints_the_contract(tool, tmp_path):
     """One object a config with exactly the keys of the contract, and Swin-B's published numbers."""
     configs = [COCO, 'configs/full/full_cascade_swin_b_coco.py', 'configs/fixed/fixed_cascade_swin_b_coco.py']
     rows = json.loads(tool('count_params.py', *configs, '--json')[1])
@@ -250,5 +292,9 @@ def test_count_params_prints_the_contract(tool):
     assert [row['method'] for row in rows] == ['Mona', 'all', 'none']
     assert [row['backbone_trainable'] for row in rows] == [3667456, 86745016, 0]
     assert [row['backbone_total'] for row in rows] == [86745016 + 3667456, 86745016, 86745016]
+    stock = "_base_ = ['{0}']\ncustom_hooks = [dict(type='mona_mm.ParamFreezeHook', trainable=['roi_head'])]\n"
+    (tmp_path / 'hook.py').write_text(stock.format(ROOT / 'configs/_base_/coco_cascade_mask_rcnn_swin_b.py'))
+    (row,) = json.loads(tool('count_params.py', str(tmp_path / 'hook.py'), '--json')[1])
+    assert row['backbone_trainable'] == 0 and row['trainable'] == 54785187
     table = tool('count_params.py', COCO)[1]
     assert '3,667,456 = 4.23% of the base, 4.06% of base and method' in table

@@ -4,8 +4,8 @@ import os.path as osp
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.config import check_data
-from mona_mm.errors import MissingFileError
+from mona_mm.data import check_data
+from mona_mm.errors import ConfigError, MissingFileError
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
     args = parser.parse_args()
     if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
         raise MissingFileError(f'There is no checkpoint {args.checkpoint}.')
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f'--out {args.out}: predictions are written as .pkl.')
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
     cfg.load_from = args.checkpoint

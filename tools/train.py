@@ -2,7 +2,8 @@
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.config import check_data, resume_from
+from mona_mm.config import resume_from
+from mona_mm.data import check_data
 from mona_mm.errors import ConfigError
 
 

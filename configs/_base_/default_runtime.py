@@ -21,5 +21,6 @@ env_cfg = dict(
 )
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 log_level = 'INFO'
+randomness = dict(seed=0)  # without a seed here, a resumed run draws its data in another order
 load_from = None
 resume = False

@@ -26,21 +26,22 @@ _MODULE_RENAMES = (
 _NOT_IN_A_BACKBONE = re.compile(r'^(head\.|norm\.|.*\.attn_mask$)')
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
     """Rename and re-order a Swin checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
     The format is recognised from the keys: Microsoft's Swin (``layers.I.blocks.J.attn.qkv``) and the published Mona
-    code (the same, with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA). Anything else is returned with its names unchanged. A
-    checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the tensors alone, of a backbone
-    or of a detector (``backbone.*``, of which only the backbone is returned).
+    code (the same, with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA). Anything else is returned with
+    its names unchanged. A checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the tensors
+    alone, of a backbone or of a detector (``backbone.*``, of which only the backbone is returned).
 
     Args:
         state_dict: names to tensors, in the checkpoint's own names.
+        prefix: of the names to take, and to take off; without one, ``backbone.`` is found by itself.
 
     Returns:
         A new dict with the names of the OpenMMLab backbone; the tensors are not copied unless re-ordered.
     """
-    tensors = backbone_tensors(state_dict)
+    tensors = backbone_tensors(state_dict, prefix)
     # mmpretrain's ViT also begins with `layers.`, but has no blocks below.
     if not any(re.match(r'layers\.\d+\.blocks\.', name) for name in tensors):
         return tensors
@@ -91,14 +92,15 @@ def _stack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def backbone_tensors(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without wrappers, and of a whole model only its ``backbone.``."""
+def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, without wrappers, and of a whole model only those under ``prefix``."""
     for wrapper in ('state_dict', 'model'):
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     tensors = {name.removeprefix('module.'): t for name, t in checkpoint.items() if isinstance(t, Tensor)}
-    inner = {name.removeprefix('backbone.'): t for name, t in tensors.items() if name.startswith('backbone.')}
-    return inner or tensors
+    start = f'{(prefix or "backbone").rstrip(".")}.'
+    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    return inner if inner or prefix else tensors
 
 
 def _reorder_neighbours(tensor: Tensor) -> Tensor:

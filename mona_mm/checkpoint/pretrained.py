@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from os.path import basename, join
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -10,58 +11,70 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import convert_state_dict
+from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, MissingFileError
 from mona_mm.sites import find_host, method_names
 
-# Buffers that the host derives from its configuration.
-_RECOMPUTED = ('relative_position_index', 'relative_coords_table')
+# Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
+_RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
+_CLASSIFIER = ('norm.', 'head.')
 
 
-def pretrained_file(module: nn.Module) -> str | None:
-    """The file or address in the ``Pretrained`` ``init_cfg`` of a module, or None."""
+def pretrained_file(module: nn.Module) -> dict[str, str] | None:
+    """The ``file`` (or address) and ``prefix`` in the ``Pretrained`` ``init_cfg`` of a module, or None."""
     init_cfg = getattr(module, 'init_cfg', None) or []
     for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
         if cfg['type'] == 'Pretrained':
-            return cfg['checkpoint']
+            return dict(file=cfg['checkpoint'], prefix=cfg.get('prefix') or '')
     return None
 
 
-def load_pretrained(backbone: nn.Module, file: str) -> None:
+def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
     """Load a pretrained base into a supported backbone, in place, and log what it held.
 
-    Relative-position tables of another window size are interpolated (bicubic). The parameters of a method and the
-    norms of the backbone's outputs, which pretraining does not have, may be absent; everything else must be there.
+    Relative-position tables of another window size are interpolated (bicubic), position embeddings of another image
+    size by the host. The parameters of a method and the norms of the backbone's outputs, which pretraining does not
+    have, may be absent; everything else must be there.
 
     Args:
         backbone: an instance of one of :data:`mona_mm.sites.HOSTS`, with or without a method.
         file: a path or an address that mmengine can read.
+        prefix: of the backbone's names in the file; without one, ``backbone.`` is found by itself.
 
     Raises:
         MissingFileError: if the file is not there or cannot be downloaded; it says where to put it.
-        CheckpointMismatchError: if it does not fit; it names the first keys that do not.
+        CheckpointMismatchError: if it does not fit, or is no checkpoint; it names the first keys that do not fit.
     """
-    state_dict = convert_state_dict(read_checkpoint(file))
+    state_dict = convert_state_dict(read_checkpoint(file), prefix)
     current = backbone.state_dict()
     _resize_position_tables(state_dict, current)
 
-    method = method_names(backbone)
-    output_norms = find_host(backbone).output_norms
+    output_norms, method = find_host(backbone).output_norms, method_names(backbone)
+    without_class_token = () if getattr(backbone, 'cls_token', 0) is not None else ('cls_token',)
 
     def optional(name: str) -> bool:
-        return name in method or name.startswith(output_norms) or name.endswith(_RECOMPUTED)
+        return (
+            name in method
+            or name.startswith((*output_norms, *_CLASSIFIER))
+            or name.endswith((*_RECOMPUTED, *without_class_token))
+        )
 
-    wrong = compare(current, state_dict, optional)
+    try:
+        # The host's own hooks rename and resize what they know, so what does not fit is known only afterwards.
+        missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
+    except (RuntimeError, AssertionError):  # shapes, found by torch or by the host
+        wrong = compare(current, state_dict, optional)
+    else:
+        wrong = _describe(missing, unexpected, [], optional)
     if wrong:
         raise CheckpointMismatchError(
             f'{file} does not hold the weights of this {type(backbone).__name__}: {wrong} Use the checkpoint of the '
             'same architecture (embed_dims, depths, window), or change the backbone in the config.'
         )
-    loaded = {name: tensor for name, tensor in state_dict.items() if name in current}
-    backbone.load_state_dict(loaded, strict=False)  # what may be missing has been checked above
-    absent = [name for name in current if name not in loaded and not name.endswith(_RECOMPUTED)]
+    absent = [name for name in missing if not name.endswith(_RECOMPUTED)]
     print_log(
-        f'Loaded {len(loaded)} tensors of the base from {file}; {len(absent)} are not in it and keep their initial '
-        'values (the method and the output norms).',
+        f'Loaded {len(state_dict) - len(unexpected)} tensors of the base from {file}; {len(absent)} are not in it and '
+        'keep their initial values (the method and the output norms).',
         logger='current',
     )
 
@@ -71,24 +84,32 @@ def read_checkpoint(file: str) -> dict:
 
     Raises:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
+        CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
     """
     from mmengine.runner.checkpoint import CheckpointLoader  # here, because it takes half a second to import
 
     try:
-        return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+        with weights_only():
+            return CheckpointLoader.load_checkpoint(file, map_location='cpu')
     except (URLError, TimeoutError, ConnectionError) as error:
         cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
         raise MissingFileError(
             f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at {cached}, '
-            'where the next run finds it, or name its path: --cfg-options '
-            'model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
+            f'where the next run finds it, or name its path in init_cfg: {_OPTION}'
         ) from error
     except FileNotFoundError as error:
         raise MissingFileError(
-            f'There is no checkpoint {file}. Name another with --cfg-options '
-            'model.backbone.base.init_cfg.checkpoint=/path/to/the/file, or set model.backbone.base.init_cfg=None to '
-            'start from random weights.'
+            f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
+            'model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
+    except (UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        raise CheckpointMismatchError(
+            f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
+            f'weights-only loading allows ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
+        ) from error
+
+
+_OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
 def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: Callable[[str], bool]) -> str:
@@ -96,13 +117,21 @@ def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional
 
     Keys that are ``optional`` may be in one of the two alone.
     """
-    missing = [name for name in current if name not in given and not optional(name)]
-    unexpected = [name for name in given if name not in current and not optional(name)]
+    missing = [name for name in current if name not in given]
+    unexpected = [name for name in given if name not in current]
     reshaped = [
         f'{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}'
         for name, tensor in current.items()
         if name in given and given[name].shape != tensor.shape
     ]
+    return _describe(missing, unexpected, reshaped, optional)
+
+
+def _describe(
+    missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], optional: Callable[[str], bool]
+) -> str:
+    missing = [name for name in missing if not optional(name)]
+    unexpected = [name for name in unexpected if not optional(name)]
     parts = [_first('other shapes: ', reshaped), _first('missing: ', missing), _first('unexpected: ', unexpected)]
     return ' '.join(part for part in parts if part)
 

@@ -1,11 +1,33 @@
 """Let weights-only loading read what mmengine itself puts into a checkpoint."""
 
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+
+FORCE_WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """In this context ``torch.load`` loads weights only, whatever its caller asks for.
+
+    ``torch.hub``, through which mmengine downloads, and the fork's loader, when it meets something unknown, would
+    otherwise execute a pickle.
+    """
+    before = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = '1'
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
 def register_safe_globals() -> None:

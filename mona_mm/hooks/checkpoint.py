@@ -1,6 +1,7 @@
 """Checkpoints that a stopped process cannot break."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class SafeCheckpointHook(CheckpointHook):
         """Resolve the directory and clear what a stopped process left half-written."""
         super().before_train(runner)
         if is_main_process():
-            for partial in Path(self.out_dir).glob('*.partial'):
-                partial.unlink(missing_ok=True)
+            for folder in {Path(self.out_dir), Path(runner.work_dir)}:
+                for partial in [*folder.glob('*.pth.*.partial'), *folder.glob('last_checkpoint.*.partial')]:
+                    partial.unlink(missing_ok=True)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         outdated = None
@@ -87,7 +89,7 @@ class SafeCheckpointHook(CheckpointHook):
         if is_main_process():
             self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir, 'last_checkpoint'))
             if outdated is not None:
-                Path(self.out_dir, self.filename_tmpl.format(outdated)).unlink(missing_ok=True)
+                _remove(Path(self.out_dir, self.filename_tmpl.format(outdated)))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         backend, self.file_backend = self.file_backend, _DeferredRemoval(self.file_backend)
@@ -97,7 +99,14 @@ class SafeCheckpointHook(CheckpointHook):
         finally:
             self.file_backend = backend
         for path in outdated:
-            Path(path).unlink(missing_ok=True)
+            _remove(Path(path))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():  # as deepspeed writes them
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _DeferredRemoval:
@@ -109,6 +118,8 @@ class _DeferredRemoval:
 
     def remove(self, path: str) -> None:
         self.removed.append(path)
+
+    rmtree = remove
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)

@@ -4,8 +4,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import Runner
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
 from mona_mm.errors import FreezeError
@@ -42,7 +42,8 @@ class ParamFreezeHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Freeze a stock model, where ``trainable`` is given and nothing in the model was frozen when built."""
         model = _unwrap(runner.model)
-        if self.trainable is None:
+        only_tests = not isinstance(runner._train_loop, BaseLoop)  # the loop's config, or None, until it trains
+        if self.trainable is None or only_tests:
             return
         if any(hasattr(m, 'freeze_record') for m in model.modules()):
             self._check_rules(model)
@@ -56,9 +57,8 @@ class ParamFreezeHook(Hook):
         freeze(model, self.trainable)
         wrapper = runner.optim_wrapper
         for each in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
-            if isinstance(each, OptimWrapper):  # a config still, where the Runner only tests
-                for group in each.optimizer.param_groups:
-                    group['params'] = [p for p in group['params'] if p.requires_grad]
+            for group in each.optimizer.param_groups:
+                group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
         method = {id(p) for m in method_modules(model) for p in m.parameters()}
@@ -91,7 +91,7 @@ class ParamFreezeHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Say that the frozen weights are what they were."""
         self._check_frozen(runner)
-        print_log(f'{len(self._checksums)} frozen tensors are unchanged, bit for bit.', logger='current')
+        print_log(f'{len(self._checksums)} frozen parameters are unchanged, bit for bit.', logger='current')
 
     def _check_frozen(self, runner: Runner) -> None:
         now = checksums(_unwrap(runner.model))

@@ -10,7 +10,7 @@ from mona_mm.registry import METHODS
 class Adapter(PeftModule):
     r"""Bottleneck with a residual, on the output of the attention and of the FFN, before DropPath.
 
-    .. math:: y = x + W_\mathrm{up}\,\mathrm{Dropout}(\mathrm{GELU}(W_\mathrm{down} x + b_\mathrm{down})) + b_\mathrm{up}
+    .. math:: y = x + \mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
 
     A module has :math:`2mn + m + n` parameters for :math:`m` channels and bottleneck :math:`n`. It does not begin as
     the identity: the published code leaves both projections at a truncated normal.

@@ -10,7 +10,7 @@ from mona_mm.registry import METHODS
 class AdaptFormer(Adapter):
     r"""Scaled bottleneck of the un-normalised residual, added beside the FFN after DropPath.
 
-    .. math:: \Delta = s\,(W_\mathrm{up}\,\mathrm{Dropout}(\mathrm{GELU}(W_\mathrm{down} x + b_\mathrm{down})) + b_\mathrm{up})
+    .. math:: \Delta = s\,\mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
 
     Initial values and parameter count are :class:`Adapter` 's.
 

@@ -53,6 +53,8 @@ def build_method(cfg: dict[str, Any]) -> tuple[tuple[str, ...], Callable[..., Pe
             (the error lists what can be).
         UnknownOptionError: if an option is not one of the method's arguments (the error lists those).
     """
+    if not isinstance(cfg, dict):
+        raise ConfigError(f"peft={cfg!r} must be a dict, such as dict(type='Mona').")
     options = dict(cfg)
     name = options.pop('type', None)
     method = METHODS.get(name) if isinstance(name, str) else name
