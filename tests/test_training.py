@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.hooks import Hook
+from mmengine.registry import TRANSFORMS
 
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
@@ -115,6 +116,7 @@ def test_a_run_depends_on_its_seed(detector_config, tmp_path):
     assert first != second
 
 
+@TRANSFORMS.register_module()
 class Noise:
     """A transform whose every number is random."""
 
@@ -128,7 +130,7 @@ def test_every_source_of_randomness_is_seeded_by_the_iteration(detector_config, 
     step begin from the seed of their iteration, so any one of them left out changes the losses."""
     with_noise(detector_config)
     iteration_based(detector_config, 12)
-    detector_config.train_dataloader.dataset.pipeline.insert(-1, dict(type=Noise))
+    detector_config.train_dataloader.dataset.pipeline.insert(-1, dict(type='Noise'))
     straight, _ = train(detector_config, tmp_path / 'straight')
     train(detector_config, tmp_path / 'stopped', stop=True)
     second, _ = train(detector_config, tmp_path / 'stopped', resume='auto')
