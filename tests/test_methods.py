@@ -1,0 +1,173 @@
+"""Adapter, AdaptFormer, LoRA and LoRand: where they sit in train mode, initial values, counts, plain formulas."""
+
+import pytest
+import torch
+from conftest import HOSTS
+from torch import nn
+
+from mona_mm import PeftBackbone, count_trainable
+from mona_mm.errors import ConfigError
+from mona_mm.meta import meta_device
+from mona_mm.methods import Adapter, AdaptFormer, LoRA, LoRand
+from mona_mm.sites import find_host, method_modules
+
+# Trainable backbone parameters of Swin-T, -B and -L, from the authors' logs and code.
+COUNTS = {
+    'Adapter': (1140864, 3107328, 4659456),
+    'LoRA': (1130496, 3080192, 4620288),
+    'AdaptFormer': (570432, 1553664, 2329728),
+    'LoRand': (1758144, 4754688, 7082880),
+    'LoRand-8': (873408, 2370816, 3543936),
+}
+SIZES = (
+    dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+)
+
+
+@pytest.mark.parametrize('size', [0, 1, 2], ids=['T', 'B', 'L'])
+@pytest.mark.parametrize('method', COUNTS)
+def test_published_counts(method, size):
+    """Exactly the published numbers of trainable parameters."""
+    name, _, inner = method.partition('-')
+    peft = dict(type=name, inner=int(inner)) if inner else dict(type=name)
+    with meta_device():
+        model = PeftBackbone(base=dict(type='mmdet.SwinTransformer', **SIZES[size]), peft=peft)
+    assert count_trainable(model).trainable == COUNTS[method][size]
+
+
+def swin_block(peft: dict, dropped: bool):
+    """The first block of a Swin in train mode, with every residual branch dropped or none."""
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=peft)
+    model.init_weights()
+    for p in (p for m in method_modules(model) for p in m.parameters()):
+        nn.init.normal_(p, std=0.1)
+    model.train()
+    block = model.stages[0].blocks[0]
+    for m in block.modules():
+        if type(m).__name__ == 'DropPath':
+            m.drop_prob = 1 - 1e-9 if dropped else 0.0
+        elif isinstance(m, nn.Dropout):
+            m.p = 0.0
+    return block
+
+
+def test_placement_when_every_path_is_dropped():
+    """Adapter sits before DropPath and contributes nothing, LoRA likewise; LoRand after it, so its value at zero
+    stays; AdaptFormer is beside it, so its whole branch stays."""
+    x, hw = torch.randn(2, 49, 24), (7, 7)
+    for peft in (dict(type='Adapter'), dict(type='LoRA', rank=4)):
+        torch.testing.assert_close(swin_block(peft, dropped=True)(x, hw), x)
+    block = swin_block(dict(type='LoRand', inner=4), dropped=True)
+    zero = torch.zeros_like(x)
+    expected = x + block.peft.attn_out(zero, hw) + block.peft.ffn_out(zero, hw)
+    assert not torch.allclose(expected, x)
+    torch.testing.assert_close(block(x, hw), expected)
+    block = swin_block(dict(type='AdaptFormer'), dropped=True)
+    expected = x + block.peft.parallel_ffn(x, hw)
+    assert not torch.allclose(expected, x)
+    torch.testing.assert_close(block(x, hw), expected)
+
+
+def stock_attention(block, x, hw):
+    """The attention branch of a Swin block without a method's hooks on its end."""
+    end = block.attn.drop
+    hooks = end._forward_hooks, end._forward_pre_hooks
+    end._forward_hooks, end._forward_pre_hooks = {}, {}
+    out = block.attn(block.norm1(x), hw)
+    end._forward_hooks, end._forward_pre_hooks = hooks
+    return out
+
+
+def test_placement_when_no_path_is_dropped():
+    """With nothing dropped, each method's formula around the stock branches."""
+    x, hw = torch.randn(2, 49, 24), (7, 7)
+
+    def ffn(block, y):
+        return block.ffn.layers(block.norm2(y))
+
+    block = swin_block(dict(type='Adapter'), dropped=False)
+    y = x + block.peft.attn_branch(stock_attention(block, x, hw), hw)
+    torch.testing.assert_close(block(x, hw), y + block.peft.ffn_branch(ffn(block, y), hw))
+
+    block = swin_block(dict(type='LoRand', inner=4), dropped=False)
+    y = x + block.peft.attn_out(stock_attention(block, x, hw), hw)
+    torch.testing.assert_close(block(x, hw), y + block.peft.ffn_out(ffn(block, y), hw))
+
+    block = swin_block(dict(type='AdaptFormer'), dropped=False)
+    y = x + stock_attention(block, x, hw)
+    torch.testing.assert_close(block(x, hw), y + ffn(block, y) + block.peft.parallel_ffn(y, hw))
+
+
+def test_lora_equals_merged_weights(host):
+    """On every linear and slice: the branch equals adding `delta_weight` to the rows of the stock weight."""
+    sites = ['q', 'k', 'v', 'proj', 'fc1', 'fc2']
+    model = PeftBackbone(base=host, peft=dict(type='LoRA', rank=4, alpha=3.0, sites=sites))
+    model.init_weights()
+    for m in method_modules(model):
+        nn.init.normal_(m.up.weight)
+    model.eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    descriptor = find_host(model)
+    with torch.no_grad():
+        for block in descriptor.blocks(model):
+            for site in sites:
+                linear, delta = block.get_submodule(descriptor.linear(site)), block.peft[site].delta_weight()
+                first = 'qkv'.index(site) * delta.shape[0] if site in ('q', 'k', 'v') else 0
+                linear.weight[first : first + delta.shape[0]] += delta
+                block.peft[site].up.weight.zero_()
+    for merged, unmerged in zip(model(x), expected, strict=True):
+        torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('cls', [Adapter, AdaptFormer])
+def test_adapter_formula_and_initial_values(cls):
+    module = cls(32, bottleneck=16).double().eval()
+    for linear in (module.down, module.up):
+        assert (linear.bias == 0).all() and 0.015 < linear.weight.std() < 0.025
+        nn.init.normal_(linear.bias)
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+    hidden = x @ module.down.weight.T + module.down.bias
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    branch = hidden @ module.up.weight.T + module.up.bias
+    torch.testing.assert_close(module(x, (3, 3)), x + branch if cls is Adapter else 0.1 * branch)
+    assert module.dropout.p == 0.1
+
+
+def test_lora_begins_as_zero_and_scales_by_alpha_over_rank():
+    module = LoRA(12, 8, rank=4, alpha=2.0)
+    x = torch.randn(3, 12)
+    assert (module(x) == 0).all() and module.down.weight.abs().max() <= 12**-0.5
+    nn.init.normal_(module.up.weight)
+    torch.testing.assert_close(module(x), 0.5 * x @ module.down.weight.T @ module.up.weight.T)
+    assert LoRA(12, 8).scale == 1 / 64
+
+
+def test_lorand_initial_values():
+    """Factors Kaiming-uniform with a = sqrt(5), each by its own shape; the bias by the input's width."""
+    module = LoRand(64, inner=16)
+    for linear, width in ((module.down, 64), (module.up, 32)):
+        for stack in (linear.a, linear.g, linear.b):
+            bound = stack.shape[-1] ** -0.5
+            assert stack.abs().max() <= bound and stack.std() > 0.5 * bound
+        assert linear.bias.abs().max() <= width**-0.5
+    assert not any(isinstance(m, nn.Dropout) for m in module.modules())
+
+
+@pytest.mark.parametrize(
+    ('cls', 'widths', 'arguments'),
+    [
+        (Adapter, (8,), dict(bottleneck=0)),
+        (AdaptFormer, (8,), dict(dropout=1.0)),
+        (LoRA, (8, 8), dict(rank=0)),
+        (LoRand, (8,), dict(inner=-1)),
+        (LoRand, (8,), dict(branches=1.5)),
+    ],
+)
+def test_bad_arguments(cls, widths, arguments):
+    """One error names the argument and what it may be."""
+    name, value = next(iter(arguments.items()))
+    with pytest.raises(ConfigError, match=f'{cls.__name__}: {name}={value}'):
+        cls(*widths, **arguments)
