@@ -34,5 +34,6 @@ class LoadCheckHook(Hook):
         if wrong:
             raise CheckpointMismatchError(
                 f'{runner._load_from} does not fit this {type(model).__name__}: {wrong} '
-                'It was made by another config, or for another number of classes.'
+                'It was made by another config, or for another number of classes. To load what fits all the same, take '
+                'mona_mm.LoadCheckHook out of custom_hooks.'
             )
