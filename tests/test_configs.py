@@ -91,9 +91,12 @@ def test_short():
 
 
 @pytest.fixture(autouse=True)
-def _no_accelerator(monkeypatch):
-    """The same everywhere: mixed precision on meta or on tiny models is not what is tested here."""
+def _quick_and_on_the_cpu(monkeypatch):
+    """Mixed precision of tiny models is not what is tested here, nor what Runners spend half their time on: asking
+    compilers for their versions and formatting the config's text."""
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **_: (text, True))
 
 
 @pytest.fixture
