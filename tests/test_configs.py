@@ -238,7 +238,9 @@ def voc(i: int, epoch: int = 24827) -> float:
     ],
 )  # fmt: skip
 def test_learning_rate(name, peak, rule, images, batch, points, tmp_path):
-    """The schedule as a Runner builds it, at epochs of the published length, is the published rule within 1%."""
+    """The schedule as a Runner builds it, at epochs of the published length, is the published rule: within 0.3%, for
+    mmengine's warm-up is one iteration shorter. A main schedule that began after the warm-up would be 0.9% off on
+    ADE20K and 37% in classification."""
     cfg = load_config(str(CONFIGS[name]))
     runner = Runner(
         model=nn.Linear(1, 1),
@@ -260,7 +262,7 @@ def test_learning_rate(name, peak, rule, images, batch, points, tmp_path):
         for scheduler in schedulers:
             if not scheduler.by_epoch or (i + 1) % epoch == 0:
                 scheduler.step()
-    assert rates == {i: pytest.approx(peak * rule(i), rel=0.01) for i in points}
+    assert rates == {i: pytest.approx(peak * rule(i), rel=0.003) for i in points}
 
 
 def test_learning_rate_of_the_logs():
@@ -363,15 +365,40 @@ NARROW = {
 }
 NARROW_SWIN = dict(embed_dims=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 NARROW_TASK = {
+    'coco': {
+        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
+        'model.neck.in_channels': [12, 24, 48, 96],
+        'model.neck.out_channels': 16,
+        'model.rpn_head.in_channels': 16,
+        'model.rpn_head.feat_channels': 16,
+        'model.roi_head.bbox_roi_extractor.out_channels': 16,
+        'model.roi_head.mask_roi_extractor.out_channels': 16,
+        **{
+            f'model.roi_head.bbox_head.{stage}.{key}': 16
+            for stage in range(3)
+            for key in ('in_channels', 'conv_out_channels', 'fc_out_channels')
+        },
+        'model.roi_head.mask_head.in_channels': 16,
+        'model.roi_head.mask_head.conv_out_channels': 16,
+        'model.test_cfg.rcnn.score_thr': 0.0,  # something must be predicted for COCO's metric to say a number
+        'model.test_cfg.rcnn.max_per_img': 10,
+        'train_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.pipeline.1.scale': (200, 120),
+        'train_cfg.max_epochs': 1,
+    },
     'voc': {
         **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
         'model.neck.in_channels': [24, 48, 96],
         'model.neck.out_channels': 16,
         'model.bbox_head.in_channels': 16,
         'model.bbox_head.feat_channels': 16,
-        'model.test_cfg.score_thr': 0.0,  # something must be predicted for COCO's metric to say a number
+        'model.test_cfg.score_thr': 0.0,
+        'train_dataloader.dataset.dataset.datasets.0.indices': 2,
+        'train_dataloader.dataset.dataset.datasets.1.indices': 2,
         'train_dataloader.dataset.dataset.datasets.0.pipeline.2.scale': (100, 60),
         'train_dataloader.dataset.dataset.datasets.1.pipeline.2.scale': (100, 60),
+        'val_dataloader.dataset.indices': 2,
         'val_dataloader.dataset.pipeline.1.scale': (100, 60),
         'train_cfg.max_epochs': 1,
     },
@@ -385,6 +412,8 @@ NARROW_TASK = {
         'train_dataloader.dataset.pipeline.2.scale': (256, 64),
         'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
         'val_dataloader.dataset.pipeline.1.scale': (256, 64),
+        'train_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.indices': 2,
         'train_cfg.max_iters': 2,
         'train_cfg.val_interval': 2,
     },
@@ -395,12 +424,14 @@ NARROW_TASK = {
     },
 }
 SCORES = {
+    'cascade_swin_b_coco': ('coco/bbox_mAP', 'coco/segm_mAP'),
     'retinanet_swin_l_voc': ('pascal_voc/mAP', 'pascal_voc/AP50', 'coco/bbox_mAP', 'coco/bbox_mAP_50'),
     'upernet_swin_l_ade20k': ('mIoU', 'aAcc'),
     'swin_l_voc2007_multilabel': ('multi-label/mAP',),
     **dict.fromkeys(TASKS[3:], ('accuracy/top1', 'accuracy/top5')),
 }
 IMAGES = {  # trained on, evaluated
+    'cascade_swin_b_coco': (2, 2),
     'retinanet_swin_l_voc': (12, 2),
     'upernet_swin_l_ade20k': (2, 2),
     'swin_l_flowers102': (5, 3),
@@ -410,26 +441,45 @@ IMAGES = {  # trained on, evaluated
 }
 
 
-@pytest.mark.parametrize('task', SCORES)
-def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
-    """Every task but COCO, which other tests train, narrow and on a few images in its original layout: a Runner
-    builds everything, trains, evaluates, and keeps the best checkpoint by the published score."""
+def small_run(task: str, root: Path, work_dir: Path) -> None:
+    """Train and evaluate a config as `tools/train.py` does, narrow, on a few images."""
     narrow = copy.deepcopy(NARROW | NARROW_TASK[kind(task)])  # because merging takes `_delete_` out
-    cfg = load_config(str(CONFIGS[task]), dict(data_root=str(tiny_data[task]), **narrow))
-    cfg.test_dataloader = cfg.val_dataloader
-    if task == 'swin_l_voc2007':
-        with pytest.raises(MissingFileError, match='trainval_one_label.txt'):
-            check_data(cfg, ('train',))
-        one_label_recipe(tiny_data[task], monkeypatch)
+    cfg = load_config(str(CONFIGS[task]), dict(data_root=str(root), **narrow))
     check_data(cfg, ('train', 'val', 'test'))
-    cfg.work_dir, cfg.experiment_name = str(tmp_path), os.urandom(4).hex()
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.work_dir, cfg.experiment_name = str(work_dir), os.urandom(4).hex()
     adapt_to_device(cfg)
     runner = build_runner(cfg)
     runner.train()
     assert (len(runner.train_dataloader.dataset), len(runner.val_dataloader.dataset)) == IMAGES[task]
+    loss = runner.message_hub.get_scalar('train/loss').current()
     scores = {key: runner.message_hub.get_scalar(f'val/{key}').current() for key in SCORES[task]}
-    assert all(math.isfinite(score) for score in scores.values()), scores
-    assert list(tmp_path.glob(f'best_{SCORES[task][0].replace("/", "_")}_*.pth'))
+    assert math.isfinite(loss) and all(math.isfinite(score) for score in scores.values()), (loss, scores)
+    assert list(work_dir.glob(f'best_{SCORES[task][0].replace("/", "_")}_*.pth'))
+
+
+@pytest.mark.parametrize('task', [task for task in SCORES if task != 'cascade_swin_b_coco'])
+def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
+    """Every task but COCO's (see the next test) in its original layout: a Runner builds everything, trains, evaluates,
+    and keeps the best checkpoint by the published score."""
+    if task == 'swin_l_voc2007':
+        with pytest.raises(MissingFileError, match='trainval_one_label.txt'):
+            check_data(load_config(str(CONFIGS[task]), dict(data_root=str(tiny_data[task]))), ('train',))
+        one_label_recipe(tiny_data[task], monkeypatch)
+    small_run(task, tiny_data[task], tmp_path)
+
+
+REAL = {
+    'cascade_swin_b_coco': 'data/coco',
+    'retinanet_swin_l_voc': 'data/VOCdevkit',
+    'upernet_swin_l_ade20k': 'data/ade/ADEChallengeData2016',
+}
+
+
+@pytest.mark.parametrize('task', REAL)
+def test_trains_and_evaluates_on_real_images(task, tmp_path):
+    """The dense tasks again, on the real images where they are."""
+    small_run(task, shared(REAL[task]), tmp_path)
 
 
 def test_voc_scores_of_the_truth(tiny_data):
@@ -456,7 +506,7 @@ def test_largest_object_is_the_label(tiny_data, monkeypatch):
     assert (root / 'ImageSets/Main/test_one_label.txt').read_text() == '000002.jpg 6\n000003.jpg 6\n'
 
 
-@pytest.mark.parametrize('task', list(SCORES))
+@pytest.mark.parametrize('task', SCORES)
 def test_missing_data(task):
     """Data that are not there are named before training, whatever the layout."""
     cfg = load_config(str(CONFIGS[task]), dict(data_root='/nowhere'))
@@ -465,17 +515,10 @@ def test_missing_data(task):
             check_data(cfg, (split,))
 
 
-@pytest.mark.parametrize(
-    ('task', 'root'),
-    [
-        ('cascade_swin_b_coco', 'data/coco'),
-        ('retinanet_swin_l_voc', 'data/VOCdevkit'),
-        ('upernet_swin_l_ade20k', 'data/ade/ADEChallengeData2016'),
-        ('swin_l_voc2007_multilabel', 'data/VOCdevkit/VOC2007'),
-    ],
-)
-def test_real_data(task, root):
+@pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])
+def test_real_data(task):
     """The real data sets, where they are: loaders and pipelines as shipped give a training and a test batch."""
+    root = REAL.get(task, 'data/VOCdevkit/VOC2007')
     loaders = {key: value for key, value in NARROW.items() if 'loader' in key}
     cfg = load_config(str(CONFIGS[task]), {'data_root': str(shared(root)), **loaders})
     check_data(cfg, ('train', 'val', 'test'))
