@@ -1,0 +1,11 @@
+# Mona with the learning rate that every other method has on this task.
+_base_ = ['../_base_/flowers102_swin_l.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mona_mm.PeftBackbone',
+        base={{_base_.model.backbone}},
+        peft=dict(type='Mona', bottleneck=64),
+    )
+)

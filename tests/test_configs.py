@@ -1,0 +1,530 @@
+"""Every shipped config: what trains, what the optimizer gets, the published schedules, and small runs of every task.
+
+Numbers are the published ones (settings and training logs of the Mona paper's code), held here a second time.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from conftest import ROOT, shared
+from mmengine.evaluator import Evaluator
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mona_mm.cli import build_runner
+from mona_mm.config import adapt_to_device, check_data, load_config
+from mona_mm.errors import MissingFileError
+from mona_mm.freeze import count_trainable
+from mona_mm.meta import build_on_meta
+
+CONFIGS = {path.stem: path for path in sorted((ROOT / 'configs').rglob('*.py'))}
+PARTS = ('default_runtime', 'classification_swin_l')  # of other configs, no configs themselves
+BASES = [name for name, path in CONFIGS.items() if path.parent.name == '_base_' and name not in PARTS]
+METHODS = ('mona', 'full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1', 'adapter', 'lora', 'adaptformer', 'lorand')
+SHIPPED = [name for name, path in CONFIGS.items() if path.parent.name in METHODS]
+TASKS = (
+    *('cascade_swin_b_coco', 'retinanet_swin_l_voc', 'upernet_swin_l_ade20k'),
+    *('swin_l_flowers102', 'swin_l_oxfordpets', 'swin_l_voc2007'),
+)
+
+# Trainable backbone parameters with out_indices (0, 1, 2, 3).
+TRAINABLE = {
+    't': dict(full=27520698, bitfit=76218, norm_tuning=26112, partial_1=7091928, adapter=1140864, lora=1130496,
+              adaptformer=570432, mona=1408128, lorand=1758144, fixed=0),
+    'b': dict(full=86745016, bitfit=201656, norm_tuning=59392, partial_1=12601632, adapter=3107328, lora=3080192,
+              adaptformer=1553664, mona=3667456, lorand=4754688, fixed=0),
+    'l': dict(full=194998164, bitfit=302484, norm_tuning=89088, partial_1=28339632, adapter=4659456, lora=4620288,
+              adaptformer=2329728, mona=5267712, lorand=7082880, fixed=0),
+}  # fmt: skip
+# Where a task changes them: VOC has out_indices (1, 2, 3) and a frozen patch embedding, classification (3,).
+TRAINABLE_ELSEWHERE = {
+    ('voc', 't'): dict(full=27515610, bitfit=75930, norm_tuning=25728),
+    ('voc', 'b'): dict(full=86738232, bitfit=201272, norm_tuning=58880),
+    ('voc', 'l'): dict(full=194987988, bitfit=301908, norm_tuning=88320),
+    ('classification', 't'): dict(full=27519354, bitfit=75546, norm_tuning=24768),
+    ('classification', 'b'): dict(full=86743224, bitfit=200760, norm_tuning=57600),
+    ('classification', 'l'): dict(full=194995476, bitfit=301140, norm_tuning=86400),
+}
+
+
+def kind(name: str) -> str:
+    """The rows of the tables that a config belongs to."""
+    known = {'coco': 'coco', 'retinanet': 'voc', 'upernet': 'ade20k'}
+    return next((kind for word, kind in known.items() if word in name), 'classification')
+
+
+def method_of(name: str) -> str:
+    return CONFIGS[name].parent.name
+
+
+def size(name: str) -> str:
+    return re.search(r'swin_([tbl])', name)[1]
+
+
+def test_every_method_on_every_task():
+    """Each cell of the tables is one file; no two files have one name, since mim finds them by it."""
+    expected = {task if method == 'mona' else f'{method}_{task}' for method in METHODS for task in TASKS}
+    assert expected <= CONFIGS.keys()
+    others = [path for path in CONFIGS.values() if path.parent.name in METHODS[1:]]
+    assert all(path.stem.startswith(f'{path.parent.name}_') for path in others)
+    files = [path.name for path in (ROOT / 'configs').rglob('*.py')]
+    assert [name for name, count in Counter(files).items() if count > 1] == []
+
+
+def test_short():
+    """A method's file is at most 15 lines over its task."""
+    assert {name: n for name in SHIPPED if (n := len(CONFIGS[name].read_text().splitlines())) > 15} == {}
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_on_the_cpu(monkeypatch):
+    """Mixed precision of tiny models is not what is tested here, nor what Runners spend half their time on: asking
+    compilers for their versions and formatting the config's text."""
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):  # the fork imports it when it needs it
+        monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
+
+
+@pytest.fixture
+def config(request):
+    cfg = load_config(str(CONFIGS[request.param]))
+    adapt_to_device(cfg)
+    cfg.name = request.param
+    return cfg
+
+
+@pytest.mark.parametrize('config', SHIPPED, indirect=True)
+def test_what_trains(config):
+    """At full size: the published number of backbone parameters, all of neck and heads, and an optimizer that has
+    exactly those, with the published learning rate and, parameter by parameter, the published decay."""
+    name, method, task = config.name, method_of(config.name), kind(config.name)
+    model = build_on_meta(config)
+    count = count_trainable(model)
+    bottleneck = re.search(r'bottleneck(\d+)', name)
+    if bottleneck:
+        assert count.backbone_trainable == mona_formula(192, (2, 2, 18, 2), int(bottleneck[1]))
+    else:
+        assert count.backbone_trainable == published_number(method, name)
+    assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith('backbone.'))
+
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    given = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert sum(len(group['params']) for group in wrapper.optimizer.param_groups) == len(given)
+    assert given.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+
+    rate, decay = {
+        'coco': (1e-4, 0.05), 'voc': (1e-4, 0.05), 'ade20k': (6e-5, 0.01), 'classification': (1.5625e-5, 0.05),
+    }[task]  # fmt: skip
+    rate = {'upernet_swin_l_ade20k': 3e-4, 'swin_l_flowers102': 3.125e-5, 'swin_l_oxfordpets': 3.125e-5}.get(name, rate)
+    wrong = []
+    for path, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            free = own == 'relative_position_bias_table' or (
+                isinstance(module, nn.LayerNorm) and name != 'upernet_swin_l_ade20k'  # there Mona's own norm decays
+            ) or (own == 'bias' and task == 'classification')  # fmt: skip
+            group = given[id(parameter)]
+            if (group['lr'], group['weight_decay']) != (pytest.approx(rate, rel=1e-9), 0.0 if free else decay):
+                wrong.append((f'{path}.{own}', group['lr'], group['weight_decay']))
+    assert not wrong, wrong[:5]
+    assert type(wrapper.optimizer) is torch.optim.AdamW
+    assert all((g['betas'], g['eps']) == ((0.9, 0.999), 1e-8) for g in wrapper.optimizer.param_groups)
+    drop_path = {'coco': 0.3, 'voc': 0.2, 'ade20k': 0.3, 'classification': 0.3}[task]
+    assert max(m.drop_prob for m in model.backbone.modules() if type(m).__name__ == 'DropPath') == pytest.approx(
+        0.2 if name == 'upernet_swin_l_ade20k' else drop_path
+    )
+
+
+def published_number(method: str, name: str) -> int:
+    return (TRAINABLE[size(name)] | TRAINABLE_ELSEWHERE.get((kind(name), size(name)), {}))[method]
+
+
+def mona_formula(width: int, depths: tuple[int, ...], n: int) -> int:
+    """Two modules a block of (2n + 5)m + n^2 + 88n parameters; the width m doubles with every stage."""
+    return sum(2 * depth * ((2 * n + 5) * (width << stage) + n**2 + 88 * n) for stage, depth in enumerate(depths))
+
+
+def test_mona_formula():
+    assert mona_formula(192, (2, 2, 18, 2), 64) == TRAINABLE['l']['mona']
+
+
+def test_numbers_are_the_evidence():
+    """What this file holds of the published numbers is what `published.json` says."""
+    published = json.loads(shared('reference/published.json').read_text())
+    for key, numbers in TRAINABLE.items():
+        assert numbers == {k: n for k, (n, _) in published['trainable_params_backbone'][f'swin_{key}'].items()}
+    elsewhere = published['trainable_params_backbone_other_tasks']
+    for (task, key), numbers in TRAINABLE_ELSEWHERE.items():
+        assert numbers == elsewhere[task][f'swin_{key}']
+
+
+@pytest.mark.parametrize('config', BASES, indirect=True)
+def test_a_base_is_full_tuning(config):
+    """A task's `_base_` is a stock config that trains by itself, as much as with the `full` folder over it."""
+    model = build_on_meta(config)
+    model.train()  # where a stock Swin freezes its patch embedding
+    assert count_trainable(model).backbone_trainable == published_number('full', config.name)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_fair_is_one_setting(task):
+    """What `_base_` says of a task holds for every method: lr, drop path, decay, schedule, data. Mona's file differs
+    where it was published so, and then `fair_` does not. Options reach what would depend on them."""
+    names = [task if method == 'mona' else f'{method}_{task}' for method in METHODS]
+    if f'fair_{task}' in CONFIGS:
+        assert task in ('upernet_swin_l_ade20k', 'swin_l_flowers102', 'swin_l_oxfordpets')
+        names[0] = f'fair_{task}'
+    options = {'optim_wrapper.optimizer.lr': 1e-3, 'model.backbone.base.drop_path_rate': 0.1}
+    for given in ({}, options):
+        configs = [load_config(str(CONFIGS[name]), dict(given)).to_dict() for name in names]
+        for cfg in configs:
+            backbone = cfg['model'].pop('backbone')
+            cfg['base'] = backbone['base']
+            assert set(backbone) == {'type', 'base', 'peft'} or set(backbone) == {'type', 'base', 'trainable'}
+        assert all(cfg == configs[0] for cfg in configs)
+    assert configs[0]['base']['drop_path_rate'] == 0.1
+    # No schedule holds a rate of its own, so the option above is all there is to change.
+    assert all(not {'eta_min', 'end_factor'} & set(s) or s.get('eta_min') == 0 for s in configs[0]['param_scheduler'])
+
+
+# Schedules -------------------------------------------------------------------------------------------------------
+
+
+def warm_up(i: int, end: int, ratio: float) -> float:
+    return 1 - (1 - i / end) * (1 - ratio) if i < end else 1.0
+
+
+def ade20k(i: int) -> float:
+    return warm_up(i, 1500, 1e-6) * (1 - i / 160000)
+
+
+def classification(i: int, epoch: int = 128) -> float:
+    cosine = (1 + math.cos(math.pi * i / (100 * epoch))) / 2
+    return warm_up(i, 20 * epoch, 1e-3) * (0.01 + 0.99 * cosine)
+
+
+def coco(i: int, epoch: int = 7330) -> float:
+    return warm_up(i, 500, 1e-3) * 0.1 ** sum(i >= e * epoch for e in (27, 33))
+
+
+def voc(i: int, epoch: int = 24827) -> float:
+    return 0.1 if i >= 3 * epoch else 1.0
+
+
+@pytest.mark.parametrize(
+    ('name', 'peak', 'rule', 'images', 'batch', 'points'),
+    [
+        ('upernet_swin_l_ade20k', 3e-4, ade20k, 20210, 16, (0, 100, 750, 2000, 80000, 159000)),
+        ('full_upernet_swin_l_ade20k', 6e-5, ade20k, 20210, 16, (0, 100, 750, 2000, 80000, 159000)),
+        ('swin_l_flowers102', 3.125e-5, classification, 2040, 16, (0, 128, 1280, 2560, 6400, 12700)),
+        ('full_swin_l_flowers102', 1.5625e-5, classification, 2040, 16, (0, 128, 1280, 2560, 6400, 12700)),
+        ('cascade_swin_b_coco', 1e-4, coco, 117266, 16, (0, 250, 500, 7330 * 27 - 1, 7330 * 27, 7330 * 33)),
+        ('retinanet_swin_l_voc', 1e-4, voc, 49653, 2, (0, 1, 24827, 3 * 24827 - 1, 3 * 24827, 4 * 24827 - 1)),
+    ],
+)  # fmt: skip
+def test_learning_rate(name, peak, rule, images, batch, points, tmp_path):
+    """The schedule as a Runner builds it, at epochs of the published length, is the published rule: within 0.3%, for
+    mmengine's warm-up is one iteration shorter. A main schedule that began after the warm-up would be 0.9% off on
+    ADE20K and 37% in classification."""
+    cfg = load_config(str(CONFIGS[name]))
+    runner = Runner(
+        model=nn.Linear(1, 1),
+        work_dir=str(tmp_path),
+        experiment_name=os.urandom(4).hex(),
+        default_scope=cfg.default_scope,
+        train_dataloader=dict(dataset=range(images), batch_size=batch, sampler=dict(type='DefaultSampler')),
+        train_cfg=cfg.train_cfg,
+        optim_wrapper=dict(optimizer=cfg.optim_wrapper.optimizer),
+        param_scheduler=cfg.param_scheduler,
+    )
+    epoch = len(runner.train_loop.dataloader)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    rates = {}
+    for i in range(max(points) + 1):
+        if i in points:
+            rates[i] = runner.optim_wrapper.get_lr()['lr'][0]
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (i + 1) % epoch == 0:
+                scheduler.step()
+    assert rates == {i: pytest.approx(peak * rule(i), rel=0.003) for i in points}
+
+
+def test_learning_rate_of_the_logs():
+    """The rule above is the one of the published logs: iteration 2000 of Mona on ADE20K has 2.963e-4."""
+    assert 3e-4 * ade20k(2000) == pytest.approx(2.963e-4, abs=1e-7)
+
+
+# Data ------------------------------------------------------------------------------------------------------------
+
+
+def picture(path: Path, seed: int, hw: tuple[int, int] = (64, 96)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mmcv.imwrite(np.random.default_rng(seed).integers(0, 256, (*hw, 3), dtype=np.uint8), str(path))
+
+
+def make_voc(root: Path) -> None:
+    """Two images a split; in each a small dog and a large car."""
+    for year, splits in (('2007', ('trainval', 'test')), ('2012', ('trainval',))):
+        folder = root / f'VOC{year}'
+        (folder / 'ImageSets/Main').mkdir(parents=True)
+        (folder / 'Annotations').mkdir()
+        for s, split in enumerate(splits):
+            ids = [f'{2 * s + k:06d}' for k in range(2)]
+            (folder / f'ImageSets/Main/{split}.txt').write_text('\n'.join(ids) + '\n')
+            for name in ids:
+                picture(folder / f'JPEGImages/{name}.jpg', int(name))
+                annotation = ET.Element('annotation')
+                size = ET.SubElement(annotation, 'size')
+                for key, value in (('width', 96), ('height', 64), ('depth', 3)):
+                    ET.SubElement(size, key).text = str(value)
+                for label, box in (('dog', (5, 5, 45, 35)), ('car', (20, 10, 90, 60))):
+                    thing = ET.SubElement(annotation, 'object')
+                    ET.SubElement(thing, 'name').text = label
+                    ET.SubElement(thing, 'difficult').text = '0'
+                    bndbox = ET.SubElement(thing, 'bndbox')
+                    for key, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box, strict=True):
+                        ET.SubElement(bndbox, key).text = str(value)
+                ET.ElementTree(annotation).write(folder / f'Annotations/{name}.xml')
+
+
+def make_ade20k(root: Path) -> None:
+    for split in ('training', 'validation'):
+        for k in range(2):
+            picture(root / f'images/{split}/{k}.jpg', k)
+            (root / f'annotations/{split}').mkdir(parents=True, exist_ok=True)
+            classes = np.random.default_rng(k).integers(0, 151, (64, 96), dtype=np.uint8)
+            mmcv.imwrite(classes, str(root / f'annotations/{split}/{k}.png'))
+
+
+def make_flowers102(root: Path) -> None:
+    for k in range(1, 9):
+        picture(root / f'jpg/image_{k:05d}.jpg', k)
+    scipy.io.savemat(root / 'imagelabels.mat', dict(labels=np.arange(1, 9, dtype=np.uint8)[None] * 12))
+    splits = dict(trnid=[1, 2, 3], valid=[4, 5], tstid=[6, 7, 8])
+    scipy.io.savemat(root / 'setid.mat', {k: np.array([v], np.uint16) for k, v in splits.items()})
+
+
+def make_oxfordpets(root: Path) -> None:
+    (root / 'annotations').mkdir(parents=True)
+    for split, label in (('trainval', 1), ('test', 37)):
+        names = [f'Pet_{split}_{k}' for k in range(4)]
+        for k, name in enumerate(names):
+            picture(root / f'images/{name}.jpg', k)
+        (root / f'annotations/{split}.txt').write_text(''.join(f'{name} {label} 1 1\n' for name in names))
+
+
+def one_label_recipe(root: Path, monkeypatch) -> None:
+    """Runs what the comment in the VOC2007 config says to run."""
+    lines = [line[4:] for line in CONFIGS['voc2007_swin_l'].read_text().splitlines() if line.startswith('#   ')]
+    with monkeypatch.context() as m:
+        m.chdir(root)
+        exec('\n'.join(lines), {})
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory) -> dict[str, Path]:
+    """Every data set in its original layout, with a few random images; the roots by task."""
+    root = tmp_path_factory.mktemp('tiny')
+    made = dict(VOCdevkit=make_voc, ade=make_ade20k, flowers102=make_flowers102, oxfordpets=make_oxfordpets)
+    for name, make in made.items():
+        (root / name).mkdir()
+        make(root / name)
+    return {
+        'retinanet_swin_l_voc': root / 'VOCdevkit',
+        'upernet_swin_l_ade20k': root / 'ade',
+        'swin_l_flowers102': root / 'flowers102',
+        'swin_l_oxfordpets': root / 'oxfordpets',
+        'swin_l_voc2007': root / 'VOCdevkit/VOC2007',
+        'swin_l_voc2007_multilabel': root / 'VOCdevkit/VOC2007',
+    }
+
+
+NARROW = {
+    'model.backbone.base.init_cfg': None,
+    'train_dataloader.num_workers': 0,
+    'train_dataloader.persistent_workers': False,
+    'val_dataloader.num_workers': 0,
+    'val_dataloader.persistent_workers': False,
+    'default_hooks.logger.interval': 1,
+}
+NARROW_SWIN = dict(embed_dims=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
+NARROW_TASK = {
+    'coco': {
+        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
+        'model.neck.in_channels': [12, 24, 48, 96],
+        'model.neck.out_channels': 16,
+        'model.rpn_head.in_channels': 16,
+        'model.rpn_head.feat_channels': 16,
+        'model.roi_head.bbox_roi_extractor.out_channels': 16,
+        'model.roi_head.mask_roi_extractor.out_channels': 16,
+        **{
+            f'model.roi_head.bbox_head.{stage}.{key}': 16
+            for stage in range(3)
+            for key in ('in_channels', 'conv_out_channels', 'fc_out_channels')
+        },
+        'model.roi_head.mask_head.in_channels': 16,
+        'model.roi_head.mask_head.conv_out_channels': 16,
+        'model.test_cfg.rcnn.score_thr': 0.0,  # something must be predicted for COCO's metric to say a number
+        'model.test_cfg.rcnn.max_per_img': 10,
+        'train_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.pipeline.1.scale': (200, 120),
+        'train_cfg.max_epochs': 1,
+    },
+    'voc': {
+        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
+        'model.neck.in_channels': [24, 48, 96],
+        'model.neck.out_channels': 16,
+        'model.bbox_head.in_channels': 16,
+        'model.bbox_head.feat_channels': 16,
+        'model.test_cfg.score_thr': 0.0,
+        'train_dataloader.dataset.dataset.datasets.0.indices': 2,
+        'train_dataloader.dataset.dataset.datasets.1.indices': 2,
+        'train_dataloader.dataset.dataset.datasets.0.pipeline.2.scale': (100, 60),
+        'train_dataloader.dataset.dataset.datasets.1.pipeline.2.scale': (100, 60),
+        'val_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.pipeline.1.scale': (100, 60),
+        'train_cfg.max_epochs': 1,
+    },
+    'ade20k': {
+        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
+        'model.decode_head.in_channels': [12, 24, 48, 96],
+        'model.decode_head.channels': 16,
+        'model.auxiliary_head.in_channels': 48,
+        'model.auxiliary_head.channels': 16,
+        'model.data_preprocessor.size': (64, 64),
+        'train_dataloader.dataset.pipeline.2.scale': (256, 64),
+        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
+        'val_dataloader.dataset.pipeline.1.scale': (256, 64),
+        'train_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.indices': 2,
+        'train_cfg.max_iters': 2,
+        'train_cfg.val_interval': 2,
+    },
+    'classification': {
+        'model.backbone.base.arch': dict(_delete_=True, **NARROW_SWIN),
+        'model.head.in_channels': 96,
+        'train_cfg.max_epochs': 1,
+    },
+}
+SCORES = {
+    'cascade_swin_b_coco': ('coco/bbox_mAP', 'coco/segm_mAP'),
+    'retinanet_swin_l_voc': ('pascal_voc/mAP', 'pascal_voc/AP50', 'coco/bbox_mAP', 'coco/bbox_mAP_50'),
+    'upernet_swin_l_ade20k': ('mIoU', 'aAcc'),
+    'swin_l_voc2007_multilabel': ('multi-label/mAP',),
+    **dict.fromkeys(TASKS[3:], ('accuracy/top1', 'accuracy/top5')),
+}
+IMAGES = {  # trained on, evaluated
+    'cascade_swin_b_coco': (2, 2),
+    'retinanet_swin_l_voc': (12, 2),
+    'upernet_swin_l_ade20k': (2, 2),
+    'swin_l_flowers102': (5, 3),
+    'swin_l_oxfordpets': (4, 4),
+    'swin_l_voc2007': (2, 2),
+    'swin_l_voc2007_multilabel': (2, 2),
+}
+
+
+def small_run(task: str, root: Path, work_dir: Path) -> None:
+    """Train and evaluate a config as `tools/train.py` does, narrow, on a few images."""
+    narrow = copy.deepcopy(NARROW | NARROW_TASK[kind(task)])  # because merging takes `_delete_` out
+    cfg = load_config(str(CONFIGS[task]), dict(data_root=str(root), **narrow))
+    check_data(cfg, ('train', 'val', 'test'))
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.work_dir, cfg.experiment_name = str(work_dir), os.urandom(4).hex()
+    adapt_to_device(cfg)
+    runner = build_runner(cfg)
+    runner.train()
+    assert (len(runner.train_dataloader.dataset), len(runner.val_dataloader.dataset)) == IMAGES[task]
+    loss = runner.message_hub.get_scalar('train/loss').current()
+    scores = {key: runner.message_hub.get_scalar(f'val/{key}').current() for key in SCORES[task]}
+    assert math.isfinite(loss) and all(math.isfinite(score) for score in scores.values()), (loss, scores)
+    assert list(work_dir.glob(f'best_{SCORES[task][0].replace("/", "_")}_*.pth'))
+
+
+@pytest.mark.parametrize('task', [task for task in SCORES if task != 'cascade_swin_b_coco'])
+def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
+    """Every task but COCO's (see the next test) in its original layout: a Runner builds everything, trains, evaluates,
+    and keeps the best checkpoint by the published score."""
+    if task == 'swin_l_voc2007':
+        with pytest.raises(MissingFileError, match='trainval_one_label.txt'):
+            check_data(load_config(str(CONFIGS[task]), dict(data_root=str(tiny_data[task]))), ('train',))
+        one_label_recipe(tiny_data[task], monkeypatch)
+    small_run(task, tiny_data[task], tmp_path)
+
+
+REAL = {
+    'cascade_swin_b_coco': 'data/coco',
+    'retinanet_swin_l_voc': 'data/VOCdevkit',
+    'upernet_swin_l_ade20k': 'data/ade/ADEChallengeData2016',
+}
+
+
+@pytest.mark.parametrize('task', REAL)
+def test_trains_and_evaluates_on_real_images(task, tmp_path):
+    """The dense tasks again, on the real images where they are."""
+    small_run(task, shared(REAL[task]), tmp_path)
+
+
+def test_voc_scores_of_the_truth(tiny_data):
+    """The annotations handed in as predictions score 1 in both of VOC's metrics, a later epoch's too."""
+    cfg = load_config(str(CONFIGS['retinanet_swin_l_voc']), dict(data_root=str(tiny_data['retinanet_swin_l_voc'])))
+    init_default_scope(cfg.default_scope)
+    dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    evaluator = Evaluator(cfg.val_evaluator)
+    evaluator.dataset_meta = dataset.metainfo
+    for _ in range(2):
+        for sample in (dataset[i]['data_samples'] for i in range(len(dataset))):
+            truth = sample.gt_instances
+            boxes = truth.bboxes.tensor
+            sample.pred_instances = InstanceData(bboxes=boxes, labels=truth.labels, scores=torch.ones(len(boxes)))
+            evaluator.process([sample])
+        scores = evaluator.evaluate(len(dataset))
+        assert scores['pascal_voc/mAP'] == scores['coco/bbox_mAP'] == 1
+
+
+def test_largest_object_is_the_label(tiny_data, monkeypatch):
+    """The recipe in the VOC2007 config labels an image with a small dog and a large car as a car."""
+    root = tiny_data['swin_l_voc2007']
+    one_label_recipe(root, monkeypatch)
+    assert (root / 'ImageSets/Main/test_one_label.txt').read_text() == '000002.jpg 6\n000003.jpg 6\n'
+
+
+@pytest.mark.parametrize('task', SCORES)
+def test_missing_data(task):
+    """Data that are not there are named before training, whatever the layout."""
+    cfg = load_config(str(CONFIGS[task]), dict(data_root='/nowhere'))
+    for split in ('train', 'val', 'test'):
+        with pytest.raises(MissingFileError, match=rf'{split} data.*/nowhere/.*--cfg-options data_root='):
+            check_data(cfg, (split,))
+
+
+@pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])
+def test_real_data(task):
+    """The real data sets, where they are: loaders and pipelines as shipped give a training and a test batch."""
+    root = REAL.get(task, 'data/VOCdevkit/VOC2007')
+    loaders = {key: value for key, value in NARROW.items() if 'loader' in key}
+    cfg = load_config(str(CONFIGS[task]), {'data_root': str(shared(root)), **loaders})
+    check_data(cfg, ('train', 'val', 'test'))
+    init_default_scope(cfg.default_scope)
+    for options in (cfg.train_dataloader, cfg.val_dataloader):
+        batch = next(iter(Runner.build_dataloader(options, seed=0)))
+        assert len(batch['inputs']) == len(batch['data_samples']) == options.batch_size
+        assert all(image.shape[0] == 3 and image.dtype == torch.uint8 for image in batch['inputs'])
