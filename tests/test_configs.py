@@ -26,7 +26,8 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, check_data, load_config
+from mona_mm.config import adapt_to_device, load_config
+from mona_mm.data import check_data
 from mona_mm.errors import MissingFileError
 from mona_mm.freeze import count_trainable
 from mona_mm.meta import build_on_meta

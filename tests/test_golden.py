@@ -76,9 +76,7 @@ def test_trainable_names(method):
     """Exactly the published set of trainable parameters, name by name, and their number."""
     published = json.loads(shared('golden/trainable_names.json').read_text())[method]
     _, metadata = golden('swin_mona')
-    model = PeftBackbone(
-        base=dict(type='mmdet.SwinTransformer', **golden_swin_config(metadata)), **PEFT[method]
-    )
+    model = PeftBackbone(base=dict(type='mmdet.SwinTransformer', **golden_swin_config(metadata)), **PEFT[method])
     # Values are of no interest, shapes little: two rows, so that a fused tensor can be cut into its slices.
     expected = convert_state_dict({name: torch.zeros(2, 4) for name in published['trainable_with_gradient']})
     assert set(expected) == {name for name, p in model.named_parameters() if p.requires_grad}

@@ -2,10 +2,35 @@
 
 import os.path as osp
 
+from mmengine.config import Config
+from mmengine.evaluator import DumpResults
+from mmengine.registry import DefaultScope
+
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
+
+
+def draw_into(cfg: Config, folder: str) -> None:
+    """Set the library's own visualization hook to draw every image."""
+    hook = cfg.default_hooks.visualization
+    if hook.type == 'DetVisualizationHook':
+        hook.update(draw=True, test_out_dir=folder)
+    elif hook.type == 'SegVisualizationHook':
+        hook.update(draw=True, interval=1)
+        cfg.visualizer.save_dir = folder
+    else:  # mmpretrain's
+        hook.update(enable=True, interval=1, out_dir=folder)
+
+
+def dump_metric(file: str) -> DumpResults:
+    """Writes every prediction to a file, masks of detectors as run-length codes."""
+    if DefaultScope.get_current_instance().scope_name == 'mmdet':
+        from mmdet.evaluation import DumpDetResults
+
+        return DumpDetResults(out_file_path=file)
+    return DumpResults(out_file_path=file)
 
 
 def main() -> None:
@@ -22,13 +47,10 @@ def main() -> None:
     check_data(cfg, ('test',))
     cfg.load_from = args.checkpoint
     if args.show_dir:
-        # An absolute path, because the hook would put a relative one below the time-stamped log folder.
-        cfg.default_hooks.visualization.update(draw=True, test_out_dir=osp.abspath(args.show_dir))
+        draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
     runner = build_runner(cfg)
     if args.out:
-        from mmdet.evaluation import DumpDetResults
-
-        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+        runner.test_evaluator.metrics.append(dump_metric(args.out))
     runner.test()
 
 
