@@ -68,12 +68,15 @@ def _read_stamp(root: Path) -> dict[str, Any] | None:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
-        return json.loads((root / _STAMP).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        raise ConfigError(
-            f'{root} holds something else than the demo data, and is left alone. Name another folder (--data-root), '
-            'or remove this one.'
-        ) from None
+        stamp = json.loads((root / _STAMP).read_text(encoding='utf-8'))
+        if 'complete' in stamp:
+            return stamp
+    except (OSError, TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f'{root} holds something else than the demo data, and is left alone. Name another folder (--data-root), or '
+        'remove this one.'
+    )
 
 
 def _files(root: Path, train: int, val: int) -> Iterator[Path]:

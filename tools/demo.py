@@ -14,29 +14,27 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-warnings.simplefilter('ignore')  # the libraries' deprecations are nothing that a newcomer can act on
+import cv2
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement, InstanceData
 
-import mona_mm  # noqa: E402  first: it makes the OpenMMLab libraries importable
-
-# isort: split
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from mmdet.structures import DetDataSample  # noqa: E402
-from mmengine.hooks import Hook  # noqa: E402
-from mmengine.runner import Runner  # noqa: E402
-from mmengine.structures import InstanceData  # noqa: E402
-
-from mona_mm.cli import build_runner, read_run_config, run, run_parser  # noqa: E402
-from mona_mm.config import find_last_checkpoint  # noqa: E402
-from mona_mm.demo_data import make_demo_dataset  # noqa: E402
+import mona_mm
+from mona_mm.cli import build_runner, read_run_config, run, run_parser
+from mona_mm.config import find_last_checkpoint
+from mona_mm.demo_data import make_demo_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'
+REAL_CONFIG = REPOSITORY / 'configs/mona/cascade_swin_b_coco.py'
 
 ZOOM = 3  # pictures are drawn this much larger than the images
 SHEET_ROWS, SHEET_COLUMNS = 4, 2
-SCORE_THR = 0.3  # predictions below it are not drawn
+GAP, MARGIN, TITLE = 4, 16, 40  # pixels: within a pair, around pairs, above all
+FONT, WHITE = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255)
+SCORE_THR = 0.5  # predictions below it are not drawn
 COLOURS = ((80, 170, 255), (120, 220, 90), (255, 160, 70), (220, 110, 255))  # of the classes, BGR
 
 
@@ -54,11 +52,12 @@ class DemoHook(Hook):
         self.terminal = terminal
         self.every = every
         self.metrics: dict[str, float] = {}
-        self.outputs: list[DetDataSample] = []
+        self.outputs: list[BaseDataElement] = []
 
     def before_train(self, runner: Runner) -> None:
         """Show what trains."""
         self._say(f'What trains:\n{mona_mm.count_trainable(runner.model).table()}\n')
+        self._say('(The loss may rise for a while: the more shapes are found, the more boxes and masks it is about.)')
         self._start = self._last = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -104,64 +103,85 @@ def describe(metrics: dict[str, float]) -> str:
     return ', '.join(parts)
 
 
-def draw_pair(sample: DetDataSample, classes: tuple[str, ...]) -> np.ndarray:
-    """Ground truth left, predictions right, ``(ZOOM * H, 2 * ZOOM * W + a gap, 3)`` uint8 BGR."""
+def draw_pair(sample: BaseDataElement, classes: tuple[str, ...]) -> np.ndarray:
+    """Ground truth left, predictions right, ``(ZOOM * H, 2 * ZOOM * W + GAP, 3)`` uint8 BGR."""
     image = cv2.imread(sample.img_path)
     image = cv2.resize(image, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
-    pred = sample.pred_instances
-    panels = draw(image, sample.gt_instances, classes), draw(image, pred[pred.scores >= SCORE_THR], classes)
-    gap = np.full((image.shape[0], 4, 3), 255, np.uint8)
-    return np.hstack((panels[0], gap, panels[1]))
+    predictions = sample.pred_instances
+    predictions = predictions[predictions.scores >= SCORE_THR]
+    predictions = predictions[predictions.scores.argsort()]  # the surest comes last, on top
+    panels = draw(image, sample.gt_instances, classes), draw(image, predictions, classes)
+    return np.hstack((panels[0], np.full((image.shape[0], GAP, 3), 255, np.uint8), panels[1]))
 
 
 def draw(image: np.ndarray, instances: InstanceData, classes: tuple[str, ...]) -> np.ndarray:
     """A copy of ``image`` with masks, boxes and names; ``instances`` are in the scale before zooming."""
     image = image.copy()
-    masks = instances.masks
-    masks = masks.cpu().numpy() if hasattr(masks, 'cpu') else masks.masks  # predictions are tensors
-    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes).cpu().numpy()
-    names = [classes[label] for label in instances.labels]
+    masks = instances.masks.cpu().numpy() if torch.is_tensor(instances.masks) else instances.masks.masks
+    boxes = getattr(instances.bboxes, 'tensor', instances.bboxes).tolist()
+    labels = instances.labels.tolist()
+    names = [classes[label] for label in labels]
     if 'scores' in instances:
         names = [f'{name} {score:.2f}' for name, score in zip(names, instances.scores.tolist(), strict=True)]
-    for mask, box, label, name in zip(masks, boxes, instances.labels.tolist(), names, strict=True):
-        colour = COLOURS[label % len(COLOURS)]
+    for mask, box, label in zip(masks, boxes, labels, strict=True):
         mask = cv2.resize(mask.astype(np.float32), image.shape[1::-1]) >= 0.5
-        image[mask] = (0.5 * image[mask] + 0.5 * np.array(colour)).astype(np.uint8)
+        image[mask] = (0.5 * image[mask] + 0.5 * np.array(COLOURS[label])).astype(np.uint8)
         outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(image, outline, -1, (255, 255, 255), 1, cv2.LINE_AA)
-        x1, y1, x2, y2 = np.rint(box * ZOOM).astype(int).tolist()
-        cv2.rectangle(image, (x1, y1), (x2, y2), colour, 1)
-        (width, height), _ = cv2.getTextSize(name, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)
-        x, y = min(max(x1, 0), image.shape[1] - width - 4), max(y1, height + 6)
-        cv2.rectangle(image, (x, y - height - 6), (x + width + 4, y), colour, cv2.FILLED)
-        cv2.putText(image, name, (x + 2, y - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.drawContours(image, outline, -1, WHITE, 1, cv2.LINE_AA)
+        cv2.rectangle(image, _corner(box[:2]), _corner(box[2:]), COLOURS[label], 1)
+    for box, label, name in zip(boxes, labels, names, strict=True):  # over all the masks
+        (width, height), _ = cv2.getTextSize(name, FONT, 0.42, 1)
+        x, y = _corner(box[:2])
+        x, y = min(max(x, 0), image.shape[1] - width - 4), max(y, height + 6)
+        cv2.rectangle(image, (x, y - height - 6), (x + width + 4, y), COLOURS[label], cv2.FILLED)
+        cv2.putText(image, name, (x + 2, y - 4), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     return image
 
 
-def write_pictures(outputs: list[DetDataSample], classes: tuple[str, ...], work_dir: str) -> str:
-    """Write one picture per image into ``predictions/``, and the first few on one sheet; returns the sheet's path."""
-    folder = osp.join(work_dir, 'predictions')
-    os.makedirs(folder, exist_ok=True)
-    pairs = []
-    for sample in outputs:
-        pair = draw_pair(sample, classes)
-        cv2.imwrite(osp.join(folder, osp.basename(sample.img_path)), pair)
-        pairs.append(pair)
+def _corner(point: list[float]) -> tuple[int, int]:
+    return round(ZOOM * point[0]), round(ZOOM * point[1])
 
-    pairs = pairs[: SHEET_ROWS * SHEET_COLUMNS]
-    border = 14
-    pairs = [cv2.copyMakeBorder(p, 0, border, border, 0, cv2.BORDER_CONSTANT, value=(255,) * 3) for p in pairs]
-    rows = [np.hstack(pairs[i : i + SHEET_COLUMNS]) for i in range(0, len(pairs), SHEET_COLUMNS)]
-    rows = [row for row in rows if row.shape == rows[0].shape]
-    title = np.full((40, rows[0].shape[1], 3), 255, np.uint8)
-    for i in range(SHEET_COLUMNS):
-        for j, text in enumerate(('ground truth', 'predictions')):
-            x = i * pairs[0].shape[1] + border + j * (pairs[0].shape[1] - border) // 2
-            cv2.putText(title, text, (x + 2, 27), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (60, 60, 60), 1, cv2.LINE_AA)
-    sheet = cv2.copyMakeBorder(np.vstack((title, *rows)), 0, 0, 0, border, cv2.BORDER_CONSTANT, value=(255,) * 3)
-    path = osp.join(work_dir, 'predictions.png')
-    cv2.imwrite(path, sheet)
-    return path
+
+def draw_sheet(pairs: list[np.ndarray]) -> np.ndarray:
+    """As many of the pairs as fill :data:`SHEET_ROWS` rows, under a title, ``(H, W, 3)`` uint8 BGR."""
+    height, width = pairs[0].shape[:2]
+    step_y, step_x = height + MARGIN, width + MARGIN
+    sheet = np.full((TITLE + SHEET_ROWS * step_y, MARGIN + SHEET_COLUMNS * step_x, 3), 255, np.uint8)
+    for i, pair in enumerate(pairs[: SHEET_ROWS * SHEET_COLUMNS]):
+        y, x = TITLE + i // SHEET_COLUMNS * step_y, MARGIN + i % SHEET_COLUMNS * step_x
+        sheet[y : y + height, x : x + width] = pair
+    for column in range(SHEET_COLUMNS):
+        for offset, text in ((0, 'ground truth'), ((width + GAP) // 2, f'predictions, score {SCORE_THR} and up')):
+            place = MARGIN + column * step_x + offset, TITLE - 12
+            cv2.putText(sheet, text, place, FONT, 0.6, (60, 60, 60), 1, cv2.LINE_AA)
+    return sheet
+
+
+def write_pictures(outputs: list[BaseDataElement], classes: tuple[str, ...], work_dir: str) -> tuple[str, str]:
+    """Write one picture per image into a folder, and the first few on one sheet; returns the sheet and the folder."""
+    sheet, folder = osp.join(work_dir, 'predictions.png'), osp.join(work_dir, 'predictions')
+    os.makedirs(folder, exist_ok=True)
+    pairs = [draw_pair(sample, classes) for sample in outputs]
+    for sample, pair in zip(outputs, pairs, strict=True):
+        cv2.imwrite(osp.join(folder, osp.basename(sample.img_path)), pair)
+    cv2.imwrite(sheet, draw_sheet(pairs))
+    return sheet, folder
+
+
+def train(work_dir: str, data_root: str, terminal: TextIO) -> tuple[Runner, DemoHook]:
+    """Train and validate as ``tools/train.py`` does, but with few lines on the terminal."""
+    # The model is so small that a second thread gains a sixth at best, and on a busy machine loses half.
+    torch.set_num_threads(1)
+    hook = DemoHook(terminal)
+    args = run_parser('').parse_args([str(CONFIG), '--work-dir', work_dir])
+    args.cfg_options = {'data_root': data_root}
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # The log file has the rest, the config and lines by the hundred. The warnings are about the libraries' code.
+        warnings.simplefilter('ignore')
+        runner = build_runner(read_run_config(args))
+        runner.register_hook(hook)
+        runner.train()
+    return runner, hook
 
 
 def main() -> None:
@@ -169,38 +189,35 @@ def main() -> None:
     parser.add_argument('--work-dir', default=osp.join('work_dirs', 'demo'), help='folder for what comes out')
     parser.add_argument('--data-root', default=osp.join('data', 'demo_shapes'), help='folder for the drawn images')
     args = parser.parse_args()
+
     start = time.monotonic()
-    print(f'Drawing the data set, in {args.data_root} (nothing to do if it is there).', flush=True)
+    print(f'Data: drawn shapes in {args.data_root}', flush=True)
     make_demo_dataset(args.data_root)
+    print(f'Training {osp.relpath(CONFIG)}, log in {args.work_dir}\n', flush=True)
+    runner, hook = train(args.work_dir, args.data_root, sys.stdout)
+    classes = runner.val_dataloader.dataset.metainfo['classes']
+    sheet, folder = write_pictures(hook.outputs, classes, args.work_dir)
 
-    # The model is so small that a second thread costs more, in waiting, than it does.
-    torch.set_num_threads(1)
-    hook = DemoHook(sys.stdout)
-    print(f'Training {osp.relpath(CONFIG)}; the whole log is in {args.work_dir}.\n', flush=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # the libraries' log lines, the config among them, fill screens
-        run_args = run_parser('').parse_args([str(CONFIG), '--work-dir', args.work_dir])
-        cfg = read_run_config(argparse.Namespace(**{**vars(run_args), 'cfg_options': {'data_root': args.data_root}}))
-        runner = build_runner(cfg)
-        runner.register_hook(hook)
-        runner.train()
-    sheet = write_pictures(hook.outputs, runner.val_dataloader.dataset.metainfo['classes'], args.work_dir)
-
-    count = mona_mm.count_trainable(runner.model)
-    checkpoint = osp.relpath(find_last_checkpoint(args.work_dir))
-    tools, configs = osp.relpath(REPOSITORY / 'tools'), osp.relpath(REPOSITORY / 'configs')
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    count = mona_mm.count_trainable(runner.model)
+    share = 100 * count.backbone_trainable / count.backbone_base_total
+    checkpoint = osp.relpath(find_last_checkpoint(args.work_dir))
+    tools, config = osp.relpath(REPOSITORY / 'tools'), osp.relpath(REAL_CONFIG)
     print(f"""
-Done in {minutes} min {seconds} s, on {len(hook.outputs)} images that training has not seen: {describe(hook.metrics)}
-Trained:    {count.backbone_trainable:,} parameters of {count.method} = \
-{100 * count.backbone_trainable / count.backbone_base_total:.1f}% of the frozen backbone; with neck and heads \
-{count.trainable:,} of {count.total:,} ({100 * count.trainable / count.total:.0f}%)
+Done in {minutes} min {seconds} s. On {len(hook.outputs)} images that training has not seen:
+  {describe(hook.metrics)}
+Trained:    {count.backbone_trainable:,} parameters of {count.method}, {share:.1f}% of the frozen backbone;
+            with neck and heads {count.trainable:,} of the model's {count.total:,}
 Checkpoint: {checkpoint}
-Pictures:   {sheet}, and all {len(hook.outputs)} in {osp.join(args.work_dir, 'predictions')}
+Pictures:   {sheet}, and every image in {folder}
 
 Next:
-- Evaluate again:       python {tools}/test.py {osp.join(args.work_dir, CONFIG.name)} {checkpoint}
-- The real one, COCO:   python {tools}/train.py {configs}/mona/cascade_swin_b_coco.py --cfg-options data_root=path/to/coco
-- Your own data:        a config with its folder and classes; README.md shows one in five lines""")
+  evaluate the checkpoint again
+    python {tools}/test.py {osp.join(args.work_dir, CONFIG.name)} {checkpoint}
+  the real one: Swin-B on COCO
+    python {tools}/train.py {config} --cfg-options data_root=path/to/coco
+  your own data, in COCO's layout
+    python {tools}/train.py {config} --auto-scale-lr --cfg-options data_root=path/to/data classes="[cat,dog]\"""")
 
 
 if __name__ == '__main__':
