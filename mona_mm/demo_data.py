@@ -74,7 +74,7 @@ def _read_stamp(root: Path) -> dict[str, Any] | None:
     except (OSError, TypeError, ValueError):
         pass
     raise ConfigError(
-        f'{root} holds something else than the demo data, and is left alone. Name another folder for them (--data-root).'
+        f'{root} holds something else than the demo data, and is left alone. Name another folder (--data-root).'
     )
 
 
