@@ -101,8 +101,10 @@ def log_of(runner: Runner) -> str:
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
-@pytest.mark.parametrize('options', ['plain', 'ema', 'accumulate', 'with_cp', pytest.param('amp', marks=needs_gpu)])
-def test_only_what_should_train_moves(make_runner, options):
+@pytest.mark.parametrize(
+    'options', ['plain', 'ema', 'accumulate', 'with_cp', 'amp-bf16-cpu', pytest.param('amp', marks=needs_gpu)]
+)
+def test_only_what_should_train_moves(make_runner, options, monkeypatch):
     """Training moves the method and the head, no base weight, under EMA, accumulation and checkpointing too; the log
     has the table before and the proof after."""
     kwargs, hooks = {}, [dict(type='mona_mm.ParamFreezeHook')]
@@ -115,9 +117,12 @@ def test_only_what_should_train_moves(make_runner, options):
             optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
             accumulative_counts=2,
         )
-    elif options == 'amp':
+    elif options.startswith('amp'):
+        if options == 'amp-bf16-cpu':  # AmpOptimWrapper insists on an accelerator, which bfloat16 does not need
+            monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
         kwargs['optim_wrapper'] = dict(
             type='AmpOptimWrapper',
+            dtype='bfloat16' if options == 'amp-bf16-cpu' else 'float16',
             constructor='mona_mm.PeftOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
         )
