@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
-from mona_mm.sites import find_host, method_modules
+from mona_mm.sites import find_host, method_modules, method_names
 
 Rules = str | Sequence[str]
 
@@ -102,25 +102,26 @@ def freeze(module: nn.Module, rules: Rules) -> None:
         ConfigError: if a rule selects nothing, or nothing that can train, or under a method if the host has
             ``frozen_stages`` of its own.
     """
-    own = {id(p) for m in method_modules(module) for p in m.parameters()}
-    selected = select(module, rules)
+    rules = (rules,) if isinstance(rules, str) else tuple(rules)
+    selected = {rule: select(module, rule) for rule in rules}
+    kept = method_names(module).union(*selected.values())
     for name, parameter in module.named_parameters():
-        if not (name in selected or id(parameter) in own):
+        if name not in kept:
             parameter.requires_grad = False
     module.train = partial(train, module)
     training = module.training
     module.train()
     _refuse_frozen_methods(module)
-    for rule in [rules] if isinstance(rules, str) else rules:
-        if rule != 'none' and not any(module.get_parameter(name).requires_grad for name in select(module, rule)):
+    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    for rule, names in selected.items():
+        if rule != 'none' and trainable.isdisjoint(names):
             raise ConfigError(
                 f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen '
                 f'(frozen_stages={getattr(module, "frozen_stages", None)}, or a PeftBackbone within it with a '
                 '`trainable` of its own), so it would train nothing.'
             )
-    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     module.train(training)
-    module.freeze_record = FreezeRecord((rules,) if isinstance(rules, str) else tuple(rules), trainable)
+    module.freeze_record = FreezeRecord(rules, trainable)
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:

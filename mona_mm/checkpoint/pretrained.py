@@ -18,6 +18,7 @@ from mona_mm.sites import find_host, method_names
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 _RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
+_OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
 def pretrained_file(module: nn.Module) -> dict[str, str] | None:
@@ -107,9 +108,6 @@ def read_checkpoint(file: str) -> dict:
             f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
             f'weights-only loading allows ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
         ) from error
-
-
-_OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
 def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: Callable[[str], bool]) -> str:

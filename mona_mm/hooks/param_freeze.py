@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mona_mm.errors import FreezeError
 from mona_mm.freeze import Rules, check_trainable, count_trainable, freeze, select
 from mona_mm.registry import HOOKS
-from mona_mm.sites import method_modules
+from mona_mm.sites import method_names
 
 
 @HOOKS.register_module()
@@ -61,10 +61,9 @@ class ParamFreezeHook(Hook):
                 group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
-        method = {id(p) for m in method_modules(model) for p in m.parameters()}
-        asked = select(model, self.trainable)
+        method, asked = method_names(model), select(model, self.trainable)
         wrong = sorted(
-            name for name, p in model.named_parameters() if id(p) not in method and p.requires_grad != (name in asked)
+            name for name, p in model.named_parameters() if name not in method and p.requires_grad != (name in asked)
         )
         if wrong:
             raise FreezeError(
