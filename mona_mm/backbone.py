@@ -30,15 +30,16 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
-        ConfigError: unknown base or method, a rule that matches nothing, or ``frozen_stages`` under a method.
+        ConfigError: unknown base or method, a method that this host has no sites for or that is wider than its blocks,
+            a rule that matches nothing, or ``frozen_stages`` under a method.
         UnknownOptionError: an option that the method does not have.
     """
     if peft is not None:
-        sites, build = build_method(peft)
+        method = build_method(peft)
     backbone = _build(base)
     find_host(backbone)
     if peft is not None:
-        inject(backbone, sites, build)
+        inject(backbone, method)
     freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone)

@@ -59,8 +59,8 @@ def _select(module: nn.Module, rule: str) -> set[str]:
     if rule == 'none':
         return set()
     if rule == 'last_block':
-        last = find_host(module).blocks(module)[-1]
-        return _names(module, [name for name, m in module.named_modules() if m is last])
+        *_, last = find_host(module).blocks(module)
+        return _names(module, [last])
     own = {  # parameter -> (the module it is directly in, its name there)
         f'{path}.{name}' if path else name: (m, name)
         for path, m in module.named_modules()

@@ -8,31 +8,182 @@ A *host* is a stock backbone class, a *site* a named place in each of its blocks
 ``attn_branch``, ``ffn_branch``    maps the branch's output before DropPath and the residual add
 ``attn_out``, ``ffn_out``          maps the branch's output after DropPath, before the residual add
 ``parallel_ffn``                   adds a branch of the un-normalised residual beside the FFN, after DropPath
-``q``, ``k``, ``v``, ``proj``,     adds a branch of the linear's input to its output; of the fused ``qkv`` to the
-``fc1``, ``fc2``                   slice of that name
+``q``, ``k``, ``v``, ``proj``,     adds a branch of the linear's input to its output; of a fused ``qkv`` to the slice
+``fc1``, ``fc2``                   of that name
 =================================  =================================================================================
 
-:func:`inject` puts :class:`PeftBlock` in front of the class of every block, hangs the method's modules under the
+Which of them a host has, and where it differs:
+
+============================  ======================================================================================
+Swin (three libraries), ViT   all
+SwinV2                        all; its LayerNorms end the branches: DropPath and the ``*_branch`` sites are before them,
+                              ``*_out`` after them. ``q``, ``k``, ``v`` are reached through their weight
+PVTv2                         all; ``fc1`` and ``fc2`` are 1x1 convolutions with a depthwise one between them. ``q``,
+                              ``k``, ``v``, ``proj`` are reached through their weight
+ConvNeXt                      a block has one branch (depthwise convolution, two linears, layer scale) and counts as
+                              FFN: ``ffn_branch``, ``ffn_out``, ``parallel_ffn``, ``post_ffn``, ``fc1``, ``fc2``
+============================  ======================================================================================
+
+*Reached through their weight*: the host never calls the linear layer as a module, so only a method that is an addition
+to the weight can be there (LoRA without dropout).
+
+:func:`inject` puts a :class:`PeftBlock` in front of the class of every block, hangs the method's modules under the
 block's new child ``peft``, and hooks the DropPath and linear modules of the sites in use; nothing else changes. The
 names of the base's parameters stay, the backbone's own class stays, and with modules that do nothing the block computes
 what the stock one does, bit for bit.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
 LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
-_QKV = ('q', 'k', 'v')
+
+
+class PeftModules(nn.ModuleDict):
+    """The modules that a method added to one block, by site."""
+
+
+class TokenGrid:
+    """The ``(H, W)`` of the tokens in the running forward pass, shared by a backbone's patch embedding and blocks."""
+
+    hw: tuple[int, int] | None = None
+
+
+class PeftBlock:
+    """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
+
+    host: 'Host'
+    peft: PeftModules
+    grid: TokenGrid
+
+    def stream(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
+        """The stock block's forward, with :meth:`at` where the sites are."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``, or ``(B, C, H, W)`` where the host has it so; ``hw`` is passed by the hosts
+        whose attention needs it."""
+        if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
+            # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
+            # base the first block's does not, though its modules do.
+            return checkpoint(self._forward, x, *hw, use_reentrant=False)
+        return self._forward(x, *hw)
+
+    def _forward(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
+        if hw:
+            self.grid.hw = hw[0]  # for the sites that are reached by a hook
+        return self.stream(x, *hw)
+
+    def at(self, site: str, x: Tensor) -> Tensor:
+        """``x`` through the module at a stream site, if there is one."""
+        if site not in self.peft:
+            return x
+        if x.dim() == 3:
+            return self.peft[site](x, self.grid.hw)
+        hw = x.shape[2], x.shape[3]
+        return self.peft[site](x.flatten(2).transpose(1, 2), hw).transpose(1, 2).unflatten(2, hw)
+
+    def beside_ffn(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``x`` plus the branch of ``residual``, if there is one."""
+        return x + self.at('parallel_ffn', residual) if 'parallel_ffn' in self.peft else x
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The attention module, where the method is at weights that are no module's with those weights in it."""
+        weights: dict[str, Tensor] = {}
+        for site, linear in self.host.linears.items():
+            if site in self.peft and not linear.called:
+                name = linear.weight.removeprefix('attn.')
+                weight = weights.get(name, self.get_parameter(linear.weight))
+                rows = linear.rows(weight)
+                delta = self.peft[site].delta_weight()
+                weights[name] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
+        return functional_call(self.attn, weights, args, kwargs) if weights else self.attn(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class below is made at run time, so pickle cannot find it by name.
+        return _new_peft_block, type(self).__bases__, self.__dict__
+
+
+class PreNormBlock(PeftBlock):
+    """Swin's and ViT's."""
+
+    def stream(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
+        residual = self.at('post_attn', x + self.attend(self.norm1(x), *hw))
+        x = self.ffn(self.norm2(residual), identity=residual)
+        return self.at('post_ffn', self.beside_ffn(x, residual))
+
+
+class PostNormBlock(PeftBlock):
+    """SwinV2's: the norms come last in the branches. Every few blocks of the largest models end with a third one."""
+
+    def stream(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        residual = self.at('post_attn', x + self.norm1(self.attend(x, hw)))
+        x = residual + self.norm2(self.ffn(residual))
+        x = self.at('post_ffn', self.beside_ffn(x, residual))
+        return self.norm3(x) if self.extra_norm else x
+
+
+class PyramidBlock(PeftBlock):
+    """PVTv2's: both branches add their residual themselves and need the grid."""
+
+    def stream(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        residual = self.at('post_attn', self.attend(self.norm1(x), hw, identity=x))
+        x = self.ffn(self.norm2(residual), hw, identity=residual)
+        return self.at('post_ffn', self.beside_ffn(x, residual))
+
+
+class ConvNeXtBlock(PeftBlock):
+    """ConvNeXt's, on ``(B, C, H, W)``: one branch, whose pointwise convolutions may be linears on ``(B, H, W, C)``."""
+
+    def stream(self, x: Tensor) -> Tensor:
+        residual, last = x, self.linear_pw_conv
+        layout = dict(data_format='channel_last' if last else 'channel_first')
+        x = self.depthwise_conv(x)
+        x = self.norm(x.permute(0, 2, 3, 1) if last else x, **layout)
+        x = self.act(self.pointwise_conv1(x))
+        x = self.pointwise_conv2(x if self.grn is None else self.grn(x, **layout))
+        x = x.permute(0, 3, 1, 2) if last else x
+        x = x if self.gamma is None else x.mul(self.gamma.view(1, -1, 1, 1))
+        return self.at('post_ffn', self.beside_ffn(residual + self.drop_path(x), residual))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block, or one third of a fused one.
+
+    Args:
+        weight: name in the block of its weight ``(out, in)``, or ``(out, in, 1, 1)``.
+        bias: name in the block of its bias, if it can have one.
+        third: which third of ``weight`` 's rows it is; None for all of them.
+        called: whether the host calls it as a module; else the weight is read directly.
+    """
+
+    weight: str
+    bias: str | None
+    third: int | None = None
+    called: bool = True
+
+    @property
+    def module(self) -> str:
+        """Path in the block of the module that holds the weight."""
+        return self.weight.rpartition('.')[0]
+
+    def rows(self, weight: Tensor) -> slice:
+        """The rows of ``weight`` that are this linear's."""
+        length = len(weight) if self.third is None else len(weight) // 3
+        start = length * (self.third or 0)
+        return slice(start, start + length)
 
 
 @dataclass(frozen=True)
@@ -41,46 +192,98 @@ class Host:
 
     Args:
         block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
+        kind: the block's forward with sites.
+        linears: the linear layers of a block, by site.
+        ends: by branch, the module whose input the ``*_branch`` site maps (a DropPath) and the one whose output the
+            ``*_out`` site maps.
         output_norms: prefixes of the norms of the backbone's outputs, which pretraining checkpoints do not hold.
-        attn_end: the last module of a block's attention branch, a DropPath.
-        attn: the module in a block that holds the linears ``qkv`` and ``proj``.
-        grid_source: the child that returns ``(tokens, (H, W))``, where blocks are not handed ``(H, W)`` themselves.
+        grid_source: the child that returns ``(tokens, (H, W))``, where blocks of tokens are not handed ``(H, W)``.
     """
 
     block: str
+    kind: type[PeftBlock]
+    linears: Mapping[str, Linear]
+    ends: Mapping[str, tuple[str, str]]
     output_norms: tuple[str, ...] = ()
-    attn_end: str = 'attn.drop'
-    attn: str = 'attn.w_msa'
     grid_source: str | None = None
+    sites: tuple[str, ...] = field(init=False)
 
-    def end(self, site: str) -> str:
-        """The last module, a DropPath, of the branch that ``*_branch`` and ``*_out`` sites are about."""
-        return self.attn_end if site.startswith('attn') else 'ffn.dropout_layer'
+    def __post_init__(self) -> None:
+        stream = [s for s in STREAM_SITES if s == 'parallel_ffn' or s.split('_')['post' in s] in self.ends]
+        object.__setattr__(self, 'sites', (*stream, *self.linears))
 
-    def linear(self, site: str) -> str:
-        """The linear layer of a block that a linear site is in."""
-        paths = {'proj': f'{self.attn}.proj', 'fc1': 'ffn.layers.0.0', 'fc2': 'ffn.layers.1'}
-        return paths.get(site, f'{self.attn}.qkv')
+    def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
+        return {path: m for path, m in backbone.named_modules() if qualified_name(stock_class(m)) == self.block}
 
-    def blocks(self, backbone: nn.Module) -> list[nn.Module]:
-        """The blocks of ``backbone``, in order, whether or not a method has been injected."""
-        return [m for m in backbone.modules() if qualified_name(stock_class(m)) == self.block]
+
+def _fused(module: str, called: bool = True) -> dict[str, Linear]:
+    return {site: Linear(f'{module}.weight', f'{module}.bias', i, called) for i, site in enumerate('qkv')}
+
+
+def _linears(**paths: str) -> dict[str, Linear]:
+    return {site: Linear(f'{path}.weight', f'{path}.bias') for site, path in paths.items()}
+
+
+_OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
+_FFN = _linears(fc1='ffn.layers.0.0', fc2='ffn.layers.1')
+_FFN_END = ('ffn.dropout_layer', 'ffn.dropout_layer')
 
 
 def _swin(path: str) -> dict[str, Host]:
-    output_norms = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
-    return {f'{path}.SwinTransformer': Host(block=f'{path}.SwinBlock', output_norms=output_norms)}
+    host = Host(
+        block=f'{path}.SwinBlock',
+        kind=PreNormBlock,
+        linears={**_fused('attn.w_msa.qkv'), **_linears(proj='attn.w_msa.proj'), **_FFN},
+        ends=dict(attn=('attn.drop', 'attn.drop'), ffn=_FFN_END),
+        output_norms=_OUTPUT_NORMS,
+    )
+    return {f'{path}.SwinTransformer': host}
 
 
 HOSTS: dict[str, Host] = {
     **_swin('mmdet.models.backbones.swin'),
     **_swin('mmseg.models.backbones.swin'),
     **_swin('mmpretrain.models.backbones.swin_transformer'),
+    'mmpretrain.models.backbones.swin_transformer_v2.SwinTransformerV2': Host(
+        block='mmpretrain.models.backbones.swin_transformer_v2.SwinBlockV2',
+        kind=PostNormBlock,
+        linears=dict(
+            q=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.q_bias', 0, called=False),
+            k=Linear('attn.w_msa.qkv.weight', None, 1, called=False),
+            v=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.v_bias', 2, called=False),
+            **_linears(proj='attn.w_msa.proj'),
+            **_FFN,
+        ),
+        ends=dict(attn=('attn.drop', 'norm1'), ffn=('ffn.dropout_layer', 'norm2')),
+        output_norms=_OUTPUT_NORMS,
+    ),
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer': Host(
         block='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
-        attn='attn',
-        attn_end='attn.out_drop',
+        kind=PreNormBlock,
+        linears={**_fused('attn.qkv'), **_linears(proj='attn.proj'), **_FFN},
+        ends=dict(attn=('attn.out_drop', 'attn.out_drop'), ffn=_FFN_END),
         grid_source='patch_embed',
+    ),
+    'mmpretrain.models.backbones.convnext.ConvNeXt': Host(
+        block='mmpretrain.models.backbones.convnext.ConvNeXtBlock',
+        kind=ConvNeXtBlock,
+        linears=_linears(fc1='pointwise_conv1', fc2='pointwise_conv2'),
+        ends=dict(ffn=('drop_path', 'drop_path')),
+        output_norms=_OUTPUT_NORMS,
+    ),
+    'mmdet.models.backbones.pvt.PyramidVisionTransformerV2': Host(
+        block='mmdet.models.backbones.pvt.PVTEncoderLayer',
+        kind=PyramidBlock,
+        linears=dict(
+            **{
+                site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', i, called=False)
+                for i, site in enumerate('qkv')
+            },
+            proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', called=False),
+            **_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+        ),
+        ends=dict(attn=('attn.dropout_layer', 'attn.dropout_layer'), ffn=_FFN_END),
     ),
 }
 """The supported backbones by qualified class name. Attribute names alone would also match others (BEiT's blocks have
@@ -109,105 +312,92 @@ def qualified_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
 
 
-class PeftModules(nn.ModuleDict):
-    """The modules that a method added to one block, by site."""
-
-
-class TokenGrid:
-    """The ``(H, W)`` of the tokens in the running forward pass, shared by a backbone's patch embedding and blocks."""
-
-    hw: tuple[int, int] | None = None
-
-
-class PeftBlock:
-    """Mixin in front of a host's block class; the forward of a pre-norm transformer block, with sites."""
-
-    peft: PeftModules
-    grid: TokenGrid
-
-    def forward(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``; ``hw`` is passed by the hosts whose attention needs it."""
-
-        def forward(x: Tensor) -> Tensor:
-            if hw:
-                self.grid.hw = hw[0]  # for the sites that are reached by a hook
-            residual = self.at('post_attn', x + self.attn(self.norm1(x), *hw))
-            x = self.ffn(self.norm2(residual), identity=residual)
-            if 'parallel_ffn' in self.peft:
-                x = x + self.at('parallel_ffn', residual)
-            return self.at('post_ffn', x)
-
-        if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
-            # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
-            # base the first block's does not, though its modules do.
-            return checkpoint(forward, x, use_reentrant=False)
-        return forward(x)
-
-    def at(self, site: str, x: Tensor) -> Tensor:
-        """``x`` through the module at a stream site, if there is one."""
-        return self.peft[site](x, self.grid.hw) if site in self.peft else x
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class below is made at run time, so pickle cannot find it by name.
-        return _new_peft_block, (stock_class(self),), self.__dict__
-
-
 @cache
-def _peft_class(block_class: type) -> type:
-    return type(f'Peft{block_class.__name__}', (PeftBlock, block_class), {'__module__': __name__})
+def _peft_class(kind: type[PeftBlock], block_class: type) -> type:
+    return type(f'Peft{block_class.__name__}', (kind, block_class), {'__module__': __name__})
 
 
-def _new_peft_block(block_class: type) -> nn.Module:
-    cls = _peft_class(block_class)
+def _new_peft_block(kind: type[PeftBlock], block_class: type) -> nn.Module:
+    cls = _peft_class(kind, block_class)
     return cls.__new__(cls)
 
 
 def stock_class(module: nn.Module) -> type:
     """The class that the OpenMMLab code gave a module."""
-    return type(module).__mro__[2] if isinstance(module, PeftBlock) else type(module)
+    return type(module).__bases__[1] if isinstance(module, PeftBlock) else type(module)
 
 
-def inject(backbone: nn.Module, sites: Sequence[str], build: Callable[..., nn.Module]) -> None:
-    """Attach a method to every block of ``backbone``, in place.
+class Attachment(Protocol):
+    """What :func:`inject` attaches."""
 
-    Args:
-        backbone: an instance of one of :data:`HOSTS`.
-        sites: where in each block.
-        build: makes one module: for a stream site from ``channels``, for a linear site from ``in_channels`` and
-            ``out_channels``.
+    def modules(self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Any]]:
+        """By path of a block and site, the modules to attach.
+
+        Args:
+            host: of the backbone.
+            widths: by path of a block and site, ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a
+                linear site.
+
+        Raises:
+            ConfigError: if it cannot attach to such a host.
+        """
+
+
+def inject(backbone: nn.Module, method: Attachment) -> None:
+    """Attach a method to the blocks of ``backbone``, in place.
 
     Raises:
         UnsupportedHostError: see :func:`find_host`.
-        ConfigError: if the backbone already carries a method.
+        ConfigError: if the backbone already carries a method, or the method cannot attach to this host.
     """
     host = find_host(backbone)
     if method_modules(backbone):
         raise ConfigError(
             f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.'
         )
+    blocks = host.blocks(backbone)
+    widths = {path: {site: _widths(host, block, site) for site in host.sites} for path, block in blocks.items()}
+    modules = method.modules(host, widths)
+    for attached in modules.values():
+        for site, module in attached.items():
+            _check_reach(backbone, host, site, module)
     grid = TokenGrid()
     if host.grid_source is not None:
         source = backbone.get_submodule(host.grid_source)
         source.grid = grid
         source.register_forward_hook(_remember_grid)
-    for block in host.blocks(backbone):
-        block.__class__ = _peft_class(type(block))
+    for path, block in blocks.items():
+        block.__class__ = _peft_class(host.kind, type(block))
+        block.host = host
         block.grid = grid
-        block.peft = PeftModules({site: build(*_widths(host, block, site)) for site in sites})
-        for site in sites:
-            if site in LINEAR_SITES:
-                _bound(block, host.linear(site)).register_forward_hook(partial(_add_to_linear, site))
-            elif site.endswith('_branch'):
-                _bound(block, host.end(site)).register_forward_pre_hook(partial(_map_branch, site))
-            elif site.endswith('_out'):
-                _bound(block, host.end(site)).register_forward_hook(partial(_map_out, site))
+        block.peft = PeftModules(modules[path])
+        for site in modules[path]:
+            branch, _, place = site.partition('_')
+            if site in host.linears:
+                if host.linears[site].called:
+                    _bound(block, host.linears[site].module).register_forward_hook(partial(_add_to_linear, site))
+            elif place == 'branch':
+                _bound(block, host.ends[branch][0]).register_forward_pre_hook(partial(_map_branch, site))
+            elif place == 'out':
+                _bound(block, host.ends[branch][1]).register_forward_hook(partial(_map_out, site))
 
 
 def _widths(host: Host, block: nn.Module, site: str) -> tuple[int, ...]:
-    if site not in LINEAR_SITES:
-        return (block.norm1.weight.numel(),)
-    linear = block.get_submodule(host.linear(site))
-    return linear.in_features, linear.out_features // (3 if site in _QKV else 1)
+    linear = host.linears.get(site)
+    if linear is None:
+        return (len(block.get_parameter(host.linears['fc2'].weight)),)
+    weight = block.get_parameter(linear.weight)
+    rows = linear.rows(weight)
+    return weight.shape[1], rows.stop - rows.start
+
+
+def _check_reach(backbone: nn.Module, host: Host, site: str, module: nn.Module) -> None:
+    if site in host.linears and not host.linears[site].called and not getattr(module, 'is_weight_delta', False):
+        raise ConfigError(
+            f'{type(backbone).__name__} reads the weight of {site!r} itself, so only an addition to that weight can be '
+            f'there, which this {type(module).__name__} is not (LoRA is one with dropout=0). Other sites of this '
+            f'backbone: {", ".join(s for s, linear in host.linears.items() if linear.called)}.'
+        )
 
 
 def _bound(block: nn.Module, path: str) -> nn.Module:
@@ -228,12 +418,13 @@ def _map_out(site: str, end: nn.Module, args: tuple[Tensor, ...], out: Tensor) -
     return end.peft_block.at(site, out)
 
 
-def _add_to_linear(site: str, linear: nn.Linear, args: tuple[Tensor], out: Tensor) -> Tensor:
-    branch = linear.peft_block.peft[site](args[0])
-    if site in _QKV:
-        start = _QKV.index(site) * branch.shape[-1]
-        branch = F.pad(branch, (start, out.shape[-1] - start - branch.shape[-1]))
-    return out + branch
+def _add_to_linear(site: str, linear: nn.Linear | nn.Conv2d, args: tuple[Tensor], out: Tensor) -> Tensor:
+    block, channels = linear.peft_block, 1 if isinstance(linear, nn.Conv2d) else -1
+    branch = block.peft[site](args[0].movedim(channels, -1))
+    rows = block.host.linears[site].rows(linear.weight)
+    if branch.shape[-1] < len(linear.weight):
+        branch = F.pad(branch, (rows.start, len(linear.weight) - rows.stop))
+    return out + branch.movedim(-1, channels)
 
 
 def _remember_grid(patch_embed: nn.Module, args: tuple, output: tuple[Tensor, tuple[int, int]]) -> None:

@@ -42,6 +42,41 @@ HOSTS = {
         out_type='featmap',
         with_cls_token=False,
     ),
+    'mmpretrain-swinv2': dict(
+        type='mmpretrain.SwinTransformerV2',
+        arch=dict(**SWIN, extra_norm_every_n_blocks=2),
+        img_size=64,
+        window_size=4,
+        drop_path_rate=0.3,
+        out_indices=(0, 1, 2, 3),
+        pad_small_map=True,
+    ),
+    'mmpretrain-convnext': dict(
+        type='mmpretrain.ConvNeXt',
+        arch=dict(depths=[2, 2, 2, 2], channels=[24, 48, 96, 192]),
+        drop_path_rate=0.3,
+        layer_scale_init_value=0.5,
+        out_indices=(0, 1, 2, 3),
+        gap_before_final_norm=False,
+    ),
+    'mmpretrain-convnextv2': dict(
+        type='mmpretrain.ConvNeXt',
+        arch=dict(depths=[1, 1, 2, 1], channels=[16, 24, 32, 40]),
+        drop_path_rate=0.3,
+        layer_scale_init_value=0.0,
+        use_grn=True,
+        linear_pw_conv=False,
+        out_indices=(0, 1, 2, 3),
+        gap_before_final_norm=False,
+    ),
+    'mmdet-pvtv2': dict(
+        type='mmdet.PyramidVisionTransformerV2',
+        embed_dims=16,
+        num_layers=[1, 1, 2, 1],
+        num_heads=[1, 2, 3, 4],
+        mlp_ratios=[2, 2, 2, 2],
+        drop_path_rate=0.3,
+    ),
 }
 
 

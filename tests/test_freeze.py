@@ -11,6 +11,7 @@ from torch import nn
 from mona_mm import FrozenModel, PeftBackbone, count_trainable
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.freeze import check_trainable, freeze, select
+from mona_mm.sites import find_host
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
 
@@ -32,9 +33,9 @@ def test_all_and_none(host, kind):
 def test_bias_is_bitfit(host):
     """Every bias, relative-position bias tables included, and nothing else."""
     model = PeftBackbone(base=host, trainable='bias')
-    expected = {n for n in names(model) if n.endswith(('.bias', 'relative_position_bias_table'))}
+    expected = {n for n in names(model) if n.endswith(('.bias', '_bias', 'relative_position_bias_table'))}
     assert trainable(model) == expected
-    if 'Swin' in host['type']:
+    if host['type'].endswith('.SwinTransformer'):
         assert any('table' in n for n in expected)
 
 
@@ -47,7 +48,9 @@ def test_norm_is_norm_tuning(host):
 
 def test_last_block_is_partial_1(host):
     model = PeftBackbone(base=host, trainable='last_block')
-    prefix = 'stages.3.blocks.1.' if 'Swin' in host['type'] else 'layers.2.'
+    blocks = find_host(model).blocks(model)
+    prefix = f'{list(blocks)[-1]}.'
+    assert prefix in ('stages.3.blocks.1.', 'layers.2.', 'stages.3.1.', 'stages.3.0.', 'layers.3.1.0.')
     assert trainable(model) == {n for n in names(model) if n.startswith(prefix)}
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import HOSTS
+from mmengine.registry import MODELS
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
@@ -102,7 +103,7 @@ def test_placement_when_no_path_is_dropped():
 
 def test_lora_equals_merged_weights(host):
     """On every linear and slice: the branch equals adding `delta_weight` to the rows of the stock weight."""
-    sites = ['q', 'k', 'v', 'proj', 'fc1', 'fc2']
+    sites = list(find_host(MODELS.build(host)).linears)
     model = PeftBackbone(base=host, peft=dict(type='LoRA', rank=4, alpha=3.0, sites=sites))
     model.init_weights()
     for m in method_modules(model):
@@ -112,11 +113,11 @@ def test_lora_equals_merged_weights(host):
     expected = model(x)
     descriptor = find_host(model)
     with torch.no_grad():
-        for block in descriptor.blocks(model):
+        for block in descriptor.blocks(model).values():
             for site in sites:
-                linear, delta = block.get_submodule(descriptor.linear(site)), block.peft[site].delta_weight()
-                first = 'qkv'.index(site) * delta.shape[0] if site in ('q', 'k', 'v') else 0
-                linear.weight[first : first + delta.shape[0]] += delta
+                linear = descriptor.linears[site]
+                weight, delta = block.get_parameter(linear.weight), block.peft[site].delta_weight()
+                weight[linear.rows(weight)] += delta.view_as(weight[linear.rows(weight)])
                 block.peft[site].up.weight.zero_()
     for merged, unmerged in zip(model(x), expected, strict=True):
         torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=1e-4)

@@ -22,8 +22,8 @@ def plain_mona(p: dict[str, torch.Tensor], x: torch.Tensor, hw: tuple[int, int])
     """The formula of the class's docstring, written out with plain functions, one pixel and one channel at a time
     where the convolutions are."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
-    norm = (x - mean) / (var + 1e-5).sqrt() * p['norm.weight'] + p['norm.bias']
-    s = p['gamma'] * norm + p['gammax'] * x
+    norm = (x - mean) / (var + 1e-5).sqrt() * p['entrance.norm.weight'] + p['entrance.norm.bias']
+    s = p['entrance.gamma'] * norm + p['entrance.gammax'] * x
     d = s @ p['down.weight'].T + p['down.bias']
     batch, _, width = d.shape
     grid = d.view(batch, *hw, width)
@@ -126,8 +126,8 @@ def test_initial_values(library, loaded, tmp_path):
     modules = method_modules(model)
     assert len(modules) == 16
     for m in modules:
-        assert (m.gamma == 1e-6).all() and (m.gammax == 1).all()
-        assert (m.norm.weight == 1).all() and (m.norm.bias == 0).all()
+        assert (m.entrance.gamma == 1e-6).all() and (m.entrance.gammax == 1).all()
+        assert (m.entrance.norm.weight == 1).all() and (m.entrance.norm.bias == 0).all()
         for linear in (m.down, m.up):
             assert (linear.bias == 0).all()
             assert 0.017 < linear.weight.std() < 0.023 and linear.weight.abs().max() <= 2

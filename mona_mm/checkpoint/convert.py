@@ -15,6 +15,7 @@ _SWIN_RENAMES = (
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
 )
 _MODULE_RENAMES = (
+    (r'(\.peft\.\w+)\.(norm\.|gamma)', r'\1.entrance.\2'),
     (r'\.project1\.', '.down.'),
     (r'\.project2\.', '.up.'),
     (r'\.adapter_conv\.conv1\.', '.depthwise.0.'),

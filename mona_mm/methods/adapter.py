@@ -28,6 +28,7 @@ class Adapter(PeftModule):
     """
 
     sites = ('attn_branch', 'ffn_branch')
+    hidden = 'bottleneck'
 
     def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
         super().__init__()

@@ -1,16 +1,16 @@
 """What every method is: a module attached at named sites of a host's blocks."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnknownOptionError
 from mona_mm.registry import METHODS
-from mona_mm.sites import LINEAR_SITES, STREAM_SITES
+from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host
 
 
 class PeftModule(nn.Module):
@@ -23,7 +23,13 @@ class PeftModule(nn.Module):
 
     sites: ClassVar[tuple[str, ...]]
     """The sites (see :mod:`mona_mm.sites`) at which the method attaches in every block, unless the config's ``sites``
-    names others of the same kind."""
+    names others of the same kind. Those of them that a host does not have are left out."""
+
+    hidden: ClassVar[str | None] = None
+    """The argument that says how wide the method is inside: at most as wide as the host's widest block."""
+
+    is_weight_delta: bool = False
+    """At a linear site: whether :meth:`forward` is what ``delta_weight()``, added to the linear's weight, would do."""
 
     def reset_parameters(self) -> None:
         """Give the method's own parameters their initial values.
@@ -42,11 +48,58 @@ class PeftModule(nn.Module):
         raise NotImplementedError
 
 
-def build_method(cfg: dict[str, Any]) -> tuple[tuple[str, ...], Callable[..., PeftModule]]:
-    """Resolve ``peft=dict(type=..., sites=..., **options)`` of a config.
+@dataclass(frozen=True)
+class Method:
+    """A method with its options, ready for :func:`mona_mm.sites.inject`.
 
-    Returns:
-        The sites at which to attach, and a function that builds one module from its width or widths.
+    Args:
+        cls: the class of its modules.
+        sites: where the config says it attaches; None for wherever of ``cls.sites`` the host has a site.
+        options: arguments of ``cls``.
+    """
+
+    cls: type[PeftModule]
+    sites: tuple[str, ...] | None
+    options: dict[str, Any]
+
+    def modules(
+        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+    ) -> dict[str, dict[str, PeftModule]]:
+        """See :class:`mona_mm.sites.Attachment`.
+
+        Raises:
+            ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block.
+        """
+        sites = self._sites_on(host)
+        widest = max(max(of[site]) for of in widths.values() for site in sites)
+        default = {name: p.default for name, p in inspect.signature(self.cls).parameters.items()}
+        hidden = {**default, **self.options}.get(self.cls.hidden)
+        if isinstance(hidden, int) and hidden > widest:
+            raise ConfigError(
+                f'{self.cls.__name__}: {self.cls.hidden}={hidden} is larger than the widest block of this backbone, '
+                f'{widest}; give at most that.'
+            )
+        return {path: {site: self.cls(*of[site], **self.options) for site in sites} for path, of in widths.items()}
+
+    def _sites_on(self, host: Host) -> tuple[str, ...]:
+        sites = self.sites or tuple(site for site in self.cls.sites if site in host.sites)
+        wrong = [site for site in sites if site not in host.sites]
+        if wrong or not sites:
+            name, block = self.cls.__name__, host.block.rpartition('.')[2]
+            possible = ', '.join(site for site in _same_kind(self.cls) if site in host.sites)
+            raise ConfigError(
+                f'peft: {name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no such '
+                f"site. Name some of those it has in peft=dict(type='{name}', sites=[...]): {possible}."
+            )
+        return sites
+
+
+def _same_kind(method: type[PeftModule]) -> tuple[str, ...]:
+    return LINEAR_SITES if method.sites[0] in LINEAR_SITES else STREAM_SITES
+
+
+def build_method(cfg: dict[str, Any]) -> Method:
+    """Resolve ``peft=dict(type=..., sites=..., **options)`` of a config.
 
     Raises:
         ConfigError: if ``type`` is missing or not a registered method, or a site is not one the method can be at
@@ -61,12 +114,14 @@ def build_method(cfg: dict[str, Any]) -> tuple[tuple[str, ...], Callable[..., Pe
     if not (inspect.isclass(method) and issubclass(method, PeftModule)):
         raise ConfigError(f'peft={cfg}: unknown method {name!r}; methods are {", ".join(sorted(METHODS.module_dict))}.')
 
-    sites = options.pop('sites', method.sites)
-    sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    possible = LINEAR_SITES if method.sites[0] in LINEAR_SITES else STREAM_SITES
-    wrong = [site for site in sites if site not in possible]
-    if wrong or not sites:
-        raise ConfigError(f'peft: {name} cannot attach at sites={list(sites)}; its sites are {", ".join(possible)}.')
+    sites = options.pop('sites', None)
+    if sites is not None:
+        sites = (sites,) if isinstance(sites, str) else tuple(sites)
+        possible = _same_kind(method)
+        if not sites or any(site not in possible for site in sites):
+            raise ConfigError(
+                f'peft: {name} cannot attach at sites={list(sites)}; its sites are {", ".join(possible)}.'
+            )
 
     accepted = [p for p in inspect.signature(method).parameters if p not in ('channels', 'in_channels', 'out_channels')]
     for option in options:
@@ -75,7 +130,7 @@ def build_method(cfg: dict[str, Any]) -> tuple[tuple[str, ...], Callable[..., Pe
             hint = f' Did you mean {close[0]!r}?' if close else ''
             accepted_list = ', '.join([*accepted, 'sites'])
             raise UnknownOptionError(f'peft: {name} has no argument {option!r}; it accepts {accepted_list}.{hint}')
-    return sites, partial(method, **options)
+    return Method(method, sites, options)
 
 
 def positive(method: str, name: str, value: Any) -> None:

@@ -29,6 +29,7 @@ class LoRA(PeftModule):
     """
 
     sites = ('q', 'v')
+    hidden = 'rank'
 
     def __init__(
         self, in_channels: int, out_channels: int, rank: int = 64, alpha: float = 1.0, dropout: float = 0.0
@@ -50,6 +51,10 @@ class LoRA(PeftModule):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``."""
         return self.up(self.down(self.dropout(x))) * self.scale
+
+    @property
+    def is_weight_delta(self) -> bool:
+        return self.dropout.p == 0
 
     def delta_weight(self) -> Tensor:
         """What the branch adds to the linear's weight when it is merged, ``(out_channels, in_channels)``."""

@@ -62,6 +62,7 @@ class LoRand(PeftModule):
     """
 
     sites = ('attn_out', 'ffn_out')
+    hidden = 'inner'
 
     def __init__(self, channels: int, inner: int = 16, branches: int = 4) -> None:
         super().__init__()

@@ -1,10 +1,36 @@
 """Mona: the multi-cognitive visual adapter."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
 from mona_mm.registry import METHODS
+
+SCALED_NORMS = ('down', 'pointwise')
+
+
+class ScaledLayerNorm(nn.Module):
+    r""":math:`\gamma \odot \mathrm{LN}(x) + \gamma_x \odot x`, with vectors of length ``channels``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.gamma = nn.Parameter(torch.empty(channels))
+        self.gammax = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity, but for a hint (1e-6) of the norm."""
+        self.norm.reset_parameters()
+        nn.init.constant_(self.gamma, 1e-6)
+        nn.init.ones_(self.gammax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., C) -> (..., C)``."""
+        return self.norm(x) * self.gamma + x * self.gammax
 
 
 @METHODS.register_module()
@@ -18,9 +44,17 @@ class Mona(PeftModule):
         r &= \mathrm{Conv}_{1\times1}(q) + q \\
         y &= x + W_\mathrm{up}\,\mathrm{Dropout}(\mathrm{GELU}(r)) + b_\mathrm{up}
 
-    :math:`\gamma` and :math:`\gamma_x` are vectors of length ``channels``. A module has
-    :math:`(2n + 5)m + n^2 + 88n` parameters for :math:`m` channels and bottleneck :math:`n`; the paper's
-    :math:`(2n + 3)m + n^2 + 84n + 2` counts scalar scales and convolutions without bias, which its code does not use.
+    By default a module has :math:`(2n + 5)m + n^2 + 88n` parameters for :math:`m` channels and bottleneck :math:`n`;
+    the paper's :math:`(2n + 3)m + n^2 + 84n + 2` counts scalar scales and convolutions without bias, which its code
+    does not use. Of them :math:`4m` are the scaled LayerNorm's and :math:`n\sum_k (k^2 + 1)` the filters'.
+
+    The paper's four design versions (its section 3.4) are
+
+    1. ``scaled_norm=(), average=False``: the filters alone, summed;
+    2. ``scaled_norm=('down', 'pointwise'), average=False``: also scaled LayerNorms before the down projection and
+       before the 1x1 convolution;
+    3. ``scaled_norm=(), average=True``: the filters averaged;
+    4. ``scaled_norm=('down',), average=True``: also a scaled LayerNorm at the entrance; the default.
 
     Source: Yin et al., "5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks",
     CVPR 2025, section 3.3, and ``mona.py`` of its published code; where the two differ the code is followed.
@@ -28,26 +62,42 @@ class Mona(PeftModule):
     Args:
         channels: width ``C`` of the token stream.
         bottleneck: hidden width of the adapter.
+        kernel_sizes: of the depthwise convolutions, odd.
+        scaled_norm: before which of the ``'down'`` projection and the ``'pointwise'`` convolution (then of width
+            ``bottleneck``) a scaled LayerNorm is.
+        average: whether the depthwise convolutions are averaged; else they are summed.
         dropout: drop probability after the GELU.
 
     Raises:
-        ConfigError: if ``bottleneck`` is not a whole number of at least 1, or ``dropout`` is not in [0, 1).
+        ConfigError: if ``bottleneck`` is not a whole number of at least 1, ``kernel_sizes`` are not different odd
+            whole numbers, ``scaled_norm`` names another place, or ``dropout`` is not in [0, 1).
     """
 
     sites = ('post_attn', 'post_ffn')
-    kernel_sizes = (3, 5, 7)
+    hidden = 'bottleneck'
 
-    def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        channels: int,
+        bottleneck: int = 64,
+        kernel_sizes: Sequence[int] = (3, 5, 7),
+        scaled_norm: Sequence[str] = ('down',),
+        average: bool = True,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
         positive('Mona', 'bottleneck', bottleneck)
         probability('Mona', 'dropout', dropout)
-        self.norm = nn.LayerNorm(channels)
-        self.gamma = nn.Parameter(torch.empty(channels))
-        self.gammax = nn.Parameter(torch.empty(channels))
+        _check_kernel_sizes(kernel_sizes)
+        if isinstance(scaled_norm, str) or any(place not in SCALED_NORMS for place in scaled_norm):
+            raise ConfigError(f'Mona: scaled_norm={scaled_norm!r} must be a list of any of {", ".join(SCALED_NORMS)}.')
+        self.filter_scale = 1 / len(kernel_sizes) if average else 1.0
+        self.entrance = ScaledLayerNorm(channels) if 'down' in scaled_norm else nn.Identity()
         self.down = nn.Linear(channels, bottleneck)
         self.depthwise = nn.ModuleList(
-            nn.Conv2d(bottleneck, bottleneck, k, padding=k // 2, groups=bottleneck) for k in self.kernel_sizes
+            nn.Conv2d(bottleneck, bottleneck, k, padding=k // 2, groups=bottleneck) for k in kernel_sizes
         )
+        self.middle = ScaledLayerNorm(bottleneck) if 'pointwise' in scaled_norm else nn.Identity()
         self.pointwise = nn.Conv2d(bottleneck, bottleneck, 1)
         self.act = nn.GELU()
         self.dropout = nn.Dropout(dropout)
@@ -56,9 +106,9 @@ class Mona(PeftModule):
 
     def reset_parameters(self) -> None:
         """Initial values of the published code: its pass over the Swin leaves the linears at std 0.02, not at zero."""
-        self.norm.reset_parameters()
-        nn.init.constant_(self.gamma, 1e-6)
-        nn.init.ones_(self.gammax)
+        for norm in (self.entrance, self.middle):
+            if isinstance(norm, ScaledLayerNorm):
+                norm.reset_parameters()
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -67,7 +117,7 @@ class Mona(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
-        p = self.down(self.norm(x) * self.gamma + x * self.gammax)
+        p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         if extra:
             p = torch.cat((p[:, :extra], self._mix(p[:, extra:], hw)), dim=1)
@@ -78,6 +128,15 @@ class Mona(PeftModule):
     def _mix(self, p: Tensor, hw: tuple[int, int]) -> Tensor:
         """The spatial part, ``(B, H*W, n) -> (B, H*W, n)``."""
         grid = p.transpose(1, 2).unflatten(2, hw)  # (B, n, H, W)
-        grid = sum(conv(grid) for conv in self.depthwise) / len(self.depthwise) + grid
-        grid = self.pointwise(grid) + grid
+        grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
+        grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
         return grid.flatten(2).transpose(1, 2)
+
+
+def _check_kernel_sizes(sizes: Sequence[int]) -> None:
+    fit = isinstance(sizes, Sequence) and all(isinstance(k, int) and k > 0 and k % 2 for k in sizes)
+    if not fit or not sizes or len(set(sizes)) < len(sizes):
+        raise ConfigError(
+            f'Mona: kernel_sizes={sizes!r} must be different odd whole numbers (an even kernel has no centre), such as '
+            '(3, 5, 7).'
+        )
