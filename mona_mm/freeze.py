@@ -2,15 +2,18 @@
 
 Rules select by module structure, never by a substring of a parameter's name:
 
-=================  ==================================================================================================
-``'all'``          every parameter
-``'none'``         no parameter
-``'bias'``         every bias, relative-position bias tables included (BitFit)
-``'norm'``         every parameter of a normalisation layer (NormTuning)
-``'last_block'``   the last block of a supported host (Partial-1)
-a module path      every parameter under it, e.g. ``'stages.3'``; a parameter's own path selects that one
-a module type      every parameter directly in modules of that class, e.g. ``'Conv2d'``
-=================  ==================================================================================================
+==================================  =================================================================================
+``'all'`` or ``'full'``             every parameter
+``'none'`` or ``'fixed'``           no parameter
+``'bias'`` or ``'bitfit'``          every bias, relative-position bias tables included
+``'norm'`` or ``'norm_tuning'``     every parameter of a normalisation layer
+``'last_block'`` or                 the last block of a supported host
+``'partial_1'``
+a module path                       every parameter under it, ``'stages.3'``; a parameter's own path selects that one
+a module type                       every parameter directly in modules of that class, ``'Conv2d'``
+==================================  =================================================================================
+
+The second names are the methods' in the tables of the Mona paper, and in reports.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,6 +28,9 @@ from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.sites import find_host, method_modules, method_names
 
 Rules = str | Sequence[str]
+
+METHOD_RULES = dict(full='all', fixed='none', bitfit='bias', norm_tuning='norm', partial_1='last_block')
+"""The methods that are only a choice of the base's own parameters: published name to rule."""
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
@@ -46,16 +52,18 @@ def select(module: nn.Module, rules: Rules) -> set[str]:
     selected: set[str] = set()
     for rule in [rules] if isinstance(rules, str) else rules:
         names = _select(module, rule)
-        if not names and rule != 'none':
+        if not names and METHOD_RULES.get(rule, rule) != 'none':
             raise ConfigError(
                 f'trainable={rule!r} matches nothing in {type(module).__name__}. A rule is '
-                "'all', 'none', 'bias', 'norm', 'last_block', a module path or a module type. " + _suggest(module, rule)
+                f'{", ".join(map(repr, METHOD_RULES.values()))} ({", ".join(map(repr, METHOD_RULES))}), a module path '
+                'or a module type. ' + _suggest(module, rule)
             )
         selected |= names
     return selected
 
 
 def _select(module: nn.Module, rule: str) -> set[str]:
+    rule = METHOD_RULES.get(rule, rule)
     if rule == 'none':
         return set()
     if rule == 'last_block':
@@ -114,7 +122,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     _refuse_frozen_methods(module)
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
-        if rule != 'none' and trainable.isdisjoint(names):
+        if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
             raise ConfigError(
                 f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen '
                 f'(frozen_stages={getattr(module, "frozen_stages", None)}, or a PeftBackbone within it with a '
@@ -180,8 +188,8 @@ class PartCount:
 class ParameterCount:
     """Parameters of a model.
 
-    ``method`` is the method's name, without one the ``trainable`` rules, of a stock model None. ``backbone_*`` count
-    base and method; a model without a backbone is its own.
+    ``method`` is the method's name, without one the ``trainable`` rules (by their published names), of a stock model
+    None. ``backbone_*`` count base and method; a model without a backbone is its own.
     """
 
     method: str | None
@@ -229,7 +237,8 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
     parts = [_count('backbone base', (p for p in backbone.parameters() if id(p) not in method))]
     record = getattr(backbone, 'freeze_record', None)
-    name = '+'.join(record.rules) if record else None
+    published = {rule: name for name, rule in METHOD_RULES.items()}
+    name = '+'.join(published.get(rule, rule) for rule in record.rules) if record else None
     if method:
         name = type(method_modules(backbone)[0]).__name__
         parts.append(_count(f'method ({name})', method.values()))

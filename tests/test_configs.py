@@ -60,6 +60,21 @@ TRAINABLE_ELSEWHERE = {
     ('classification', 'b'): dict(full=86743224, bitfit=200760, norm_tuning=57600),
     ('classification', 'l'): dict(full=194995476, bitfit=301140, norm_tuning=86400),
 }
+# What each ablation file changes of Mona, by the name's last part.
+ABLATIONS = {
+    f'retinanet_swin_l_voc_{what}': peft
+    for what, peft in dict(
+        bottleneck32=dict(bottleneck=32),
+        bottleneck128=dict(bottleneck=128),
+        kernels3=dict(kernel_sizes=[3]),
+        kernels5=dict(kernel_sizes=[5]),
+        kernels7=dict(kernel_sizes=[7]),
+        kernels3_5=dict(kernel_sizes=[3, 5]),
+        design1=dict(scaled_norm=[], average=False),
+        design2=dict(scaled_norm=['down', 'pointwise'], average=False),
+        design3=dict(scaled_norm=[]),
+    ).items()
+}
 
 
 def kind(name: str) -> str:
@@ -79,7 +94,7 @@ def size(name: str) -> str:
 def test_every_method_on_every_task():
     """Each cell of the tables is one file; no two files have one name, since mim finds them by it."""
     expected = {task if method == 'mona' else f'{method}_{task}' for method in METHODS for task in TASKS}
-    assert expected <= CONFIGS.keys()
+    assert expected | ABLATIONS.keys() <= CONFIGS.keys()
     others = [path for path in CONFIGS.values() if path.parent.name in METHODS[1:]]
     assert all(path.stem.startswith(f'{path.parent.name}_') for path in others)
     files = [path.name for path in (ROOT / 'configs').rglob('*.py')]
@@ -116,9 +131,9 @@ def test_what_trains(config):
     name, method, task = config.name, method_of(config.name), kind(config.name)
     model = build_on_meta(config)
     count = count_trainable(model)
-    bottleneck = re.search(r'bottleneck(\d+)', name)
-    if bottleneck:
-        assert count.backbone_trainable == mona_formula(192, (2, 2, 18, 2), int(bottleneck[1]))
+    if name in ABLATIONS:
+        assert config.model.backbone.peft == dict(type='Mona', bottleneck=64) | ABLATIONS[name]
+        assert count.backbone_trainable == mona_formula(192, (2, 2, 18, 2), **ABLATIONS[name])
     else:
         assert count.backbone_trainable == published_number(method, name)
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith('backbone.'))
@@ -156,13 +171,20 @@ def published_number(method: str, name: str) -> int:
     return (TRAINABLE[size(name)] | TRAINABLE_ELSEWHERE.get((kind(name), size(name)), {}))[method]
 
 
-def mona_formula(width: int, depths: tuple[int, ...], n: int) -> int:
-    """Two modules a block of (2n + 5)m + n^2 + 88n parameters; the width m doubles with every stage."""
-    return sum(2 * depth * ((2 * n + 5) * (width << stage) + n**2 + 88 * n) for stage, depth in enumerate(depths))
+def mona_formula(
+    width: int, depths: tuple[int, ...], bottleneck=64, kernel_sizes=(3, 5, 7), scaled_norm=('down',), average=True
+) -> int:
+    """Two modules a block, whose width m doubles with every stage: (2n + 1)m for the projections, n^2 + 2n for the
+    biases of one and the 1x1, n(k^2 + 1) a filter, 4m for the norm at the entrance and 4n for the one at the 1x1."""
+    n = bottleneck
+    inside = n * n + 2 * n + n * sum(k * k + 1 for k in kernel_sizes) + 4 * n * ('pointwise' in scaled_norm)
+    widths = [width << stage for stage in range(len(depths))]
+    per_channel = 2 * n + 1 + 4 * ('down' in scaled_norm)
+    return sum(2 * depth * (per_channel * m + inside) for depth, m in zip(depths, widths, strict=True))
 
 
 def test_mona_formula():
-    assert mona_formula(192, (2, 2, 18, 2), 64) == TRAINABLE['l']['mona']
+    assert mona_formula(192, (2, 2, 18, 2)) == TRAINABLE['l']['mona']
 
 
 def test_numbers_are_the_evidence():

@@ -10,7 +10,7 @@ from torch import nn
 
 from mona_mm import FrozenModel, PeftBackbone, count_trainable
 from mona_mm.errors import ConfigError, FreezeError
-from mona_mm.freeze import check_trainable, freeze, select
+from mona_mm.freeze import METHOD_RULES, check_trainable, freeze, select
 from mona_mm.sites import find_host
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
@@ -52,6 +52,14 @@ def test_last_block_is_partial_1(host):
     prefix = f'{list(blocks)[-1]}.'
     assert prefix in ('stages.3.blocks.1.', 'layers.2.', 'stages.3.1.', 'stages.3.0.', 'layers.3.1.0.')
     assert trainable(model) == {n for n in names(model) if n.startswith(prefix)}
+
+
+@pytest.mark.parametrize(('published', 'rule'), METHOD_RULES.items())
+def test_published_names_of_rules(published, rule):
+    """The tables' names select the same and are what reports say."""
+    by_name, by_rule = (PeftBackbone(base=HOSTS['mmdet-swin'], trainable=r) for r in (published, rule))
+    assert trainable(by_name) == trainable(by_rule)
+    assert count_trainable(by_name).method == count_trainable(by_rule).method == published
 
 
 def test_paths_types_and_lists():

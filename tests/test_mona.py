@@ -1,5 +1,7 @@
 """Mona is the published Mona: formula, counts, initial values, and where its dropout is."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,31 +20,54 @@ SIZES = {
 }
 
 
-def plain_mona(p: dict[str, torch.Tensor], x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
+# The paper's four design versions, and other kernels.
+VARIANTS = {
+    'published': dict(),
+    'design-1': dict(scaled_norm=[], average=False),
+    'design-2': dict(scaled_norm=['down', 'pointwise'], average=False),
+    'design-3': dict(scaled_norm=[]),
+    'one-kernel': dict(kernel_sizes=[5]),
+    'four-kernels': dict(kernel_sizes=[1, 3, 9, 7]),
+}
+
+
+def plain_scaled_norm(p: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    norm = (x - mean) / (var + 1e-5).sqrt() * p[f'{name}.norm.weight'] + p[f'{name}.norm.bias']
+    return p[f'{name}.gamma'] * norm + p[f'{name}.gammax'] * x
+
+
+def plain_mona(
+    p: dict[str, torch.Tensor],
+    x: torch.Tensor,
+    hw: tuple[int, int],
+    kernel_sizes: Sequence[int] = (3, 5, 7),
+    scaled_norm: Sequence[str] = ('down',),
+    average: bool = True,
+) -> torch.Tensor:
     """The formula of the class's docstring, written out with plain functions, one pixel and one channel at a time
     where the convolutions are."""
-    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
-    norm = (x - mean) / (var + 1e-5).sqrt() * p['entrance.norm.weight'] + p['entrance.norm.bias']
-    s = p['entrance.gamma'] * norm + p['entrance.gammax'] * x
+    s = plain_scaled_norm(p, 'entrance', x) if 'down' in scaled_norm else x
     d = s @ p['down.weight'].T + p['down.bias']
     batch, _, width = d.shape
     grid = d.view(batch, *hw, width)
     mixed = torch.zeros_like(grid)
-    for i, k in enumerate((3, 5, 7)):
+    for i, k in enumerate(kernel_sizes):
         weight, bias = p[f'depthwise.{i}.weight'], p[f'depthwise.{i}.bias']
         padded = F.pad(grid, (0, 0, k // 2, k // 2, k // 2, k // 2))
         for dy in range(k):
             for dx in range(k):
                 mixed = mixed + weight[:, 0, dy, dx] * padded[:, dy : dy + hw[0], dx : dx + hw[1]]
         mixed = mixed + bias
-    q = (mixed / 3 + grid).view(batch, -1, width)
-    r = q @ p['pointwise.weight'][:, :, 0, 0].T + p['pointwise.bias'] + q
+    q = (mixed / (len(kernel_sizes) if average else 1) + grid).view(batch, -1, width)
+    m = plain_scaled_norm(p, 'middle', q) if 'pointwise' in scaled_norm else q
+    r = m @ p['pointwise.weight'][:, :, 0, 0].T + p['pointwise.bias'] + q
     activated = 0.5 * r * (1 + torch.erf(r / 2**0.5))
     return x + activated @ p['up.weight'].T + p['up.bias']
 
 
-def randomised(channels: int, bottleneck: int) -> Mona:
-    module = Mona(channels, bottleneck).double().eval()
+def randomised(channels: int, bottleneck: int, **options) -> Mona:
+    module = Mona(channels, bottleneck, **options).double().eval()
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn_like(p))
@@ -50,20 +75,26 @@ def randomised(channels: int, bottleneck: int) -> Mona:
 
 
 @pytest.mark.parametrize('hw', [(5, 4), (1, 9), (8, 8)])
-def test_formula_and_gradients_in_float64(hw):
-    """Output, input gradient and parameter gradients equal those of the plain formula."""
-    module = randomised(6, 4)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_formula_and_gradients_in_float64(hw, variant):
+    """Output, input gradient and parameter gradients equal those of the plain formula, for every design version."""
+    module = randomised(6, 4, **VARIANTS[variant])
     x = torch.randn(2, hw[0] * hw[1], 6, dtype=torch.float64)
     cotangent = torch.randn_like(x)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, expected = module(x1, hw), plain_mona(parameters, x2, hw)
+    out, expected = module(x1, hw), plain_mona(parameters, x2, hw, **VARIANTS[variant])
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
     out.backward(cotangent)
     expected.backward(cotangent)
     torch.testing.assert_close(x1.grad, x2.grad, atol=1e-9, rtol=1e-9)
     for name, p in module.named_parameters():
         torch.testing.assert_close(p.grad, parameters[name].grad, atol=1e-8, rtol=1e-9, msg=name)
+    n, m, sizes = 4, 6, VARIANTS[variant].get('kernel_sizes', (3, 5, 7))
+    norms = VARIANTS[variant].get('scaled_norm', ['down'])
+    count = (2 * n + 1) * m + n * n + 2 * n + n * sum(k * k + 1 for k in sizes)
+    count += 4 * m * ('down' in norms) + 4 * n * ('pointwise' in norms)
+    assert sum(p.numel() for p in module.parameters()) == count
 
 
 def test_extra_tokens_bypass_the_convolutions():

@@ -291,7 +291,7 @@ def test_count_params_prints_the_contract(tool, tmp_path):
         {'config', 'method', 'total', 'trainable', 'backbone_total', 'backbone_trainable'}
     ]
     assert [row['config'] for row in rows] == configs
-    assert [row['method'] for row in rows] == ['Mona', 'all', 'none']
+    assert [row['method'] for row in rows] == ['Mona', 'full', 'fixed']
     assert [row['backbone_trainable'] for row in rows] == [3667456, 86745016, 0]
     assert [row['backbone_total'] for row in rows] == [86745016 + 3667456, 86745016, 86745016]
     stock = "_base_ = ['{0}']\ncustom_hooks = [dict(type='mona_mm.ParamFreezeHook', trainable=['roi_head'])]\n"

@@ -5,6 +5,6 @@ model = dict(
         _delete_=True,
         type='mona_mm.PeftBackbone',
         base={{_base_.model.backbone}},
-        trainable='last_block',
+        trainable='partial_1',
     )
 )
