@@ -115,7 +115,8 @@ class EveryLinear(EverySite):
         super().__init__(out_channels)
         self.in_channels = in_channels
 
-    def forward(self, x):
+    def forward(self, x, out):
+        assert out.shape == (*x.shape[:-1], len(self.offset))
         return self.offset.expand(*x.shape[:-1], -1)
 
     def delta_weight(self):
@@ -234,7 +235,7 @@ def test_any_image_size(adapted, size):
         m.register_forward_pre_hook(lambda m, args: seen.append((args[0].shape[1], *args[1:])))
     for out in adapted(torch.randn(1, 3, *size)):
         assert out.isfinite().all()
-    for tokens, hw in [call for call in seen if len(call) > 1][:1]:  # linear sites get no grid
+    for tokens, hw in [call for call in seen if isinstance(call[1], tuple | torch.Size)][:1]:  # not at linear sites
         assert tokens - hw[0] * hw[1] in (0, 1)
         patch, rounded = find_patch(adapted)
         assert tuple(hw) == tuple(rounded(side / patch) for side in size)

@@ -48,8 +48,8 @@ class LoRA(PeftModule):
         self.down.reset_parameters()
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``."""
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``; that is not read."""
         return self.up(self.down(self.dropout(x))) * self.scale
 
     @property
