@@ -301,6 +301,11 @@ def _batch_size(config: dict[str, Any], gpus: int | None) -> int | None:
     return each * gpus if each and gpus else None
 
 
+def knows_batch_size(config: dict[str, Any], gpus: int | None) -> bool:
+    """Whether config and log tell the images of an optimizer step."""
+    return gpus is not None or (not is_mmengine(config) and _batch_size(config, gpus) is not None)
+
+
 def _precision(config: dict[str, Any]) -> str:
     if is_mmengine(config):
         return 'mixed' if 'Amp' in _type(_dict(config.get('optim_wrapper'))) else 'fp32'

@@ -1,7 +1,7 @@
 """Read training logs: what was evaluated and when, how far the run came, its config, how much it trained.
 
-Four formats: mmengine's ``scalars.json`` and its text, and the text and ``.log.json`` of mmcv 1.x (mmdet 2.x, mmseg 0.x,
-mmcls 0.x), which the published repositories wrote. Configs are parsed, never executed: a log is somebody else's file.
+Four formats: mmengine's ``scalars.json`` and text, and the text and ``.log.json`` of mmcv 1.x (mmdet 2.x, mmseg 0.x and
+mmcls 0.x, on which the published code stands). Configs are parsed, never executed: a log is somebody else's file.
 """
 
 import ast
@@ -108,6 +108,7 @@ class Log:
             self.evaluations = {step: s for step, s in self.evaluations.items() if step < later.first}
             self.trained = later.trained
             self.first = later.first if self.first is None else min(self.first, later.first)
+        self.trained = max(self.trained, later.trained)
         self.evaluations |= later.evaluations
         self.tested |= later.tested
         for name in ('by_epoch', 'config', 'trainable', 'gpus'):

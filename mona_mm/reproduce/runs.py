@@ -16,9 +16,9 @@ from mona_mm.meta import build_on_meta
 from mona_mm.reproduce.cells import (
     METHODS,
     TASKS,
-    config_name,
     differences,
     is_mmengine,
+    knows_batch_size,
     method_of,
     parse_cell,
     shipped_config,
@@ -161,7 +161,7 @@ def _recognise(path: Path, log: Log, asked: tuple[str, str] | None, count: bool)
         notes.append(f'no shipped config of {method} on {task} to compare with')
     else:
         changed = differences(config, shipped, log.gpus)
-        if log.gpus is None and (not is_mmengine(config) or log.first is not None):
+        if not knows_batch_size(config, log.gpus):
             notes.append('the number of GPUs is not in the log: the batch size was not compared')
         number = published_trainable(method, task, size)
         if not is_mmengine(config) and size and log.trainable not in (None, number) and number is not None:
@@ -259,9 +259,7 @@ def _read(parts: list[list[Path]]) -> Log:
         logs = [file for file in files if file.suffix != '.py']
         # Text first: it has the config, and the scores of the JSON, which are more exact, replace its own.
         for file in sorted(logs, key=lambda file: file.suffix == '.json'):
-            log = read_log(file, config or part.config)
-            if not log.is_empty or log.trainable is not None:
-                part.add(log)
+            part.add(read_log(file, config or part.config))
         part.config = part.config or config
         if part.first is None and not part.evaluations and not run.is_empty:
             run.tested |= part.tested  # tools/test.py in the work dir
