@@ -246,11 +246,14 @@ def test_published_setting_is_not_changed(tmp_path):
     assert (box['trained'], box['trained_published'], box['changed']) == ('3667456', '3667456', '')
 
 
+_BATCH_OF_4 = 'batch size: 4 (published setting: 16)'
+
+
 @pytest.mark.parametrize(
     'options, gpus, expected',
     [
         ({'optim_wrapper.optimizer.lr': 5e-5}, 16, ['lr: 5e-05 (published setting: 0.0001)']),
-        ({}, 4, ['batch size: 4 (published setting: 16)']),
+        ({}, 4, [_BATCH_OF_4]),
         ({'train_dataloader.batch_size': 4}, 4, []),
         ({'train_dataloader.batch_size': 2, 'optim_wrapper.accumulative_counts': 2}, 4, []),
         ({'train_cfg.max_epochs': 12}, 16, ['schedule: 12 epochs (published setting: 36 epochs)']),
@@ -259,16 +262,15 @@ def test_published_setting_is_not_changed(tmp_path):
         (
             {'model.backbone.base.init_cfg': None},
             16,
-            [
-                'model.backbone.init_cfg.checkpoint: none (published setting: swin_base_patch4_window7_224_22k.pth)',
-                'model.backbone.init_cfg.type: none (published setting: Pretrained)',
-            ],
+            ['pretrained: none (published setting: swin_base_patch4_window7_224_22k.pth)'],
         ),
         (
             {'train_dataloader.dataset.indices': 100},
             16,
             ['train_dataloader.dataset.indices: 100 (published setting: none)'],
         ),
+        ({'auto_scale_lr.enable': True}, 4, ['lr: 2.5e-05 (published setting: 0.0001)', _BATCH_OF_4]),
+        ({'model.backbone.base.frozen_stages': 0}, 16, ['frozen stages: 0 (published setting: -1)']),
         ({'load_from': 'other.pth'}, 16, ['load_from: other.pth (published setting: none)']),
     ],
 )
@@ -369,6 +371,7 @@ data = dict(
         pipeline=[dict(type='MultiScaleFlipAug', img_scale=(1000, 600), flip=False, transforms=[])]))
 evaluation = dict(interval=1, metric='mAP')
 fp16 = None
+load_from = '/pretrained_model/swin_large_patch4_window7_224_22k.pth'
 model = dict(
     type='RetinaNet',
     backbone=dict(
@@ -398,6 +401,7 @@ _ADE_CONFIG = """model = dict(
         drop_path_rate=0.2),
     decode_head=dict(type='UPerHead', num_classes=150))
 crop_size = (512, 512)
+load_from = '/pretrained_model/swin_large_patch4_window7_224_22k.pth'
 data = dict(
     samples_per_gpu=2,
     train=dict(
@@ -484,12 +488,16 @@ def test_changed_mmcv_run(tmp_path):
     config = _VOC_CONFIG
     for old, new in (('lr=0.0001', 'lr=0.001'), ('(1000, 600)', '(640, 480)'), ('range(0, 2)', 'range(0, 8)')):
         config = config.replace(old, new)
-    config = config.replace('times=3', 'times=1').replace('max_epochs=4', 'max_epochs=2')
+    for old, new in (('times=3', 'times=1'), ('max_epochs=4', 'max_epochs=2'), ('frozen_stages=1', 'frozen_stages=3')):
+        config = config.replace(old, new)
+    config = config.replace('224_22k', '224_1k')
     path = tmp_path / 'log.txt'
     path.write_text(voc_log(config=config, epochs=(0.5,), extra='trained_backbone_num:1'))
     run = only(collect([path]))
     assert run.status == '1/2 epochs'
     assert run.changed == [
+        'frozen stages: 2 (published setting: 0)',
+        'pretrained: swin_large_patch4_window7_224_1k.pth (published setting: swin_large_patch4_window7_224_22k.pth)',
         'schedule: 2 epochs (published setting: 4 epochs)',
         'lr: 0.001 (published setting: 0.0001)',
         'batch size: 8 (published setting: 2)',
@@ -743,3 +751,33 @@ def test_shipped_config_of_another_width_is_the_main_one():
     for bottleneck, name in ((64, ''), (32, '_bottleneck32'), (16, '')):
         cfg['model']['backbone']['peft']['bottleneck'] = bottleneck
         assert shipped_config(cfg, Log(), 'mona', 'voc')[0] == f'retinanet_swin_l_voc{name}'
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_iterations_of_mmengine(tmp_path, by_epoch):
+    """mmengine counts evaluations of a run by iteration as step 0 unless told otherwise, and its text not at all: the
+    config's interval says which they were, also that at the end, which no logged training step comes before."""
+    folder = write_work_dir(
+        tmp_path,
+        'upernet_swin_l_ade20k',
+        {},
+        gpus=8,
+        options={'train_cfg.max_iters': 7, 'train_cfg.val_interval': 3},
+    )
+    evaluations = ((0, 0.4), (0, 0.5), (0, 0.6)) if by_epoch else ((3, 0.4), (6, 0.5), (7, 0.6))
+    records = [dict(iter=2, step=2), *(dict(iter=n, step=n) for n in (4, 6))]
+    for place, (step, miou) in zip((1, 4, 5), evaluations, strict=True):
+        records.insert(place, dict(mIoU=miou, step=step))
+    (folder / '20260101_000000/vis_data/scalars.json').write_text('\n'.join(map(json.dumps, records)))
+    run = only(collect([folder], count=False))
+    expected = {3: {'miou': 0.4}, 6: {'miou': 0.5}, 7: {'miou': 0.6}}
+    assert run.evaluations == expected and run.status == 'done'
+
+    lines = ['Config:', (folder / '20260101_000000/vis_data/config.py').read_text(), '']
+    for record in records:
+        if 'mIoU' in record:
+            lines.append(f'{stamp("mmengine")}Iter(val) [2/2]    aAcc: 80.0000  mIoU: {record["mIoU"]:.4f}  time: 0.1')
+        else:
+            lines.append(f'{stamp("mmengine")}Iter(train) [{record["iter"]}/7]  lr: 3.0000e-03  eta: 0:00:03')
+    (tmp_path / 'text.log').write_text('\n'.join([stamp('mmengine') + lines[0], *lines[1:]]))
+    assert only(collect([tmp_path / 'text.log'], count=False)).evaluations == expected

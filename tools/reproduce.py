@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import run
+from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
     FORMATS,
     TABLES,
@@ -65,7 +66,8 @@ def read_runs(paths: list[Path], cell: str | None) -> list[Run]:
     found, unclear = collect([path for path in paths if not is_results(path)], cell)
     runs += found
     if unclear and not runs:
-        raise unclear[0]
+        more = f' ({len(unclear) - 1} more logs do not tell, either.)' if unclear[1:] else ''
+        raise ConfigError(f'{unclear[0]}{more}')
     for error in unclear:
         print(f'left out: {error}', file=sys.stderr)
     return runs

@@ -251,9 +251,11 @@ def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
         'backbone heads': heads,
         'window size': base.get('window_size', 7),
         'drop path': base.get('drop_path_rate'),
+        'frozen stages': _frozen_stages(base),
+        'pretrained': _pretrained(config),
         'schedule': f'{length} {"epochs" if by_epoch else "iterations"}',
         'optimizer': _type(optimizer),
-        'lr': optimizer.get('lr'),
+        'lr': _learning_rate(config, optimizer, gpus),
         'weight decay': optimizer.get('weight_decay'),
         'batch size': _batch_size(config, gpus),
         'precision': _precision(config),
@@ -267,6 +269,32 @@ def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
     if settings['batch size'] is None:
         del settings['batch size']
     return settings
+
+
+def _frozen_stages(base: dict[str, Any]) -> int:
+    """In the terms of today's libraries: 0 is the patch embedding alone."""
+    stages = base.get('frozen_stages', -1)
+    if 'embed_dim' in base:  # Microsoft's Swin, on which the published code stands: 1 is still the patch embedding
+        return max(stages - 1, min(stages, 0))
+    return stages
+
+
+def _pretrained(config: dict[str, Any]) -> str | None:
+    """The file that the backbone begins with."""
+    model, base = _dict(config.get('model')), _base(config)
+    file = _dict(base.get('init_cfg')).get('checkpoint')
+    if not is_mmengine(config):
+        file = file or model.get('pretrained') or config.get('load_from')
+    return osp.basename(file) if file else None
+
+
+def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int | None) -> float | None:
+    """What the run had: ``--auto-scale-lr`` leaves the config's own number as it was."""
+    rate, scaling = optimizer.get('lr'), _dict(config.get('auto_scale_lr'))
+    each = _dict(config.get('train_dataloader')).get('batch_size')
+    if not rate or not scaling.get('enable') or gpus is None or not each:
+        return rate
+    return rate * max(gpus, 1) * each / scaling['base_batch_size']
 
 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:
@@ -366,7 +394,8 @@ _COMPARED_BY_NAME = {
     *('model.type', 'optim_wrapper.type', 'optim_wrapper.optimizer.type', 'optim_wrapper.optimizer.lr'),
     'optim_wrapper.optimizer.weight_decay',
     *(f'model.backbone.{key}' for key in ('embed_dims', 'depths', 'num_heads', 'window_size', 'drop_path_rate')),
-    *('model.backbone.arch', 'model.backbone.type'),
+    *('model.backbone.arch', 'model.backbone.type', 'model.backbone.frozen_stages'),
+    *('model.backbone.init_cfg.type', 'model.backbone.init_cfg.checkpoint'),
 }
 _SIZE_STEPS = re.compile(r'\.pipeline\..*\.(scale|scales|img_scale|size|crop_size)(\.\d+)*$')
 

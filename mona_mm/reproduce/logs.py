@@ -73,11 +73,11 @@ class Log:
             self.evaluations[step] = {**self.evaluations.get(step, {}), **scores}
             self.trained = max(self.trained, step)
 
-    def _evaluated_iteration(self, number: int) -> int:
+    def _evaluated_iteration(self, number: int, once: bool = False) -> int:
         """The iteration of an evaluation in a log by iteration.
 
         ``number`` is it or the number of batches evaluated, by version, and training is logged at intervals only: the
-        config's evaluation interval tells, where there is one.
+        config's evaluation interval tells, where there is one. ``once``: no evaluation is in the log twice.
         """
         config = self.config or {}
         if not self.trained:
@@ -86,6 +86,7 @@ class Log:
             interval = (config.get(section) or {}).get(key)
             if isinstance(interval, int) and interval > 0:
                 due = -(-self.trained // interval) * interval
+                due += interval if once and due in self.evaluations else 0  # the one at the very end
                 longest = planned(config)[0]
                 return min(due, longest) if longest else due
         return max(number, self.trained)
@@ -215,7 +216,8 @@ def _mmengine_record(log: Log, record: dict[str, Any]) -> None:
         log._saw_training(record.get('epoch', step) if log.by_epoch else step, complete=not log.by_epoch)
     elif scores and isinstance(step, int):
         # By iteration, with `log_metric_by_epoch` left on, the step is always 0.
-        log._saw_evaluation(step if log.by_epoch else max(step, log._evaluated_iteration(step)), scores)
+        known = log.by_epoch or step >= max(log.trained, 1)
+        log._saw_evaluation(step if known else log._evaluated_iteration(step, once=True), scores)
     elif scores:
         log.tested |= scores  # tools/test.py
 
@@ -272,7 +274,7 @@ def _read_text(log: Log, lines: Iterable[str]) -> None:
                 log.by_epoch = match[1] == 'Epoch'
                 pending |= scores
                 number = int(match[3] or match[4])
-                flush(number if log.by_epoch else log._evaluated_iteration(number if match[5] is None else 0))
+                flush(number if log.by_epoch else log._evaluated_iteration(0 if mmengine else number, once=mmengine))
     if pending:
         flush(log.trained + 1 if log.by_epoch else log._evaluated_iteration(log.trained))
 
