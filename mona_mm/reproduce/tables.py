@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,11 +205,18 @@ def render(tables: list[Table], form: str) -> str:
         notes = [*remarks, *table.notes]
         if form == 'markdown':
             notes = [f'- {note}'.replace('*', '\\*') for note in notes]
+        else:
+            notes = [_wrapped(note) for note in notes]
         blocks.append('\n'.join([title, *([''] if form == 'markdown' else []), *lines]))
         if notes:
             blocks.append('\n'.join(notes))
-    blocks.append(f'- = not published, or not measured here. {published_results()["note"]}')
+    legend = f'"-" is not published, or not measured here. {published_results()["note"]}'
+    blocks.append(legend if form == 'markdown' else _wrapped(legend))
     return '\n\n'.join(blocks) + '\n'
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
@@ -233,7 +241,7 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
             best += f' @{values["best_step"]}'
         status = '-'
         if run:
-            status = run.status
+            status = f'{run.status}, changed' if run.changed else run.status
             remark = _remark(run)
             if remark:
                 status += f' [{remarks.setdefault(remark, len(remarks) + 1)}]'
