@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ def command(*arguments: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope='module', params=PROGRAMS)
-def checkout(request, tmp_path_factory) -> Mim:
+def checkout(request, tmp_path_factory) -> Iterator[Mim]:
     """A copy of the checkout with what `make env` installs, and the program. A wheel has been built in it, too, since
     what that leaves behind must not hide a config."""
     program, constraints = PROGRAMS[request.param]
@@ -72,7 +73,8 @@ def checkout(request, tmp_path_factory) -> Mim:
     command('make', *variables, 'env', cwd=copy)
     command(python, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, '.', cwd=copy)
     make_demo_dataset(elsewhere / 'data', train=4, val=2)
-    return Mim(python, copy, elsewhere)
+    yield Mim(python, copy, elsewhere)
+    shutil.rmtree(venv)  # gigabytes, which pytest would keep
 
 
 @pytest.fixture(scope='module')
