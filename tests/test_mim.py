@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 PROGRAMS = {
     'official': ('openmim==0.3.9', 'requirements/constraints.txt'),
-    'onedl': ('onedl-mim', 'requirements/constraints-onedl.txt'),
+    'onedl': ('onedl-mim==0.5.1', 'requirements/constraints-onedl.txt'),
 }
 CHECKOUT = (
     *('configs', 'mona_mm', 'requirements', 'tools', 'LICENSE', 'Makefile', 'README.md', 'model-index.yml'),
@@ -50,12 +49,13 @@ def command(*arguments: object, cwd: Path) -> str:
 
 
 @pytest.fixture(scope='module', params=PROGRAMS)
-def checkout(request, tmp_path_factory) -> Iterator[Mim]:
+def checkout(request, tmp_path_factory) -> Mim:
     """A copy of the checkout with what `make env` installs, and the program. A wheel has been built in it, too, since
     what that leaves behind must not hide a config."""
     program, constraints = PROGRAMS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     copy, venv, elsewhere = folder / 'checkout', folder / 'venv', folder / 'elsewhere'
+    request.addfinalizer(lambda: shutil.rmtree(venv, ignore_errors=True))  # gigabytes, which pytest would keep
     elsewhere.mkdir()
     copy.mkdir()
     for name in CHECKOUT:
@@ -73,8 +73,7 @@ def checkout(request, tmp_path_factory) -> Iterator[Mim]:
     command('make', *variables, 'env', cwd=copy)
     command(python, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', folder, '.', cwd=copy)
     make_demo_dataset(elsewhere / 'data', train=4, val=2)
-    yield Mim(python, copy, elsewhere)
-    shutil.rmtree(venv)  # gigabytes, which pytest would keep
+    return Mim(python, copy, elsewhere)
 
 
 @pytest.fixture(scope='module')
