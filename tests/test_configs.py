@@ -25,6 +25,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
+from write_metafiles import COUNT, listed
 
 from mona_mm.cli import build_runner
 from mona_mm.config import adapt_to_device, load_config
@@ -137,6 +138,7 @@ def test_what_trains(config):
         assert count.backbone_trainable == mona_formula(192, (2, 2, 18, 2), **ABLATIONS[name])
     else:
         assert count.backbone_trainable == published_number(method, name)
+    assert listed()[name]['Metadata'][COUNT] == count.backbone_trainable  # what `mim search` says
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith('backbone.'))
 
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
