@@ -35,8 +35,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mona_mm.errors import ConfigError
 from mona_mm.sites import PeftModules
 
-# The sampled product's format; of it only the product is used, which is tested against the dense one.
-warnings.filterwarnings('ignore', message='Sparse CSR tensor support is in beta state')
+# About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
+warnings.filterwarnings('ignore', message='Sparse (CSR tensor support is in beta|invariant checks are implicitly)')
 
 
 class SparseDelta(nn.Module):
@@ -84,12 +84,13 @@ class SparseDelta(nn.Module):
         return f'{len(self.indices)} of {tuple(self.shape)}'
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
         given = state_dict.get(f'{prefix}indices')
-        if given is not None and not given.is_meta:
+        if given is not None and given.shape == self.indices.shape and not given.is_meta:
             wrong = _not_elements(given.long(), self.shape)
             if wrong:
                 args[-1].append(f'{prefix}indices: {wrong}')  # the list of errors, which load_state_dict raises
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _not_elements(indices: Tensor, shape: tuple[int, ...]) -> str:
