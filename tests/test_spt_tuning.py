@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLay
 from torch import nn
 
 from mona_mm import PeftBackbone
+from mona_mm.benchmark import spt as benchmark
 from mona_mm.errors import ConfigError
 from mona_mm.sites import method_modules, method_names
 from mona_mm.spt import sparse
@@ -548,3 +550,44 @@ def test_structured_bad_arguments(cls, wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ConfigError, match=f'{cls.__name__.removeprefix("Structured")}: {name}={value!r}'):
         cls(8, 8, 'q', **wrong)
+
+
+def test_benchmark(monkeypatch):
+    """Every way is measured, and what does not fit is said to be estimated; what training keeps is of the size of the
+    delta, with a mask of the size of the layer."""
+    monkeypatch.setattr(benchmark, '_peak', lambda *args: 0.0)  # a process each
+    monkeypatch.setattr(benchmark, '_PRODUCT_LIMIT', 4 * 500**2)
+    rows = benchmark.run(repeats=2, counts=(64, 1000), shape=(60, 40), tokens=30)
+    assert [(r.count, r.way) for r in rows] == [(k, way) for k in (64, 1000) for way in benchmark.WAYS]
+    assert [(r.count, r.way) for r in rows if r.estimated] == [(1000, 'published')]
+    for row in rows:
+        assert row.gradient > 0 and row.step > 0 and row.gradient_ratio > 0
+        assert row.kept * 2**20 == pytest.approx(20 * (2400 if row.way == 'mask' else row.count), abs=8)
+        if row.way == 'ours':
+            assert row.gradient_ratio == row.step_ratio == 1
+    assert len(benchmark.table(rows).splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='needs the account that Linux keeps of memory')
+def test_benchmark_memory():
+    """The high-water mark shows the published product (64 MiB here) and not the step that it is a part of."""
+    size = ('cpu', (200, 300), 40, 4096)
+    assert 60 < benchmark._peak('published', *size) / 2**20 < 80
+    assert benchmark._peak('ours', *size) / 2**20 < 10
+
+
+def test_benchmark_ways_are_the_same_gradient():
+    """What the benchmark compares computes the same, the published formula and the masked layer included."""
+    deltas, places = {}, {}
+    for way in benchmark.WAYS:
+        torch.manual_seed(0)
+        case = benchmark._Case(way, 'cpu', (20, 30), 50, 40)
+        case.step()
+        gradient = case.trained.grad
+        places[way] = case.places.flatten().nonzero().flatten() if way == 'mask' else case.places.long()
+        deltas[way] = gradient.flatten()[places[way]] if way == 'mask' else gradient
+        assert way != 'mask' or gradient.count_nonzero() == 40
+    for way in benchmark.WAYS:
+        exact(places[way], places['ours'])
+        torch.testing.assert_close(deltas[way], deltas['published'], atol=1e-5, rtol=1e-5)
