@@ -19,6 +19,7 @@ import argparse
 import gc
 import multiprocessing
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -159,8 +160,8 @@ def run(
 ) -> list[Row]:
     """Measure every way at every number of weights, in single precision.
 
-    The ways take turns, round by round, so that what else the machine does meets all of them; a ratio is of two times
-    of one round. Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
+    The ways take turns, round by round in another order, so that what else the machine does meets all of them; a ratio
+    is of two times of one round. Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
 
     Args:
         device: where.
@@ -181,14 +182,17 @@ def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
     cases = {way: _Case(way, device, *size, count) for way in WAYS if way not in without}
     gradients: dict[str, list[float]] = {way: [] for way in cases}
     steps: dict[str, list[float]] = {way: [] for way in cases}
+    order = random.Random(0)
     for _ in range(repeats + 1):
-        for way, case in cases.items():
+        for way in order.sample(list(cases), len(cases)):
             if way == 'published' and sliced:
                 gradients[way].append(sliced.seconds())
-                steps[way].append(steps['ours'][-1] - gradients['ours'][-1] + gradients[way][-1])
             else:
-                gradients[way].append(_seconds(case.gradient, device))
-                steps[way].append(_seconds(case.step, device))
+                gradients[way].append(_seconds(cases[way].gradient, device))
+                steps[way].append(_seconds(cases[way].step, device))
+    if sliced:
+        parts = zip(steps['ours'], gradients['ours'], gradients['published'], strict=True)
+        steps['published'] = [step - ours + published for step, ours, published in parts]
     for way in cases:
         estimated = way == 'published' and sliced is not None
         yield Row(

@@ -190,7 +190,7 @@ def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str 
     if not sparse:
         module.__class__ = _sparse_class(type(module))
         module.peft = PeftModules()
-    module.peft[name] = delta.train(module.training)
+    module.peft[name] = delta
     return delta
 
 
