@@ -63,17 +63,18 @@ def allocate(
     r"""Decide which structured modules, whole vectors and single weights train.
 
     Weights are taken in the order of their sensitivity. A matrix gets a structured module in place of its single
-    weights as soon as it has (parameters of the module) / ``alpha`` of the weights taken; a vector trains whole as soon
-    as it has 1 / ``beta`` of its own length. With Mona as the structured module the attention's matrices (q, k, v, proj)
-    of a block are one such group, for a module at ``post_attn``, and the FFN's (fc1, fc2) another, for ``post_ffn``.
+    weights as soon as it has (parameters of the module) / ``alpha`` of the weights taken; a vector trains whole as
+    soon as it has 1 / ``beta`` of its own length. With Mona as the structured module the attention's matrices
+    (q, k, v, proj) of a block are one such group, for a module at ``post_attn``, and the FFN's (fc1, fc2) another, for
+    ``post_ffn``.
 
     ``rule='budget'`` takes weights until the budget is full: a module or vector whose turn comes and that does not fit
     in what is left stays single weights, and weights that never had a gradient are not taken. The number of trained
     parameters, class token included, never exceeds the budget.
 
-    ``rule='published'`` repeats the published sweep: the ceil(0.02 i 10^6) most sensitive weights are taken, for i = 1 to
-    79, 768 parameters are counted for a class token, and the i whose total is nearest to the budget is kept, of equal
-    ones the largest. Its total may exceed the budget.
+    ``rule='published'`` repeats the published sweep: the ceil(0.02 i 10^6) most sensitive weights are taken, for i = 1
+    to 79, 768 parameters are counted for a class token, and the i whose total is nearest to the budget is kept, of
+    equal ones the largest. Its total may exceed the budget.
 
     Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
     published code.

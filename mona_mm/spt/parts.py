@@ -7,7 +7,6 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mona_mm.sites import LINEAR_SITES, Host, find_host, method_names
@@ -131,40 +130,28 @@ class Architecture:
 
 
 def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Part]:
-    blocks = {id(m): path for path, m in backbone.named_modules()}
+    paths = {id(m): path for path, m in backbone.named_modules()}
     for block in host.blocks(backbone):
-        path = blocks[id(block)]
-        slices: dict[str, list[tuple[str, tuple[int, int] | None, bool]]] = {}
+        path = paths[id(block)]
+        weights, biases = ({}, {})
         for site in LINEAR_SITES:
-            for end, is_weight in (('weight', True), ('bias', False)):
-                name = f'{path}.{host.linear(site)}.{end}'
-                if name in parameters:
-                    rows = _rows(site, len(parameters[name]))
-                    slices.setdefault(name, []).append((site, rows, is_weight))
+            for sites, end in ((weights, 'weight'), (biases, 'bias')):
+                sites.setdefault(f'{path}.{host.linear(site)}.{end}', []).append(site)
         for name in [name for name in parameters if name.startswith(f'{path}.')]:
             if any(word in name for word in _POSITIONS):
                 continue
             shape = tuple(parameters[name].shape)
-            other = name.removeprefix(f'{path}.').rpartition('.')[0]
-            for site, rows, is_weight in slices.get(name, [(other, None, False)]):
-                kind = 'matrix' if is_weight else 'vector' if len(shape) == 1 else 'other'
-                length = (rows[1] - rows[0], *shape[1:]) if rows else shape
-                yield Part(name, rows, length, path, site, kind)
+            kind = 'matrix' if name in weights else 'vector' if len(shape) == 1 else 'other'
+            # Sites that share a parameter (q, k, v) have equal numbers of its rows, one after another.
+            sites = weights.get(name) or biases.get(name) or [name.removeprefix(f'{path}.').rpartition('.')[0]]
+            length = shape[0] // len(sites) if shape else 1
+            for i, site in enumerate(sites):
+                if len(sites) == 1:
+                    yield Part(name, None, shape, path, site, kind)
+                else:
+                    yield Part(name, (i * length, (i + 1) * length), (length, *shape[1:]), path, site, kind)
     for module in _FINAL_NORMS:
         for end in ('weight', 'bias'):
             name = f'{module}.{end}'
             if name in parameters:
                 yield Part(name, None, tuple(parameters[name].shape), '', module, 'vector')
-
-
-def _rows(site: str, length: int) -> tuple[int, int] | None:
-    if site not in ('q', 'k', 'v'):
-        return None
-    third = length // 3
-    start = 'qkv'.index(site) * third
-    return start, start + third
-
-
-def meta(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of these shapes without memory."""
-    return {name: torch.empty(shape, device='meta') for name, shape in shapes.items()}

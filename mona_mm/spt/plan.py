@@ -150,8 +150,8 @@ class Plan:
         modules = sum(map(len, self.structured.values()))
         kind = (self.structured_config or {}).get('type', 'no')
         return (
-            f'{c.total:,} parameters train in {self.architecture.backbone}: {modules} {kind} modules ({c.structured:,}), '
-            f'{len(self.vectors)} whole vectors ({c.vectors:,}), {c.weights:,} single weights'
+            f'{c.total:,} parameters of {self.architecture.backbone} train: {modules} {kind} modules '
+            f'({c.structured:,}), {len(self.vectors)} whole vectors ({c.vectors:,}), {c.weights:,} single weights'
         )
 
     def save(self, path: str | os.PathLike) -> None:

@@ -31,6 +31,7 @@ from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import base_digest, read, write
 
 FORMAT = 'mona_mm.spt.sensitivity/1'
+_HOW = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')  # of loading; not what is loaded
 _IGNORED = 255  # the label of pixels without one
 
 
@@ -239,8 +240,8 @@ def _run(model: BaseModel, batch: dict[str, Any], number: int, per_sample: bool,
             raise
         if not torch.isfinite(loss):
             raise SensitivityError(
-                f'The loss of batch {number} is {loss.item()}{_origin(piece)}. A sensitivity needs finite losses: check '
-                'the annotations of these images and the pretrained weights.'
+                f'The loss of batch {number} is {loss.item()}{_origin(piece)}. A sensitivity needs finite losses: '
+                'check the annotations of these images and the pretrained weights.'
             )
         loss.backward()
     return any(labels)
@@ -314,12 +315,14 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
     model = MODELS.build(model_cfg)
     if not isinstance(getattr(model, 'backbone', None), nn.Module):
         raise ConfigError(f'{type(model).__name__} has no `backbone`, whose sensitivity could be measured.')
+    model._dump_init_info = lambda *_: None  # mmengine's report of four lines a parameter
     model.init_weights()
+    del model._dump_init_info
     model = revert_sync_batchnorm(model).to(get_device())
     loader = build_loader(cfg, num_batches, seed)
     info = dict(
         config=os.path.basename(cfg.filename or ''),
-        config_fingerprint=fingerprint(model_cfg, cfg.train_dataloader),
+        config_fingerprint=fingerprint(model_cfg, {k: v for k, v in cfg.train_dataloader.items() if k not in _HOW}),
         data=[d.get('ann_file') or d.get('data_root') or d['type'] for d in datasets(cfg, 'train')],
         images=len(loader.dataset),
         batch_size=cfg.train_dataloader.get('batch_size'),
@@ -349,7 +352,9 @@ def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
         SensitivityError: if the data set is empty.
     """
     settings = dict(cfg.train_dataloader)
-    workers, persistent = settings.pop('num_workers', 0), settings.pop('persistent_workers', False)
+    workers = settings.get('num_workers', 0)
+    for key in ('persistent_workers', 'prefetch_factor'):  # not without workers
+        settings.pop(key, None)
     rank, processes = get_dist_info()
     with _alone():  # the samplers give this process all batches, of which it then takes its share
         try:
@@ -365,7 +370,6 @@ def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
         batch_sampler=_ShareOfBatches(loader.batch_sampler, rank, processes, num_batches),
         collate_fn=loader.collate_fn,
         num_workers=workers,
-        persistent_workers=persistent and workers > 0,
         pin_memory=loader.pin_memory,
     )
 
