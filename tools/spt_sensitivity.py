@@ -64,7 +64,7 @@ def main() -> None:
     )
     out = args.out or osp.join(cfg.work_dir, 'plan.safetensors')
     plan.save(out)
-    print(f'{plan.describe()}\nPlan: {out}')
+    print(f'{plan.describe()} (budget: {plan.info["budget_parameters"]:,})\nPlan: {out}')
     if args.plot:
         print('Pictures:', *plot_sensitivity(sensitivity, args.plot), plot_plan(plan, args.plot))
 

@@ -195,19 +195,22 @@ class _Order:
         return np.searchsorted(self.starts, positions, side='right') - 1
 
     def top(self, count: int) -> np.ndarray:
-        """The positions of the ``count`` largest values, from the largest; of equal ones the first come first."""
+        """The positions of the ``count`` largest values, ascending; of equal ones the first are taken."""
         count = min(count, len(self.values))
         if count == 0:
             return np.empty(0, np.int64)
         cut = len(self.values) - count
-        positions = np.flatnonzero(self.values >= np.partition(self.values, cut)[cut])
-        return positions[np.argsort(-self.values[positions], kind='stable')][:count]
+        least = np.partition(self.values, cut)[cut]
+        above = np.flatnonzero(self.values > least)
+        equal = np.flatnonzero(self.values == least)[: count - len(above)]
+        return np.sort(np.concatenate((above, equal)))
 
 
 def _sweep(order: _Order, budget: int, structured_only: bool) -> tuple[list[int], np.ndarray]:
     """The published rule: the chosen candidates, and the positions of the single weights."""
     taken = [math.ceil(i * _SWEEP_STEP * 1e6) for i in range(1, _SWEEP_LENGTH)]
     top = order.top(taken[-1])
+    top = top[np.argsort(-order.values[top], kind='stable')]
     group = order.group[order.part_of(top)]
     cost = np.array([c.cost for c in order.candidates] + [0])
     need = np.array([c.need for c in order.candidates] + [np.inf])
@@ -253,8 +256,7 @@ def _fill(order: _Order, budget: int, fixed: int, structured_only: bool) -> tupl
     for i in chosen:
         for member in order.candidates[i].members:
             order.of(member)[:] = 0
-    weights = order.top(left)
-    return chosen, weights[order.values[weights] > 0]
+    return chosen, order.top(min(left, np.count_nonzero(order.values)))
 
 
 def _ascending(order: _Order, members: np.ndarray) -> np.ndarray:
@@ -280,12 +282,13 @@ def _plan(
     vectors = [(architecture.parts[i].name, architecture.parts[i].rows) for i in whole]
     if architecture.class_token:
         vectors.insert(0, (architecture.class_token, None))
-    weights = np.sort(weights)
     single: dict[str, list[np.ndarray]] = {}
-    part_of = order.part_of(weights)
-    for i in np.unique(part_of):
-        part = architecture.parts[i]
-        single.setdefault(part.name, []).append(weights[part_of == i] - order.starts[i] + part.offset)
+    weights = np.sort(weights)
+    cuts = np.searchsorted(weights, order.starts)
+    for i, part in enumerate(architecture.parts):
+        if cuts[i] < cuts[i + 1]:
+            inside = weights[cuts[i] : cuts[i + 1]] - order.starts[i] + part.offset
+            single.setdefault(part.name, []).append(inside)
     return Plan(
         architecture=architecture,
         structured_config=config,

@@ -146,13 +146,12 @@ class Plan:
 
     def describe(self) -> str:
         """What trains, in one line."""
-        c = self.counts
-        modules = sum(map(len, self.structured.values()))
-        kind = (self.structured_config or {}).get('type', 'no')
-        return (
-            f'{c.total:,} parameters of {self.architecture.backbone} train: {modules} {kind} modules '
-            f'({c.structured:,}), {len(self.vectors)} whole vectors ({c.vectors:,}), {c.weights:,} single weights'
-        )
+        counts = self.counts
+        found = [f'{len(self.vectors)} whole vectors ({counts.vectors:,})', f'{counts.weights:,} single weights']
+        if self.structured_config:
+            modules = sum(map(len, self.structured.values()))
+            found.insert(0, f'{modules} {self.structured_config["type"]} modules ({counts.structured:,})')
+        return f'{counts.total:,} parameters of {self.architecture.backbone} train: {", ".join(found)}'
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the plan to a safetensors file whose metadata can be read; the file appears whole or not at all."""
