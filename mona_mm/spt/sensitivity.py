@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -136,7 +137,7 @@ def compute_sensitivity(
         for name, parameter in backbone.named_parameters():
             hook = partial(_add_square, squares.get(name))
             stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
-        bar = ProgressBar(share) if progress and rank == 0 and share else None
+        bar = ProgressBar(share, file=sys.stdout) if progress and rank == 0 and share else None
         for number, batch in zip(range(rank, num_batches, processes), _first(data_loader, share), strict=False):
             try:
                 with _alone():
@@ -162,6 +163,12 @@ def compute_sensitivity(
         raise SensitivityError(
             f'The gradient of {wrong[0]} ({len(wrong)} parameters in all) is not finite in one of the {num_batches} '
             'batches, though every loss is.'
+        )
+    if not any(total.any() for total in squares.values()):
+        raise SensitivityError(
+            f'The gradient of every weight of the {architecture.backbone} is zero, so none is more sensitive than '
+            'another. A head whose last layer begins as zero, as mmpretrain initialises that of a ViT, lets no '
+            "gradient pass: give it another init_cfg, such as dict(type='TruncNormal', layer='Linear', std=0.02)."
         )
     info['num_batches'] = int(state[0])
     if info['num_batches'] < num_batches:
@@ -360,7 +367,8 @@ def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
         try:
             loader = Runner.build_dataloader({**settings, 'num_workers': 0}, seed=seed)
         except ValueError as error:
-            if 'num_samples' not in str(error):
+            # torch's and mmengine's words for an empty data set
+            if 'num_samples' not in str(error) and 'at least one array' not in str(error):
                 raise
             raise SensitivityError(_NO_LABELS.format('in the training data')) from error
     if not len(loader.dataset):
