@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -54,13 +55,22 @@ def read_run_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
+def join_process_group(cfg: Config) -> None:
+    """Join the process group of the config's launcher, unless there is none to join or it has been joined."""
     launcher = cfg.get('launcher', 'none')
-    if launcher != 'none' and not has_accelerator():
-        if launcher != 'pytorch':
-            raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
-        torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
+    if launcher == 'none' or torch.distributed.is_initialized():
+        return
+    if has_accelerator():
+        init_dist(launcher, **cfg.get('env_cfg', {}).get('dist_cfg', dict(backend='nccl')))
+        return
+    if launcher != 'pytorch':
+        raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
+    torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config, in the process group of its launcher."""
+    join_process_group(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
