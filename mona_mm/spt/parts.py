@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mona_mm.sites import LINEAR_SITES, Host, find_host, method_names
+from mona_mm.sites import Host, find_host, method_names
 
 # Tables of relative positions and what computes them: outside the selection, as ViT's position embedding is.
 _POSITIONS = ('relative_position_bias_table', 'cpb_mlp')
@@ -130,13 +130,13 @@ class Architecture:
 
 
 def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Part]:
-    paths = {id(m): path for path, m in backbone.named_modules()}
-    for block in host.blocks(backbone):
-        path = paths[id(block)]
-        weights, biases = ({}, {})
-        for site in LINEAR_SITES:
-            for sites, end in ((weights, 'weight'), (biases, 'bias')):
-                sites.setdefault(f'{path}.{host.linear(site)}.{end}', []).append(site)
+    for path in host.blocks(backbone):
+        weights: dict[str, list[str]] = {}
+        biases: dict[str, list[str]] = {}
+        for site, linear in host.linears.items():
+            weights.setdefault(f'{path}.{linear.weight}', []).append(site)
+            if linear.bias:
+                biases.setdefault(f'{path}.{linear.bias}', []).append(site)
         for name in [name for name in parameters if name.startswith(f'{path}.')]:
             if any(word in name for word in _POSITIONS):
                 continue
