@@ -24,6 +24,7 @@ SWIN = (
     'Swin Transformer: Hierarchical Vision Transformer using Shifted Windows',
     'https://arxiv.org/abs/2103.14030',
 )
+SPT = ('Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning', 'https://arxiv.org/abs/2303.08566')
 # Folder: name, code, paper. Methods without a paper of their own are cited as Mona's paper defines and measures them.
 METHODS = {
     'mona': ('Mona', 'mona_mm/methods/mona.py', MONA),
@@ -66,6 +67,9 @@ METHODS = {
             'Yin_1_VS_100_Parameter-Efficient_Low_Rank_Adapter_for_Dense_Predictions_CVPR_2023_paper.html',
         ),
     ),
+    'spt_lora': ('SPT-LoRA', 'mona_mm/methods/spt.py', SPT),
+    'spt_adapter': ('SPT-Adapter', 'mona_mm/methods/spt.py', SPT),
+    'spt_mona': ('SPT-Mona', 'mona_mm/methods/spt.py', SPT),
 }
 # Part of a config's name: what it trains on.
 DATA = {
@@ -82,6 +86,7 @@ GRADES = {
     'C': 'published by the authors, second-hand (grade C)',
 }
 COUNT = 'Trainable Backbone Parameters'
+BUDGET = 'Budget of Trainable Backbone Parameters'
 
 
 def configs(method: str) -> list[str]:
@@ -104,6 +109,8 @@ def published_results(method: str, name: str, published: dict[str, Any]) -> list
     """Task, data set, metric and, where it was published, value and grade of a config. Only for the published settings:
     a config with another learning rate, other labels or another design has no results."""
     task = name.removeprefix(f'{method}_')
+    if method.startswith('spt_'):
+        return []
     if task == 'cascade_swin_b_coco':
         scores = published['coco_cascade_mask_rcnn_swin_b'][method]
         return [
@@ -127,10 +134,12 @@ def published_results(method: str, name: str, published: dict[str, Any]) -> list
     return [('Object Detection', 'PASCAL VOC 2007', 'AP50', score)]
 
 
-def model(method: str, name: str, trainable: int, published: dict[str, Any]) -> dict[str, Any]:
+def model(method: str, name: str, trainable: int | str, published: dict[str, Any]) -> dict[str, Any]:
     """The entry of one config."""
     results = [result for result in published_results(method, name, published) if result[3] is not None]
-    metadata: dict[str, Any] = {'Training Data': training_data(name), COUNT: trainable}
+    # What SPT trains is in a plan, which training makes; before it there is a budget.
+    count = BUDGET if isinstance(trainable, str) else COUNT
+    metadata: dict[str, Any] = {'Training Data': training_data(name), count: trainable}
     for _, _, metric, (_, grade) in results:
         # In words, and in the model's own metadata: of a result, mim keeps only its numbers.
         source = GRADES[grade]
@@ -150,8 +159,8 @@ def model(method: str, name: str, trainable: int, published: dict[str, Any]) -> 
     return entry
 
 
-def metafile(method: str, trainable: dict[str, int], published: dict[str, Any]) -> str:
-    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains."""
+def metafile(method: str, trainable: dict[str, int | str], published: dict[str, Any]) -> str:
+    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains, or its budget."""
     name, code, (title, url) = METHODS[method]
     collection = {
         'Name': name,
@@ -176,13 +185,16 @@ def write() -> None:
     from mona_mm.config import load_config
     from mona_mm.freeze import count_trainable
     from mona_mm.meta import build_on_meta
+    from mona_mm.spt.planning import spt_config
 
     published = json.loads(PUBLISHED.read_text())
     for method in METHODS:
         paths = {name: str(ROOT / f'configs/{method}/{name}.py') for name in configs(method)}
-        trainable = {
-            name: count_trainable(build_on_meta(load_config(path))).backbone_trainable for name, path in paths.items()
-        }
+        trainable = {}
+        for name, path in paths.items():
+            cfg = load_config(path)
+            spt = spt_config(cfg)
+            trainable[name] = spt.budget if spt else count_trainable(build_on_meta(cfg)).backbone_trainable
         (ROOT / f'configs/{method}/metafile.yml').write_text(metafile(method, trainable, published), encoding='utf-8')
     (ROOT / 'model-index.yml').write_text(model_index(), encoding='utf-8')
 

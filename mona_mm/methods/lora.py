@@ -1,6 +1,5 @@
 """LoRA: a low-rank addition to linear layers."""
 
-from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
@@ -47,6 +46,8 @@ class LoRA(PeftModule):
         drop_path: float = 0.0,
         init: str = 'zero',
     ) -> None:
+        from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
+
         super().__init__()
         positive('LoRA', 'rank', rank)
         probability('LoRA', 'dropout', dropout)

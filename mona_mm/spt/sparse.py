@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -114,8 +113,7 @@ class SparseModule:
     """A :class:`SparseDelta` for every parameter that has one, by its name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Only for a forward that is known to be F.linear; a subclass's own would be skipped.
-        if 'weight' in self.peft and stock_class(self).forward in (nn.Linear.forward, MmcvLinear.forward):
+        if 'weight' in self.peft and _is_linear(stock_class(self)):
             return self._linear(*args, **kwargs)
         effective = {name: delta(getattr(self, name)) for name, delta in self.peft.items()}
         attributes = vars(self)  # found before the parameters, which stay where they are
@@ -142,6 +140,14 @@ class SparseModule:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class below is made at run time, so pickle cannot find it by name.
         return _new_sparse_module, (stock_class(self),), self.__dict__
+
+
+@cache
+def _is_linear(module_class: type) -> bool:
+    """Whether the forward is known to be F.linear; that of another subclass would be skipped."""
+    from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear  # here, because it takes a second to import
+
+    return module_class.forward in (nn.Linear.forward, MmcvLinear.forward)
 
 
 @cache

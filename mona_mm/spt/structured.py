@@ -7,7 +7,6 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 code; where the two differ the code is followed.
 """
 
-from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
 from mona_mm.methods.base import PeftModule, positive, probability
@@ -65,7 +64,7 @@ class StructuredAdapter(PeftModule):
         in_channels: width of the linear's input.
         out_channels: width of its output, or of the slice.
         site: one of :data:`mona_mm.sites.LINEAR_SITES`; at ``proj`` there is no dropout.
-        rank: :math:`r`, the hidden width.
+        bottleneck: :math:`r`, the hidden width.
         dropout: drop probability of the branch's input.
         drop_path: probability of dropping the branch, for each element of the first dimension: for an image, and for a
             window in the attention of a Swin.
@@ -73,8 +72,8 @@ class StructuredAdapter(PeftModule):
             zero.
 
     Raises:
-        ConfigError: if ``rank`` is not a whole number of at least 1, ``dropout`` or ``drop_path`` is not in [0, 1), or
-            ``init`` is another.
+        ConfigError: if ``bottleneck`` is not a whole number of at least 1, ``dropout`` or ``drop_path`` is not in
+            [0, 1), or ``init`` is another.
     """
 
     sites = LINEAR_SITES
@@ -84,22 +83,24 @@ class StructuredAdapter(PeftModule):
         in_channels: int,
         out_channels: int,
         site: str,
-        rank: int = 8,
+        bottleneck: int = 8,
         dropout: float = 0.1,
         drop_path: float = 0.1,
         init: str = 'zero',
     ) -> None:
+        from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
+
         super().__init__()
-        positive('Adapter', 'rank', rank)
+        positive('Adapter', 'bottleneck', bottleneck)
         probability('Adapter', 'dropout', dropout)
         probability('Adapter', 'drop_path', drop_path)
         check_init('Adapter', init)
         self.init = init
         self.parallel = site == 'proj'
         self.dropout = nn.Dropout(0.0 if self.parallel else dropout)
-        self.down = nn.Linear(in_channels if self.parallel else out_channels, rank)
+        self.down = nn.Linear(in_channels if self.parallel else out_channels, bottleneck)
         self.act = nn.GELU()
-        self.up = nn.Linear(rank, out_channels)
+        self.up = nn.Linear(bottleneck, out_channels)
         self.drop_path = DropPath(drop_path)
         self.reset_parameters()
 
