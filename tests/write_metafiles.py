@@ -160,7 +160,7 @@ def model(method: str, name: str, trainable: int | str, published: dict[str, Any
 
 
 def metafile(method: str, trainable: dict[str, int | str], published: dict[str, Any]) -> str:
-    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains, or its budget."""
+    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains, or may."""
     name, code, (title, url) = METHODS[method]
     collection = {
         'Name': name,
