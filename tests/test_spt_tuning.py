@@ -199,6 +199,14 @@ def test_autocast_leaves_double_precision_alone_and_mixed_types_fail_as_in_a_sto
         linear(torch.zeros(1, 4))
 
 
+def test_on_the_meta_device():
+    """Shapes without values: a plan attaches, counts and runs there."""
+    linear = nn.Linear(4, 5, device='meta')
+    delta = attach_sparse(linear, [1, 7])
+    linear(torch.zeros(2, 4, device='meta')).sum().backward()
+    assert delta.values.grad.shape == (2,) and delta.values.is_meta
+
+
 def test_saved_for_backward_is_the_input_and_no_copy_of_the_weight():
     """Beside the input, the graph keeps only the frozen weight itself and the K values."""
     linear = nn.Linear(32, 64)

@@ -23,12 +23,14 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available as _has_autocast  # not on every device: none on meta
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mona_mm.errors import ConfigError
@@ -131,7 +133,7 @@ class SparseModule:
         dtype = self.weight.dtype
         device = input.device.type
         # As autocast treats F.linear. Here, so that its own cast of the input is part of the graph.
-        if torch.is_autocast_enabled(device) and torch.float64 not in (dtype, input.dtype):
+        if _has_autocast(device) and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, input.dtype):
             dtype = torch.get_autocast_dtype(device)
             input = input.to(dtype)
             bias = None if bias is None else bias.to(dtype)
@@ -229,6 +231,10 @@ def merge_sparse(model: nn.Module) -> list[str]:
     return names
 
 
+def _no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
 class _SparseLinear(torch.autograd.Function):
     """``F.linear`` with single weights that train. Differentiable once."""
 
@@ -245,7 +251,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, values)
         # Not saved with the others: DDP writes the same buffers anew at every forward, which would count as a change.
         ctx.indices = indices
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             return F.linear(x, _add(weight, values, indices).to(dtype), bias)
 
     @staticmethod
@@ -253,7 +259,7 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, values = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = grad_values = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad.device.type):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ _add(weight, values, ctx.indices).to(grad.dtype)
             grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # (N, out), (N, in)
