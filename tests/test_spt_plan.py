@@ -299,6 +299,13 @@ def test_single_weights_are_the_most_sensitive():
     assert torch.equal(chosen.sort().values, values.topk(2000).values.sort().values)
 
 
+def test_published_rule_counts_what_is_there():
+    """The published rule on a Swin, which has no class token: the plan counts its own parameters, not the 768."""
+    plan = allocate(random_sensitivity('swin'), 9000, rule='published')
+    assert plan.counts.total == recount(plan) and plan.info['rule'] == 'published'
+    assert not any(name == 'cls_token' for name, _ in plan.vectors)
+
+
 def test_switches():
     """structured_only leaves out single weights; structured_vectors=False keeps vectors from training whole."""
     sensitivity = random_sensitivity()
@@ -535,11 +542,16 @@ def test_other_files_are_refused(tmp_path):
         dict(vectors=(*plan.vectors, plan.vectors[0])),
         dict(structured={'layers.0': ('qkv',)}),
         dict(structured={'layers.9': ('q',)}),
+        dict(structured={'layers.0': ('post_ffn',)}),
+        dict(structured_config=dict(type='Mona', bottleneck=4), structured={'layers.0': ('q',)}),
+        dict(vectors=(('layers.0.attn.qkv.bias', (32, 64)),), weights={'layers.0.attn.qkv.bias': torch.tensor([40])}),
         dict(structured_config=None, structured={'layers.0': ('q',)}),
     ]
     for change in wrong:
         with pytest.raises(PlanError, match='no plan for a VisionTransformer'):
             replace(plan, **change)
+    with pytest.raises(ConfigError, match='structured='):
+        replace(plan, structured_config=dict(type='LoRand'))
 
 
 def test_a_plan_for_another_architecture_is_refused(tmp_path):
