@@ -13,15 +13,16 @@ import torch
 from conftest import golden, shared
 
 from mona_mm import PeftBackbone
+from mona_mm.compat.safe_globals import register_safe_globals
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.meta import meta_device
 from mona_mm.methods import LoRA, Mona
 from mona_mm.spt import Plan, Sensitivity, allocate, load_published_plan
 from mona_mm.spt.allocation import parse_budget
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.plan import module_cost, widths
+from mona_mm.spt.plan import base_digest, module_cost, widths
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
-from mona_mm.spt.published import published_names
+from mona_mm.spt.published import _read, published_names
 
 SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
 KINDS = [dict(type='LoRA', rank=2), dict(type='Adapter', bottleneck=2), dict(type='Mona', bottleneck=4), None]
@@ -138,8 +139,6 @@ def test_published_plans_load(vit_b, kind, task, budget, tmp_path):
     path = shared(f'spt_plans/{kind}/{task}/param_req_{budget}.pth')
     plan = load_published_plan(path, vit_b, KIND_OF_FILE[kind])
     plan.check(vit_b)
-    from mona_mm.spt.published import _read
-
     stated = _read(path)
     assert plan.counts.structured + plan.counts.vectors - 768 == stated['structured_params']
     assert plan.counts.weights == int(stated['unstructured_params'])
@@ -183,6 +182,14 @@ def test_published_plans_are_refused_elsewhere(vit_b, tmp_path):
     with pytest.raises(PlanError):
         load_published_plan(tmp_path / 'raw.pth', vit_b, lora)
     assert not (tmp_path / 'attacked').exists()
+
+
+def test_reading_a_published_plan_leaves_no_trace(vit_b):
+    """What weights-only loading allows is afterwards as before: a checkpoint of mmengine can still be resumed."""
+    register_safe_globals()
+    before = set(map(str, torch.serialization.get_safe_globals()))
+    load_published_plan(shared('spt_plans/lora/cifar/param_req_0.1.pth'), vit_b, KIND_OF_FILE['lora'])
+    assert set(map(str, torch.serialization.get_safe_globals())) == before
 
 
 # ------------------------------------------------------------------------------------------------- our own rule
@@ -264,7 +271,6 @@ def test_budget_is_never_exceeded(kind, ties):
             structured_vectors=draw.random() < 0.7,
         )
         assert recount(plan) == plan.counts.total <= budget
-        gone = {part.name for part in architecture.parts if plan._members(part.block, part.op)} if kind else set()
         trains = {n: torch.zeros(s, dtype=torch.bool) for n, s in architecture.shapes.items()}
         for n, indices in plan.weights.items():
             trains[n].view(-1)[indices] = True
@@ -291,6 +297,13 @@ def test_single_weights_are_the_most_sensitive():
     chosen = torch.cat([sensitivity.squares[n].flatten()[i] for n, i in plan.weights.items()])
     assert len(chosen) == plan.counts.total == 2000
     assert torch.equal(chosen.sort().values, values.topk(2000).values.sort().values)
+
+
+def test_published_rule_counts_what_is_there():
+    """The published rule on a Swin, which has no class token: the plan counts its own parameters, not the 768."""
+    plan = allocate(random_sensitivity('swin'), 9000, rule='published')
+    assert plan.counts.total == recount(plan) and plan.info['rule'] == 'published'
+    assert not any(name == 'cls_token' for name, _ in plan.vectors)
 
 
 def test_switches():
@@ -529,11 +542,16 @@ def test_other_files_are_refused(tmp_path):
         dict(vectors=(*plan.vectors, plan.vectors[0])),
         dict(structured={'layers.0': ('qkv',)}),
         dict(structured={'layers.9': ('q',)}),
+        dict(structured={'layers.0': ('post_ffn',)}),
+        dict(structured_config=dict(type='Mona', bottleneck=4), structured={'layers.0': ('q',)}),
+        dict(vectors=(('layers.0.attn.qkv.bias', (32, 64)),), weights={'layers.0.attn.qkv.bias': torch.tensor([40])}),
         dict(structured_config=None, structured={'layers.0': ('q',)}),
     ]
     for change in wrong:
         with pytest.raises(PlanError, match='no plan for a VisionTransformer'):
             replace(plan, **change)
+    with pytest.raises(ConfigError, match='structured='):
+        replace(plan, structured_config=dict(type='LoRand'))
 
 
 def test_a_plan_for_another_architecture_is_refused(tmp_path):
@@ -554,8 +572,6 @@ def test_a_plan_for_another_architecture_is_refused(tmp_path):
 
 def test_a_plan_for_other_weights_is_refused():
     """With the digest of the weights it was made for, a plan tells others; without one it has nothing to check."""
-    from mona_mm.spt.plan import base_digest
-
     model = PeftBackbone(base=TINY['vit'])
     sensitivity = random_sensitivity('vit')
     allocate(sensitivity, 3000).check_weights(model)

@@ -491,3 +491,5 @@ def test_the_configs_can_be_unwrapped():
     backbone = module.base_model_config(cfg)['backbone']
     assert backbone == dict(type='mona_mm.PeftBackbone', base=cfg.model.backbone.base)
     assert cfg.model.backbone.peft.type == 'Mona', 'the config itself is as it was'
+    cfg.model = dict(type='mona_mm.FrozenModel', base=cfg.model, trainable='roi_head')
+    assert module.base_model_config(cfg)['base']['backbone'] == backbone

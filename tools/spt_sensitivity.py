@@ -36,8 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = read_run_config(args)
     backbone = cfg.model.get('backbone') or {}
-    structured = (backbone.get('peft') or {}).get('structured') or dict(type='LoRA')
-    if args.structured not in (None, structured['type']):
+    structured = (backbone.get('peft') or {}).get('structured', dict(type='LoRA'))
+    if args.structured not in (None, (structured or {}).get('type', 'none')):
         structured = None if args.structured == 'none' else dict(type=args.structured)
 
     if args.sensitivity:

@@ -59,6 +59,7 @@ class Plan:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'structured_config', structured_module(self.structured_config))
         problem = self._problem()
         if problem:
             raise PlanError(f'This is no plan for a {self.architecture.backbone}: {problem}.')
@@ -72,14 +73,15 @@ class Plan:
                 return f'it has no vector {vector[0]} with rows {vector[1]}'
         if len(set(self.vectors)) < len(self.vectors):
             return 'a vector is named twice'
-        for block, sites in self.structured.items():
-            for site in sites:
-                if not self._members(block, site):
-                    return f'it has no site {site!r} in a block {block!r}'
-            if len(set(sites)) < len(sites):
-                return f'a site of {block} is named twice'
         if self.structured and self.structured_config is None:
             return 'the structured module is not said'
+        for block, sites in self.structured.items():
+            for site in sites:
+                is_stream = self.structured_config['type'] == 'Mona'
+                if (site in STREAM_GROUPS) != is_stream or not self._members(block, site):
+                    return f'{self.structured_config["type"]} has no site {site!r} in a block {block!r}'
+            if len(set(sites)) < len(sites):
+                return f'a site of {block} is named twice'
         for name, indices in self.weights.items():
             shape = self.architecture.shapes.get(name)
             if shape is None:
@@ -88,6 +90,10 @@ class Plan:
                 return f'the indices in {name} are not a list of whole numbers'
             if indices[0] < 0 or indices[-1] >= torch.Size(shape).numel() or (indices.diff() <= 0).any():
                 return f'the indices in {name}, {shape}, are not ascending or lie outside'
+        for name, rows in self.vectors:
+            indices = self.weights.get(name)
+            if indices is not None and (rows is None or ((indices >= rows[0]) & (indices < rows[1])).any()):
+                return f'single weights of {name} are named, which trains whole'
         return ''
 
     def _members(self, block: str, site: str) -> list:
@@ -189,7 +195,7 @@ class Plan:
                 info={**json.loads(metadata['info']), 'file': str(path)},
             )
             counts = json.loads(metadata['counts'])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
         if counts != {**plan.counts.__dict__, 'total': plan.counts.total}:
             raise PlanError(f'{path} is damaged: it states {counts} parameters and holds {plan.counts}.')

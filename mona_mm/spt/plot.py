@@ -29,7 +29,7 @@ def plot_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> tup
         The paths of ``sensitivity_by_depth.png`` and ``sensitivity_by_operation.png`` in ``folder``.
     """
     depth = _sums(sensitivity, lambda part: part.block or _BEHIND)
-    operation = _sums(sensitivity, _operation)
+    operation = _sums(sensitivity, lambda part: _operation(part) if part.block else f'{_operation(part)} {_BEHIND}')
     return (
         _draw_bars(depth, 'block', os.path.join(folder, 'sensitivity_by_depth.png')),
         _draw_bars(operation, 'operation', os.path.join(folder, 'sensitivity_by_operation.png')),

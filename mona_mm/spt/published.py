@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mona_mm.compat.safe_globals import only_safe
 from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
 from mona_mm.spt.plan import Plan, structured_module
@@ -115,7 +116,7 @@ def _read(path: str | os.PathLike) -> dict:
     if not os.path.isfile(path):
         raise MissingFileError(f'There is no plan {path}.')
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        with only_safe(_numpy_scalars()):
             published = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise PlanError(

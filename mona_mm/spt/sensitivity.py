@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, get_dist_info
 from mmengine.logging import print_log
@@ -67,7 +67,7 @@ class Sensitivity:
         try:
             architecture, info = Architecture.loads(metadata['architecture']), json.loads(metadata['info'])
             shapes = {part.name: architecture.shapes[part.name] for part in architecture.parts}
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
         if shapes != {name: tuple(t.shape) for name, t in squares.items()}:
             raise PlanError(f'{path} is damaged: it does not hold the tensors of its own architecture.')
@@ -338,12 +338,18 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
 
 
 def base_model_config(cfg: Config) -> dict[str, Any]:
-    """The model of a config with all of its backbone's base trainable, and no method."""
-    model = cfg.model.copy()
-    backbone = model.get('backbone')
-    if isinstance(backbone, dict) and str(backbone.get('type')).rpartition('.')[2] == 'PeftBackbone':
-        model['backbone'] = {'type': 'mona_mm.PeftBackbone', 'base': backbone['base']}
-    return model
+    """The model of a config, a copy, with all of its backbone's base trainable, and no method."""
+
+    def without_method(node: Any) -> Any:
+        if isinstance(node, dict):
+            if str(node.get('type')).rpartition('.')[2] == 'PeftBackbone':
+                return ConfigDict(type='mona_mm.PeftBackbone', base=node['base'])
+            return ConfigDict({key: without_method(value) for key, value in node.items()})
+        if isinstance(node, list | tuple):
+            return type(node)(without_method(value) for value in node)
+        return node
+
+    return without_method(cfg.model)
 
 
 def fingerprint(*configs: Any) -> str:
