@@ -7,15 +7,20 @@ import pickle
 import pytest
 import test_hosts
 import torch
-from conftest import HOSTS, golden, part
-from mmengine.registry import MODELS
+from conftest import HOSTS, ROOT, golden, part
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from test_training import command, scores
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.meta import build_on_meta, meta_device
 from mona_mm.sites import LINEAR_SITES, find_host, method_modules
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
+from mona_mm.spt.planning import make_plan, require_plan
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
 STRUCTURED = {
@@ -25,7 +30,7 @@ STRUCTURED = {
 }
 
 
-def make_plan(host: dict, structured: dict | None) -> Plan:
+def plan_for(host: dict, structured: dict | None) -> Plan:
     """A plan that has everything: in every block sites with modules, whole vectors, single weights of the others."""
     torch.manual_seed(4)
     backbone = MODELS.build(host)
@@ -62,7 +67,7 @@ def kind(request) -> str:
 @pytest.fixture
 def spt(host, kind, tmp_path) -> dict:
     """An SPT method with a plan for the host."""
-    plan = make_plan(host, STRUCTURED[kind])
+    plan = plan_for(host, STRUCTURED[kind])
     plan.save(tmp_path / 'plan.safetensors')
     return dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, kind))
 
@@ -121,7 +126,7 @@ def test_begins_as_the_stock_model(host, spt):
 
 def test_merged_equals_unmerged(host, tmp_path):
     """Plans of LoRA and single weights go into stock weights: single weights bit for bit, LoRA to rounding."""
-    plan = make_plan(host, STRUCTURED['lora'])
+    plan = plan_for(host, STRUCTURED['lora'])
     plan.save(tmp_path / 'plan.safetensors')
     peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, 'lora'))
     model = PeftBackbone(base=host, peft=peft)
@@ -179,7 +184,7 @@ def test_a_plan_for_other_weights_or_another_network_is_refused(tmp_path):
     host = HOSTS['mmdet-swin']
     stock = MODELS.build(host)
     torch.save({'state_dict': stock.state_dict()}, tmp_path / 'base.pth')
-    plan = make_plan(host, STRUCTURED['lora'])
+    plan = plan_for(host, STRUCTURED['lora'])
     file = str(tmp_path / 'plan.safetensors')
     plan.save(file)
     with pytest.raises(PlanError, match='of another architecture than this SwinTransformer'):
@@ -253,3 +258,101 @@ def test_golden_blocks(kind, tmp_path):
     for name, gradient in expected.items():
         bar = max(1e-5, 2e-6 * gradient.abs().max().item())
         torch.testing.assert_close(modules[name].grad, gradient, atol=bar, rtol=0, msg=name)
+
+
+def spt_detector(config, **options):
+    config.model.backbone.peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), num_batches=3, **options)
+    config.train_cfg.max_epochs = config.train_cfg.val_interval = 1
+    return config
+
+
+def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config, tmp_path):
+    """`tools/train.py` says that it makes the plan, stores it in the work dir, and trains exactly that under DDP;
+    `tools/test.py` finds it there and repeats the scores."""
+    spt_detector(detector_config, budget='2%').dump(tmp_path / 'config.py')
+    result = command(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'tools/train.py'),
+        str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'work'),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    log = result.stdout + result.stderr
+    assert log.count('There is no plan yet: measuring the sensitivity of the backbone on 3 batches') == 1
+    assert f'Plan: {tmp_path}/work/plan.safetensors' in log
+    plan = Plan.load(tmp_path / 'work/plan.safetensors')
+    assert plan.counts.total <= plan.info['budget_parameters'] and plan.info['num_batches'] == 3
+    assert f'trainable in the backbone: {plan.counts.total:,} ' in log
+    assert 'frozen parameters are unchanged' in log
+
+    checkpoint = find_last_checkpoint(tmp_path / 'work')
+    result = command(
+        'tools/test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'elsewhere')
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert scores(result.stdout + result.stderr) == scores(log)
+
+
+def test_plans_found_and_missing(detector_config, tmp_path):
+    """A plan in the work dir is used again if it was made for the same request, and only then; where none can be made
+    the error says how to have one."""
+    cfg = spt_detector(detector_config, budget='2%')
+    cfg.work_dir = str(tmp_path / 'work')
+    with pytest.raises(MissingFileError, match=r'no plan.safetensors in .*work or /nowhere.*backbone.peft.plan='):
+        require_plan(cfg, (cfg.work_dir, '/nowhere'))
+    no_budget = copy.deepcopy(cfg)
+    del no_budget.model.backbone.peft['budget']
+    no_budget.work_dir = str(tmp_path / 'no_budget')
+    with pytest.raises(ConfigError, match='names no plan, and no budget.*peft.budget=0.5%'):
+        make_plan(no_budget)
+    cfg.model.backbone.peft.budget = '2%'
+    make_plan(cfg)
+    file = tmp_path / 'work/plan.safetensors'
+    assert cfg.model.backbone.peft.plan == str(file)
+    before = file.stat().st_mtime_ns
+    for key, value, message in (
+        ('budget', '3%', 'is a plan for budget=2%, and this config says 3%.*another --work-dir'),
+        ('structured', dict(type='LoRA', rank=3), "is a plan for structured={'type': 'LoRA', 'rank': 2}"),
+        ('alpha', 4.0, 'is a plan for alpha=10.0, and this config says 4.0'),
+        ('plan', None, None),
+    ):
+        again = copy.deepcopy(cfg)
+        again.model.backbone.peft.plan = None
+        again.model.backbone.peft[key] = value
+        if message is None:
+            make_plan(again)
+            assert again.model.backbone.peft.plan == str(file)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                make_plan(again)
+    assert file.stat().st_mtime_ns == before
+    file.write_bytes(file.read_bytes()[:-100])
+    cfg.model.backbone.peft.plan = None
+    with pytest.raises(PlanError, match='plan.safetensors'):
+        make_plan(cfg)
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'configs').glob('spt_*/*swin_[bl]*.py')))
+def test_shipped_configs_at_full_size(name, tmp_path):
+    """Every SPT config over the Mona paper's tasks builds with a plan for its base, trains exactly the plan, decays no
+    single weight, and gives the optimizer exactly what trains."""
+    path = next((ROOT / 'configs').rglob(f'{name}.py'))
+    cfg = load_config(str(path))
+    peft = cfg.model.backbone.peft
+    assert path.parent.name == f'spt_{peft.structured["type"].lower()}'
+    with meta_device():
+        init_default_scope(cfg.default_scope)
+        architecture = Architecture.of(MODELS.build(dict(type='mona_mm.PeftBackbone', base=cfg.model.backbone.base)))
+    block = architecture.blocks[-1]
+    site = 'post_ffn' if peft.structured['type'] == 'Mona' else 'v'
+    weights = {f'{block}.norm2.weight': torch.tensor([3]), f'{block}.attn.w_msa.qkv.weight': torch.tensor([5, 700])}
+    plan = Plan(architecture, dict(peft.structured), {block: (site,)}, ((f'{block}.norm2.bias', None),), weights)
+    peft.plan = str(tmp_path / 'plan.safetensors')
+    plan.save(peft.plan)
+    cfg.model.backbone.base.init_cfg = None
+    model = build_on_meta(cfg)
+    assert count_trainable(model).backbone_trainable == plan.counts.total
+    adapt_to_device(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert groups.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    deltas = sparse_deltas(model.backbone).values()
+    assert len(deltas) == 2 and all(groups[id(delta.values)]['weight_decay'] == 0 for delta in deltas)
