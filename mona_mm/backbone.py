@@ -40,6 +40,7 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
     find_host(backbone)
     if peft is not None:
         inject(backbone, method)
+    backbone.peft_config = peft  # for deltas to say what they belong to
     freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone)

@@ -16,7 +16,7 @@ from mona_mm.errors import CheckpointMismatchError, MissingFileError
 from mona_mm.sites import find_host, method_names
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
-_RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
+RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
@@ -57,7 +57,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
         return (
             name in method
             or name.startswith((*output_norms, *_CLASSIFIER))
-            or name.endswith((*_RECOMPUTED, *without_class_token))
+            or name.endswith((*RECOMPUTED, *without_class_token))
         )
 
     try:
@@ -72,7 +72,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
             f'{file} does not hold the weights of this {type(backbone).__name__}: {wrong} Use the checkpoint of the '
             'same architecture (embed_dims, depths, window), or change the backbone in the config.'
         )
-    absent = [name for name in missing if not name.endswith(_RECOMPUTED)]
+    absent = [name for name in missing if not name.endswith(RECOMPUTED)]
     print_log(
         f'Loaded {len(state_dict) - len(unexpected)} tensors of the base from {file}; {len(absent)} are not in it and '
         'keep their initial values (the method and the output norms).',

@@ -4,6 +4,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 
+from mona_mm.checkpoint.loading import is_delta
 from mona_mm.checkpoint.pretrained import compare
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.registry import HOOKS
@@ -27,6 +28,8 @@ class LoadCheckHook(Hook):
         """Called by the Runner between reading a checkpoint and loading it into the model."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         given = checkpoint.get('state_dict', checkpoint)
+        if is_delta(given):
+            return  # checked when it is put into the model
         # The Runner keeps the loop's config until it trains.
         fine_tuning = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         method = method_names(model) if fine_tuning else set()

@@ -1,0 +1,103 @@
+"""Whatever loads checkpoints through mmengine loads deltas, too: the Runner, ``init_detector``, the inferencers.
+
+mmengine reads a file (:class:`CheckpointLoader`, by the form of its path) and puts it into a model
+(``load_state_dict``) in two steps. A delta needs the second to know that it is one: the base has to be there first, and
+to be the right one. So the tensors carry the delta as their ``_metadata``, which mmengine hands on.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import nn
+
+from mona_mm.checkpoint.delta import apply_delta
+from mona_mm.checkpoint.delta_file import SUFFIX, Delta, read_delta
+
+_PATTERN = r'.*' + SUFFIX.replace('.', r'\.') + '$'
+
+
+class _DeltaMetadata(OrderedDict):
+    """The ``_metadata`` of a state dict that is a delta."""
+
+    delta: Delta
+
+    def __deepcopy__(self, memo: dict) -> '_DeltaMetadata':
+        return self  # EMAHook copies state dicts; nobody changes this one
+
+
+def is_delta(state_dict: Any) -> bool:
+    """Whether a state dict, as mmengine read it, is a delta."""
+    return isinstance(getattr(state_dict, '_metadata', None), _DeltaMetadata)
+
+
+@mmengine_checkpoint.CheckpointLoader.register_scheme(_PATTERN, force=True)
+def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A delta in the form of a checkpoint of mmengine.
+
+    The config in it is left out: whoever finds one in a checkpoint executes it.
+    """
+    delta = read_delta(filename)
+    header, progress = delta.header, dict(delta.header.progress)
+    device = map_location if isinstance(map_location, str | torch.device) else 'cpu'
+    state_dict = OrderedDict((name, tensor.to(device)) for name, tensor in delta.tensors.items())
+    state_dict._metadata = _DeltaMetadata()
+    state_dict._metadata.delta = delta
+    meta = {key: progress[key] for key in ('epoch', 'iter', 'seed') if key in progress}
+    if header.dataset_meta:
+        meta['dataset_meta'] = dict(header.dataset_meta)
+    checkpoint = dict(
+        state_dict=state_dict,
+        meta=meta,
+        message_hub=dict(log_scalars={}, runtime_info=dict(progress.get('runtime_info', {})), resumed_keys={}),
+    )
+    if 'param_groups' in progress:
+        checkpoint['optimizer'] = _optimizer(progress['param_groups'])
+    if 'param_schedulers' in progress:
+        checkpoint['param_schedulers'] = progress['param_schedulers']
+    return checkpoint
+
+
+def _optimizer(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of an optimizer that has its settings and no moments yet."""
+    param_groups, count = [], 0
+    for group in groups:
+        size = group['params']
+        param_groups.append({**group, 'params': list(range(count, count + size))})
+        count += size
+    return dict(state={}, param_groups=param_groups)
+
+
+_load_state_dict = mmengine_checkpoint.load_state_dict
+
+
+@wraps(_load_state_dict)
+def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
+    if not is_delta(state_dict):
+        return _load_state_dict(module, state_dict, strict, logger)
+    while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
+        module = module.module
+    delta = state_dict._metadata.delta
+    loaded = apply_delta(module, replace(delta, tensors=dict(state_dict)))
+    print_log(
+        f'Loaded {delta.file}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}.',
+        logger=logger,
+    )
+
+
+mmengine_checkpoint.load_state_dict = load_state_dict
+
+
+if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # the fork's
+
+    def _weights_only(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """The fork's, without the second attempt that executes whatever a pickle says."""
+        return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
+
+    mmengine_checkpoint._safe_torch_load = _weights_only
