@@ -3,8 +3,7 @@
 import inspect
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from logging import WARNING
@@ -141,14 +140,9 @@ def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = Fals
     return loaded
 
 
-@contextmanager
-def other_base_allowed() -> Iterator[None]:
-    """In this context every delta loads as with ``allow_other_base=True``, whoever loads it."""
-    token = _ALLOW_OTHER_BASE.set(True)
-    try:
-        yield
-    finally:
-        _ALLOW_OTHER_BASE.reset(token)
+def allow_other_base(allow: bool = True) -> None:
+    """Let every later delta load as with ``allow_other_base=True``, whoever loads it: the tools' option."""
+    _ALLOW_OTHER_BASE.set(allow)
 
 
 def apply_delta(
@@ -339,15 +333,11 @@ def changing(model: nn.Module) -> set[str]:
     return names & state.keys()
 
 
-def _frozen(
-    state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str
-) -> dict[str, Tensor]:
+def _frozen(state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in state.items()
-        if name not in changed
-        and not name.endswith(RECOMPUTED)
-        and (parts is None or part_of(name, backbone) in parts)
+        if name not in changed and not name.endswith(RECOMPUTED) and (parts is None or part_of(name, backbone) in parts)
     }
 
 

@@ -51,27 +51,35 @@ def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
     state_dict._metadata.delta = delta
     meta = {key: progress[key] for key in ('epoch', 'iter', 'seed') if key in progress}
     if header.dataset_meta:
-        meta['dataset_meta'] = dict(header.dataset_meta)
+        meta['dataset_meta'] = {key: _tuple(value) for key, value in header.dataset_meta.items()}
     checkpoint = dict(
         state_dict=state_dict,
         meta=meta,
         message_hub=dict(log_scalars={}, runtime_info=dict(progress.get('runtime_info', {})), resumed_keys={}),
     )
     if 'param_groups' in progress:
-        checkpoint['optimizer'] = _optimizer(progress['param_groups'])
+        checkpoint['optimizer'] = _optimizer(progress)
     if 'param_schedulers' in progress:
         checkpoint['param_schedulers'] = progress['param_schedulers']
     return checkpoint
 
 
-def _optimizer(groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _tuple(value: Any) -> Any:
+    """A list, of classes for instance, as the tuple that it was before it became JSON."""
+    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
+
+
+def _optimizer(progress: Mapping[str, Any]) -> dict[str, Any]:
     """The state of an optimizer that has its settings and no moments yet."""
     param_groups, count = [], 0
-    for group in groups:
+    for group in progress['param_groups']:
         size = group['params']
         param_groups.append({**group, 'params': list(range(count, count + size))})
         count += size
-    return dict(state={}, param_groups=param_groups)
+    state = dict(state={}, param_groups=param_groups)
+    if 'base_param_settings' in progress:
+        state['base_param_settings'] = {**progress['base_param_settings'], 'params': torch.zeros(1)}
+    return state
 
 
 _load_state_dict = mmengine_checkpoint.load_state_dict

@@ -39,7 +39,7 @@ class DeltaCheckpointHook(Hook):
         self.half = half
         self._checkpoint: dict[str, Any] | None = None
         self._written: dict[Path, tuple[int, int]] = {}  # whole checkpoint -> what tells one version from the next
-        self._last: Path | None = None
+        self._latest: tuple[Path, int] | None = None  # and the iteration that it was written at
 
     def before_train(self, runner: Runner) -> None:
         """Say so if there is nothing to do, and clear what a stopped process left half-written."""
@@ -50,9 +50,8 @@ class DeltaCheckpointHook(Hook):
         if self._checkpoints is not None and runner.rank == 0:
             for partial in Path(self._checkpoints.out_dir).glob(f'*{SUFFIX}.*.partial'):
                 partial.unlink(missing_ok=True)
-        self._written = {
-            Path(path): _version(Path(path)) for path in runner.message_hub.runtime_info.get('delta_of', [])
-        }
+        earlier = map(Path, runner.message_hub.runtime_info.get('delta_of', []))  # than this process, when resumed
+        self._written = {path: _version(path) for path in earlier if path.is_file()}
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Keep what the whole checkpoint is made of, until it has been written and has a name."""
@@ -71,11 +70,11 @@ class DeltaCheckpointHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         """Write beside the best checkpoint, and give the latest one its metrics."""
         metrics = {name: float(value) for name, value in (metrics or {}).items() if _is_number(value)}
-        if self._last is not None and _delta_of(self._last).is_file():
-            delta = read_delta(_delta_of(self._last))
+        if self._latest is not None and self._latest[1] == runner.iter:
+            delta = read_delta(_delta_of(self._latest[0]))
             delta.header.metrics = metrics
             write_delta(delta.file, delta.header, delta.tensors)
-            self._last = None
+        self._latest = None
         self._follow(runner, metrics)
 
     def _follow(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
@@ -90,7 +89,7 @@ class DeltaCheckpointHook(Hook):
                 self._save(runner, checkpoint, path, metrics or {})
                 self._written[path] = version
                 if metrics is None:
-                    self._last = path
+                    self._latest = path, checkpoint['meta']['iter']
         for path in [path for path in self._written if not path.exists()]:
             _delta_of(path).unlink(missing_ok=True)
             del self._written[path]
@@ -131,9 +130,11 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     progress['runtime_info'] = {
         key: value for key, value in info.items() if key.startswith('best_') and isinstance(value, str | int | float)
     }
-    groups = checkpoint.get('optimizer', {}).get('param_groups')
-    if groups is not None:
-        progress['param_groups'] = [{**_plain(group), 'params': len(group['params'])} for group in groups]
+    optimizer = checkpoint.get('optimizer', {})
+    if 'param_groups' in optimizer:
+        progress['param_groups'] = [{**_plain(g), 'params': len(g['params'])} for g in optimizer['param_groups']]
+    if 'base_param_settings' in optimizer:
+        progress['base_param_settings'] = _plain(optimizer['base_param_settings'])
     schedulers = checkpoint.get('param_schedulers')
     if isinstance(schedulers, list):
         progress['param_schedulers'] = [
