@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, ROOT
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from safetensors import safe_open
 from test_hosts import METHOD_CONFIGS
@@ -22,7 +22,7 @@ from mona_mm.checkpoint.delta import allow_other_base, changing
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, find_last_checkpoint, resume_from
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 
 RULES = {rule: dict(trainable=rule) for rule in ('bitfit', 'norm_tuning', 'partial_1', 'fixed', 'full')}
@@ -148,9 +148,8 @@ def test_train_save_load_is_bit_identical(method, ema, base_file, tmp_path):
 def test_header_says_what_it_is(base_file, tmp_path):
     """Method, parts, versions, classes and metrics come back; the table by part adds up."""
     model = trained(base_file, METHODS['mona'])
-    save_delta(
-        model, tmp_path / 'a.delta.safetensors', config='x = 1', metrics=dict(mAP=0.5), dataset_meta=dict(classes=('a',))
-    )  # fmt: skip
+    said = dict(config='x = 1', metrics=dict(mAP=0.5), dataset_meta=dict(classes=('a',)))
+    save_delta(model, tmp_path / 'a.delta.safetensors', **said)
     delta = read_delta(tmp_path / 'a.delta.safetensors')
     header = delta.header
     assert header.methods == {'backbone': dict(type='Mona', options=dict(bottleneck=8), trainable=['none'])}
@@ -400,3 +399,73 @@ def test_the_tools(detector, tmp_path, tool):
     status, out, err = tool(*arguments, '--allow-other-base')
     assert status == 0 and re.search('WARNING.*trained on another frozen base', out + err)
     allow_other_base(False)
+
+
+def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
+    """A config file of the small detector with a pretrained base and another method, and a trained model of it."""
+    cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'))
+    model = MODELS.build(dict(cfg.model.backbone.base, type='mmdet.SwinTransformer'))
+    model.init_weights()
+    torch.save(model.state_dict(), tmp_path / 'base.pth')
+    base = dict(cfg.model.backbone.base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))
+    cfg.model.backbone = dict(type='mona_mm.PeftBackbone', base=base, peft=peft, trainable=trainable)
+    cfg.dump(tmp_path / 'config.py')
+    adapt_to_device(cfg)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in changing(model):
+            if state[name].is_floating_point():
+                state[name].add_(torch.rand_like(state[name]) * 0.05)
+    model.eval()
+    return str(tmp_path / 'config.py'), model
+
+
+MERGED = {
+    'lora': (dict(peft=METHOD_CONFIGS['lora']), True),
+    'lora-everywhere': (dict(peft=METHOD_CONFIGS['lora-everywhere']), True),
+    **{rule: (dict(peft=None, trainable=rule), True) for rule in RULES},
+    'mona': (dict(peft=METHOD_CONFIGS['mona']), False),
+    'adapter': (dict(peft=METHOD_CONFIGS['adapter']), False),
+}
+
+
+@pytest.mark.parametrize('method', MERGED)
+def test_extract_and_merge(method, tmp_path, tool, capsys):
+    """A whole checkpoint to a delta and, by tools/delta.py merge, to a checkpoint that a stock model loads strictly
+    (or the config in it, for methods that cannot be merged), with the same features; info and diff tell about it."""
+    arguments, mergeable = MERGED[method]
+    config, model = cascade(tmp_path, **arguments)
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', 'b')))), tmp_path / 'whole.pth'
+    )
+    delta, merged = str(tmp_path / 'a.delta.safetensors'), str(tmp_path / 'merged.pth')
+    status, out, err = tool('delta.py', 'extract', config, str(tmp_path / 'whole.pth'), delta)
+    assert status == 0, err
+    status, out, err = tool('delta.py', 'merge', config, delta, merged)
+    assert status == 0 and ('stock config loads it' in out) == mergeable, (out, err)
+    checkpoint = torch.load(merged, weights_only=True)
+    text = checkpoint['meta']['cfg']
+    assert ('mona_mm' in text) != mergeable
+    assert mergeable or 'base.pth' not in text, 'it would look for the base again'
+    cfg = Config.fromstring(text, '.py')
+    adapt_to_device(cfg)
+    again = MODELS.build(cfg.model)
+    again.load_state_dict(checkpoint['state_dict'])
+    x = torch.randn(1, 3, 96, 64)
+    again.eval()
+    with torch.no_grad():
+        for a, b in zip(again.extract_feat(x), model.extract_feat(x), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    if method == 'mona':
+        status, out, err = tool('delta.py', 'info', delta)
+        assert status == 0 and 'Mona(bottleneck=8)' in out
+        assert re.search(r'method +[\d,]+ values.*\n +neck .*\n +roi_head .*\n +rpn_head ', out)
+        assert tool('delta.py', 'diff', delta, delta)[:2] == (0, 'equal\n')
+        model.neck.lateral_convs[0].conv.bias.data += 1
+        save_delta(model, tmp_path / 'b.delta.safetensors')
+        status, out, err = tool('delta.py', 'diff', delta, str(tmp_path / 'b.delta.safetensors'))
+        assert status == 1
+        assert 'neck: 1 of 16 tensors differ, most neck.lateral_convs.0.conv.bias by 1' in out
