@@ -1,6 +1,7 @@
 """Is this the frozen base that a delta was trained on? A checksum of every frozen tensor says."""
 
 import base64
+import hashlib
 import struct
 import zlib
 from collections.abc import Mapping
@@ -11,13 +12,14 @@ from torch import Tensor
 
 
 def fingerprint(frozen: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fingerprint of tensors by name: 4 bytes a tensor, of its values in float32, and one checksum of the names.
+    """The fingerprint of tensors by name: a checksum of all (of their values in float32), and two bytes of each one's.
 
     Swin-B takes 0.1 s on one CPU core.
     """
     names = sorted(frozen)
-    sums = struct.pack(f'<{len(names)}I', *(_checksum(frozen[name]) for name in names))
-    return dict(count=len(names), names=_names_checksum(names), sums=base64.b85encode(sums).decode())
+    sums = [_checksum(frozen[name]) for name in names]
+    short = base64.b85encode(struct.pack(f'<{len(sums)}H', *(of & 0xFFFF for of in sums))).decode()
+    return dict(count=len(names), names=_names_checksum(names), all=_checksum_of(sums), short=short)
 
 
 def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> bool:
@@ -28,14 +30,25 @@ def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> boo
 def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that are not those of a fingerprint, whose names are the same.
 
+    (Where one differs, each other that does is missed with a chance of 1 in 65,536.)
+
     Raises:
         ValueError: if the fingerprint is not one of so many tensors.
     """
-    sums = base64.b85decode(recorded['sums'])
-    if len(sums) != 4 * len(frozen):
-        raise ValueError(f'a fingerprint of {len(sums) // 4} tensors for {len(frozen)}')
-    recorded_sums = struct.unpack(f'<{len(frozen)}I', sums)
-    return [name for name, of in zip(sorted(frozen), recorded_sums, strict=True) if _checksum(frozen[name]) != of]
+    names = sorted(frozen)
+    sums = [_checksum(frozen[name]) for name in names]
+    if _checksum_of(sums) == recorded['all']:
+        return []
+    short = base64.b85decode(recorded['short'])
+    if len(short) != 2 * len(names):
+        raise ValueError(f'a fingerprint of {len(short) // 2} tensors for {len(names)}')
+    expected = struct.unpack(f'<{len(names)}H', short)
+    wrong = [name for name, of, was in zip(names, sums, expected, strict=True) if of & 0xFFFF != was]
+    return wrong or names
+
+
+def _checksum_of(sums: list[int]) -> str:
+    return hashlib.blake2b(struct.pack(f'<{len(sums)}I', *sums), digest_size=8).hexdigest()
 
 
 def _names_checksum(names: list[str]) -> int:
