@@ -164,8 +164,8 @@ def test_header_says_what_it_is(base_file, tmp_path):
 
 @pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', *list(RULES)[:-1]])
 def test_size(method, tmp_path):
-    """Every method in a classifier with Swin-B, whose own classifier is small: at most 2% over 4 bytes for each trained
-    value (2 in half precision), with names, config, and the fingerprint of the base in it; it comes back bit for bit."""
+    """Every method in a classifier with Swin-B, whose own head is small: at most 2% over 4 bytes for each trained
+    value (2 in half precision), with names, config and the fingerprint of the base; it comes back bit for bit."""
     folder = '' if method == 'mona' else f'{method}_'
     cfg = load_config(str(ROOT / f'configs/{method}/{folder}swin_l_flowers102.py'))
     cfg.model.backbone.base.arch = 'base'

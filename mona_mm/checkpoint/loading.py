@@ -5,12 +5,15 @@ mmengine reads a file (:class:`CheckpointLoader`, by the form of its path) and p
 to be the right one. So the tensors carry the delta as their ``_metadata``, which mmengine hands on.
 """
 
+import os.path as osp
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -21,6 +24,26 @@ from mona_mm.checkpoint.delta import apply_delta
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, read_delta
 
 _PATTERN = r'.*' + SUFFIX.replace('.', r'\.') + '$'
+
+
+@mmengine_checkpoint.CheckpointLoader.register_scheme(r'.*(?<!\.delta)\.safetensors$', force=True)
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
+    """Tensors by name, as timm publishes them."""
+    return safetensors.torch.load_file(_existing(filename))
+
+
+@mmengine_checkpoint.CheckpointLoader.register_scheme(r'.*\.npz$', force=True)
+def load_from_npz(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
+    """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
+    with np.load(_existing(filename), allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+
+
+def _existing(filename: str) -> str:
+    filename = osp.expanduser(filename)
+    if not osp.isfile(filename):
+        raise FileNotFoundError(f'{filename} can not be found.')
+    return filename
 
 
 class _DeltaMetadata(OrderedDict):
