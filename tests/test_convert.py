@@ -343,7 +343,10 @@ def test_the_tool(tmp_path, tool):
 
 
 TIMM = {
-    'swin_tiny_patch4_window7_224': ('mmdet-swin', dict(embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 4))),
+    # a last map larger than a window: timm shifts no window there, mmdet does
+    'swin_tiny_patch4_window7_224': (
+        'mmdet-swin', dict(embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 4), img_size=448)
+    ),
     'vit_tiny_patch16_224': ('mmpretrain-vit', dict(embed_dim=32, depth=3, num_heads=2, mlp_ratio=2, img_size=64)),
     'convnext_tiny': (
         'mmpretrain-convnext', dict(depths=(2, 2, 2, 2), dims=(24, 48, 96, 192), ls_init_value=0.5)
@@ -365,7 +368,7 @@ def test_outputs_of_timm(name, tmp_path):
     model = PeftBackbone(base=base)
     model.init_weights()
     model.eval()
-    x = torch.randn(2, 3, *((224, 224) if 'swin' in name else (64, 64)))
+    x = torch.randn(2, 3, *((448, 448) if 'swin' in name else (64, 64)))
     with torch.no_grad():
         expected, actual = theirs.forward_features(x), model(x)[-1]
         if 'swin' in name:  # timm's last norm is the classifier's, ours the output's: compare without

@@ -19,7 +19,7 @@ from mona_mm.errors import ConfigError
 # Microsoft's Swin and the published Mona code share these names; in order, on the part after `layers.I.`.
 _SWIN_RENAMES = (
     (r'^layers\.', 'stages.'),
-    (r'\.attn\.(qkv|proj|relative_position_bias_table|relative_position_index)', r'.attn.w_msa.\1'),
+    (r'(\.blocks\.\d+)\.attn\.', r'\1.attn.w_msa.'),
     (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
     (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
@@ -75,8 +75,9 @@ def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if _NOT_IN_A_BACKBONE.match(name):
             continue
         if '.downsample.' in name:
-            if len(tensor.shape) == 2 or len(tensor) == tensors[name.replace(*_TO_REDUCTION)].shape[-1]:
-                tensor = _reorder_neighbours(tensor)  # SwinV2's norm comes after the reduction: nothing to re-order
+            merged = tensors[re.sub(r'\.downsample\..*', '.downsample.reduction.weight', name)].shape[-1]
+            if tensor.shape[-1] == merged:  # SwinV2's norm comes after the reduction: nothing to re-order
+                tensor = _reorder_neighbours(tensor)
             name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
@@ -120,7 +121,6 @@ def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return published
 
 
-_TO_REDUCTION = ('.downsample.norm.weight', '.downsample.reduction.weight')
 _TO_PUBLISHED = (
     (r'\.peft\.(post_attn|attn_branch|attn_out|parallel_ffn)\.', '.my_module_1.'),
     (r'\.peft\.(post_ffn|ffn_branch|ffn_out)\.', '.my_module_2.'),

@@ -76,7 +76,7 @@ def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = re.sub(r'^Transformer/encoderblock_(\d+)/', r'layers.\1.', name)
         for old, new in _NPZ_NAMES:
             name = name.replace(old, new)
-        converted[name] = tensor
+        converted['cls_token' if name == 'cls' else name] = tensor
     for name in [name for name in converted if '.attn.query.' in name]:
         parts = [converted.pop(name.replace('query', part)) for part in ('query', 'key', 'value')]
         converted[name.replace('query', 'qkv')] = torch.cat(parts)

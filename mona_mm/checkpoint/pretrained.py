@@ -10,18 +10,20 @@ from zipfile import BadZipFile
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.compat.safe_globals import weights_only
-from mona_mm.errors import CheckpointMismatchError, MissingFileError
+from mona_mm.errors import CheckpointMismatchError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
+_UNREADABLE = (UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, ValueError, KeyError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
@@ -86,11 +88,12 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     _resize_position_tables(state_dict, current)
-    for name, tensor in state_dict.items():
-        # a 1x1 convolution where the file has a linear layer, or the other way round
-        if name in current and tensor.shape != current[name].shape and _squeezed(tensor) == _squeezed(current[name]):
-            state_dict[name] = tensor.view(current[name].shape)
-            in_file[name] = tuple(current[name].shape)
+    for name in state_dict.keys() & current.keys():
+        shape = current[name].shape
+        if state_dict[name].shape != shape and _squeezed(state_dict[name]) == _squeezed(current[name]):
+            # a 1x1 convolution where the file has a linear layer, or the other way round
+            state_dict[name] = state_dict[name].reshape(shape)
+            in_file[name] = tuple(shape)
 
     output_norms, method = find_host(backbone).output_norms, method_names(backbone)
     without_class_token = () if getattr(backbone, 'cls_token', 0) is not None else ('cls_token',)
@@ -137,11 +140,11 @@ def read_checkpoint(file: str) -> dict:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
         CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
     """
-    from mmengine.runner.checkpoint import CheckpointLoader  # here, because it takes half a second to import
-
     try:
         with weights_only():
             return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+    except UserError:
+        raise
     except (URLError, TimeoutError, ConnectionError) as error:
         cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
         raise MissingFileError(
@@ -153,22 +156,13 @@ def read_checkpoint(file: str) -> dict:
             f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
             'model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
-    except (
-        UnpicklingError,
-        EOFError,
-        RuntimeError,
-        OSError,
-        SafetensorError,
-        BadZipFile,
-        ValueError,
-        KeyError,
-    ):
+    except _UNREADABLE as error:
+        reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
         raise CheckpointMismatchError(
             f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
-            f'weights-only loading allows ({type(err).__name__}: {str(err).partition(chr(10))[0]}). No pickle in it '
-            'was executed. If you trust whoever made it: python tools/convert_checkpoint.py --trust-pickle FILE OUT '
-            'executes it once and writes the weights alone.'
-        ) from err
+            f'weights-only loading allows ({reason}). No pickle in it was executed. If you trust whoever made it, '
+            'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
+        ) from error
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
