@@ -69,14 +69,14 @@ def convert_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renames = (*_SWIN_RENAMES, *_sites(tensors), *_MODULE_RENAMES)
-    shift = _downsample_shift(tensors)
+    second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
+    shift = _downsample_shift(tensors, second_version)
     converted = {}
     for name, tensor in tensors.items():
         if _NOT_IN_A_BACKBONE.match(name):
             continue
         if '.downsample.' in name:
-            merged = tensors[re.sub(r'\.downsample\..*', '.downsample.reduction.weight', name)].shape[-1]
-            if tensor.shape[-1] == merged:  # SwinV2's norm comes after the reduction: nothing to re-order
+            if not (second_version and '.norm.' in name):  # which there comes after the reduction
                 tensor = _reorder_neighbours(tensor)
             name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
         for pattern, replacement in renames:
@@ -85,14 +85,13 @@ def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _stack_factors(converted)
 
 
-def _downsample_shift(tensors: Mapping[str, Tensor]) -> int:
+def _downsample_shift(tensors: Mapping[str, Tensor], second_version: bool) -> int:
     """By how many stages the merging of patches is elsewhere in the OpenMMLab backbone than in the file: it is the end
     of a stage with Microsoft and in Swin, the beginning of the next one in the newer timm and in mmpretrain's SwinV2.
     """
     stages = {int(match[1]) for name in tensors if (match := re.match(r'layers\.(\d+)\.downsample\.', name))}
     at_the_beginning = bool(stages) and 0 not in stages
-    wanted_at_the_beginning = any(name.endswith('.attn.logit_scale') for name in tensors)
-    return wanted_at_the_beginning - at_the_beginning
+    return second_version - at_the_beginning
 
 
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
