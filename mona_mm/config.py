@@ -141,6 +141,25 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     cfg.load_from = checkpoint
 
 
+def fine_tune_from(cfg: Config, checkpoint: str) -> None:
+    """Set a config to start from a whole model that may have been trained for another number of classes.
+
+    Raises:
+        ConfigError: if it is a delta, which fits only its own classes.
+    """
+    if checkpoint.endswith(SUFFIX):
+        raise ConfigError(
+            f'--fine-tune {checkpoint}: a delta fits only the classes that it was trained for. Make a whole checkpoint '
+            'of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
+        )
+    cfg.load_from = checkpoint
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'mona_mm.LoadCheckHook']
+    if not hooks:
+        hooks = [dict(type='mona_mm.LoadCheckHook')]
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
+    hooks[0]['other_classes'] = True
+
+
 def _check_resumable(file: str) -> None:
     header = read_delta(file).header
     if header.parts is not None or 'iter' not in header.progress:

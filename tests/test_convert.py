@@ -9,14 +9,14 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from test_pretrained import to_microsoft
 
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict, to_published
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
-from mona_mm.config import load_config
+from mona_mm.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 
 PUBLISHED = {
@@ -380,3 +380,37 @@ def test_outputs_of_timm(name, tmp_path):
                 expected.permute(0, 2, 3, 1), (192,), theirs.head.norm.weight, theirs.head.norm.bias, 1e-6
             ).permute(0, 3, 1, 2)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_your_own_classes_from_a_trained_detector(detector_config, tmp_path, tool):
+    """--fine-tune is all it takes to go from four classes to two: every tensor of the trained detector is in the new
+    one before its first step, but for the heads' last layers, which the log names; without it, or with a neck of
+    another width, the load is refused."""
+    cfg = detector_config
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=10)
+    cfg.model.backbone.base.init_cfg = None
+    adapt_to_device(cfg)
+    torch.manual_seed(5)
+    init_default_scope('mmdet')
+    source = MODELS.build(cfg.model)
+    stock = {name: t for name, t in source.state_dict().items() if '.peft.' not in name}  # a stock detector's
+    torch.save(dict(state_dict=stock, meta={}), tmp_path / 'coco.pth')
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    cfg.dump(tmp_path / 'config.py')
+    arguments = ['train.py', str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'work')]
+    options = ['--cfg-options', 'classes=[disc,square]']
+    status, out, err = tool(*arguments, '--fine-tune', str(tmp_path / 'coco.pth'), *options)
+    assert status == 0, err
+    anew = {name for name in stock if re.search(r'fc_cls|fc_reg|conv_logits', name)}
+    (line,) = re.findall('These begin anew: (.*)', out + err)
+    assert set(line.split(', ')) == anew and len(anew) == 18
+    tuned = read_checkpoint(str(tmp_path / 'work/epoch_1.pth'))['state_dict']
+    same = {name for name, t in stock.items() if name in tuned and torch.equal(tuned[name], t)}
+    assert all('.bn.' in name for name in stock.keys() - anew - same), 'BatchNorm moves without a learning rate'
+    status, _, err = tool(*arguments, *options, f'load_from={tmp_path / "coco.pth"}')
+    assert status == 2 and 'tools/train.py --fine-tune FILE' in err
+    options += ['model.neck.out_channels=16', 'model.rpn_head.in_channels=16']
+    status, _, err = tool(*arguments, '--fine-tune', str(tmp_path / 'coco.pth'), *options)
+    assert status == 2 and 'other shapes: ' in err and 'lateral_convs' in err
+    status, _, err = tool(*arguments, '--fine-tune', 'a.delta.safetensors')
+    assert status == 2 and 'merge CONFIG DELTA' in err
