@@ -411,6 +411,6 @@ def test_your_own_classes_from_a_trained_detector(detector_config, tmp_path, too
     assert status == 2 and 'tools/train.py --fine-tune FILE' in err
     options += ['model.neck.out_channels=16', 'model.rpn_head.in_channels=16']
     status, _, err = tool(*arguments, '--fine-tune', str(tmp_path / 'coco.pth'), *options)
-    assert status == 2 and 'other shapes: ' in err and 'lateral_convs' in err
+    assert status == 2 and 'other shapes: ' in err and 'fpn_convs' in err
     status, _, err = tool(*arguments, '--fine-tune', 'a.delta.safetensors')
     assert status == 2 and 'merge CONFIG DELTA' in err

@@ -15,6 +15,7 @@ from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_publi
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
 from mona_mm.cli import run
+from mona_mm.compat.safe_globals import weights_only
 from mona_mm.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 from mona_mm.sites import method_names
@@ -26,7 +27,8 @@ def read(args: argparse.Namespace) -> dict:
         return read_checkpoint(args.src)
     print(f'Executing whatever {args.src} says, as asked.')
     try:
-        return torch.load(args.src, map_location='cpu', weights_only=False)
+        with weights_only(False):
+            return torch.load(args.src, map_location='cpu', weights_only=False)
     except FileNotFoundError:
         raise MissingFileError(f'There is no checkpoint {args.src}.') from None
 

@@ -7,7 +7,7 @@ to be the right one. So the tensors carry the delta as their ``_metadata``, whic
 
 import os.path as osp
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -21,29 +21,50 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
 from mona_mm.checkpoint.delta import apply_delta
-from mona_mm.checkpoint.delta_file import SUFFIX, Delta, read_delta
+from mona_mm.checkpoint.delta_file import Delta, read_delta
+from mona_mm.checkpoint.pretrained import UNREADABLE, unreadable
+from mona_mm.errors import UserError
 
-_PATTERN = r'.*' + SUFFIX.replace('.', r'\.') + '$'
+
+def _loader(pattern: str) -> Callable:
+    """Register a reader of local files as mmengine's for paths of this form; what it cannot read is a UserError."""
+
+    def register(read: Callable[[str, Any], dict[str, Any]]) -> Callable[[str, Any], dict[str, Any]]:
+        @wraps(read)
+        def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+            filename = osp.expanduser(filename)
+            if not osp.isfile(filename):
+                raise FileNotFoundError(f'{filename} can not be found.')
+            try:
+                return read(filename, map_location)
+            except UserError:
+                raise
+            except UNREADABLE as error:
+                raise unreadable(filename, error) from error
+
+        mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, load, force=True)
+        return load
+
+    return register
 
 
-@mmengine_checkpoint.CheckpointLoader.register_scheme(r'.*(?<!\.delta)\.safetensors$', force=True)
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
+@_loader('')
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """mmengine's own, which loads weights only; the fork's would then try again and execute the pickle."""
+    return torch.load(filename, map_location=map_location)
+
+
+@_loader(r'.*(?<!\.delta)\.safetensors$')
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Tensors by name, as timm publishes them."""
-    return safetensors.torch.load_file(_existing(filename))
+    return safetensors.torch.load_file(filename)
 
 
-@mmengine_checkpoint.CheckpointLoader.register_scheme(r'.*\.npz$', force=True)
-def load_from_npz(filename: str, map_location: Any = None) -> dict[str, torch.Tensor]:
+@_loader(r'.*\.npz$')
+def load_from_npz(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
-    with np.load(_existing(filename), allow_pickle=False) as arrays:
+    with np.load(filename, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-
-
-def _existing(filename: str) -> str:
-    filename = osp.expanduser(filename)
-    if not osp.isfile(filename):
-        raise FileNotFoundError(f'{filename} can not be found.')
-    return filename
 
 
 class _DeltaMetadata(OrderedDict):
@@ -60,7 +81,7 @@ def is_delta(state_dict: Any) -> bool:
     return isinstance(getattr(state_dict, '_metadata', None), _DeltaMetadata)
 
 
-@mmengine_checkpoint.CheckpointLoader.register_scheme(_PATTERN, force=True)
+@_loader(r'.*\.delta\.safetensors$')
 def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
     """A delta in the form of a checkpoint of mmengine.
 
@@ -123,12 +144,3 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 
 
 mmengine_checkpoint.load_state_dict = load_state_dict
-
-
-if hasattr(mmengine_checkpoint, '_safe_torch_load'):  # the fork's
-
-    def _weights_only(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """The fork's, without the second attempt that executes whatever a pickle says."""
-        return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
-
-    mmengine_checkpoint._safe_torch_load = _weights_only

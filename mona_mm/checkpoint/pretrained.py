@@ -23,7 +23,10 @@ from mona_mm.sites import find_host, method_names
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
-_UNREADABLE = (UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, ValueError, KeyError)
+UNREADABLE = (
+    UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, ValueError, KeyError, TypeError,
+    IndexError, AttributeError,
+)  # fmt: skip
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
@@ -156,13 +159,18 @@ def read_checkpoint(file: str) -> dict:
             f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
             'model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
-    except _UNREADABLE as error:
-        reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
-        raise CheckpointMismatchError(
-            f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
-            f'weights-only loading allows ({reason}). No pickle in it was executed. If you trust whoever made it, '
-            'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
-        ) from error
+    except UNREADABLE as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: str, error: Exception) -> CheckpointMismatchError:
+    """What to tell of a file that could not be read: why, and how to read it all the same."""
+    reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+    return CheckpointMismatchError(
+        f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
+        f'weights-only loading allows ({reason}). No pickle in it was executed. If you trust whoever made it, '
+        'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
+    )
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
