@@ -22,6 +22,8 @@ from mona_mm.errors import CheckpointMismatchError, MissingFileError
 SUFFIX = '.delta.safetensors'
 FORMAT = 'mona_mm.delta/1'
 _NO_DIGEST = '0' * 64
+_BASE = dict(count=int, names=int, all=str, short=str)
+_METHOD = dict(type=(str, type(None)), options=dict, trainable=list)
 _ENTRY, _MOST_NAMES = 70, 0.01  # bytes of a tensor's entry besides its name; share of a file that may be entries
 _LONGEST_HEADER = 64 * 2**20  # bytes, unpacked: a malicious file could otherwise fill the memory
 
@@ -66,6 +68,11 @@ class DeltaHeader:
         for name, expected in self._TYPES.items():
             if not isinstance(getattr(self, name), expected):
                 raise TypeError(f'{name} is a {type(getattr(self, name)).__name__}')
+        if not all(isinstance(self.base.get(key), of) for key, of in _BASE.items()):
+            raise TypeError('base is no fingerprint')
+        for each in self.methods.values():
+            if not isinstance(each, dict) or not all(isinstance(each.get(key), of) for key, of in _METHOD.items()):
+                raise TypeError('methods are not described')
 
     def part(self, name: str) -> str:
         """The part of the model that a tensor belongs to: ``'method'``, or the model's child with the tensor."""
