@@ -273,6 +273,16 @@ def check_folder(work_dir: Path) -> int | None:
     return read_checkpoint(last)['meta']['iter'] if last else None
 
 
+class Started(Hook):
+    """Says that training has begun, so that a kill falls into it and not into building the model."""
+
+    def __init__(self, event) -> None:
+        self.event = event
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.event.set()
+
+
 @pytest.mark.slow
 def test_killed_at_fifty_moments(base_file, tmp_path):  # noqa: F811
     """SIGKILL at 50 random moments of a run that writes a checkpoint and a delta every iteration: whenever something
@@ -280,8 +290,10 @@ def test_killed_at_fifty_moments(base_file, tmp_path):  # noqa: F811
     train_on(base_file, tmp_path / 'straight')
     work, rng, kills, reached = tmp_path / 'killed', random.Random(1), 0, []
     while kills < 50:
-        process = in_a_child(train_on, base_file, work)
-        process.join(rng.uniform(0.05, 1.2))
+        event = multiprocessing.get_context('fork').Event()
+        process = in_a_child(train_on, base_file, work, Started(event))
+        assert event.wait(120)
+        process.join(rng.uniform(0, 1))
         if process.exitcode is None:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
