@@ -478,6 +478,7 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
     with torch.no_grad():
         for a, b in zip(again.extract_feat(x), model.extract_feat(x), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert ('FoldedMona' in text) == (method == 'mona')
     if method == 'mona':
         status, out, err = tool('delta.py', 'info', delta)
         assert status == 0 and 'Mona(bottleneck=8)' in out

@@ -21,6 +21,7 @@ from mona_mm.cli import run
 from mona_mm.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
+from mona_mm.methods import fold_mona
 
 
 def info(args: argparse.Namespace) -> None:
@@ -92,9 +93,12 @@ def merge(args: argparse.Namespace) -> None:
     apply_delta(model, delta, args.allow_other_base)
     left = unmergeable(model)
     if left or args.self_contained:
-        state, config = model.state_dict(), self_contained_config(cfg)
+        folded = 0 if args.self_contained else fold_mona(model)
+        state, config = model.state_dict(), self_contained_config(cfg, folded > 0)
         reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'
-        print(f'One self-contained checkpoint, for the config in it or {args.config} ({reason}).')
+        print(f'One self-contained checkpoint with a config of its own in it ({reason}).')
+        if folded:
+            print(f'{folded} Mona modules are folded for inference; --self-contained keeps them as they are.')
     else:
         state, config = merged_state_dict(model), stock_config(cfg)
         wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)

@@ -248,7 +248,8 @@ def _resolved(described: Mapping[str, Any]) -> Any:
     if method is not None:
         parameters = inspect.signature(method).parameters
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-        defaults['sites'] = sorted(method.sites)
+        if isinstance(getattr(method, 'sites', None), tuple):  # else it is no one module at fixed sites
+            defaults['sites'] = sorted(method.sites)
     options = {**defaults, **described.get('options', {})}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'])

@@ -6,7 +6,8 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mona_mm.sites import PeftBlock, method_names
+from mona_mm.methods.folded_mona import folded_options
+from mona_mm.sites import PeftBlock, PeftModules, method_names
 
 _WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
 
@@ -37,6 +38,12 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     own = method_names(model)
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in own}
     with torch.no_grad():
+        for path, module in model.named_modules():
+            # Single weights: a module of its own beside a parameter, which maps it to what the forward computes with.
+            inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
+            for name, change in inner.items() if isinstance(inner, PeftModules) else ():
+                name = f'{path}.{name}' if path else name
+                state[name] = change(state[name])
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
@@ -63,10 +70,13 @@ def stock_config(cfg: Config) -> Config:
     return Config(plain)
 
 
-def self_contained_config(cfg: Config) -> Config:
-    """A config that needs no pretrained file: every weight is in the checkpoint."""
+def self_contained_config(cfg: Config, folded: bool = False) -> Config:
+    """A config that needs no pretrained file: every weight is in the checkpoint. ``folded`` makes every Mona a
+    :class:`~mona_mm.methods.FoldedMona`."""
     plain = cfg.to_dict()
     _forget_pretrained(plain['model'])
+    if folded:
+        _fold(plain['model'])
     return Config({**plain, 'load_from': None})
 
 
@@ -86,6 +96,14 @@ def _forget_pretrained(node: Any) -> None:
             node[key] = None
         else:
             _forget_pretrained(value)
+
+
+def _fold(node: Any) -> None:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key == 'peft' and isinstance(value, dict) and value.get('type') == 'Mona':
+            node[key] = folded_options(value)
+        else:
+            _fold(value)
 
 
 def _ours(cfg: dict[str, Any]) -> bool:
