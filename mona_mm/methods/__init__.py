@@ -10,6 +10,15 @@ from mona_mm.methods.mona import Mona
 from mona_mm.methods.spt import SPT
 
 __all__ = [
-    *('SPT', 'AdaptFormer', 'Adapter', 'FoldedMona', 'LoRA', 'LoRand', 'Method', 'Mona', 'PeftModule'),
-    *('build_method', 'fold_mona'),
+    'SPT',
+    'AdaptFormer',
+    'Adapter',
+    'FoldedMona',
+    'LoRA',
+    'LoRand',
+    'Method',
+    'Mona',
+    'PeftModule',
+    'build_method',
+    'fold_mona',
 ]
