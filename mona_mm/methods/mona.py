@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.ops.mona import ScaledNorm, mona
 from mona_mm.registry import METHODS
 
 SCALED_NORMS = ('down', 'pointwise')
@@ -117,6 +119,8 @@ class Mona(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
+        if self.fast and not torch.compiler.is_compiling() and self._fits_fast(x):
+            return self._fast(x, hw)
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         if extra:
@@ -125,12 +129,52 @@ class Mona(PeftModule):
             p = self._mix(p, hw)
         return x + self.up(self.dropout(self.act(p)))
 
+    def _fits_fast(self, x: Tensor) -> bool:
+        """Whether :func:`mona_mm.ops.mona.mona` does the same here.
+
+        It calls no submodule, so that none may have a hook or have been replaced; it is opaque to tracers and to
+        ``torch.func``; and it takes parameters of the input's type or, under autocast, in float32.
+        """
+        if isinstance(self.middle, ScaledLayerNorm) or torch.jit.is_tracing() or are_functorch_transforms_active():
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = None if x.dtype == torch.float64 else torch.float32
+        else:
+            dtype = x.dtype
+        return all(p.dtype == dtype for p in self.parameters()) and all(
+            type(m) in _PARTS and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+            for m in self.modules()
+            if m is not self
+        )
+
+    def _fast(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        norm = None
+        if isinstance(self.entrance, ScaledLayerNorm):
+            inner = self.entrance.norm
+            norm = ScaledNorm(inner.weight, inner.bias, self.entrance.gamma, self.entrance.gammax, inner.eps)
+        return mona(
+            x,
+            hw,
+            norm,
+            (self.down.weight, self.down.bias),
+            [(conv.weight, conv.bias) for conv in self.depthwise],
+            (self.pointwise.weight, self.pointwise.bias),
+            (self.up.weight, self.up.bias),
+            self.filter_scale,
+            self.dropout.p if self.dropout.training else 0.0,
+        )
+
     def _mix(self, p: Tensor, hw: tuple[int, int]) -> Tensor:
         """The spatial part, ``(B, H*W, n) -> (B, H*W, n)``."""
-        grid = p.transpose(1, 2).unflatten(2, hw)  # (B, n, H, W)
+        # (B, n, H, W), channels-last; transpose and unflatten would be taken for channels-first at batch 1
+        grid = p.unflatten(1, hw).permute(0, 3, 1, 2)
         grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
-        return grid.flatten(2).transpose(1, 2)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+# What a Mona is built of.
+_PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}
 
 
 def _check_kernel_sizes(sizes: Sequence[int]) -> None:
