@@ -13,6 +13,9 @@ from mona_mm.registry import METHODS
 
 SCALED_NORMS = ('down', 'pointwise')
 
+PLAIN_TOKENS = 256
+"""With fewer tokens in the batch the plain form is the faster one on a CPU."""
+
 
 class ScaledLayerNorm(nn.Module):
     r""":math:`\gamma \odot \mathrm{LN}(x) + \gamma_x \odot x`, with vectors of length ``channels``."""
@@ -130,21 +133,25 @@ class Mona(PeftModule):
         return x + self.up(self.dropout(self.act(p)))
 
     def _fits_fast(self, x: Tensor) -> bool:
-        """Whether :func:`mona_mm.ops.mona.mona` does the same here.
+        """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
 
         It calls no submodule, so that none may have a hook or have been replaced; it is opaque to tracers and to
         ``torch.func``; and it takes parameters of the input's type or, under autocast, in float32.
         """
         if isinstance(self.middle, ScaledLayerNorm) or torch.jit.is_tracing() or are_functorch_transforms_active():
             return False
+        if x.device.type == 'cpu' and x.shape[0] * x.shape[1] < PLAIN_TOKENS:
+            return False
         if torch.is_autocast_enabled(x.device.type):
             dtype = None if x.dtype == torch.float64 else torch.float32
         else:
             dtype = x.dtype
-        return all(p.dtype == dtype for p in self.parameters()) and all(
-            type(m) in _PARTS and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
-            for m in self.modules()
-            if m is not self
+        return all(
+            type(m) in _PARTS
+            and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+            and all(p is not None and p.dtype == dtype for p in m._parameters.values())
+            for child in self.children()
+            for m in child.modules()
         )
 
     def _fast(self, x: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -110,13 +110,12 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
 
 def _merged(filters: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One kernel and bias whose convolution is ``scale`` times the sum of all."""
-    weights, biases = filters[::2], filters[1::2]
-    size = max(w.shape[-1] for w in weights)
-    kernel = weights[0].new_zeros(*weights[0].shape[:2], size, size)
-    for weight in weights:
+    weights = sorted(filters[::2], key=lambda weight: -weight.shape[-1])
+    kernel = weights[0] * scale
+    for weight in weights[1:]:
         _centre(kernel, weight.shape[-1]).add_(weight, alpha=scale)
-    bias = biases[0] * scale
-    for other in biases[1:]:
+    bias = filters[1] * scale
+    for other in filters[3::2]:
         bias.add_(other, alpha=scale)
     return kernel.to(dtype), bias.to(dtype)
 
@@ -150,9 +149,9 @@ def _mix(
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``; in float32 on a CPU by oneDNN, which is up to twice as fast as the library that torch has there.
 
-    oneDNN takes minutes for a weight that is neither contiguous nor the transpose of a contiguous matrix.
+    Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
     """
-    if _onednn(x):
+    if _onednn(x) and (weight.is_contiguous() or weight.t().is_contiguous()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
@@ -197,7 +196,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not (need_x or need_down or need_filters or need_pointwise):
         return _returned(ctx, None, grads)
 
-    dr = _linear(g, params[8].to(dtype).t().contiguous()).view_as(r)
+    dr = _linear(g, params[8].to(dtype).t()).view_as(r)
     if mask is not None:
         dr.mul_(mask).mul_(1 / (1 - ctx.drop))
     dr = torch.ops.aten.gelu_backward(dr, r)
@@ -209,7 +208,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not (need_x or need_down or need_filters):
         return _returned(ctx, None, grads)
 
-    dq = _linear(dr_grid, pointwise.t().contiguous()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
+    dq = _linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
     if need_filters:
         _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel, ctx.scale)
     if not (need_x or need_down):
@@ -225,7 +224,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not need_x:
         return _returned(ctx, None, grads)
 
-    ds = _linear(dp, down.to(dtype).t().contiguous()).to(grad.dtype if mean is None else weight.dtype)
+    ds = _linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
     if mean is None:
         dx = ds.add_(grad.flatten(0, 1))
     else:
