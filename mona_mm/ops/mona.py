@@ -317,8 +317,10 @@ def _down_gradients(
         q = q - dp.t().mm(mean * rstd)
     else:  # a mean far from zero would cost a narrow format its precision
         centred = torch.sub(x, mean, out=torch.empty_like(x, dtype=dp.dtype))
-        stacked = torch.cat((dp, (dp * rstd).to(dp.dtype)), 1)
+        scale = rstd.mean()  # a wide deviation's reciprocal would vanish in float16
+        stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
         p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
+        q = q * scale
         p = p + dp.t().mm(mean.to(dp.dtype)).to(weight.dtype)
     total = total.to(weight.dtype)
     grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)
