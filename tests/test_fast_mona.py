@@ -92,24 +92,29 @@ def test_gradcheck(hw, variant):
 @pytest.mark.parametrize('mean', [0, 100])
 @pytest.mark.parametrize('form', ['float32', 'autocast bfloat16', 'autocast float16', 'bfloat16'])
 def test_precision(form, mean):
-    """Measured against float64, every output and gradient is as good as the plain form's, but for a factor of three and,
-    in the 16-bit forms, one percent: also for tokens whose mean is a hundred times their deviation, with an outlying
-    channel as Swins have."""
-    torch.manual_seed(0)
-    module = build(48, 16, dropout=0.0)
-    x = torch.randn(2, 20 * 21, 48) + mean
-    x[..., 7] *= 30
-    grad = torch.randn_like(x) * 1e-2
-    exact = step(copy.deepcopy(module).double(), x.double(), grad.double(), (20, 21), False)
+    """Measured against float64, the output and every gradient are as good as the plain form's, but for a factor of
+    three of its error: also for tokens whose mean is a hundred times their deviation, with an outlying channel as Swins
+    have. The errors are those of six draws together, since a single one's is luck."""
     autocast = getattr(torch, form.split()[1]) if ' ' in form else None
-    if form == 'bfloat16':
-        module, x, grad = module.bfloat16(), x.bfloat16(), grad.bfloat16()
-    plain, fast = (step(module, x, grad, (20, 21), fast, autocast) for fast in (False, True))
-    floor = 1e-6 if form == 'float32' else 1e-2  # of bfloat16's own resolution
-    for name, reference in exact.items():
-        assert fast[name].dtype == plain[name].dtype, name
-        error_plain, error_fast = ((t[name].double() - reference).norm() / reference.norm() for t in (plain, fast))
-        assert error_fast < 3 * error_plain + floor, f'{name}: {error_fast:.1e}, plain {error_plain:.1e}'
+    errors = {'plain': {}, 'fast': {}}
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module, hw = build(48, 16, dropout=0.0), (15, 16)
+        x = torch.randn(2, 240, 48) + mean
+        x[..., 7] *= 30
+        grad = torch.randn_like(x) * 1e-2
+        exact = step(copy.deepcopy(module).double(), x.double(), grad.double(), hw, False)
+        if form == 'bfloat16':
+            module, x, grad = module.bfloat16(), x.bfloat16(), grad.bfloat16()
+        plain, fast = (step(module, x, grad, hw, fast, autocast) for fast in (False, True))
+        for name, reference in exact.items():
+            assert fast[name].dtype == plain[name].dtype, name
+            for kind, tensors in (('plain', plain), ('fast', fast)):
+                error = (tensors[name].double() - reference).norm() / reference.norm()
+                errors[kind][name] = errors[kind].get(name, 0) + error.item() / 6
+    for name, plain in errors['plain'].items():
+        bound = 3 * plain + (1e-6 if form == 'float32' else 1e-3)
+        assert errors['fast'][name] < bound, f'{name}: {errors["fast"][name]:.1e}, plain {plain:.1e}'
 
 
 def test_gradient_scaler():

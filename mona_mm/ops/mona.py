@@ -306,7 +306,7 @@ def _down_gradients(
     :math:`ds = dp\,W` times something is one over the ``n`` rows of :math:`W` times that something's product.
     """
     weight, bias, gamma, gammax, down, _ = params
-    total = dp.sum(0)
+    total = dp.sum(0, dtype=down.dtype)
     if mean is None:
         grads[4], grads[5] = _over_tokens(dp, x.to(dp.dtype)), total
         return
@@ -321,8 +321,7 @@ def _down_gradients(
         stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
         p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
         q = q * scale
-        p = p + dp.t().mm(mean.to(dp.dtype)).to(weight.dtype)
-    total = total.to(weight.dtype)
+        p = p + dp.to(weight.dtype).t().mm(mean.to(weight.dtype))
     grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)
     grads[5] = total
     dnorm = (down * q).sum(0)  # of gamma * weight
