@@ -9,9 +9,9 @@ from torch import nn
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
 from mona_mm.freeze import Rules, freeze
-from mona_mm.methods import build_method
+from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
-from mona_mm.sites import find_host, inject, method_modules
+from mona_mm.sites import find_host, method_modules
 
 
 @MODELS.register_module()
@@ -34,15 +34,17 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
             a rule that matches nothing, or ``frozen_stages`` under a method.
         UnknownOptionError: an option that the method does not have.
     """
-    if peft is not None:
-        method = build_method(peft)
+    method = None if peft is None else build_method(peft)
     backbone = _build(base)
     find_host(backbone)
-    if peft is not None:
-        inject(backbone, method)
-    freeze(backbone, trainable if trainable is not None else 'all' if peft is None else 'none')
+    if method is not None:
+        method.attach(backbone)
+    if trainable is None:
+        trainable = 'all' if method is None else 'none'
+    rules = [trainable] if isinstance(trainable, str) else list(trainable)
+    freeze(backbone, [*rules, *(method.trainable if method else ())])
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
-    backbone.init_weights = partial(init_weights, backbone)
+    backbone.init_weights = partial(init_weights, backbone, method)
     return backbone
 
 
@@ -77,7 +79,7 @@ def _build(base: dict[str, Any]) -> nn.Module:
     return MODELS.build(ConfigDict(base))
 
 
-def init_weights(self: nn.Module) -> None:
+def init_weights(self: nn.Module, method: Method | None = None) -> None:
     """``init_weights`` of a :func:`PeftBackbone`: load or initialise the base, then give the method its own values.
 
     A ``Pretrained`` ``init_cfg`` goes through :func:`load_pretrained`, which checks that the file fits, whichever of
@@ -88,5 +90,7 @@ def init_weights(self: nn.Module) -> None:
         load_pretrained(self, **pretrained)
     else:
         type(self).init_weights(self)
+    if method is not None:
+        method.check_base(self)
     for module in method_modules(self):
         module.reset_parameters()

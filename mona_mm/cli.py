@@ -9,8 +9,10 @@ from typing import NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import init_dist
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.compat.safe_globals import FORCE_WEIGHTS_ONLY
 from mona_mm.config import adapt_to_device, has_accelerator, load_config
@@ -54,14 +56,28 @@ def read_run_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def join_process_group(cfg: Config) -> None:
+    """Join the process group of the config's launcher, for a command that builds no runner."""
+    _join_gloo(cfg)
+    if cfg.get('launcher', 'none') != 'none' and not torch.distributed.is_initialized():
+        env_cfg = cfg.get('env_cfg', {})
+        set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)  # first, as in mmengine's runner
+        init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {}))
+
+
 def build_runner(cfg: Config) -> Runner:
     """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
-    launcher = cfg.get('launcher', 'none')
-    if launcher != 'none' and not has_accelerator():
-        if launcher != 'pytorch':
-            raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
-        torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
+    _join_gloo(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _join_gloo(cfg: Config) -> None:
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or has_accelerator() or torch.distributed.is_initialized():
+        return
+    if launcher != 'pytorch':
+        raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
+    torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
 
 
 def run(main: Callable[[], None]) -> None:

@@ -3,8 +3,12 @@
 import json
 import mmap
 import os.path as osp
-from collections.abc import Iterator
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import mmcv
+import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
@@ -16,7 +20,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
 
     Raises:
         MissingFileError: if a data set's root, annotation file or image folder is missing; it says what to set.
-        ConfigError: if a COCO-format annotation file has other classes, or in another order.
+        ConfigError: if annotations (COCO, VOC, label maps, lists of labels) hold other classes, or in another order.
     """
     for split in splits:
         for dataset in datasets(cfg, split):
@@ -24,8 +28,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
             parts = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
             for path in [root, *(osp.join(root, part) for part in parts if part)]:
                 _require(path, root or path, split)
-            if dataset.get('ann_file'):
-                _check_classes(cfg, dataset, osp.join(root, dataset['ann_file']))
+            _check_classes(cfg, dataset)
         evaluator = cfg.get(f'{split}_evaluator') or []
         for metric in [evaluator] if isinstance(evaluator, dict) else evaluator:
             _require(metric.get('ann_file'), metric.get('ann_file'), split)
@@ -51,16 +54,29 @@ def datasets(cfg: Config, split: str) -> Iterator[dict]:
             yield dataset
 
 
-def _check_classes(cfg: Config, dataset: dict, ann_file: str) -> None:
-    """mmdet drops annotations of other classes in silence, and misnames classes whose order is not the file's."""
+def _check_classes(cfg: Config, dataset: dict) -> None:
+    """The libraries drop annotations of other classes in silence, misname classes whose order is not the file's, or
+    end in the middle of training with an index error."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with DATASETS.switch_scope_and_registry(None) as registry:
         dataset_class = registry.get(dataset['type'])
-    if not hasattr(dataset_class, 'COCOAPI') or not osp.isfile(ann_file):
+    for cls in getattr(dataset_class, '__mro__', ()):
+        if cls.__name__ in _CHECKS:
+            classes = (dataset.get('metainfo') or {}).get('classes') or dataset_class.METAINFO.get('classes')
+            if classes is None or isinstance(classes, list | tuple):  # or a file of names, which mmengine reads itself
+                _CHECKS[cls.__name__](dataset, classes)
+            return
+
+
+def _annotation_file(dataset: dict) -> str | None:
+    path = osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    return path if osp.isfile(path) else None
+
+
+def _check_coco(dataset: dict, classes: Sequence[str] | None) -> None:
+    ann_file = _annotation_file(dataset)
+    if classes is None or ann_file is None:
         return
-    classes = (dataset.get('metainfo') or {}).get('classes') or dataset_class.METAINFO.get('classes')
-    if not isinstance(classes, list | tuple):
-        return  # a file of names, which mmengine reads itself
     in_file = [category['name'] for category in _categories(ann_file)]
     expected = [name for name in in_file if name in set(classes)]
     if list(classes) != expected:
@@ -73,7 +89,84 @@ def _check_classes(cfg: Config, dataset: dict, ann_file: str) -> None:
         )
 
 
-def _short(names: list[str] | tuple[str, ...], separator: str = ', ') -> str:
+def _check_voc(dataset: dict, classes: Sequence[str] | None) -> None:
+    """A class may well not occur in a small split, and leaving classes out is a choice; both at once is a mistake."""
+    ann_file = _annotation_file(dataset)
+    if classes is None or ann_file is None:
+        return
+    folder = Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('sub_data_root') or '')
+    folder = folder / (dataset.get('ann_subdir') or 'Annotations')
+    found = set()
+    for image in Path(ann_file).read_text().split():
+        file = folder / f'{image}.xml'
+        if not file.is_file():
+            raise MissingFileError(f'{ann_file} lists {image}, and there is no {file}.')
+        found.update(thing.findtext('name') for thing in ET.parse(file).iterfind('object'))
+    missing, unknown = [name for name in classes if name not in found], sorted(found.difference(classes))
+    if missing and unknown:
+        raise ConfigError(
+            f'The classes of the config do not fit the annotations that {ann_file} lists: no object there is '
+            f'{_short(missing)}, and {_short(unknown)} would be dropped in silence. Name the classes to train on with '
+            f'--cfg-options classes="[{_short(sorted(found), ",")}]"'
+        )
+
+
+def _check_segmentation(dataset: dict, classes: Sequence[str] | None) -> None:
+    """Looks into some of the label maps; all would take minutes."""
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        known = (registry.get(dataset['type']).METAINFO or {}).get('classes')
+        foreign = [name for name in classes or () if known and name not in known]
+        if foreign:
+            raise ConfigError(
+                f'{dataset["type"]} has no class {_short(foreign)}. Its classes are {_short(known)}; for classes of '
+                "your own set the data set's type to 'BaseSegDataset', whose label maps hold 0, 1, 2, ..."
+            )
+        built = registry.build(dict(dataset))
+    step = max(1, len(built) // 20)
+    for info in (built.get_data_info(i) for i in range(0, len(built), step)):
+        path = info.get('seg_map_path')
+        if path is None or not osp.isfile(path):
+            continue
+        label_map = mmcv.imread(path, flag='unchanged', backend='pillow')
+        if label_map.ndim != 2:
+            raise ConfigError(f'{path} is a colour picture, not a map of class numbers (one channel, 8 bits).')
+        ids = set(np.unique(label_map).tolist()) - {255}
+        if info.get('reduce_zero_label'):
+            ids = {i - 1 for i in ids - {0}}
+        known_ids = info.get('label_map') or range(len(built.metainfo.get('classes') or ids))
+        wrong = sorted(i for i in ids if i not in known_ids)
+        if wrong:
+            raise ConfigError(
+                f'{path} holds the class number {wrong[-1] + bool(info.get("reduce_zero_label"))}, and this config has '
+                f'{len(known_ids)} classes. Name yours with --cfg-options classes="[...]", one for every number'
+                f'{" from 1 on (0 is ignored: reduce_zero_label)" if info.get("reduce_zero_label") else ""}; '
+                '255 is ignored.'
+            )
+
+
+def _check_labels(dataset: dict, classes: Sequence[str] | None) -> None:
+    ann_file = _annotation_file(dataset)
+    if classes is None or ann_file is None:
+        return
+    for number, line in enumerate(Path(ann_file).read_text().splitlines(), start=1):
+        label = line.rpartition(' ')[2]
+        if line.strip() and not (label.isdecimal() and int(label) < len(classes)):
+            raise ConfigError(
+                f'{ann_file}, line {number}: {line!r} must be a path and a label from 0 to {len(classes) - 1}, since '
+                f'the config has {len(classes)} classes. Name yours with --cfg-options classes="[...]"'
+            )
+
+
+_CHECKS = dict(
+    CocoDataset=_check_coco,
+    XMLDataset=_check_voc,
+    BaseSegDataset=_check_segmentation,
+    CustomDataset=_check_labels,
+)
+"""By the libraries' base class of a data set; the first that a data set's class has counts."""
+
+
+def _short(names: Sequence[str], separator: str = ', ') -> str:
     return separator.join(names[:10]) + (f'{separator}...' if len(names) > 10 else '')
 
 

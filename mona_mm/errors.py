@@ -27,3 +27,11 @@ class CheckpointMismatchError(UserError, RuntimeError):
 
 class FreezeError(UserError, RuntimeError):
     """What trains is not what the config asked for, or a frozen weight changed."""
+
+
+class PlanError(UserError, ValueError):
+    """A plan of SPT that is damaged, or for another base than the model's."""
+
+
+class SensitivityError(UserError, RuntimeError):
+    """Data or losses that no sensitivity can be measured with."""

@@ -240,7 +240,7 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     published = {rule: name for name, rule in METHOD_RULES.items()}
     name = '+'.join(published.get(rule, rule) for rule in record.rules) if record else None
     if method:
-        name = type(method_modules(backbone)[0]).__name__
+        name = getattr(backbone, 'peft_name', type(method_modules(backbone)[0]).__name__)
         parts.append(_count(f'method ({name})', method.values()))
     backbone_parts = tuple(parts)
     if backbone is not model:

@@ -8,6 +8,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mona_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mona_mm.spt.sparse import SparseDelta
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -16,7 +17,8 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     mmengine hands frozen parameters to the optimizer when there is no ``paramwise_cfg``, logs a warning for each of
     them when there is one, and makes one parameter group of every parameter. The options of ``paramwise_cfg`` mean
-    what they mean there.
+    what they mean there. Single weights (:class:`~mona_mm.spt.sparse.SparseDelta`) never decay: it would pull their
+    change, not the weights, to zero.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -36,8 +38,11 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(separate, module)
         finally:
             logger.removeFilter(_not_per_parameter)
+        deltas = {id(m.values) for m in module.modules() if isinstance(m, SparseDelta)}
         groups = defaultdict(list)
         for group in separate:
+            if id(group['params'][0]) in deltas:
+                group['weight_decay'] = 0.0
             options = tuple(sorted((key, value) for key, value in group.items() if key != 'params'))
             groups[options] += group['params']
         params += [{'params': members, **dict(options)} for options, members in groups.items()]

@@ -8,8 +8,8 @@ A *host* is a stock backbone class, a *site* a named place in each of its blocks
 ``attn_branch``, ``ffn_branch``    maps the branch's output before DropPath and the residual add
 ``attn_out``, ``ffn_out``          maps the branch's output after DropPath, before the residual add
 ``parallel_ffn``                   adds a branch of the un-normalised residual beside the FFN, after DropPath
-``q``, ``k``, ``v``, ``proj``,     adds a branch of the linear's input to its output; of a fused ``qkv`` to the slice
-``fc1``, ``fc2``                   of that name
+``q``, ``k``, ``v``, ``proj``,     adds a branch to the linear's output; of a fused ``qkv`` to the slice of that name
+``fc1``, ``fc2``
 =================================  =================================================================================
 
 Which of them a host has, and where it differs:
@@ -25,7 +25,7 @@ ConvNeXt                      a block has one branch (depthwise convolution, two
 ============================  ======================================================================================
 
 *Reached through their weight*: the host never calls the linear layer as a module, so only a method that is an addition
-to the weight can be there (LoRA without dropout).
+to the weight can be there (LoRA without dropout, single weights).
 
 :func:`inject` puts a :class:`PeftBlock` in front of the class of every block, hangs the method's modules under the
 block's new child ``peft``, and hooks the DropPath and linear modules of the sites in use; nothing else changes. The
@@ -108,6 +108,11 @@ class PeftBlock:
                 rows = linear.rows(weight)
                 delta = self.peft[site].delta_weight()
                 weights[name] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
+        for path in self.host.uncalled:
+            module = self.get_submodule(path)
+            for parameter, delta in getattr(module, 'peft', {}).items():
+                name = f'{path}.{parameter}'.removeprefix('attn.')
+                weights[name] = delta(weights.get(name, getattr(module, parameter)))
         return functional_call(self.attn, weights, args, kwargs) if weights else self.attn(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -197,6 +202,7 @@ class Host:
         ends: by branch, the module whose input the ``*_branch`` site maps (a DropPath) and the one whose output the
             ``*_out`` site maps.
         output_norms: prefixes of the norms of the backbone's outputs, which pretraining checkpoints do not hold.
+        uncalled: modules of a block's attention that are never called, only their parameters read.
         grid_source: the child that returns ``(tokens, (H, W))``, where blocks of tokens are not handed ``(H, W)``.
     """
 
@@ -205,6 +211,7 @@ class Host:
     linears: Mapping[str, Linear]
     ends: Mapping[str, tuple[str, str]]
     output_norms: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
     grid_source: str | None = None
     sites: tuple[str, ...] = field(init=False)
 
@@ -257,6 +264,7 @@ HOSTS: dict[str, Host] = {
         ),
         ends=dict(attn=('attn.drop', 'norm1'), ffn=('ffn.dropout_layer', 'norm2')),
         output_norms=_OUTPUT_NORMS,
+        uncalled=('attn.w_msa.qkv',),
     ),
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer': Host(
         block='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
@@ -284,6 +292,7 @@ HOSTS: dict[str, Host] = {
             **_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
         ),
         ends=dict(attn=('attn.dropout_layer', 'attn.dropout_layer'), ffn=_FFN_END),
+        uncalled=('attn.attn.out_proj',),
     ),
 }
 """The supported backbones by qualified class name. Attribute names alone would also match others (BEiT's blocks have
@@ -330,6 +339,8 @@ def stock_class(module: nn.Module) -> type:
 class Attachment(Protocol):
     """What :func:`inject` attaches."""
 
+    name: str
+
     def modules(self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, Any]]:
         """By path of a block and site, the modules to attach.
 
@@ -344,7 +355,7 @@ class Attachment(Protocol):
 
 
 def inject(backbone: nn.Module, method: Attachment) -> None:
-    """Attach a method to the blocks of ``backbone``, in place.
+    """Attach a method to the blocks of ``backbone``, in place. Its name is then the backbone's ``peft_name``.
 
     Raises:
         UnsupportedHostError: see :func:`find_host`.
@@ -361,6 +372,7 @@ def inject(backbone: nn.Module, method: Attachment) -> None:
     for attached in modules.values():
         for site, module in attached.items():
             _check_reach(backbone, host, site, module)
+    backbone.peft_name = method.name
     grid = TokenGrid()
     if host.grid_source is not None:
         source = backbone.get_submodule(host.grid_source)
@@ -370,8 +382,8 @@ def inject(backbone: nn.Module, method: Attachment) -> None:
         block.__class__ = _peft_class(host.kind, type(block))
         block.host = host
         block.grid = grid
-        block.peft = PeftModules(modules[path])
-        for site in modules[path]:
+        block.peft = PeftModules(modules.get(path, {}))
+        for site in block.peft:
             branch, _, place = site.partition('_')
             if site in host.linears:
                 if host.linears[site].called:
@@ -420,8 +432,8 @@ def _map_out(site: str, end: nn.Module, args: tuple[Tensor, ...], out: Tensor) -
 
 def _add_to_linear(site: str, linear: nn.Linear | nn.Conv2d, args: tuple[Tensor], out: Tensor) -> Tensor:
     block, channels = linear.peft_block, 1 if isinstance(linear, nn.Conv2d) else -1
-    branch = block.peft[site](args[0].movedim(channels, -1))
     rows = block.host.linears[site].rows(linear.weight)
+    branch = block.peft[site](args[0].movedim(channels, -1), out.movedim(channels, -1)[..., rows])
     if branch.shape[-1] < len(linear.weight):
         branch = F.pad(branch, (rows.start, len(linear.weight) - rows.stop))
     return out + branch.movedim(-1, channels)

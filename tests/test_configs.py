@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
@@ -24,11 +25,12 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
+from write_metafiles import COUNT, listed
 
 from mona_mm.cli import build_runner
 from mona_mm.config import adapt_to_device, load_config
 from mona_mm.data import check_data
-from mona_mm.errors import MissingFileError
+from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.freeze import count_trainable
 from mona_mm.meta import build_on_meta
 
@@ -136,6 +138,7 @@ def test_what_trains(config):
         assert count.backbone_trainable == mona_formula(192, (2, 2, 18, 2), **ABLATIONS[name])
     else:
         assert count.backbone_trainable == published_number(method, name)
+    assert listed()[name]['Metadata'][COUNT] == count.backbone_trainable  # what `mim search` says
     assert all(p.requires_grad for n, p in model.named_parameters() if not n.startswith('backbone.'))
 
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
@@ -537,6 +540,41 @@ def test_missing_data(task):
     for split in ('train', 'val', 'test'):
         with pytest.raises(MissingFileError, match=rf'{split} data.*/nowhere/.*--cfg-options data_root='):
             check_data(cfg, (split,))
+
+
+def test_classes_that_do_not_fit_the_annotations(tiny_data, tmp_path):
+    """Objects of VOC that would be dropped, numbers in label maps and in lists that no class has, coloured label maps:
+    each is named before training. What may well be (fewer classes, classes that do not occur) passes."""
+
+    def check(task, root=None, **options):
+        options = {key.replace('__', '.'): value for key, value in options.items()}
+        check_data(load_config(str(CONFIGS[task]), dict(data_root=str(root or tiny_data[task]), **options)), ('train',))
+
+    check('retinanet_swin_l_voc')  # 18 of the 20 classes do not occur
+    check('retinanet_swin_l_voc', classes=['dog'])
+    with pytest.raises(ConfigError, match=r'no object there is cars, and car would be dropped.*classes="\[car,dog\]"'):
+        check('retinanet_swin_l_voc', classes=['dog', 'cars'])
+
+    check('upernet_swin_l_ade20k', classes=['wall', 'building'])
+    with pytest.raises(ConfigError, match='ADE20KDataset has no class lane.*BaseSegDataset'):
+        check('upernet_swin_l_ade20k', classes=['wall', 'lane'])
+    own = dict(train_dataloader__dataset__type='BaseSegDataset', train_dataloader__dataset__img_suffix='.jpg')
+    own['train_dataloader__dataset__reduce_zero_label'] = True
+    names = [f'class {i}' for i in range(150)]
+    check('upernet_swin_l_ade20k', classes=names, **own)
+    with pytest.raises(ConfigError, match='holds the class number 150, and this config has 149 classes.*from 1 on'):
+        check('upernet_swin_l_ade20k', classes=names[:149], **own)
+    coloured = tmp_path / 'ade'
+    shutil.copytree(tiny_data['upernet_swin_l_ade20k'], coloured)
+    mmcv.imwrite(np.zeros((64, 96, 3), np.uint8), str(coloured / 'annotations/training/0.png'))
+    with pytest.raises(ConfigError, match='0.png is a colour picture'):
+        check('upernet_swin_l_ade20k', coloured)
+
+    lists = tmp_path / 'voc2007'
+    shutil.copytree(tiny_data['swin_l_voc2007'], lists)
+    (lists / 'ImageSets/Main/trainval_one_label.txt').write_text('000000.jpg 19\n000001.jpg 20\n')
+    with pytest.raises(ConfigError, match=r"line 2: '000001.jpg 20' must be a path and a label from 0 to 19"):
+        check('swin_l_voc2007', lists)
 
 
 @pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])

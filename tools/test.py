@@ -10,6 +10,7 @@ import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.spt.planning import require_plan
 
 
 def draw_into(cfg: Config, folder: str) -> None:
@@ -45,6 +46,7 @@ def main() -> None:
         raise ConfigError(f'--out {args.out}: predictions are written as .pkl.')
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
+    require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     cfg.load_from = args.checkpoint
     if args.show_dir:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder

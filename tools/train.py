@@ -1,10 +1,11 @@
 """Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--amp] [--cfg-options ...]"""
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import build_runner, read_run_config, run, run_parser
+from mona_mm.cli import build_runner, join_process_group, read_run_config, run, run_parser
 from mona_mm.config import resume_from
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError
+from mona_mm.spt.planning import make_plan
 
 
 def main() -> None:
@@ -24,6 +25,8 @@ def main() -> None:
     cfg = read_run_config(args)
     check_data(cfg, ('train', 'val'))
     resume_from(cfg, args.resume)
+    join_process_group(cfg)
+    make_plan(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')

@@ -30,6 +30,22 @@ def weights_only() -> Iterator[None]:
             os.environ[FORCE_WEIGHTS_ONLY] = before
 
 
+@contextmanager
+def only_safe(allowed: list[Callable | tuple[Callable, str]]) -> Iterator[None]:
+    """In this context weights-only loading allows these, beside torch's own, and nothing that is registered.
+
+    ``torch.serialization.safe_globals`` would leave what is registered allowed, and take away what both name on exit.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def register_safe_globals() -> None:
     """Allow the classes in mmengine's ``message_hub`` when ``torch.load`` loads weights only.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnknownOptionError
 from mona_mm.registry import METHODS
-from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host
+from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host, inject
 
 
 class PeftModule(nn.Module):
@@ -45,15 +45,45 @@ class PeftModule(nn.Module):
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """At a stream site, map ``(B, N, C)``, whose last ``H*W`` tokens are the row-major ``(H, W)`` grid.
 
-        At a linear site there is no ``hw``: map the linear's input ``(..., in_channels)`` to what is added to its
-        output, ``(..., out_channels)``.
+        At a linear site the second argument is not the grid but the linear's output (or slice of it): map input
+        ``(..., in_channels)`` and output ``(..., out_channels)`` to what is added to the output.
         """
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Method:
-    """A method with its options, ready for :func:`mona_mm.sites.inject`.
+    """A method with its options, ready to be attached to a backbone.
+
+    A method that is no one module at fixed sites derives from this and is itself registered in ``METHODS``; it is
+    constructed from the config's options.
+    """
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Rules of :mod:`mona_mm.freeze` for what of the base the method trains."""
+        return ()
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Put the method into a supported backbone, in place; see :func:`mona_mm.sites.inject` for what is raised."""
+        inject(backbone, self)
+
+    def check_base(self, backbone: nn.Module) -> None:
+        """Called when the base holds the weights that training starts from; raises a UserError if they do not fit."""
+
+    def modules(
+        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+    ) -> dict[str, dict[str, nn.Module]]:
+        """See :class:`mona_mm.sites.Attachment`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ModuleMethod(Method):
+    """A :class:`PeftModule` at the same sites of every block.
 
     Args:
         cls: the class of its modules.
@@ -64,6 +94,10 @@ class Method:
     cls: type[PeftModule]
     sites: tuple[str, ...] | None
     options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.cls.__name__
 
     def modules(
         self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -114,10 +148,11 @@ def build_method(cfg: dict[str, Any]) -> Method:
     options = dict(cfg)
     name = options.pop('type', None)
     method = METHODS.get(name) if isinstance(name, str) else name
-    if not (inspect.isclass(method) and issubclass(method, PeftModule)):
+    if not (inspect.isclass(method) and issubclass(method, PeftModule | Method)):
         raise ConfigError(f'peft={cfg}: unknown method {name!r}; methods are {", ".join(sorted(METHODS.module_dict))}.')
 
-    sites = options.pop('sites', None)
+    is_module = issubclass(method, PeftModule)
+    sites = options.pop('sites', None) if is_module else None
     if sites is not None:
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         possible = _same_kind(method)
@@ -131,9 +166,9 @@ def build_method(cfg: dict[str, Any]) -> Method:
         if option not in accepted:
             close = get_close_matches(option, accepted, n=1)
             hint = f' Did you mean {close[0]!r}?' if close else ''
-            accepted_list = ', '.join([*accepted, 'sites'])
+            accepted_list = ', '.join([*accepted, *(['sites'] if is_module else [])])
             raise UnknownOptionError(f'peft: {name} has no argument {option!r}; it accepts {accepted_list}.{hint}')
-    return Method(method, sites, options)
+    return ModuleMethod(method, sites, options) if is_module else method(**options)
 
 
 def positive(method: str, name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
 from mona_mm.registry import METHODS
 
@@ -12,7 +13,7 @@ class LoRA(PeftModule):
 
     .. math:: \Delta = \tfrac{\alpha}{r}\, W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x)
 
-    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. It begins as zero.
+    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. By default it begins as zero.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; rank, alpha and
     slices of the default as in the published code of Mona (CVPR 2025).
@@ -23,39 +24,85 @@ class LoRA(PeftModule):
         rank: :math:`r`.
         alpha: :math:`\alpha`.
         dropout: drop probability of the branch's input.
+        drop_path: probability of dropping the whole branch, for each element of the first dimension: for an image, and
+            for a window in the attention of a Swin.
+        init: ``'zero'``, or ``'trunc_normal'`` of std 0.02 for both projections, as SPT's published code.
 
     Raises:
-        ConfigError: if ``rank`` is not a whole number of at least 1, or ``dropout`` is not in [0, 1).
+        ConfigError: if ``rank`` is not a whole number of at least 1, ``dropout`` or ``drop_path`` is not in [0, 1), or
+            ``init`` is another.
     """
 
     sites = ('q', 'v')
     hidden = 'rank'
 
     def __init__(
-        self, in_channels: int, out_channels: int, rank: int = 64, alpha: float = 1.0, dropout: float = 0.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        rank: int = 64,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        init: str = 'zero',
     ) -> None:
+        from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
+
         super().__init__()
         positive('LoRA', 'rank', rank)
         probability('LoRA', 'dropout', dropout)
+        probability('LoRA', 'drop_path', drop_path)
+        check_init('LoRA', init)
+        self.init = init
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
+        self.drop_path = DropPath(drop_path)
         self.down = nn.Linear(in_channels, rank, bias=False)
         self.up = nn.Linear(rank, out_channels, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``down`` Kaiming-uniform with a = sqrt(5), ``up`` zero."""
-        self.down.reset_parameters()
-        nn.init.zeros_(self.up.weight)
+        """``down`` Kaiming-uniform with a = sqrt(5) and ``up`` zero, or what ``init`` says."""
+        reset_projections(self.down, self.up, self.init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``."""
-        return self.up(self.down(self.dropout(x))) * self.scale
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``; that is not read."""
+        return self.drop_path(self.up(self.down(self.dropout(x))) * self.scale)
 
     @property
     def is_weight_delta(self) -> bool:
-        return self.dropout.p == 0
+        return self.dropout.p == 0 and self.drop_path.drop_prob == 0
 
     def delta_weight(self) -> Tensor:
         """What the branch adds to the linear's weight when it is merged, ``(out_channels, in_channels)``."""
         return self.up.weight @ self.down.weight * self.scale
+
+
+def check_init(method: str, init: str) -> None:
+    """Check the name of an initialisation for :func:`reset_projections`.
+
+    Raises:
+        ConfigError: if it is not one.
+    """
+    if init not in ('zero', 'trunc_normal'):
+        raise ConfigError(f"{method}: init={init!r} must be 'zero' or 'trunc_normal'.")
+
+
+def reset_projections(down: nn.Linear, up: nn.Linear, init: str) -> None:
+    """Weights of the two projections of a branch, whose biases, if any, begin at zero.
+
+    Args:
+        down: from the wide to the narrow width.
+        up: back.
+        init: ``'zero'``: ``down`` Kaiming-uniform with a = sqrt(5), ``up`` zero, so that the branch is;
+            ``'trunc_normal'``: of std 0.02, both.
+    """
+    for linear in (down, up):
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    if init == 'zero':
+        nn.init.kaiming_uniform_(down.weight, a=5**0.5)
+        nn.init.zeros_(up.weight)
+    else:
+        nn.init.trunc_normal_(down.weight, std=0.02)
+        nn.init.trunc_normal_(up.weight, std=0.02)

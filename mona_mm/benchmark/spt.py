@@ -1,0 +1,321 @@
+"""Step time and memory of tuning single weights of a linear layer, in every way that there is.
+
+A step is the layer's forward, its backward (the input needs a gradient, as inside a network) and AdamW; the gradient of
+the weights is also timed alone. The ways:
+
+===================  ==================================================================================================
+``ours``             :func:`~mona_mm.spt.sparse.sparse_weight_grad`: whichever of the next three it takes
+``sampled product``  :func:`~mona_mm.spt.sparse.grad_by_sampled_product`
+``gather``           :func:`~mona_mm.spt.sparse.grad_by_gather`
+``dense product``    :func:`~mona_mm.spt.sparse.grad_by_dense_product`
+``published``        the formula of SPT's published code: a ``K x K`` product, of which it takes the diagonal
+``mask``             the layer's whole weight trains, and its gradient is multiplied by a mask
+===================  ==================================================================================================
+
+``python -m mona_mm.benchmark.spt`` prints the table of ``docs/benchmarks.md``.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from mona_mm.spt import sparse
+
+VIT_B = (3072, 768)
+"""``(out, in)`` of fc1 of a ViT-B."""
+
+TOKENS = 8 * 197
+"""Of 8 images of 224 x 224, so that a CPU can do it; the published batch is 64. The gradients' costs grow with it
+alike."""
+
+_PRODUCT_LIMIT = 2 << 30
+"""Bytes of the published formula's ``K x K`` product beyond which a slice of it is timed instead of the whole."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one number of weights. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
+
+    ``gradient`` is the weight's gradient alone, ``step`` all of a step. Ratios are to ``ours`` in the same round.
+    ``peak`` is what a step needs at most beyond what was there before it; ``kept`` is what training keeps: trained
+    values, their gradients, AdamW's state, and indices or mask. ``estimated`` says that the published product did not
+    fit, its time is that of a slice multiplied, and the peak is the sizes of its tensors.
+    """
+
+    count: int
+    way: str
+    gradient: float
+    gradient_spread: tuple[float, float]
+    gradient_ratio: float
+    gradient_ratio_spread: tuple[float, float]
+    step: float
+    step_spread: tuple[float, float]
+    step_ratio: float
+    step_ratio_spread: tuple[float, float]
+    peak: float
+    kept: float
+    estimated: bool = False
+
+
+def published_gradient(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """``grad[:, rows].T @ x[:, columns]``, ``(K, K)``, and its diagonal: ``O(K^2 N)``."""
+    rows, columns = sparse._places(indices, x.shape[1])
+    return (grad[:, rows].t() @ x[:, columns]).diagonal().clone()
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    'ours': sparse.sparse_weight_grad,
+    'sampled product': sparse.grad_by_sampled_product,
+    'gather': sparse.grad_by_gather,
+    'dense product': sparse.grad_by_dense_product,
+    'published': published_gradient,
+}
+WAYS = (*FORMS, 'mask')
+
+
+class _Case:
+    """One layer that is tuned in one way, and the gradient of one of its outputs."""
+
+    def __init__(self, way: str, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
+        generator = torch.Generator().manual_seed(count)
+        indices = torch.randperm(shape[0] * shape[1], generator=generator)[:count].sort().values.to(device)
+        self.x = torch.randn(tokens, shape[1], generator=generator).to(device).requires_grad_()
+        self.grad = torch.randn(tokens, shape[0], generator=generator).to(device)
+        self.linear = nn.Linear(shape[1], shape[0], device=device)
+        self.linear.bias.requires_grad = False
+        self.form = FORMS.get(way)
+        if way == 'mask':
+            self.places = torch.zeros(shape, device=device)
+            self.places.view(-1)[indices] = 1
+            self.trained = self.linear.weight
+            self.trained.register_hook(lambda grad: grad * self.places)
+        else:
+            delta = sparse.attach_sparse(self.linear, indices)
+            self.trained, self.places = delta.values, delta.indices
+        self.optimizer = torch.optim.AdamW([self.trained], weight_decay=0.0)
+
+    def gradient(self) -> None:
+        x = self.x.detach()
+        if self.form is None:
+            (self.grad.t() @ x) * self.places
+        else:
+            self.form(self.grad, x, self.places)
+
+    def step(self) -> None:
+        with mock.patch.object(sparse, 'sparse_weight_grad', self.form):
+            self.optimizer.zero_grad()
+            self.linear(self.x).backward(self.grad)
+            self.x.grad = None
+            self.optimizer.step()
+
+    def kept(self) -> int:
+        """Bytes."""
+        state = [t for t in self.optimizer.state[self.trained].values() if torch.is_tensor(t)]
+        return sum(t.nbytes for t in (self.trained, self.trained.grad, self.places, *state))
+
+
+class _SlicedPublished:
+    """The published formula where its product does not fit: gathers of all ``K``, and so many rows of the product."""
+
+    def __init__(self, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
+        self.case = _Case('ours', device, shape, tokens, count)
+        self.device, self.count = device, count
+        self.rows = max(1, _PRODUCT_LIMIT // 16 // count)
+
+    def seconds(self) -> float:
+        """Of the whole gradient, were there the memory."""
+        _wait(self.device)
+        start = time.perf_counter()
+        rows, columns = sparse._places(self.case.places, self.case.x.shape[1])
+        grad, x = self.case.grad[:, rows].t(), self.case.x.detach()[:, columns]
+        _wait(self.device)
+        gathered = time.perf_counter()
+        grad[: self.rows] @ x
+        _wait(self.device)
+        return gathered - start + (time.perf_counter() - gathered) * self.count / self.rows
+
+    def peak(self) -> int:
+        """Bytes."""
+        return 4 * self.count * (self.count + 2 * len(self.case.x))
+
+
+def run(
+    device: str = 'cpu',
+    repeats: int = 9,
+    counts: Sequence[int] = (1 << 10, 1 << 14, 1 << 17),
+    shape: tuple[int, int] = VIT_B,
+    tokens: int = TOKENS,
+) -> list[Row]:
+    """Measure every way at every number of weights, in single precision.
+
+    The ways take turns, round by round in another order, so that what else the machine does meets all of them; a ratio
+    is of two times of one round. Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
+
+    Args:
+        device: where.
+        repeats: rounds, after one that is not counted.
+        counts: numbers of tuned weights.
+        shape: ``(out, in)`` of the layer.
+        tokens: ``N``.
+    """
+    return [row for count in counts for row in _rows(device, repeats, count, shape, tokens)]
+
+
+def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
+    sliced = None
+    if 4 * count**2 > _PRODUCT_LIMIT:
+        sliced = _SlicedPublished(device, *size, count)
+    # CUDA's sampled product is another library's, and sparse_weight_grad does not take it there.
+    without = {'sampled product'} if torch.device(device).type != 'cpu' else set()
+    cases = {way: _Case(way, device, *size, count) for way in WAYS if way not in without}
+    gradients: dict[str, list[float]] = {way: [] for way in cases}
+    steps: dict[str, list[float]] = {way: [] for way in cases}
+    order = random.Random(0)
+    for _ in range(repeats + 1):
+        for way in order.sample(list(cases), len(cases)):
+            if way == 'published' and sliced:
+                gradients[way].append(sliced.seconds())
+            else:
+                gradients[way].append(_seconds(cases[way].gradient, device))
+                steps[way].append(_seconds(cases[way].step, device))
+    if sliced:
+        parts = zip(steps['ours'], gradients['ours'], gradients['published'], strict=True)
+        steps['published'] = [step - ours + published for step, ours, published in parts]
+    for way in cases:
+        estimated = way == 'published' and sliced is not None
+        yield Row(
+            count,
+            way,
+            *_times(gradients[way], gradients['ours']),
+            *_times(steps[way], steps['ours']),
+            peak=(sliced.peak() if estimated else _peak(way, device, *size, count)) / 2**20,
+            kept=cases['ours' if estimated else way].kept() / 2**20,
+            estimated=estimated,
+        )
+
+
+def _seconds(function: Callable[[], None], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    function()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def _times(seconds: list[float], ours: list[float]) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
+    """In milliseconds and as ratios, each as median and spread, without the first round."""
+    ratios = [t / o for t, o in zip(seconds, ours, strict=True)]
+    return *_median([1e3 * t for t in seconds[1:]]), *_median(ratios[1:])
+
+
+def _median(values: list[float]) -> tuple[float, tuple[float, float]]:
+    first, median, third = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return median.item(), (first.item(), third.item())
+
+
+def _peak(way: str, *args) -> float:
+    """Bytes that the second step of a layer needs at most beyond what is there before it."""
+    if torch.device(args[0]).type == 'cuda':
+        return _peak_on_cuda(_Case(way, *args), args[0])
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    with _returning_freed_memory():
+        process = context.Process(target=_peak_of_process, args=(sender, torch.get_num_threads(), way, *args))
+        process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f'The process that measures the memory of {way!r} ended without a result.') from None
+    finally:
+        process.join()
+
+
+def _peak_on_cuda(case: _Case, device: str) -> float:
+    case.step()
+    case.optimizer.zero_grad()
+    _wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    case.step()
+    _wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@contextmanager
+def _returning_freed_memory() -> Iterator[None]:
+    """Processes that start here give memory back to the system when it is freed, so that a mark shows what is used."""
+    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'):
+        yield
+
+
+def _peak_of_process(sender, threads: int, way: str, *args) -> None:
+    torch.set_num_threads(threads)
+    case = _Case(way, *args)
+    case.step()
+    case.optimizer.zero_grad()
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')  # sets the mark to what is in use now
+    before = _status('VmRSS')
+    case.step()
+    sender.send(_status('VmHWM') - before)
+
+
+def _status(field: str) -> int:
+    """A size in bytes from Linux's account of this process."""
+    return 1024 * int(re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text()).group(1))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a table in Markdown. A ratio above 1 is so many times slower than ``ours``."""
+    lines = [
+        '| K | way | gradient, ms | ratio | step, ms | ratio | peak of a step, MiB | kept for training, MiB |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for r in rows:
+        times = (
+            _range(r.gradient, r.gradient_spread),
+            _range(r.gradient_ratio, r.gradient_ratio_spread),
+            _range(r.step, r.step_spread),
+            _range(r.step_ratio, r.step_ratio_spread),
+        )
+        way = f'{r.way} (estimated)' if r.estimated else r.way
+        lines.append(f'| {r.count:,} | {way} | {" | ".join(times)} | {r.peak:,.0f} | {r.kept:.2f} |')
+    return '\n'.join(lines)
+
+
+def _range(median: float, spread: tuple[float, float]) -> str:
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f'{median:,.{digits}f} ({spread[0]:,.{digits}f}-{spread[1]:,.{digits}f})'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--repeats', type=int, default=9)
+    parser.add_argument('--tokens', type=int, default=TOKENS, help='N (default: 8 images of 197 tokens)')
+    parser.add_argument('--shape', type=int, nargs=2, default=VIT_B, metavar=('OUT', 'IN'))
+    args = parser.parse_args()
+    print('Medians, and first to third quartile. Ratios are to `ours`.')
+    print(table(run(args.device, args.repeats, shape=tuple(args.shape), tokens=args.tokens)))
+
+
+if __name__ == '__main__':
+    main()

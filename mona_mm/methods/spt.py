@@ -1,0 +1,114 @@
+"""SPT: structured modules, whole vectors and single weights where the task is sensitive."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.methods.base import Method
+from mona_mm.methods.mona import Mona
+from mona_mm.registry import METHODS
+from mona_mm.sites import Host
+from mona_mm.spt.plan import Plan
+from mona_mm.spt.sparse import attach_sparse
+from mona_mm.spt.structured import StructuredAdapter, StructuredLoRA
+
+# At a linear site a module is also told which, since `proj` has no dropout.
+_MODULES = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+
+
+@METHODS.register_module()
+class SPT(Method):
+    """Sensitivity-aware tuning: train what a plan says.
+
+    Structured modules of one kind at the sites of the plan (LoRA in parallel to a linear layer, Adapter on its output,
+    Mona behind a residual add), the plan's vectors and single weights, and the class token where the host has one.
+
+    Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
+    published code.
+
+    Args:
+        plan: file of a :class:`mona_mm.spt.Plan`. ``tools/train.py`` makes it where there is none.
+        structured: the structured module, ``dict(type='LoRA', rank=8)``, ``dict(type='Adapter', bottleneck=8)``,
+            ``dict(type='Mona', bottleneck=64)`` or None, with its other options: for LoRA and Adapter ``dropout=0.1``
+            (never at ``proj``), ``drop_path=0.1`` and ``init='zero'`` (``'trunc_normal'`` as published), for Mona those
+            of :class:`mona_mm.methods.Mona`.
+        budget: with the arguments below, how ``tools/train.py`` makes the plan: see :func:`mona_mm.spt.allocate` and,
+            for ``num_batches`` and ``per_sample``, :func:`mona_mm.spt.compute_sensitivity`.
+
+    Raises:
+        MissingFileError: if there is no plan.
+        PlanError: if the file is damaged or, when attached, the plan is for another architecture or other weights.
+        ConfigError: if ``structured`` is not what the plan was made for.
+    """
+
+    def __init__(
+        self,
+        plan: str | None = None,
+        structured: Mapping[str, Any] | None = None,
+        budget: str | int | None = None,
+        num_batches: int = 16,
+        per_sample: bool = False,
+        rule: str = 'budget',
+        alpha: float = 10.0,
+        beta: float = 5.0,
+        structured_vectors: bool = True,
+        structured_only: bool = False,
+    ) -> None:
+        if plan is None:
+            raise MissingFileError(
+                'SPT needs a plan, and this config names none. tools/train.py makes it; without training, '
+                'tools/spt_sensitivity.py CONFIG --budget 0.5% --out FILE does, and peft=dict(plan=FILE) takes it.'
+            )
+        self.plan = Plan.load(plan)
+        self.structured = self.plan.structured_config
+        if structured is not None:
+            made_for = {key: structured.get(key, value) for key, value in (self.structured or {}).items()}
+            if self.structured is None or made_for != self.structured:
+                raise ConfigError(
+                    f'SPT: structured={dict(structured)} is not what the plan {plan} was made for, {self.structured}.'
+                )
+            self.structured = dict(structured) | made_for
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The plan's whole vectors."""
+        return tuple(name for name, rows in self.plan.vectors if rows is None)
+
+    def attach(self, backbone: nn.Module) -> None:
+        """Put structured modules and the deltas of single weights into a backbone of the plan's architecture."""
+        self.plan.check(backbone)
+        super().attach(backbone)
+        for name, indices in self._single_weights(backbone).items():
+            path, _, parameter = name.rpartition('.')
+            attach_sparse(backbone.get_submodule(path), indices, parameter)
+
+    def _single_weights(self, backbone: nn.Module) -> dict[str, torch.Tensor]:
+        """Flat indices by parameter: the plan's single weights, and the vectors that are part of a fused one."""
+        weights = {name: [indices] for name, indices in self.plan.weights.items()}
+        for name, rows in self.plan.vectors:
+            if rows is not None:
+                width = backbone.get_parameter(name)[0].numel()
+                weights.setdefault(name, []).append(torch.arange(rows[0] * width, rows[1] * width))
+        return {name: torch.cat(parts).unique() for name, parts in weights.items()}
+
+    def check_base(self, backbone: nn.Module) -> None:
+        """Refuse weights that the plan was not made for."""
+        self.plan.check_weights(backbone)
+
+    def modules(
+        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+    ) -> dict[str, dict[str, nn.Module]]:
+        """See :class:`mona_mm.sites.Attachment`."""
+        return {
+            path: {site: self._module(host, site, widths[path][site]) for site in sites}
+            for path, sites in self.plan.structured.items()
+        }
+
+    def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
+        options = dict(self.structured)
+        if site in host.linears:
+            options['site'] = site
+        return _MODULES[options.pop('type')](*widths, **options)

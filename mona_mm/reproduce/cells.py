@@ -1,0 +1,477 @@
+"""Cells of the published tables: which one a run is, by its config, and in what it differs from the shipped one."""
+
+import inspect
+import math
+import os.path as osp
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mona_mm.config import load_config
+from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.freeze import METHOD_RULES
+from mona_mm.registry import METHODS as METHOD_CLASSES
+from mona_mm.reproduce.logs import Log, planned
+
+METHODS = (
+    *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
+    *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
+)
+_RULES = {rule: name for name, rule in METHOD_RULES.items()}
+
+SIZES = {  # embed_dims, depths, num_heads
+    'swin_t': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    'swin_b': (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    'swin_l': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+_ARCHS = dict(tiny='swin_t', t='swin_t', base='swin_b', b='swin_b', large='swin_l', l='swin_l')
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark. ``config`` is the name of Mona's config; the other methods' have their names before it."""
+
+    config: str
+    detector: str
+    metrics: dict[str, str]
+    """Names of scores, the one that says which checkpoint is best first, and how tables call them."""
+
+
+_TOP1 = {'top1': 'top-1'}
+TASKS = {
+    'coco': Task('cascade_swin_b_coco', 'CascadeRCNN', {'box_ap': 'box AP', 'mask_ap': 'mask AP'}),
+    'voc': Task('retinanet_swin_l_voc', 'RetinaNet', {'ap50': 'AP50', 'box_ap': 'COCO-style AP'}),
+    'ade20k': Task('upernet_swin_l_ade20k', 'EncoderDecoder', {'miou': 'mIoU'}),
+    'flowers102': Task('swin_l_flowers102', 'ImageClassifier', _TOP1),
+    'oxfordpets': Task('swin_l_oxfordpets', 'ImageClassifier', _TOP1),
+    'voc2007': Task('swin_l_voc2007', 'ImageClassifier', _TOP1),
+    'voc2007_multilabel': Task('swin_l_voc2007_multilabel', 'ImageClassifier', {'multilabel_map': 'mAP'}),
+}
+_VOC_CLASSES = 20
+
+
+def config_name(method: str, task: str) -> str:
+    """The basename of the shipped config of a cell, without ``.py``."""
+    return TASKS[task].config if method == 'mona' else f'{method}_{TASKS[task].config}'
+
+
+def configs_folder() -> Path:
+    """Where the shipped configs are: in a wheel inside the package, in a checkout beside it.
+
+    Raises:
+        MissingFileError: if they are at neither place.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / '.mim' / 'configs', package.parent / 'configs'):
+        if (folder / 'mona').is_dir():
+            return folder
+    raise MissingFileError(f'The configs of mona_mm are neither in {package / ".mim"} nor in {package.parent}.')
+
+
+def parse_cell(text: str) -> tuple[str, str]:
+    """Method and task of ``--as METHOD/TASK``.
+
+    Raises:
+        ConfigError: if it is not one of the cells; it lists what is.
+    """
+    method, _, task = text.partition('/')
+    if method not in METHODS or task not in TASKS:
+        raise ConfigError(f'--as {text}: METHOD/TASK is one of {", ".join(METHODS)} / one of {", ".join(TASKS)}.')
+    return method, task
+
+
+# Recognising ---------------------------------------------------------------------------------------------------------
+
+
+def is_mmengine(config: dict[str, Any]) -> bool:
+    """Whether a config is mmengine's, not mmcv 1.x's."""
+    return 'train_dataloader' in config or 'optim_wrapper' in config
+
+
+def task_of(config: dict[str, Any]) -> str | None:
+    """The task of a config, by its model and its training data; None where it is none of the tables'."""
+    model = _dict(config.get('model'))
+    candidates = [name for name, task in TASKS.items() if task.detector == _type(model)]
+    if len(candidates) == 1:
+        kinds = {'coco': 'coco', 'voc': 'voc', 'ade20k': 'ade20k'}
+        types = [_type(d).lower() for d in training_sets(config)]
+        return next((name for name in candidates if any(kinds[name] in t for t in types)), None)
+    for dataset in training_sets(config) if candidates else ():
+        name = _type(dataset).lower()
+        if 'flower' in name:
+            return 'flowers102'
+        if 'pet' in name:
+            return 'oxfordpets'
+        if 'multilabel' in _type(_dict(model.get('head'))).lower():
+            return 'voc2007_multilabel' if 'voc' in name else None
+        lists = f'{dataset.get("data_root")} {dataset.get("ann_file")} {dataset.get("data_prefix")}'.lower()
+        if 'voc' in name or ('voc2007' in lists and _dict(model.get('head')).get('num_classes') == _VOC_CLASSES):
+            return 'voc2007'
+    return None
+
+
+def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> str | None:
+    """The method of a run; None where neither its config nor its log tells.
+
+    Args:
+        config: the run's.
+        log: the run's: names of modules and the number of parameters tell what class names of old configs do not.
+        published: how many parameters of this backbone each method trains.
+    """
+    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    name = _type(backbone)
+    if name == 'PeftBackbone':
+        if backbone.get('peft'):
+            method = _type(backbone['peft']).lower()
+            return method if backbone.get('trainable') in (None, 'none') else None
+        rules = backbone.get('trainable') or 'all'
+        rules = (rules,) if isinstance(rules, str) else tuple(rules)
+        if len(rules) != 1:
+            return None
+        return rules[0] if rules[0] in METHOD_RULES else _RULES.get(rules[0])
+    if is_mmengine(config):
+        hooks = [_dict(hook) for hook in config.get('custom_hooks') or []]
+        freezes = any(_type(hook) == 'ParamFreezeHook' and hook.get('trainable') for hook in hooks)
+        return 'full' if name == 'SwinTransformer' and not freezes else None
+    evidence = set()
+    match = re.fullmatch(r'SwinTransformer_([a-z_]+?(?:_?1)?)(?:_\d+)?', name)
+    if match:
+        evidence.add({'partial1': 'partial_1', 'ln': 'norm_tuning'}.get(match[1], match[1]))
+    evidence &= set(METHODS)
+    if not evidence and log.trainable is not None:
+        evidence = {method for method, number in published.items() if number == log.trainable}
+    if not evidence:
+        modules = log.modules
+        if 'adapter_conv' in modules:
+            evidence = {'mona'}
+        elif 'lora_A' in modules:
+            evidence = {'lora'}
+        elif modules:
+            evidence = {'adapter' if 'my_module_2' in modules else 'adaptformer'}
+    if not evidence and name == 'SwinTransformer':
+        evidence = {'full'}
+    return evidence.pop() if len(evidence) == 1 else None
+
+
+def size_of(config: dict[str, Any]) -> str | None:
+    """``'swin_t'``, ``'swin_b'``, ``'swin_l'``, or None for any other backbone."""
+    size = _swin(_base(config))
+    return next((name for name, widths in SIZES.items() if widths == size), None)
+
+
+def training_sets(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The training data sets of a config of either generation, within their wrappers."""
+    pending = [_dict(config.get('train_dataloader')).get('dataset'), _dict(config.get('data')).get('train')]
+    while pending:
+        dataset = pending.pop(0)
+        if isinstance(dataset, list | tuple):
+            pending += dataset
+        elif isinstance(dataset, dict):
+            inner = dataset.get('dataset') or dataset.get('datasets')
+            if inner:
+                pending.append(inner)
+            else:
+                yield dataset
+
+
+def shipped_config(config: dict[str, Any], log: Log, method: str, task: str) -> tuple[str, dict[str, Any] | None]:
+    """The shipped config nearest to a run of a method on a task (its ablations have files of their own), and its name.
+
+    The content is None where there is no such file, for methods that are somebody's own.
+    """
+    files = sorted((configs_folder() / method).glob('*.py'), key=lambda path: len(path.stem))
+    # The ones called fair_* are not how the table's number was made: their runs differ from it in what they say.
+    stems = [file for file in files if _task_of_file(file.stem) == task and not file.stem.startswith('fair_')]
+    if not stems:
+        return config_name(method, task), None
+    found = [(file.stem, load_config(str(file)).to_dict()) for file in stems]
+    if not config:
+        return found[0]
+
+    def distance(shipped: dict[str, Any]) -> int:
+        ours, theirs = _method_and_size(config), _method_and_size(shipped)
+        return sum(not _same(ours.get(key), value) for key, value in theirs.items() if key in ours)
+
+    return min(found, key=lambda item: distance(item[1]))  # of equals the first, which is the main one
+
+
+def _task_of_file(stem: str) -> str | None:
+    for task in ('voc2007_multilabel', 'flowers102', 'oxfordpets', 'voc2007', 'ade20k', 'coco', 'voc'):
+        if re.search(rf'_{task}(_|$)', stem):
+            return task
+    return None
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def differences(config: dict[str, Any], shipped: dict[str, Any], gpus: int | None) -> list[str]:
+    """In what a run's config differs from the shipped one of its cell, as ``'what: the run's (the shipped)'``.
+
+    Paths, workers, logging, checkpoints and what only saves memory are not compared.
+    """
+    ours, theirs = _settings(config, gpus), _settings(shipped, None)
+    named = [
+        f'{name}: {_show(value)} (published setting: {_show(theirs.get(name))})'
+        for name, value in ours.items()
+        if not _same(value, theirs.get(name))
+    ]
+    if not is_mmengine(config):
+        return named
+    other_ours, other_theirs = dict(_other_settings(config)), dict(_other_settings(shipped))
+    for path in sorted(other_ours.keys() | other_theirs.keys()):
+        a, b = other_ours.get(path), other_theirs.get(path)
+        if not _same(a, b):
+            named.append(f'{path}: {_show(a)} (published setting: {_show(b)})')
+    return named
+
+
+def _method_and_size(config: dict[str, Any]) -> dict[str, Any]:
+    """What tells an ablation from the main config of its task."""
+    settings = {'backbone': _swin(_base(config))}
+    if is_mmengine(config):
+        settings |= _peft(config)
+    return settings
+
+
+def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
+    """The settings that matter most, by one name for both generations of configs."""
+    model, base = _dict(config.get('model')), _base(config)
+    new = is_mmengine(config)
+    wrapper = _dict(config.get('optim_wrapper'))
+    optimizer = _dict(wrapper.get('optimizer') if new else config.get('optimizer'))
+    length, by_epoch = planned(config)
+    width, depths, heads = _swin(base)
+    head = model.get('decode_head') or model.get('bbox_head') or model.get('head') or model.get('roi_head')
+    train, test = _pipelines(config)
+    settings = {
+        'model': _type(model),
+        'head': _type(_dict(head)),
+        'backbone width': width,
+        'backbone depths': depths,
+        'backbone heads': heads,
+        'window size': base.get('window_size', 7),
+        'drop path': base.get('drop_path_rate'),
+        'frozen stages': _frozen_stages(base),
+        'pretrained': _pretrained(config),
+        'schedule': f'{length} {"epochs" if by_epoch else "iterations"}',
+        'optimizer': _type(optimizer),
+        'lr': _learning_rate(config, optimizer, gpus),
+        'weight decay': optimizer.get('weight_decay'),
+        'batch size': _batch_size(config, gpus),
+        'precision': _precision(config),
+        'classes': _num_classes(model),
+        'training image sizes': sorted(_image_sizes(train)),
+        'test image sizes': sorted(_image_sizes(test)),
+        'training data repeated': _repeats(config),
+    }
+    if new:
+        settings |= _peft(config)
+    if settings['batch size'] is None:
+        del settings['batch size']
+    return settings
+
+
+def _frozen_stages(base: dict[str, Any]) -> int:
+    """In the terms of today's libraries: 0 is the patch embedding alone."""
+    stages = base.get('frozen_stages', -1)
+    if 'embed_dim' in base:  # Microsoft's Swin, on which the published code stands: 1 is still the patch embedding
+        return max(stages - 1, min(stages, 0))
+    return stages
+
+
+def _pretrained(config: dict[str, Any]) -> str | None:
+    """The file that the backbone begins with."""
+    model, base = _dict(config.get('model')), _base(config)
+    file = _dict(base.get('init_cfg')).get('checkpoint')
+    if not is_mmengine(config):
+        file = file or model.get('pretrained') or config.get('load_from')
+    return osp.basename(file) if file else None
+
+
+def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int | None) -> float | None:
+    """What the run had: ``--auto-scale-lr`` leaves the config's own number as it was."""
+    rate, scaling = optimizer.get('lr'), _dict(config.get('auto_scale_lr'))
+    each = _dict(config.get('train_dataloader')).get('batch_size')
+    if not rate or not scaling.get('enable') or gpus is None or not each:
+        return rate
+    return rate * max(gpus, 1) * each / scaling['base_batch_size']
+
+
+def _peft(config: dict[str, Any]) -> dict[str, Any]:
+    """The method's options, its defaults included."""
+    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    peft = dict(_dict(backbone.get('peft')))
+    if not peft:
+        return {}
+    method = METHOD_CLASSES.get(_type(peft))
+    peft.pop('type')
+    options = {}
+    if inspect.isclass(method):
+        options = {
+            name: parameter.default
+            for name, parameter in inspect.signature(method).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        options['sites'] = method.sites
+    return {f'peft.{name}': value for name, value in {**options, **peft}.items()}
+
+
+def _batch_size(config: dict[str, Any], gpus: int | None) -> int | None:
+    """Images an optimizer step; of a shipped config the published number."""
+    if is_mmengine(config):
+        if gpus is None:
+            return _dict(config.get('auto_scale_lr')).get('base_batch_size')
+        each = _dict(config.get('train_dataloader')).get('batch_size')
+        return each and each * max(gpus, 1) * _dict(config.get('optim_wrapper')).get('accumulative_counts', 1)
+    listed = len(config['gpu_ids']) if isinstance(config.get('gpu_ids'), list) else 0
+    gpus = gpus or (listed if listed > 1 else None)  # 1 says nothing: mmseg 0.x writes it with any number
+    each = _dict(config.get('data')).get('samples_per_gpu')
+    return each * gpus if each and gpus else None
+
+
+def knows_batch_size(config: dict[str, Any], gpus: int | None) -> bool:
+    """Whether config and log tell the images of an optimizer step."""
+    return gpus is not None or (not is_mmengine(config) and _batch_size(config, gpus) is not None)
+
+
+def _precision(config: dict[str, Any]) -> str:
+    if is_mmengine(config):
+        return 'mixed' if 'Amp' in _type(_dict(config.get('optim_wrapper'))) else 'fp32'
+    mixed = config.get('fp16') is not None or _dict(config.get('optimizer_config')).get('use_fp16')
+    return 'mixed' if mixed else 'fp32'
+
+
+def _repeats(config: dict[str, Any]) -> int:
+    times, dataset = 1, _dict(config.get('train_dataloader')).get('dataset') or _dict(config.get('data')).get('train')
+    while isinstance(dataset, dict):
+        times *= dataset.get('times', 1)
+        dataset = dataset.get('dataset')
+    return times
+
+
+def _num_classes(node: Any) -> int | None:
+    """The number of classes of the first head that has one."""
+    if isinstance(node, dict):
+        if 'num_classes' in node and 'type' in node and 'Preprocessor' not in str(node['type']):
+            return node['num_classes']
+        node = list(node.values())
+    for child in node if isinstance(node, list | tuple) else ():
+        found = _num_classes(child)
+        if found is not None:
+            return found
+    return None
+
+
+def _pipelines(config: dict[str, Any]) -> tuple[list, list]:
+    data = _dict(config.get('data'))
+    train = [d.get('pipeline') for d in training_sets(config)] or [_dict(data.get('train')).get('pipeline')]
+    if not any(train):
+        train = [config.get('train_pipeline')]
+    val = _dict(_dict(config.get('val_dataloader')).get('dataset')) or _dict(data.get('val'))
+    return train, [val.get('pipeline') or config.get('test_pipeline')]
+
+
+def _image_sizes(node: Any, inside: bool = False) -> set[int]:
+    """Every number of pixels that resizing and cropping steps name, in the terms of either generation."""
+    if isinstance(node, dict):
+        if _type(node) == 'Pad':
+            return set()
+        sizes = ('scale', 'scales', 'img_scale', 'size', 'crop_size')
+        return {n for key, value in node.items() for n in _image_sizes(value, key in sizes)}
+    if isinstance(node, list | tuple):
+        return {n for child in node for n in _image_sizes(child, inside)}
+    return {node} if inside and isinstance(node, int) and not isinstance(node, bool) and node > 0 else set()
+
+
+_NOT_COMPARED = {
+    *('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'collate_fn', 'batch_size'),
+    *('data_root', 'data_prefix', 'with_cp', 'fast', 'backend_args', 'file_client_args', '_scope_', 'format_only'),
+    *('val_interval', 'val_begin', 'max_epochs', 'max_iters', 'num_classes', 'accumulative_counts', 'loss_scale'),
+    *('dtype', 'outfile_prefix'),
+}
+_FILES = {'ann_file', 'checkpoint'}
+_COMPARED_BY_NAME = {
+    *('model.type', 'optim_wrapper.type', 'optim_wrapper.optimizer.type', 'optim_wrapper.optimizer.lr'),
+    'optim_wrapper.optimizer.weight_decay',
+    *(f'model.backbone.{key}' for key in ('embed_dims', 'depths', 'num_heads', 'window_size', 'drop_path_rate')),
+    *('model.backbone.arch', 'model.backbone.type', 'model.backbone.frozen_stages'),
+    *('model.backbone.init_cfg.type', 'model.backbone.init_cfg.checkpoint'),
+}
+_SIZE_STEPS = re.compile(r'\.pipeline\..*\.(scale|scales|img_scale|size|crop_size)(\.\d+)*$')
+
+
+def _other_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(path, value) of everything else that decides what a run computes."""
+    model = {**_dict(config.get('model')), 'backbone': _base(config)}
+    sections = {'model': model}
+    for name in ('train_cfg', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader'):
+        sections[name] = config.get(name)
+    evaluators = config.get('val_evaluator')
+    sections['val_evaluator'] = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
+    ours = ('ParamFreezeHook', 'LoadCheckHook', 'IterationSeedHook')
+    sections['custom_hooks'] = [hook for hook in config.get('custom_hooks') or [] if _type(_dict(hook)) not in ours]
+    if not config.get('resume'):
+        sections['load_from'] = config.get('load_from')
+    for path, value in _leaves(sections):
+        if path not in _COMPARED_BY_NAME and not _SIZE_STEPS.search(path):
+            yield path, value
+
+
+def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key not in _NOT_COMPARED:
+                if key in _FILES and isinstance(value, str):
+                    value = osp.basename(value)
+                yield from _leaves(value, f'{path}.{key}' if path else str(key))
+    elif isinstance(node, list | tuple) and any(isinstance(item, dict | list | tuple) for item in node):
+        for i, value in enumerate(node):
+            yield from _leaves(value, f'{path}.{i}')
+    elif node is not None:
+        yield path, _without_scope(node) if path.endswith('.type') else node
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) or isinstance(b, float):
+        return isinstance(a, int | float) and isinstance(b, int | float) and math.isclose(a, b, rel_tol=1e-6)
+    return a == b
+
+
+def _show(value: Any) -> str:
+    text = f'{value:g}' if isinstance(value, float) else 'none' if value is None else str(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
+
+
+def _base(config: dict[str, Any]) -> dict[str, Any]:
+    """The stock backbone's own config."""
+    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    return _dict(backbone.get('base')) if _type(backbone) == 'PeftBackbone' else backbone
+
+
+def _swin(base: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Width, depths and heads of a Swin of any of the libraries."""
+    arch = base.get('arch')
+    if isinstance(arch, str):
+        return SIZES.get(_ARCHS.get(arch.lower(), ''), (arch, None, None))
+    source = {**_dict(arch), **base}
+    width = source.get('embed_dims', source.get('embed_dim'))
+    return width, *(tuple(source[key]) if source.get(key) else None for key in ('depths', 'num_heads'))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _type(node: dict[str, Any]) -> str:
+    return _without_scope(str(_dict(node).get('type', '')))
+
+
+def _without_scope(name: Any) -> str:
+    return str(name).rpartition('.')[2]

@@ -1,0 +1,309 @@
+"""Read training logs: what was evaluated and when, how far the run came, its config, how much it trained.
+
+Four formats: mmengine's ``scalars.json`` and text, and the text and ``.log.json`` of mmcv 1.x (mmdet 2.x, mmseg 0.x and
+mmcls 0.x, on which the published code stands). Configs are parsed, never executed: a log is somebody else's file.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# A log line's beginning. Searched for, not matched: progress bars end without a newline.
+_STAMP = re.compile(r'\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d(?:,\d+)? - (\S+) - [A-Z]+ - |^[A-Z]+:(\w+):')
+_TRAIN = re.compile(r'(?:Epoch(?:\(train\))? +\[(\d+)\]|Iter(?:\(train\))? +)\[ *(\d+)/ *(\d+)\]')
+_EVALUATION = re.compile(r'(Epoch|Iter)\((val|test)\) +(?:\[(\d+)\])?\[ *(\d+)(?:/ *(\d+))?\](.*)')
+_SCORE = re.compile(r'([\w./-]+): +(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w:])')
+_TRAINABLE = re.compile(r'trainable in the backbone: ([\d,]+) =|^trained_backbone_num: *(\d+)\s*$')
+_GPUS = re.compile(r'GPU number: (\d+)|nranks (\d+)')
+# Parameter names of the published code that tell its methods apart.
+_MODULES = ('adapter_conv', 'my_module_1', 'my_module_2', 'lora_A')
+
+# Names of scores: ours, and the factor to percent. mmengine's have a prefix, the data set's or the metric's.
+_MMENGINE_SCORES = {
+    'coco/bbox_mAP': ('box_ap', 100),
+    'coco/segm_mAP': ('mask_ap', 100),
+    'pascal_voc/AP50': ('ap50', 100),
+    'pascal_voc/mAP': ('ap50', 100),
+    'mIoU': ('miou', 1),
+    'accuracy/top1': ('top1', 1),
+    'multi-label/mAP': ('multilabel_map', 1),
+}
+_MMCV_SCORES = {
+    'bbox_mAP': ('box_ap', 100),
+    'segm_mAP': ('mask_ap', 100),
+    'AP50': ('ap50', 100),
+    'mAP': ('ap50', 100),
+    'mIoU': ('miou', 100),
+    'accuracy_top-1': ('top1', 1),
+}
+
+
+@dataclass
+class Log:
+    """What one log says. Scores are in percent; a step is an epoch where ``by_epoch``, else an iteration."""
+
+    by_epoch: bool | None = None
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    tested: dict[str, float] = field(default_factory=dict)
+    first: int | None = None
+    """The first step that was (in part) trained."""
+    trained: int = 0
+    """The last iteration in the log, or the last epoch that is complete."""
+    config: dict[str, Any] | None = None
+    trainable: int | None = None
+    """Parameters that train in the backbone."""
+    gpus: int | None = None
+    modules: set[str] = field(default_factory=set)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing in the file looked like a training or test log."""
+        return self.first is None and not self.evaluations and not self.tested
+
+    def _saw_training(self, step: int, complete: bool) -> None:
+        self.first = step if self.first is None else self.first
+        self.trained = max(self.trained, step if complete or not self.by_epoch else step - 1)
+
+    def _saw_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        if scores:
+            self.evaluations[step] = {**self.evaluations.get(step, {}), **scores}
+            self.trained = max(self.trained, step)
+
+    def _evaluated_iteration(self, number: int, once: bool = False) -> int:
+        """The iteration of an evaluation in a log by iteration.
+
+        ``number`` is it or the number of batches evaluated, by version, and training is logged at intervals only: the
+        config's evaluation interval tells, where there is one. ``once``: no evaluation is in the log twice.
+        """
+        config = self.config or {}
+        if not self.trained:
+            return number
+        for section, key in (('evaluation', 'interval'), ('train_cfg', 'val_interval')):
+            interval = (config.get(section) or {}).get(key)
+            if isinstance(interval, int) and interval > 0:
+                due = -(-self.trained // interval) * interval
+                due += interval if once and due in self.evaluations else 0  # the one at the very end
+                longest = planned(config)[0]
+                return min(due, longest) if longest else due
+        return max(number, self.trained)
+
+    def add(self, other: 'Log') -> None:
+        """Complete this log by another of the same run: its scores, as they are more exact, and what is not known."""
+        if other.evaluations:
+            self.evaluations = other.evaluations
+        self.tested |= other.tested
+        self.first = other.first if self.first is None else self.first
+        self.trained = max(self.trained, other.trained)
+        for name in ('by_epoch', 'config', 'trainable', 'gpus'):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(other, name))
+        self.modules |= other.modules
+
+    def resume(self, later: 'Log') -> None:
+        """Continue this log by that of the resumed run: from where that begins, it counts."""
+        if later.first is not None:
+            self.evaluations = {step: s for step, s in self.evaluations.items() if step < later.first}
+            self.trained = later.trained
+            self.first = later.first if self.first is None else min(self.first, later.first)
+        self.trained = max(self.trained, later.trained)
+        self.evaluations |= later.evaluations
+        self.tested |= later.tested
+        for name in ('by_epoch', 'config', 'trainable', 'gpus'):
+            if getattr(later, name) is not None:
+                setattr(self, name, getattr(later, name))
+        self.modules |= later.modules
+
+
+def planned(config: dict[str, Any]) -> tuple[int | None, bool | None]:
+    """How long a config trains, and whether that is in epochs (else iterations)."""
+    for section in (config.get('train_cfg'), config.get('runner')):
+        for key, by_epoch in (('max_epochs', True), ('max_iters', False)):
+            if isinstance(section, dict) and isinstance(section.get(key), int):
+                return section[key], by_epoch
+    if isinstance(config.get('total_epochs'), int):
+        return config['total_epochs'], True
+    return None, None
+
+
+def parse_config(text: str) -> dict[str, Any] | None:
+    """The top-level values of a printed or dumped config, without executing it; None where it is not one."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return None
+    values = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = _literal(node.value)
+    return values or None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords):
+            return {k.arg: _literal(k.value) for k in node.keywords}
+        if node.func.id == 'range':
+            return list(range(*(_literal(arg) for arg in node.args)))
+    if isinstance(node, ast.List):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item) for item in node.elts)
+    if isinstance(node, ast.Dict) and all(node.keys):
+        return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values, strict=True)}
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def read_log(path: Path, config: dict[str, Any] | None = None) -> Log:
+    """Read one file of any of the formats; of another file the result :attr:`~Log.is_empty`.
+
+    Args:
+        path: the file.
+        config: of the run, where it is known, such as from the file's neighbour.
+    """
+    log = Log(config=config)
+    with open(path, encoding='utf-8', errors='replace') as file:
+        if path.suffix == '.json':
+            _read_json(log, file)
+        else:
+            _read_text(log, file)
+    return log
+
+
+def _read_json(log: Log, lines: Iterable[str]) -> None:
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    for record in records:
+        if isinstance(record.get('config'), str) and log.config is None:  # the first line of mmdet 2.x
+            log.config = parse_config(record['config'])
+    log.by_epoch = planned(log.config)[1] if log.config else None
+    if log.by_epoch is None:
+        log.by_epoch = not any('mIoU' in record for record in records)  # only segmentation counts iterations
+    for record in records:
+        if 'mode' in record:
+            _mmcv_record(log, record)
+        else:
+            _mmengine_record(log, record)
+
+
+def _mmcv_record(log: Log, record: dict[str, Any]) -> None:
+    epoch, iteration = record.get('epoch'), record.get('iter')
+    if not isinstance(epoch, int) or not isinstance(iteration, int):
+        return
+    if record['mode'] == 'train':
+        log._saw_training(epoch if log.by_epoch else iteration, complete=not log.by_epoch)
+    elif record['mode'] == 'val':
+        step = epoch if log.by_epoch else log._evaluated_iteration(iteration)
+        log._saw_evaluation(step, _scores(record.items(), _MMCV_SCORES))
+
+
+def _mmengine_record(log: Log, record: dict[str, Any]) -> None:
+    scores = _scores(record.items(), _MMENGINE_SCORES)
+    step = record.get('step')
+    if 'iter' in record and isinstance(step, int):
+        log._saw_training(record.get('epoch', step) if log.by_epoch else step, complete=not log.by_epoch)
+    elif scores and isinstance(step, int):
+        # By iteration, with `log_metric_by_epoch` left on, the step is always 0.
+        known = log.by_epoch or step >= max(log.trained, 1)
+        log._saw_evaluation(step if known else log._evaluated_iteration(step, once=True), scores)
+    elif scores:
+        log.tested |= scores  # tools/test.py
+
+
+def _read_text(log: Log, lines: Iterable[str]) -> None:
+    config_lines: list[str] | None = None
+    columns: list[str] = []
+    pending: dict[str, float] = {}  # scores of a table of mmcv 1.x that no line has repeated yet
+    mmengine = False
+
+    def flush(step: int) -> None:
+        log._saw_evaluation(step, dict(pending))
+        pending.clear()
+
+    for line in lines:
+        line = line.rstrip('\n').rpartition('\r')[2]
+        stamp = _STAMP.search(line) if ' - ' in line or line.startswith('INFO:') else None
+        if config_lines is not None:
+            if stamp is None and line.strip():
+                config_lines.append(line)
+                continue
+            log.config = parse_config('\n'.join(config_lines)) if log.config is None else log.config
+            config_lines = None
+        match = _TRAINABLE.search(line)
+        if match and log.trainable is None:
+            log.trainable = int((match[1] or match[2]).replace(',', ''))
+        match = _GPUS.search(line)
+        if match:
+            log.gpus = max(log.gpus or 0, int(match[1] or match[2]))
+        log.modules.update(name for name in _MODULES if name in line)
+        if line.startswith('|') and not mmengine:
+            columns = _read_table_row(line, columns, pending)
+        if stamp is None:
+            continue
+        mmengine = (stamp[1] or stamp[2]) == 'mmengine'
+        message = line[stamp.end() :]
+        if message.strip() == 'Config:':
+            config_lines = []
+            continue
+        match = _TRAIN.match(message)
+        if match:
+            log.by_epoch = match[1] is not None
+            if pending:
+                flush(log.trained + 1 if log.by_epoch else log._evaluated_iteration(log.trained))
+            step = int(match[1] or match[2])
+            log._saw_training(step, complete=match[2] == match[3])
+            continue
+        match = _EVALUATION.match(message)
+        if match:
+            scores = _scores(_SCORE.findall(match[6]), _MMENGINE_SCORES if mmengine else _MMCV_SCORES)
+            if match[2] == 'test':
+                log.tested |= scores
+            elif scores or pending:
+                log.by_epoch = match[1] == 'Epoch'
+                pending |= scores
+                number = int(match[3] or match[4])
+                flush(number if log.by_epoch else log._evaluated_iteration(0 if mmengine else number, once=mmengine))
+    if pending:
+        flush(log.trained + 1 if log.by_epoch else log._evaluated_iteration(log.trained))
+
+
+def _read_table_row(line: str, columns: list[str], pending: dict[str, float]) -> list[str]:
+    """Take the mIoU out of mmseg's summary table, the mAP out of mmdet's last row; returns the header in force."""
+    cells = [cell.strip() for cell in line.strip('|').split('|')]
+    if 'mIoU' in cells:
+        return cells
+    try:
+        if len(cells) == len(columns):
+            pending['miou'] = float(cells[columns.index('mIoU')])
+        elif cells[0] == 'mAP':
+            pending['ap50'] = round(100 * float(cells[-1]), 4)
+    except ValueError:
+        pass
+    return []
+
+
+def _scores(pairs: Iterable[tuple[str, Any]], names: dict[str, tuple[str, int]]) -> dict[str, float]:
+    found = {}
+    for name, value in pairs:
+        if name not in names:
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            continue
+        if number >= 0:  # -1: nothing to find; NaN: no class was there
+            # Decimal numbers once more: 100 * 0.873 is 87.30000000000001
+            found.setdefault(names[name][0], round(names[name][1] * number, 6))
+    return found

@@ -1,0 +1,399 @@
+"""The published tables with the runs beside them, as text for a terminal, Markdown or CSV."""
+
+import csv
+import io
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mona_mm.errors import ConfigError
+from mona_mm.reproduce.cells import METHODS, TASKS, config_name, configs_folder
+from mona_mm.reproduce.published import published_results, published_trainable
+from mona_mm.reproduce.runs import Run
+
+FORMATS = ('terminal', 'markdown', 'csv')
+TABLES = ('coco', 'voc', 'ade20k', 'classification', 'ablation', 'other', 'params', 'spt')
+
+_TITLE = 'mona_mm: published results, and runs beside them'
+_CLASSIFICATION = ('flowers102', 'oxfordpets', 'voc2007')
+_CSV = (
+    *('table', 'method', 'setting', 'metric', 'last', 'last_step', 'best', 'best_step', 'step_unit'),
+    *('published', 'grade', 'last_minus_published', 'best_minus_published', 'trained', 'trained_published'),
+    *('status', 'changed', 'notes', 'run', 'config'),
+)
+
+
+@dataclass
+class Row:
+    """A published number, and a run of its cell where there is one."""
+
+    method: str
+    setting: str
+    metric: str
+    score: str
+    config: str | None = None
+    published: float | None = None
+    grade: str | None = None
+    trained_published: int | None = None
+    run: Run | None = None
+
+
+@dataclass
+class Table:
+    """Rows under a title. A table that is not ``comparable`` has published numbers only, its metrics as columns."""
+
+    name: str
+    title: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    comparable: bool = True
+
+
+def build_tables(runs: Iterable[Run], only: str | None = None) -> list[Table]:
+    """The published tables (all, or the one of :data:`TABLES` named ``only``), each row with the runs of its cell."""
+    runs = list(runs)
+    tables = [*_comparable(runs), *_published_only()]
+    return [table for table in tables if (table.name == only if only else table.rows)]
+
+
+def _comparable(runs: list[Run]) -> Iterator[Table]:
+    data = published_results()
+    rerun = data['independent_mona_rerun']
+    coco, voc, ade = (
+        data[key]
+        for key in ('coco_cascade_mask_rcnn_swin_b', 'voc_retinanet_swin_l_ap50', 'ade20k_upernet_swin_l_miou')
+    )
+    covered: set[str] = set()
+
+    def rows(task: str, method: str, setting: str = '', config: str | None = None, **numbers: Any) -> Iterator[Row]:
+        """Rows of a cell: one for each of the given metrics and each run, and what else its runs have measured."""
+        config = config or config_name(method, task)
+        covered.add(config)
+        mine = [run for run in runs if run.config == config]
+        size = numbers.pop('size', None)
+        trained = None if numbers.pop('own_width', False) else published_trainable(method, task, size)
+        for score, entry in numbers.items():
+            published, grade = entry if entry else (None, None)
+            for run in mine or [None]:
+                yield Row(method, setting, TASKS[task].metrics[score], score, config, published, grade, trained, run)
+        for score, metric in TASKS[task].metrics.items():
+            for run in mine if score not in numbers else ():
+                if score in run.last[1]:
+                    yield Row(method, setting, metric, score, config, trained_published=trained, run=run)
+
+    yield Table(
+        'coco',
+        'COCO instance segmentation: Cascade Mask R-CNN, Swin-B',
+        [row for m in METHODS for row in rows('coco', m, **coco[m])],
+        [
+            'The published 53.4 / 46.0 of mona are of COCO test-dev, as its README says; runs evaluate val2017.',
+            f'An independent rerun of mona got {rerun["coco_box_ap"]} box AP ({rerun["source"]}).',
+        ],
+    )
+    yield Table(
+        'voc',
+        'VOC07+12 detection: RetinaNet, Swin-L',
+        [row for m in METHODS for row in rows('voc', m, ap50=voc[m])],
+        [
+            'AP50 is the 11-point VOC mAP.',
+            f'An independent rerun of mona got {rerun["voc_ap50"]} AP50 ({rerun["source"]}).',
+        ],
+    )
+    logged = data['ade20k_log_last_and_best']
+    yield Table(
+        'ade20k',
+        'ADE20K semantic segmentation: UperNet, Swin-L',
+        [row for m in METHODS for row in rows('ade20k', m, miou=ade[m])],
+        [
+            f'The training log of the published {m} has {n["last"]} last and {n["best"]} best, at iteration '
+            f'{n["best_iter"]}.'
+            for m, n in logged.items()
+        ],
+    )
+    top1 = data['classification_swin_l_top1']
+    yield Table(
+        'classification',
+        'Classification: Swin-L',
+        [row for t in _CLASSIFICATION for m in METHODS for row in rows(t, m, t, top1=top1.get(m, {}).get(t))],
+        [
+            'The lists of the published voc2007 (one label an image) and flowers102 were never released: compare '
+            'methods with each other there, not with the published numbers.'
+        ],
+    )
+    ablation = [
+        row
+        for width, entry in data['ablation_bottleneck_voc_swin_l'].items()
+        for row in rows(
+            'voc',
+            'mona',
+            f'bottleneck {width}, swin_l',
+            'retinanet_swin_l_voc' + ('' if width == '64' else f'_bottleneck{width}'),
+            ap50=entry,
+            own_width=width != '64',
+        )
+    ]
+    for size, methods in data['ablation_backbone_voc'].items():
+        for method, entry in methods.items():
+            config = config_name(method, 'voc').replace('swin_l', size)
+            ablation += rows('voc', method, f'backbone {size}', config, ap50=entry, size=size)
+    yield Table('ablation', 'Ablations on VOC: RetinaNet AP50', ablation)
+    others = [
+        Row(run.method, run.config, metric, score, run.config, run=run)
+        for run in runs
+        if run.config not in covered
+        for score, metric in TASKS[run.task].metrics.items()
+        if score in run.last[1] or score == next(iter(TASKS[run.task].metrics))
+    ]
+    yield Table('other', 'Runs of configs without a published number', others)
+
+
+def _published_only() -> Iterator[Table]:
+    data = published_results()
+    rows = []
+    for method in METHODS:
+        for size in ('swin_t', 'swin_b', 'swin_l'):
+            source = data['trainable_params_backbone'][size][method][1]
+            for task, label in (('coco', size), ('voc', f'{size} voc'), ('flowers102', f'{size} classification')):
+                number = published_trainable(method, task, size)
+                rows.append(Row(method, '', label, 'trained', published=number, grade=source))
+    yield Table(
+        'params',
+        'Parameters that train in the backbone (published)',
+        rows,
+        [
+            data['trainable_params_backbone']['note'],
+            data['trainable_params_backbone_other_tasks']['note'],
+        ],
+        comparable=False,
+    )
+    note = 'SPT scores are the best epoch on the test set and the best of the swept budgets.'
+    groups = [
+        ('ViT-B/16 IN-21k, FGVC', data['spt_vit_b16_in21k']['fgvc']),
+        ('ViT-B/16 IN-21k, VTAB-1k', data['spt_vit_b16_in21k']['vtab1k_groups']),
+        ('Swin-B, VTAB-1k', data['spt_swin_b_vtab1k_groups']),
+    ]
+    for title, group in groups:
+        rows = [
+            Row(method, title, column, column, published=value, grade=group['grade'])
+            for method, values in group.items()
+            if method not in ('columns', 'grade')
+            for column, value in zip(group['columns'], values, strict=True)
+        ]
+        yield Table('spt', f'SPT: {title} (published)', rows, [note], comparable=False)
+    for title, key in (('MAE', 'spt_vit_b16_mae_vtab_mean'), ('MoCo v3', 'spt_vit_b16_mocov3_vtab_mean')):
+        rows = [
+            Row(method, f'ViT-B/16 {title}, VTAB-1k', 'mean', 'mean', published=value, grade=grade)
+            for method, (value, grade) in data[key].items()
+        ]
+        yield Table('spt', f'SPT: ViT-B/16 {title}, VTAB-1k mean (published)', rows, [note], comparable=False)
+
+
+# Printing ------------------------------------------------------------------------------------------------------------
+
+
+def render(tables: list[Table], form: str) -> str:
+    """Tables as text in one of :data:`FORMATS`."""
+    if form == 'csv':
+        return _csv(tables)
+    blocks = [f'# {_TITLE}' if form == 'markdown' else _TITLE]
+    for table in tables:
+        header, body, remarks = _cells(table) if table.comparable else _pivot(table)
+        lines = _markdown(header, body) if form == 'markdown' else _aligned(header, body)
+        title = f'## {table.title}' if form == 'markdown' else f'{table.title}\n{"=" * len(table.title)}'
+        notes = [*remarks, *table.notes]
+        if form == 'markdown':
+            notes = [f'- {note}'.replace('*', '\\*') for note in notes]
+        else:
+            notes = [_wrapped(note) for note in notes]
+        blocks.append('\n'.join([title, *([''] if form == 'markdown' else []), *lines]))
+        if notes:
+            blocks.append('\n'.join(notes))
+    legend = f'"-" is not published, or not measured here. {published_results()["note"]}'
+    blocks.append(legend if form == 'markdown' else _wrapped(legend))
+    return '\n\n'.join(blocks) + '\n'
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+
+
+def _cells(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, rows and remarks of a table with runs; columns that would be empty throughout are left out."""
+    header = [
+        *('method', 'setting', 'metric', 'last', 'best', 'published', 'grade', 'last - publ.', 'best - publ.'),
+        *('trained', 'trained publ.', 'run'),
+    ]
+    remarks: dict[str, int] = {}
+    body = []
+    for row in table.rows:
+        values = _values(row)
+        run = row.run
+        star = '*' if run and run.changed else ''
+
+        def number(key: str, values: dict = values, star: str = star) -> str:
+            value = values[key]
+            return '-' if value is None else f'{value:{"+" if "minus" in key else ""}.2f}{star}'
+
+        best = number('best')
+        if values['best_step'] is not None:
+            best += f' @{values["best_step"]}'
+        status = '-'
+        if run:
+            status = f'{run.status}, changed' if run.changed else run.status
+            remark = _remark(run)
+            if remark:
+                status += f' [{remarks.setdefault(remark, len(remarks) + 1)}]'
+        body.append(
+            [
+                *(row.method, row.setting or '-', row.metric, number('last'), best),
+                '-' if row.published is None else f'{row.published}',
+                row.grade or '-',
+                *(number('last_minus_published'), number('best_minus_published')),
+                *('-' if n is None else f'{n:,}' for n in (run and run.trainable, row.trained_published)),
+                status,
+            ]
+        )
+    kept = [i for i, name in enumerate(header) if name == 'published' or any(row[i] != '-' for row in body)]
+    text = [f'[{number}] {remark}' for remark, number in remarks.items()]
+    if any(row.run and row.run.changed for row in table.rows):
+        text.insert(0, '* the run differs from the published setting, so the numbers do not compare as equals.')
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in body], text
+
+
+def _remark(run: Run) -> str:
+    parts = [run.path]
+    if run.changed:
+        shown = '; '.join(run.changed[:_SHOWN])
+        more = f'; and {len(run.changed) - _SHOWN} more' if len(run.changed) > _SHOWN else ''
+        parts.append(f'changed: {shown}{more}')
+    return '. '.join([*parts, *run.notes])
+
+
+_SHOWN = 12  # differences that a table lists; results.json and the CSV have them all
+
+
+def _values(row: Row) -> dict[str, Any]:
+    """The numbers of a row, None where there is none."""
+    (last_step, last), (best_step, best) = (row.run.last, row.run.best) if row.run else ((None, {}), (None, {}))
+    last_score, best_score = last.get(row.score), best.get(row.score)
+
+    def minus(score: float | None) -> float | None:
+        return None if score is None or row.published is None else round(score - row.published, 6)
+
+    return {
+        'last': last_score,
+        'last_step': last_step,
+        'best': best_score,
+        'best_step': best_step,
+        'last_minus_published': minus(last_score),
+        'best_minus_published': minus(best_score),
+    }
+
+
+def _pivot(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
+    """Methods as rows, metrics as columns; a column that repeats another (another task's) only where it differs."""
+    metrics = list(dict.fromkeys(row.metric for row in table.rows))
+    methods = list(dict.fromkeys(row.method for row in table.rows))
+    found = {(row.method, row.metric): row for row in table.rows}
+    body = [
+        [
+            method,
+            *(f'{found[method, m].published:,}' if (method, m) in found else '-' for m in metrics),
+            '/'.join(dict.fromkeys(found[method, m].grade or '-' for m in metrics if (method, m) in found)),
+        ]
+        for method in methods
+    ]
+    return ['method', *metrics, 'grade'], body, []
+
+
+def _csv(tables: list[Table]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _CSV, lineterminator='\n')
+    writer.writeheader()
+    for table in tables:
+        for row in table.rows:
+            run = row.run
+            values = {
+                **_values(row),
+                'table': table.name,
+                'method': row.method,
+                'setting': row.setting,
+                'metric': row.metric,
+                'published': row.published,
+                'grade': row.grade,
+                'trained_published': row.trained_published,
+                'config': row.config,
+            }
+            if run:
+                values |= {
+                    'step_unit': run.unit,
+                    'trained': run.trainable,
+                    'status': run.status,
+                    'changed': '; '.join(run.changed),
+                    'notes': '; '.join(run.notes),
+                    'run': run.path,
+                }
+            writer.writerow(values)
+    return text.getvalue()
+
+
+def _aligned(header: list[str], body: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
+    left = {'method', 'setting', 'metric', 'run'}
+
+    def line(row: list[str]) -> str:
+        cells = (c.ljust(w) if h in left else c.rjust(w) for h, c, w in zip(header, row, widths, strict=True))
+        return '  '.join(cells).rstrip()
+
+    return [line(header), '-' * len(line(header)), *map(line, body)]
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
+    escaped = [[cell.replace('|', '\\|').replace('*', '\\*') for cell in row] for row in [header, *body]]
+    rows = [f'| {" | ".join(row)} |' for row in escaped]
+    return [rows[0], f'|{"|".join(["---"] * len(header))}|', *rows[1:]]
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a rendered table, over an earlier one, but over no other file.
+
+    Raises:
+        ConfigError: if ``path`` is a file of something else.
+    """
+    if path.exists():
+        with open(path, encoding='utf-8', errors='replace') as file:
+            first = file.readline().rstrip('\n')
+        if first not in (_TITLE, f'# {_TITLE}', ','.join(_CSV)):
+            raise ConfigError(f'{path} is not a table of this program, and is left alone. Name another with --out.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+
+
+def plan(runs: Iterable[Run], only: str | None = None) -> list[str]:
+    """The command for every cell that has a config, with what there is of it among ``runs``."""
+    runs = list(runs)
+    files = {path.stem: path for path in configs_folder().rglob('*.py')}
+    lines, seen = [], set()
+    for table in build_tables(runs, only):
+        for row in table.rows if table.comparable else ():
+            if row.config in seen or row.config not in files:
+                continue
+            seen.add(row.config)
+            mine = [run for run in runs if run.config == row.config]
+            equal = [run for run in mine if not run.changed]
+            done = any(run.status == 'done' for run in equal)
+            status = 'done' if done else 'partial' if equal else 'changed only' if mine else 'missing'
+            partial = next((run for run in equal if run.status != 'done' and Path(run.path).is_dir()), None)
+            command = f'python tools/train.py {_relative(files[row.config])}'
+            if partial and not done:
+                command += f' --work-dir {partial.path} --resume'
+            else:
+                command += f' --work-dir work_dirs/{row.config}'
+            lines.append(f'{status:12}  {command}')
+    return lines
+
+
+def _relative(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,309 @@
+"""The plan: what SPT trains in a backbone, and its file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.spt.parts import Architecture
+from mona_mm.version import __version__
+
+FORMAT = 'mona_mm.spt.plan/1'
+# What a Mona module replaces in the selection: the matrices of the branch that it follows.
+STREAM_GROUPS = {'post_attn': ('q', 'k', 'v', 'proj'), 'post_ffn': ('fc1', 'fc2')}
+
+VectorName = tuple[str, tuple[int, int] | None]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters that a plan trains: of structured modules, of whole vectors (and class token), single weights."""
+
+    structured: int
+    vectors: int
+    weights: int
+
+    @property
+    def total(self) -> int:
+        return self.structured + self.vectors + self.weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which modules, vectors and single weights of a base train.
+
+    Args:
+        architecture: of the base that the plan is for.
+        structured_config: the structured module, ``dict(type='LoRA', rank=8)``; options beyond its width do not count.
+        structured: by path of a block, the sites that get a structured module.
+        vectors: parameters that train whole, with the range of rows, or None for all of the parameter. The class token
+            of a host that has one is among them.
+        weights: by name of a parameter, the flat indices of the single weights that train in it, int64, ascending.
+        info: where the plan is from, readable: config and its fingerprint, data, seed, budget, rule and its options.
+    """
+
+    architecture: Architecture
+    structured_config: dict[str, Any] | None
+    structured: dict[str, tuple[str, ...]]
+    vectors: tuple[VectorName, ...]
+    weights: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'structured_config', structured_module(self.structured_config))
+        problem = self._problem()
+        if problem:
+            raise PlanError(f'This is no plan for a {self.architecture.backbone}: {problem}.')
+
+    def _problem(self) -> str:
+        """What contradicts the architecture, or itself."""
+        parts = {(part.name, part.rows) for part in self.architecture.parts}
+        parts.add((self.architecture.class_token, None))
+        for vector in self.vectors:
+            if vector not in parts:
+                return f'it has no vector {vector[0]} with rows {vector[1]}'
+        if len(set(self.vectors)) < len(self.vectors):
+            return 'a vector is named twice'
+        if self.structured and self.structured_config is None:
+            return 'the structured module is not said'
+        for block, sites in self.structured.items():
+            for site in sites:
+                is_stream = self.structured_config['type'] == 'Mona'
+                if (site in STREAM_GROUPS) != is_stream or not self._members(block, site):
+                    return f'{self.structured_config["type"]} has no site {site!r} in a block {block!r}'
+            if len(set(sites)) < len(sites):
+                return f'a site of {block} is named twice'
+        for name, indices in self.weights.items():
+            shape = self.architecture.shapes.get(name)
+            if shape is None:
+                return f'it has no parameter {name}'
+            if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
+                return f'the indices in {name} are not a list of whole numbers'
+            if indices[0] < 0 or indices[-1] >= torch.Size(shape).numel() or (indices.diff() <= 0).any():
+                return f'the indices in {name}, {shape}, are not ascending or lie outside'
+        for name, rows in self.vectors:
+            indices = self.weights.get(name)
+            if indices is not None and (rows is None or ((indices >= rows[0]) & (indices < rows[1])).any()):
+                return f'single weights of {name} are named, which trains whole'
+        return ''
+
+    def _members(self, block: str, site: str) -> list:
+        matrices = self.architecture.matrices
+        return [matrices[block, s] for s in STREAM_GROUPS.get(site, (site,)) if (block, s) in matrices]
+
+    @cached_property
+    def counts(self) -> Counts:
+        """How many parameters train, counted from what is in the plan."""
+        numel = {(part.name, part.rows): part.numel for part in self.architecture.parts}
+        token = self.architecture.class_token
+        if token:
+            numel[token, None] = torch.Size(self.architecture.shapes[token]).numel()
+        return Counts(
+            structured=sum(
+                module_cost(self.structured_config, *widths(self.architecture, block, site))
+                for block, sites in self.structured.items()
+                for site in sites
+            ),
+            vectors=sum(numel[vector] for vector in self.vectors),
+            weights=sum(len(indices) for indices in self.weights.values()),
+        )
+
+    def check(self, backbone: nn.Module) -> None:
+        """Check that the plan is for such a backbone.
+
+        Raises:
+            PlanError: if the parameters it selects from have other names or shapes there; it names the first.
+            UnsupportedHostError: if the backbone is not a supported host.
+        """
+        difference = self.architecture.difference(Architecture.of(backbone))
+        if difference:
+            raise PlanError(
+                f'The plan ({self._origin()}) is for a {self.architecture.backbone} of another architecture than this '
+                f'{type(backbone).__name__}: {difference}. Make a plan for this config with tools/spt_sensitivity.py.'
+            )
+
+    def check_weights(self, backbone: nn.Module) -> None:
+        """Check that the plan was made for the weights that the base holds now, loaded and not yet trained.
+
+        Nothing to check where the sensitivity was not measured on pretrained weights, or not by mona_mm.
+
+        Raises:
+            PlanError: if it was made for others.
+        """
+        digest = self.info.get('base_digest')
+        if digest and digest != base_digest(backbone, self.architecture):
+            raise PlanError(
+                f'The plan ({self._origin()}) was made for other weights than this {type(backbone).__name__} holds: '
+                f'for {self.info.get("pretrained")}. Load those, or make a plan for these with '
+                'tools/spt_sensitivity.py.'
+            )
+
+    def _origin(self) -> str:
+        return ', '.join(str(self.info[key]) for key in ('file', 'config', 'budget') if self.info.get(key))
+
+    def describe(self) -> str:
+        """What trains, in one line."""
+        counts = self.counts
+        found = [f'{len(self.vectors)} whole vectors ({counts.vectors:,})', f'{counts.weights:,} single weights']
+        if self.structured_config:
+            modules = sum(map(len, self.structured.values()))
+            found.insert(0, f'{modules} {self.structured_config["type"]} modules ({counts.structured:,})')
+        return f'{counts.total:,} parameters of {self.architecture.backbone} train: {", ".join(found)}'
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan to a safetensors file whose metadata can be read; the file appears whole or not at all."""
+        tensors = {}
+        for name, indices in self.weights.items():
+            small = torch.Size(self.architecture.shapes[name]).numel() <= torch.iinfo(torch.int32).max
+            tensors[f'weights/{name}'] = indices.to(torch.int32 if small else torch.int64).contiguous()
+        counts = self.counts
+        metadata = {
+            'architecture': self.architecture.dumps(),
+            'structured_config': json.dumps(self.structured_config),
+            'structured': json.dumps(self.structured),
+            'vectors': json.dumps(self.vectors),
+            'counts': json.dumps({**counts.__dict__, 'total': counts.total}),
+            'info': json.dumps({key: value for key, value in self.info.items() if key != 'file'}),
+        }
+        write(path, FORMAT, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> 'Plan':
+        """Read a plan.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            PlanError: if it is damaged, or no plan.
+        """
+        tensors, metadata = read(path, FORMAT)
+        try:
+            plan = cls(
+                architecture=Architecture.loads(metadata['architecture']),
+                structured_config=json.loads(metadata['structured_config']),
+                structured={block: tuple(sites) for block, sites in json.loads(metadata['structured']).items()},
+                vectors=tuple((name, rows and tuple(rows)) for name, rows in json.loads(metadata['vectors'])),
+                weights={name.removeprefix('weights/'): t.long() for name, t in tensors.items()},
+                info={**json.loads(metadata['info']), 'file': str(path)},
+            )
+            counts = json.loads(metadata['counts'])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
+        if counts != {**plan.counts.__dict__, 'total': plan.counts.total}:
+            raise PlanError(f'{path} is damaged: it states {counts} parameters and holds {plan.counts}.')
+        return plan
+
+
+def widths(architecture: Architecture, block: str, site: str) -> tuple[int, int]:
+    """``(in_channels, out_channels)`` of a linear site; at a stream site the channels, twice."""
+    if site in STREAM_GROUPS:
+        channels = architecture.matrices[block, STREAM_GROUPS[site][-1]].shape[0]
+        return channels, channels
+    out, *rest = architecture.matrices[block, site].shape
+    return torch.Size(rest).numel(), out
+
+
+_WIDTH = {'LoRA': 'rank', 'Adapter': 'bottleneck', 'Mona': 'bottleneck'}
+_DEFAULT_WIDTH = {'LoRA': 8, 'Adapter': 8, 'Mona': 64}
+
+
+def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The config of a structured module with its width filled in: ``rank`` of LoRA, else ``bottleneck``.
+
+    Raises:
+        ConfigError: if there is no such module, or its width is not a whole number of at least 1.
+    """
+    if config is None:
+        return None
+    kind = config.get('type') if isinstance(config, Mapping) else None
+    if kind not in _WIDTH:
+        raise ConfigError(
+            f"structured={config!r}: the structured module is dict(type='LoRA', rank=8), dict(type='Adapter', "
+            "bottleneck=8), dict(type='Mona', bottleneck=64), or None."
+        )
+    width = config.get(_WIDTH[kind], _DEFAULT_WIDTH[kind])
+    if not isinstance(width, int) or width < 1:
+        raise ConfigError(f'structured: {_WIDTH[kind]}={width!r} of {kind} must be a whole number of at least 1.')
+    return {**config, _WIDTH[kind]: width}
+
+
+def module_cost(config: Mapping[str, Any], in_channels: int, out_channels: int) -> int:
+    """Parameters of one structured module.
+
+    LoRA ``r (in + out)``; Adapter, sequential on the output and with biases, ``2 r out + r + out``; Mona
+    ``(2n + 5) m + n^2 + 88 n``.
+    """
+    width = config[_WIDTH[config['type']]]
+    if config['type'] == 'LoRA':
+        return width * (in_channels + out_channels)
+    if config['type'] == 'Adapter':
+        return 2 * width * out_channels + width + out_channels
+    return (2 * width + 5) * out_channels + width * width + 88 * width
+
+
+def base_digest(backbone: nn.Module, architecture: Architecture) -> str:
+    """SHA-256 of the base's weights in the selection."""
+    digest = hashlib.sha256()
+    for name in architecture.shapes:
+        weights = backbone.get_parameter(name).detach().float().cpu().contiguous()
+        digest.update(weights.numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with a checksum in its metadata, beside its place, and rename it."""
+    metadata = {'format': kind, 'mona_mm_version': __version__, **metadata}
+    metadata['checksum'] = _checksum(tensors, metadata)
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        save_file(dict(tensors), temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file that :func:`write` wrote.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        PlanError: if it is damaged, or another kind of file.
+    """
+    if not os.path.isfile(path):
+        raise MissingFileError(f'There is no file {path}.')
+    what = kind.partition('/')[0].rpartition('.')[2]
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors' own class, and whatever a damaged header makes of it
+        raise PlanError(
+            f'{path} cannot be read as a {what}: it is damaged or something else ({type(error).__name__}: {error}). '
+            'Published plans (.pth) are read by mona_mm.spt.load_published_plan.'
+        ) from error
+    if metadata.get('format') != kind:
+        raise PlanError(f'{path} is not a {what}: its format is {metadata.get("format")!r} and not {kind!r}.')
+    stated = metadata.pop('checksum', None)
+    if stated != _checksum(tensors, metadata):
+        raise PlanError(f'{path} is damaged: its contents do not have the checksum that it states.')
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""The names and the pickled plans of the published SPT code, for a ViT."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mona_mm.compat.safe_globals import only_safe
+from mona_mm.errors import MissingFileError, PlanError
+from mona_mm.spt.parts import Architecture, Part
+from mona_mm.spt.plan import Plan, structured_module
+
+_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')  # the columns of the file's table of matrices
+_OPS = {
+    **{site: f'attn.{site}' for site in ('q', 'k', 'v', 'proj')},
+    'fc1': 'mlp.fc1',
+    'fc2': 'mlp.fc2',
+    'ln1': 'norm1',
+    'ln2': 'norm2',
+}
+_KEYS = {'unstructured_name_shapes', 'unstructured_indexes', 'tuned_matrices', 'tuned_vectors', 'params'}
+
+
+def published_names(architecture: Architecture) -> dict[str, Part]:
+    """The parts of a ViT by the names that they have in the published code (``blocks.0.attn.q.weight``, ``norm.bias``).
+
+    Raises:
+        PlanError: if the architecture is not that of a ViT.
+    """
+    names = {}
+    for part in architecture.parts:
+        end = part.name.rpartition('.')[2]
+        if not part.block:
+            names[f'norm.{end}'] = part
+        elif part.op in _OPS:
+            names[f'blocks.{architecture.blocks.index(part.block)}.{_OPS[part.op]}.{end}'] = part
+    if architecture.backbone != 'VisionTransformer' or len(names) != len(architecture.parts):
+        raise PlanError(f'Published plans are for a plain ViT, not for this {architecture.backbone}.')
+    return names
+
+
+def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured: dict) -> Plan:
+    """Read a plan file of the published code (``param_req_0.4.pth``), weights only.
+
+    The class token, which always trains there, is among the plan's vectors. The weights of LayerNorms, which are
+    counted there and do not train, train in the plan.
+
+    Args:
+        path: of the pickle.
+        backbone: a mmpretrain VisionTransformer of the architecture, on any device, meta included.
+        structured: the structured module that the file is for, which it does not say: ``dict(type='LoRA', rank=8)`` or
+            ``dict(type='Adapter', bottleneck=8)``.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        PlanError: if it holds anything but numbers, names and tensors, is damaged, or does not fit the backbone or the
+            structured module.
+    """
+    architecture = Architecture.of(backbone)
+    names = published_names(architecture)
+    published = _read(path)
+    try:
+        shapes: dict[str, tuple[int, ...]] = published['unstructured_name_shapes']
+        for name, shape in shapes.items():
+            if names[name].shape != tuple(shape):
+                raise PlanError(f'{path}: {name} is {tuple(shape)} there and {names[name].shape} in this backbone.')
+        vectors = [(names[name].name, names[name].rows) for name in published['tuned_vectors']]
+        table = zip(architecture.blocks, published['tuned_matrices'], strict=True)
+        tuned = {
+            block: tuple(site for site, is_tuned in zip(_SITES, row, strict=True) if is_tuned) for block, row in table
+        }
+        weights = _resolve(published['unstructured_indexes'], [names[name] for name in shapes])
+        stated = round(float(published['params']) * 1e6)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PlanError(
+            f'{path} is no published plan for this {architecture.backbone}: {type(error).__name__} {error}.'
+        ) from error
+    if architecture.class_token:
+        vectors.insert(0, (architecture.class_token, None))
+    plan = Plan(
+        architecture=architecture,
+        structured_config=structured_module(structured),
+        structured={block: sites for block, sites in tuned.items() if sites},
+        vectors=tuple(vectors),
+        weights=weights,
+        info=dict(config=f'published plan {os.path.basename(path)}', rule='published', file=str(path)),
+    )
+    if plan.counts.total != stated:
+        raise PlanError(
+            f'{path} states {stated:,} parameters; with {plan.structured_config} it has {plan.counts.total:,}. '
+            'Is it for another structured module?'
+        )
+    return plan
+
+
+def _resolve(indices: Tensor, parts: list[Part]) -> dict[str, Tensor]:
+    """Indices into all these parts laid end to end, as indices into the parameters they are in."""
+    indices = indices.sort().values
+    bounds = torch.tensor([0, *(part.numel for part in parts)]).cumsum(0)
+    if len(indices) and (indices[0] < 0 or indices[-1] >= bounds[-1]):
+        raise ValueError(f'an index lies outside the {int(bounds[-1])} weights')
+    cuts = torch.searchsorted(indices, bounds)
+    found: dict[str, list[Tensor]] = {}
+    for i, part in enumerate(parts):
+        inside = indices[cuts[i] : cuts[i + 1]]
+        if len(inside):
+            found.setdefault(part.name, []).append(inside - bounds[i] + part.offset)
+    return {name: torch.cat(pieces).sort().values for name, pieces in found.items()}
+
+
+def _read(path: str | os.PathLike) -> dict:
+    if not os.path.isfile(path):
+        raise MissingFileError(f'There is no plan {path}.')
+    try:
+        with only_safe(_numpy_scalars()):
+            published = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise PlanError(
+            f'{path} cannot be read as a published plan: it is damaged, something else, or holds more than numbers, '
+            f'names and tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
+        ) from error
+    if not isinstance(published, dict) or not published.keys() >= _KEYS:
+        raise PlanError(f'{path} is no published plan: it does not hold {", ".join(sorted(_KEYS))}.')
+    return published
+
+
+def _numpy_scalars() -> list[Callable | tuple[Callable, str]]:
+    """What the pickles hold beside tensors; under numpy 1's name for it, too, which numpy 2 has changed."""
+    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    return [
+        (multiarray.scalar, 'numpy.core.multiarray.scalar'),
+        (multiarray.scalar, 'numpy._core.multiarray.scalar'),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in 'bhilqBHILQefd?'),
+    ]

@@ -1,0 +1,419 @@
+"""How sensitive a task's loss is to every weight of a backbone: squared gradients, summed over batches."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, get_dist_info
+from mmengine.logging import print_log
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from mmengine.utils import ProgressBar
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mona_mm.checkpoint.pretrained import pretrained_file
+from mona_mm.data import datasets
+from mona_mm.errors import ConfigError, PlanError, SensitivityError
+from mona_mm.sites import method_modules
+from mona_mm.spt.parts import Architecture
+from mona_mm.spt.plan import base_digest, read, write
+
+FORMAT = 'mona_mm.spt.sensitivity/1'
+_HOW = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')  # of loading; not what is loaded
+_IGNORED = 255  # the label of pixels without one
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Sums of squared gradients of a base's weights.
+
+    Args:
+        architecture: of the base.
+        squares: by name of a parameter, float32 on the CPU, in the parameter's shape.
+        info: what it was measured with, readable: config and its fingerprint, data, batches, seed, pretrained weights.
+    """
+
+    architecture: Architecture
+    squares: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a safetensors file, from which plans for any budget can be made."""
+        metadata = dict(architecture=self.architecture.dumps(), info=json.dumps(self.info))
+        write(path, FORMAT, self.squares, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> 'Sensitivity':
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            MissingFileError: if there is no such file.
+            PlanError: if it is damaged, or no sensitivity.
+        """
+        squares, metadata = read(path, FORMAT)
+        try:
+            architecture, info = Architecture.loads(metadata['architecture']), json.loads(metadata['info'])
+            shapes = {part.name: architecture.shapes[part.name] for part in architecture.parts}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
+        if shapes != {name: tuple(t.shape) for name, t in squares.items()}:
+            raise PlanError(f'{path} is damaged: it does not hold the tensors of its own architecture.')
+        return cls(architecture, squares, info)
+
+
+def compute_sensitivity(
+    model: BaseModel,
+    data_loader: Iterable[dict[str, Any]],
+    num_batches: int = 16,
+    per_sample: bool = False,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    info: dict[str, Any] | None = None,
+) -> Sensitivity:
+    """Run a model's own losses over batches and sum the squared gradients of its backbone's weights.
+
+    The sensitivity of a weight is the sum over batches of the square of the batch loss's gradient, in train mode, as in
+    the published code. Dropout and DropPath of a batch depend on ``seed`` and the batch's number alone. Beside the
+    model there is one copy of the backbone, for the sums; no gradient outlives its own use.
+
+    With several processes, batch number ``i`` of the run is the business of process ``i`` modulo their number, and
+    the sums of all are added; each process computes its losses as if it were alone, so that the result is that of one
+    process on the same batches.
+
+    Args:
+        model: a detector, segmentor or classifier with a supported ``backbone`` that carries no method. Which of its
+            parameters require a gradient does not matter, and is afterwards as before; statistics of BatchNorms in
+            the heads move.
+        data_loader: this process's batches, labelled, as the model's data preprocessor takes them. What comes after its
+            share of ``num_batches`` is not fetched; a shorter loader ends the run earlier.
+        num_batches: of all processes together.
+        per_sample: square the gradient of every sample's own loss, in place of every batch's.
+        seed: for dropout and DropPath.
+        progress: show a progress bar.
+        info: what to remember with the result.
+
+    Raises:
+        UnsupportedHostError: if the backbone is not a supported host.
+        ConfigError: if ``num_batches`` is below 1, the backbone carries a method, or the losses need more than one
+            sample under ``per_sample``.
+        SensitivityError: if no image is labelled, or a loss or gradient is not finite; it names the batch.
+    """
+    if not isinstance(num_batches, int) or num_batches < 1:
+        raise ConfigError(f'num_batches={num_batches!r} must be a whole number of at least 1.')
+    backbone = model.backbone
+    if method_modules(backbone):
+        raise ConfigError('The sensitivity is that of the base: build the backbone with peft=None.')
+    architecture = Architecture.of(backbone)
+    info = {**(info or {}), 'seed': seed, 'per_sample': per_sample}
+    pretrained = pretrained_file(backbone)
+    if pretrained:
+        info.update(pretrained=pretrained['file'], base_digest=base_digest(backbone, architecture))
+
+    selected = {part.name for part in architecture.parts}
+    device = next(model.parameters()).device
+    squares = {
+        name: torch.zeros_like(p, dtype=torch.float32) for name, p in backbone.named_parameters() if name in selected
+    }
+    rank, processes = get_dist_info()
+    share = len(range(rank, num_batches, processes))
+    run, labelled, error = 0, False, None
+    with ExitStack() as stack:
+        stack.enter_context(_everything_trains(model))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+        for name, parameter in backbone.named_parameters():
+            hook = partial(_add_square, squares.get(name))
+            stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+        bar = ProgressBar(share, file=sys.stdout) if progress and rank == 0 and share else None
+        for number, batch in zip(range(rank, num_batches, processes), _first(data_loader, share), strict=False):
+            try:
+                with _alone():
+                    labelled |= _run(model, batch, number, per_sample, seed)
+            except SensitivityError as problem:
+                error = str(problem)
+                break
+            run += 1
+            if bar is not None:
+                bar.update()
+        if bar is not None:
+            print(flush=True)
+
+    state = torch.tensor([run, labelled], dtype=torch.int64, device=device)
+    _raise_everywhere(error)
+    all_reduce(state)
+    if not state[1]:
+        raise SensitivityError(_NO_LABELS.format(f'in {int(state[0])} batches'))
+    for total in squares.values():
+        all_reduce(total)
+    wrong = [name for name, total in squares.items() if not total.isfinite().all()]
+    if wrong:
+        raise SensitivityError(
+            f'The gradient of {wrong[0]} ({len(wrong)} parameters in all) is not finite in one of the {num_batches} '
+            'batches, though every loss is.'
+        )
+    if not any(total.any() for total in squares.values()):
+        raise SensitivityError(
+            f'The gradient of every weight of the {architecture.backbone} is zero, so none is more sensitive than '
+            'another. A head whose last layer begins as zero, as mmpretrain initialises that of a ViT, lets no '
+            "gradient pass: give it another init_cfg, such as dict(type='TruncNormal', layer='Linear', std=0.02)."
+        )
+    info['num_batches'] = int(state[0])
+    if info['num_batches'] < num_batches:
+        print_log(f'The data ended after {info["num_batches"]} of {num_batches} batches.', logger='current')
+    return Sensitivity(architecture, {name: total.cpu() for name, total in squares.items()}, info)
+
+
+_NO_LABELS = (
+    'There is no labelled image {}, so there is no loss to measure a sensitivity with. Check the annotations of '
+    "train_dataloader's data set, its classes and its pipeline."
+)
+
+
+def _first(batches: Iterable, count: int) -> Iterator:
+    """The first ``count``; unlike zip, without fetching one more."""
+    iterator = iter(batches)
+    for _ in range(count):
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+
+
+@contextmanager
+def _everything_trains(model: nn.Module) -> Iterator[None]:
+    """The model in train mode, gradients for all of the backbone and for nothing else; restored afterwards.
+
+    For all of it, and not for the selection alone: a checkpointed block whose input needs no gradient has none either.
+    """
+    training = {module: module.training for module in model.modules()}
+    required = {p: p.requires_grad for p in model.parameters()}
+    model.train()
+    try:
+        model.requires_grad_(False)
+        for p in model.backbone.parameters():
+            p.requires_grad_(p.is_floating_point())
+        yield
+    finally:
+        for p, value in required.items():
+            p.requires_grad_(value)
+            p.grad = None
+        for module, value in training.items():
+            module.training = value
+
+
+def _add_square(total: Tensor | None, parameter: nn.Parameter) -> None:
+    if total is not None:
+        gradient = parameter.grad.to(total.dtype)
+        total.addcmul_(gradient, gradient)
+    parameter.grad = None
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """As if there were one process: losses that average over processes would differ, or wait for one that has ended."""
+    with patch.object(torch.distributed, 'is_initialized', lambda: False):
+        yield
+
+
+def _run(model: BaseModel, batch: dict[str, Any], number: int, per_sample: bool, seed: int) -> bool:
+    """Losses and gradients of one batch; returns whether an image of it is labelled."""
+    labels = [_is_labelled(sample) for sample in batch.get('data_samples') or []]
+    if not labels or None in labels:
+        raise SensitivityError(_NO_LABELS.format(f'in batch {number}'))
+    set_seed(seed, number)
+    for piece in _samples(batch) if per_sample else [batch]:
+        try:
+            data = model.data_preprocessor(piece, True)
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        except ValueError as error:
+            if per_sample and 'more than 1 value per channel' in str(error):
+                raise ConfigError(
+                    'Per-sample squares cannot be measured with this model: a BatchNorm in it needs more than one '
+                    'value per channel in train mode. Measure per-batch squares.'
+                ) from error
+            raise
+        if not torch.isfinite(loss):
+            raise SensitivityError(
+                f'The loss of batch {number} is {loss.item()}{_origin(piece)}. A sensitivity needs finite losses: '
+                'check the annotations of these images and the pretrained weights.'
+            )
+        loss.backward()
+    return any(labels)
+
+
+def _samples(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    inputs = batch.get('inputs')
+    if batch.keys() != {'inputs', 'data_samples'} or not isinstance(inputs, Tensor | Sequence):
+        raise ConfigError(f'per_sample: batches are dicts of inputs and data_samples here, not of {list(batch)}.')
+    for i, sample in enumerate(batch['data_samples']):
+        yield dict(inputs=inputs[i : i + 1], data_samples=[sample])
+
+
+def _is_labelled(sample: Any) -> bool | None:
+    """Whether there is something to learn from an image; None if it has no annotation fields at all."""
+    known = None
+    if 'gt_instances' in sample:
+        known = len(sample.gt_instances) > 0
+    for key in ('gt_sem_seg', 'gt_panoptic_seg'):
+        if key in sample and next(iter(sample.get(key).values()), None) is not None:
+            known = known or any(bool((v != _IGNORED).any()) for v in sample.get(key).values())
+    for key in ('gt_label', 'gt_score'):
+        if key in sample:
+            known = known or sample.get(key).numel() > 0
+    return known
+
+
+def _origin(batch: dict[str, Any]) -> str:
+    paths = [sample.get('img_path') for sample in batch['data_samples']]
+    paths = [str(path) for path in paths if path]
+    return f' ({", ".join(paths[:4])}{", ..." if len(paths) > 4 else ""})' if paths else ''
+
+
+def _raise_everywhere(error: str | None) -> None:
+    """Raise the first error of any process in all of them, which would otherwise wait for that one."""
+    _, processes = get_dist_info()
+    errors = [error]
+    if processes > 1:
+        errors = [None] * processes
+        torch.distributed.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise SensitivityError(found)
+
+
+def set_seed(seed: int, number: int) -> None:
+    """Seed every random number generator of this process from a hash of the run's seed and a number."""
+    set_random_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+
+
+def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: int | None = None) -> Sensitivity:
+    """The sensitivity of a config's base under the config's own training data and losses.
+
+    A method of the config's backbone is left out and all of its base trains; heads are fresh, pretrained weights are
+    loaded as for training. The images of a batch and their augmentation depend on the seed and the batch's number
+    alone, and so neither on the number of processes nor on that of the loader's workers.
+
+    Args:
+        cfg: a training config; the process group, if there is to be one, has been joined.
+        num_batches: see :func:`compute_sensitivity`, as ``per_sample``.
+        seed: by default the config's, or 0.
+
+    Raises:
+        UserError: what building the model, loading its weights and :func:`compute_sensitivity` raise.
+    """
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if seed is None:
+        seed = (cfg.get('randomness') or {}).get('seed') or 0
+    set_random_seed(seed)
+    model_cfg = base_model_config(cfg)
+    model = MODELS.build(model_cfg)
+    if not isinstance(getattr(model, 'backbone', None), nn.Module):
+        raise ConfigError(f'{type(model).__name__} has no `backbone`, whose sensitivity could be measured.')
+    model._dump_init_info = lambda *_: None  # mmengine's report of four lines a parameter
+    model.init_weights()
+    del model._dump_init_info
+    model = revert_sync_batchnorm(model).to(get_device())
+    loader = build_loader(cfg, num_batches, seed)
+    info = dict(
+        config=os.path.basename(cfg.filename or ''),
+        config_fingerprint=fingerprint(model_cfg, {k: v for k, v in cfg.train_dataloader.items() if k not in _HOW}),
+        data=[d.get('ann_file') or d.get('data_root') or d['type'] for d in datasets(cfg, 'train')],
+        images=len(loader.dataset),
+        batch_size=cfg.train_dataloader.get('batch_size'),
+    )
+    return compute_sensitivity(model, loader, num_batches, per_sample, seed=seed, info=info)
+
+
+def base_model_config(cfg: Config) -> dict[str, Any]:
+    """The model of a config, a copy, with all of its backbone's base trainable, and no method."""
+
+    def without_method(node: Any) -> Any:
+        if isinstance(node, dict):
+            if str(node.get('type')).rpartition('.')[2] == 'PeftBackbone':
+                return ConfigDict(type='mona_mm.PeftBackbone', base=node['base'])
+            return ConfigDict({key: without_method(value) for key, value in node.items()})
+        if isinstance(node, list | tuple):
+            return type(node)(without_method(value) for value in node)
+        return node
+
+    return without_method(cfg.model)
+
+
+def fingerprint(*configs: Any) -> str:
+    """SHA-256 of configs, of any order of their keys, shortened."""
+    text = json.dumps(configs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
+    """This process's share of the first batches of a config's training data.
+
+    Raises:
+        SensitivityError: if the data set is empty.
+    """
+    settings = dict(cfg.train_dataloader)
+    workers = settings.get('num_workers', 0)
+    for key in ('persistent_workers', 'prefetch_factor'):  # not without workers
+        settings.pop(key, None)
+    rank, processes = get_dist_info()
+    with _alone():  # the samplers give this process all batches, of which it then takes its share
+        try:
+            loader = Runner.build_dataloader({**settings, 'num_workers': 0}, seed=seed)
+        except ValueError as error:
+            # torch's and mmengine's words for an empty data set
+            if 'num_samples' not in str(error) and 'at least one array' not in str(error):
+                raise
+            raise SensitivityError(_NO_LABELS.format('in the training data')) from error
+    if not len(loader.dataset):
+        raise SensitivityError(_NO_LABELS.format('in the training data'))
+    return DataLoader(
+        _SeededDataset(loader.dataset, seed),
+        batch_sampler=_ShareOfBatches(loader.batch_sampler, rank, processes, num_batches),
+        collate_fn=loader.collate_fn,
+        num_workers=workers,
+        pin_memory=loader.pin_memory,
+    )
+
+
+class _ShareOfBatches:
+    """Every n-th batch of a batch sampler, its number before its indices."""
+
+    def __init__(self, batches: Iterable[list[int]], rank: int, processes: int, num_batches: int) -> None:
+        self.batches = batches
+        self.rank = rank
+        self.processes = processes
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number, indices in enumerate(_first(self.batches, self.num_batches)):
+            if number % self.processes == self.rank:
+                yield [number, *indices]
+
+
+class _SeededDataset:
+    """A data set whose random numbers, transforms included, depend on the number of the batch alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, numbers: list[int]) -> list[Any]:
+        number, *indices = numbers
+        set_seed(self.seed, number)
+        return [self.dataset[i] for i in indices]

@@ -1,0 +1,346 @@
+r"""Tuning of single weights: what is stored and optimised is as long as the list of chosen weights.
+
+A parameter :math:`W` of a module stays frozen, and the module computes with
+
+.. math:: W' = W + \mathrm{scatter}(\delta), \qquad \delta \in \mathbb{R}^K,\ \delta = 0 \text{ at the start}
+
+:func:`attach_sparse` puts :class:`SparseModule` in front of the module's class, as :mod:`mona_mm.sites` does with
+blocks, and hangs the :class:`SparseDelta` under the new child ``peft``; the names of the base's parameters stay. For
+any module whose forward reads the parameter as its attribute (LayerNorm, convolutions, biases, tables) autograd does
+the rest. For the weight of a linear it would make the gradient of the whole matrix, so there
+:func:`sparse_weight_grad` computes
+
+.. math:: \partial L / \partial \delta_j = \sum_n G_{n, \mathrm{row}(j)}\, X_{n, \mathrm{column}(j)}
+
+at the chosen weights only, in :math:`O(KN)`, or by a matrix product where that is cheaper. The effective matrix lives
+only while the forward or the backward uses it; what the forward saves is the input alone, as an ordinary linear does.
+
+A delta trains with weight decay 0: decoupled decay would pull the *change* to zero, where ordinary tuning pulls the
+weight; the published code has none on single weights. With it at 0, SGD and AdamW take the steps of ordinary tuning.
+
+Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2.
+"""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import is_autocast_available as _has_autocast  # not on every device: none on meta
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mona_mm.errors import ConfigError
+from mona_mm.sites import PeftModules
+
+# About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
+warnings.filterwarnings('ignore', message='Sparse (CSR tensor support is in beta|invariant checks are implicitly)')
+
+
+class SparseDelta(nn.Module):
+    """Changes of ``K`` single elements of one parameter.
+
+    Both tensors are in the state dict: values without their places mean nothing, so a delta file without the indices
+    could only be used beside the very plan file that it was trained with.
+
+    Attributes:
+        values: what is added to the elements, ``(K,)``, the parameter.
+        indices: which elements, as ascending positions in the flattened parameter, ``(K,)``, a buffer.
+        shape: of the parameter.
+
+    Raises:
+        ConfigError: if there is no index, or they are not whole numbers, each once, of elements of the parameter.
+    """
+
+    def __init__(self, parameter: Tensor, indices: Tensor | Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(parameter.shape)
+        indices = torch.as_tensor(indices, device='cpu')
+        if indices.ndim != 1 or indices.numel() == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
+            raise ConfigError(
+                f'indices must be a list of one whole number or more, not {indices.dtype} of shape '
+                f'{tuple(indices.shape)}.'
+            )
+        indices = indices.long().sort().values
+        wrong = _not_elements(indices, self.shape)
+        if wrong:
+            raise ConfigError(wrong)
+        small = parameter.numel() <= torch.iinfo(torch.int32).max
+        indices = indices.to(parameter.device, torch.int32 if small else torch.int64)
+        self.register_buffer('indices', indices)
+        self.values = nn.Parameter(torch.zeros(len(indices), dtype=parameter.dtype, device=parameter.device))
+
+    def reset_parameters(self) -> None:
+        """Back to the base's own weights."""
+        nn.init.zeros_(self.values)
+
+    def forward(self, base: Tensor) -> Tensor:
+        """The effective parameter, of the shape of ``base``; a new tensor."""
+        return _add(base, self.values, self.indices)
+
+    def extra_repr(self) -> str:
+        return f'{len(self.indices)} of {tuple(self.shape)}'
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        given = state_dict.get(f'{prefix}indices')
+        if given is not None and given.shape == self.indices.shape and not given.is_meta:
+            wrong = _not_elements(given.long(), self.shape)
+            if wrong:
+                args[-1].append(f'{prefix}indices: {wrong}')  # the list of errors, which load_state_dict raises
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _not_elements(indices: Tensor, shape: tuple[int, ...]) -> str:
+    """What is wrong with sorted indices into a parameter of ``shape``; '' if nothing."""
+    size = torch.Size(shape).numel()
+    if indices[0] < 0 or indices[-1] >= size:
+        return f'indices from {indices[0]} to {indices[-1]} are not all elements of a parameter of shape {shape}.'
+    if (indices[1:] <= indices[:-1]).any():
+        return f'indices into a parameter of shape {shape} must be ascending and name no element twice.'
+    return ''
+
+
+def _add(base: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    return base.flatten().index_add(0, indices, values).view(base.shape)
+
+
+class SparseModule:
+    """Mixin in front of a module's class: its forward sees the effective parameters."""
+
+    peft: PeftModules
+    """A :class:`SparseDelta` for every parameter that has one, by its name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if 'weight' in self.peft and _is_linear(stock_class(self)):
+            return self._linear(*args, **kwargs)
+        effective = {name: delta(getattr(self, name)) for name, delta in self.peft.items()}
+        attributes = vars(self)  # found before the parameters, which stay where they are
+        attributes.update(effective)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for name in effective:
+                del attributes[name]
+
+    def _linear(self, input: Tensor) -> Tensor:
+        delta, bias = self.peft['weight'], self.bias
+        if 'bias' in self.peft:
+            bias = self.peft['bias'](bias)
+        dtype = self.weight.dtype
+        device = input.device.type
+        # As autocast treats F.linear. Here, so that its own cast of the input is part of the graph.
+        if _has_autocast(device) and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, input.dtype):
+            dtype = torch.get_autocast_dtype(device)
+            input = input.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return _SparseLinear.apply(input, self.weight, bias, delta.values, delta.indices, dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class below is made at run time, so pickle cannot find it by name.
+        return _new_sparse_module, (stock_class(self),), self.__dict__
+
+
+@cache
+def _is_linear(module_class: type) -> bool:
+    """Whether the forward is known to be F.linear; that of another subclass would be skipped."""
+    from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear  # here, because it takes a second to import
+
+    return module_class.forward in (nn.Linear.forward, MmcvLinear.forward)
+
+
+@cache
+def _sparse_class(module_class: type) -> type:
+    return type(f'Sparse{module_class.__name__}', (SparseModule, module_class), {'__module__': __name__})
+
+
+def _new_sparse_module(module_class: type) -> nn.Module:
+    cls = _sparse_class(module_class)
+    return cls.__new__(cls)
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class that a module had before :func:`attach_sparse`."""
+    return type(module).__mro__[2] if isinstance(module, SparseModule) else type(module)
+
+
+def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str = 'weight') -> SparseDelta:
+    """Let single elements of one parameter of ``module`` train, in place; the parameter itself is frozen.
+
+    Args:
+        module: any module whose forward reads the parameter as ``self.<name>``; a linear's weight is the fast case.
+        indices: positions in the flattened parameter, in any order, each once. The row of a weight
+            ``(out_features, in_features)`` is ``index // in_features``, in a fused qkv that of the whole matrix.
+        name: of the parameter in ``module``.
+
+    Returns:
+        The delta, which is ``module.peft[name]``. It begins at zero, when the module computes what it did before.
+
+    Raises:
+        ConfigError: if the module has no such parameter or it has a delta already, or the indices are wrong (see
+            :class:`SparseDelta`).
+    """
+    parameter = module._parameters.get(name)
+    kind = stock_class(module).__name__
+    if parameter is None:
+        names = ', '.join(n for n, p in module._parameters.items() if p is not None)
+        raise ConfigError(f'{kind} has no parameter {name!r} of its own to tune; it has {names or "none"}.')
+    sparse = isinstance(module, SparseModule)
+    if sparse and name in module.peft:
+        raise ConfigError(f'The {name} of this {kind} has a sparse delta already; give it all its indices at once.')
+    if not sparse and hasattr(module, 'peft'):
+        raise ConfigError(f'This {kind} already has a child `peft`; a sparse delta can only be on a stock module.')
+    delta = SparseDelta(parameter, indices)
+    parameter.requires_grad = False
+    if not sparse:
+        module.__class__ = _sparse_class(type(module))
+        module.peft = PeftModules()
+    module.peft[name] = delta
+    return delta
+
+
+def sparse_deltas(model: nn.Module) -> dict[str, SparseDelta]:
+    """The deltas in ``model``, by the full name of the parameter that each is for."""
+    return {
+        f'{path}.{name}' if path else name: delta
+        for path, m in model.named_modules()
+        if isinstance(m, SparseModule)
+        for name, delta in m.peft.items()
+    }
+
+
+@torch.no_grad()
+def merge_sparse(model: nn.Module) -> list[str]:
+    """Add every delta in ``model`` to its parameter and remove it, in place: the modules are stock ones again.
+
+    A merged parameter is, bit for bit, the effective one that the forward computed with.
+
+    Returns:
+        The names of the parameters that changed.
+    """
+    names = list(sparse_deltas(model))
+    for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
+        for name, delta in module.peft.items():
+            parameter = module._parameters[name]
+            parameter.copy_(delta(parameter))
+        del module.peft
+        module.__class__ = stock_class(module)
+    return names
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
+
+
+class _SparseLinear(torch.autograd.Function):
+    """``F.linear`` with single weights that train. Differentiable once."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        indices: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, values)
+        # Not saved with the others: DDP writes the same buffers anew at every forward, which would count as a change.
+        ctx.indices = indices
+        with _no_autocast(x.device.type):
+            return F.linear(x, _add(weight, values, indices).to(dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, values = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = grad_values = None
+        with _no_autocast(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                grad_x = grad @ _add(weight, values, ctx.indices).to(grad.dtype)
+            grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # (N, out), (N, in)
+            if ctx.needs_input_grad[1]:  # somebody trains the whole matrix as well
+                grad_weight = (grad.t() @ x).to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad.sum(0)
+            if ctx.needs_input_grad[3]:
+                grad_values = sparse_weight_grad(grad, x, ctx.indices).to(values.dtype)
+        return grad_x, grad_weight, grad_bias, grad_values, None, None
+
+
+_DENSE_FROM = {'cpu': 0.15, 'cuda': 0.004}
+"""Share of a weight's elements from which the whole product is cheaper than one dot product for each; both costs grow
+with N, so that it drops out. CPU: measured on two cores (AMD EPYC), where they meet between 0.12 and 0.3 for N from 200
+to 12,800 and layers from 128 to 3072 wide. CUDA: not measured, but estimated from what an accelerator of today reads
+(2 to 4 TB/s, six passes over K x N numbers) and multiplies (20 to 60 TFLOP/s in single precision). See
+:mod:`mona_mm.benchmark.spt`."""
+
+_ROWS = 512
+"""Rows of N at a time in the sampled product on a CPU: what it needs of both matrices then stays in the cache."""
+
+_ELEMENTS = 1 << 24
+"""Elements of each factor at a time in the gather form: at most 128 MiB for both in single precision."""
+
+
+def sparse_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """``(grad.T @ x).flatten()[indices]``, in the cheapest way for the device and the number of indices.
+
+    Args:
+        grad: gradient of the linear's output, ``(N, out)``.
+        x: its input, ``(N, in)``, of the same dtype.
+        indices: ascending positions in the flattened weight, ``(K,)``.
+
+    Returns:
+        ``(K,)``, in single precision where the form accumulates in it, else in the dtype of ``grad``.
+    """
+    size = grad.shape[1] * x.shape[1]
+    if len(indices) >= _DENSE_FROM.get(grad.device.type, _DENSE_FROM['cuda']) * size:
+        return grad_by_dense_product(grad, x, indices)
+    if grad.device.type == 'cpu':
+        return grad_by_sampled_product(grad, x, indices)
+    return grad_by_gather(grad, x, indices)
+
+
+def grad_by_dense_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """One ``(out, in)`` matrix product, and its elements at ``indices``: ``O(out * in * N)``."""
+    return (grad.t() @ x).flatten().index_select(0, indices)
+
+
+def grad_by_gather(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """``(grad[:, rows] * x[:, columns]).sum(0)``, as many weights at a time as bounded memory allows: ``O(K N)``."""
+    rows, columns = _places(indices, x.shape[1])
+    grad, x = grad.t().contiguous(), x.t().contiguous()  # a weight's N factors then lie together
+    size = max(1, _ELEMENTS // max(1, grad.shape[1]))
+    parts = [
+        torch.linalg.vecdot(_single(grad[rows[i : i + size]]), _single(x[columns[i : i + size]]))
+        for i in range(0, len(indices), size)
+    ]
+    return torch.cat(parts)
+
+
+def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
+    """The same sums by torch's sampled matrix product, without copies of ``K x N`` numbers: ``O(K N)``."""
+    rows, columns = _places(indices, x.shape[1])
+    starts = torch.searchsorted(rows, torch.arange(grad.shape[1] + 1, device=rows.device))
+    grad, x = _single(grad), _single(x)
+    total = torch.sparse_csr_tensor(
+        starts, columns, grad.new_zeros(len(indices)), (grad.shape[1], x.shape[1]), check_invariants=False
+    )
+    for g, part in zip(grad.split(_ROWS), x.split(_ROWS), strict=True):
+        total = torch.sparse.sampled_addmm(total, g.t(), part)
+    return total.values()
+
+
+def _places(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    indices = indices.long()
+    rows = torch.div(indices, width, rounding_mode='floor')
+    return rows, indices - rows * width
+
+
+def _single(x: Tensor) -> Tensor:
+    """Half precision to single: products of halves and sums of thousands of them would lose what is left of it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,358 @@
+"""SPT as a method: what a plan says is what trains, on every host; plans are found or made where they are needed."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import test_hosts
+import torch
+from conftest import HOSTS, ROOT, golden, part
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from test_training import command, scores
+from torch import nn
+
+from mona_mm import PeftBackbone, count_trainable
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config
+from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.meta import build_on_meta, meta_device
+from mona_mm.sites import LINEAR_SITES, find_host, method_modules
+from mona_mm.spt import Plan
+from mona_mm.spt.parts import Architecture
+from mona_mm.spt.planning import make_plan, require_plan
+from mona_mm.spt.sparse import merge_sparse, sparse_deltas
+
+STRUCTURED = {
+    'lora': dict(type='LoRA', rank=2),
+    'adapter': dict(type='Adapter', bottleneck=2),
+    'mona': dict(type='Mona', bottleneck=4),
+}
+
+
+def plan_for(host: dict, structured: dict | None) -> Plan:
+    """A plan that has everything: in every block sites with modules, whole vectors, single weights of the others."""
+    torch.manual_seed(4)
+    backbone = MODELS.build(host)
+    architecture, descriptor = Architecture.of(backbone), find_host(backbone)
+    possible = ('post_attn', 'post_ffn') if structured['type'] == 'Mona' else LINEAR_SITES
+    of_kind = [s for s in descriptor.sites if s in possible]
+    if structured['type'] == 'Adapter':  # it reads the linear's output
+        of_kind = [s for s in of_kind if descriptor.linears[s].called]
+    sites = {block: tuple({of_kind[i % len(of_kind)], of_kind[(i + 2) % len(of_kind)]})
+             for i, block in enumerate(architecture.blocks)}  # fmt: skip
+    vectors = [(architecture.class_token, None)] if architecture.class_token else []
+    weights: dict[str, list[torch.Tensor]] = {}
+    for i, part_ in enumerate(architecture.parts):
+        if part_.kind == 'vector' and i % 3 == 0:
+            vectors.append((part_.name, part_.rows))
+        elif part_.kind == 'vector' or part_.op not in sites.get(part_.block, ()):
+            chosen = torch.randperm(part_.numel)[: 1 + part_.numel // 20] + part_.offset
+            weights.setdefault(part_.name, []).append(chosen)
+    weights = {name: torch.cat(chosen).sort().values for name, chosen in weights.items()}
+    return Plan(architecture, structured, sites, tuple(vectors), weights)
+
+
+def tunable(host: dict, kind: str) -> dict:
+    """The structured module without what a host cannot take: dropout where only the weight is reached."""
+    by_weight = 'V2' in host['type'] and kind == 'lora'
+    return {**STRUCTURED[kind], **(dict(dropout=0.0, drop_path=0.0) if by_weight else {})}
+
+
+@pytest.fixture(params=STRUCTURED)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def spt(host, kind, tmp_path) -> dict:
+    """An SPT method with a plan for the host."""
+    plan = plan_for(host, STRUCTURED[kind])
+    plan.save(tmp_path / 'plan.safetensors')
+    return dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, kind))
+
+
+def test_what_the_plan_says_trains(host, spt):
+    """Exactly the plan's count, by the plan's own parts; all of them get a gradient and nothing else does."""
+    plan = Plan.load(spt['plan'])
+    model = PeftBackbone(base=host, peft=spt)
+    model.init_weights()
+    count = count_trainable(model)
+    assert (count.backbone_trainable, count.method) == (plan.counts.total, 'SPT')
+    assert plan.structured and plan.vectors and plan.counts.weights, 'a plan that shows nothing'
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, rows in plan.vectors if rows is None} <= trainable
+    deltas = sparse_deltas(model)
+    fused = {name for name, rows in plan.vectors if rows is not None}
+    assert deltas.keys() == plan.weights.keys() | fused
+    for name in plan.weights.keys() - fused:
+        assert torch.equal(deltas[name].indices.long(), plan.weights[name])
+    model.eval()  # a dropped path would leave some without
+    for module in method_modules(model):
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.1)
+    sum(out.square().sum() for out in model(test_hosts.images())).backward()
+    without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert without <= {'ln1.weight', 'ln1.bias'}
+    assert not [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+
+
+def test_the_suite(host, spt, tmp_path):
+    """What is promised of every method: keys, round trip, copies, any size, half precision, initial values."""
+    test_hosts.test_base_keys_are_kept(host, spt)
+    test_hosts.test_state_dict_round_trip(host, spt)
+    for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        test_hosts.test_copies_are_independent(PeftBackbone(base=host, peft=spt), clone)
+    test_hosts.test_any_image_size(PeftBackbone(base=host, peft=spt), (50, 70))
+    test_hosts.test_bfloat16_is_finite(PeftBackbone(base=host, peft=spt))
+
+
+def test_begins_as_the_stock_model(host, spt):
+    """LoRA, Adapter and single weights begin as the identity; Mona's own initial values do not, as published."""
+    if spt['structured']['type'] == 'Mona':
+        return
+    stock = MODELS.build(host)
+    stock.init_weights()
+    model = PeftBackbone(base=host, peft=spt)
+    model.init_weights()
+    test_hosts.load(model, stock.state_dict())
+    test_hosts.freeze_alike(stock, model)
+    stock.eval()
+    model.eval()
+    x = test_hosts.images()
+    for ours, theirs in zip(model(x), stock(x), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_equals_unmerged(host, tmp_path):
+    """Plans of LoRA and single weights go into stock weights: single weights bit for bit, LoRA to rounding."""
+    plan = plan_for(host, STRUCTURED['lora'])
+    plan.save(tmp_path / 'plan.safetensors')
+    peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, 'lora'))
+    model = PeftBackbone(base=host, peft=peft)
+    model.init_weights()
+    for module in method_modules(model):
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.1)
+    model.eval()
+    x = test_hosts.images()
+    with torch.no_grad():
+        expected = model(x)
+        merge_sparse(model)
+        descriptor = find_host(model)
+        for block in descriptor.blocks(model).values():
+            for site, module in block.peft.items():
+                weight = block.get_parameter(descriptor.linears[site].weight)
+                rows = weight[descriptor.linears[site].rows(weight)]
+                rows += module.delta_weight().view_as(rows)
+        stock = MODELS.build(host)
+        stock.load_state_dict({n: t for n, t in model.state_dict().items() if '.peft.' not in n}, strict=False)
+        stock.eval()
+        for merged, unmerged in zip(stock(x), expected, strict=True):
+            torch.testing.assert_close(merged, unmerged, atol=2e-4, rtol=2e-4)
+
+
+def test_a_plan_of_everything_is_ordinary_training(tmp_path):
+    """Every weight of two linears and a norm as single weights: AdamW takes the steps of ordinary training."""
+    host = dict(HOSTS['mmdet-swin'], drop_path_rate=0.0)
+    names = [f'stages.1.blocks.0.{n}' for n in ('attn.w_msa.qkv.weight', 'ffn.layers.1.weight', 'norm2.weight')]
+    stock = MODELS.build(host)
+    stock.init_weights()
+    weights = {name: torch.arange(stock.get_parameter(name).numel()) for name in names}
+    Plan(Architecture.of(stock), None, {}, (), weights).save(tmp_path / 'plan.safetensors')
+    tuned = PeftBackbone(base=host, peft=dict(type='SPT', plan=str(tmp_path / 'plan.safetensors')))
+    test_hosts.load(tuned, stock.state_dict())
+    stock.requires_grad_(False)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for name in names:
+        stock.get_parameter(name).requires_grad = True
+    for model in (stock, tuned):
+        model.double().eval()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        for _ in range(5):
+            optimizer.zero_grad()
+            sum(out.square().mean() for out in model(x)).backward()
+            optimizer.step()
+    before = MODELS.build(host).double()
+    merge_sparse(tuned)
+    for name in names:
+        torch.testing.assert_close(tuned.get_parameter(name), stock.get_parameter(name), atol=1e-9, rtol=1e-9)
+        assert not torch.allclose(stock.get_parameter(name), before.get_parameter(name))
+
+
+def test_a_plan_for_other_weights_or_another_network_is_refused(tmp_path):
+    host = HOSTS['mmdet-swin']
+    stock = MODELS.build(host)
+    torch.save({'state_dict': stock.state_dict()}, tmp_path / 'base.pth')
+    plan = plan_for(host, STRUCTURED['lora'])
+    file = str(tmp_path / 'plan.safetensors')
+    plan.save(file)
+    with pytest.raises(PlanError, match='of another architecture than this SwinTransformer'):
+        PeftBackbone(base=HOSTS['mmdet-swin'] | dict(mlp_ratio=2), peft=dict(type='SPT', plan=file))
+    with pytest.raises(ConfigError, match="structured={'type': 'LoRA', 'rank': 4} is not what the plan .* made for"):
+        PeftBackbone(base=host, peft=dict(type='SPT', plan=file, structured=dict(type='LoRA', rank=4)))
+    with pytest.raises(MissingFileError, match='There is no file /nowhere'):
+        PeftBackbone(base=host, peft=dict(type='SPT', plan='/nowhere'))
+    with pytest.raises(MissingFileError, match='SPT needs a plan.*tools/train.py makes it'):
+        PeftBackbone(base=host, peft=dict(type='SPT', budget='1%'))
+
+    other = Plan(*(getattr(plan, f) for f in ('architecture', 'structured_config', 'structured', 'vectors', 'weights')),
+                 info=dict(base_digest='0' * 64, pretrained='imagenet.pth'))  # fmt: skip
+    other.save(file)
+    model = PeftBackbone(base=host, peft=dict(type='SPT', plan=file))
+    with pytest.raises(PlanError, match='was made for other weights.*for imagenet.pth'):
+        model.init_weights()
+
+
+@pytest.mark.parametrize('kind', ['lora', 'adapter'])
+def test_golden_blocks(kind, tmp_path):
+    """Two ViT blocks of the published code, structured modules on some of their matrices, through a plan: output, the
+    input's gradient and every gradient of the modules within 1e-5 (of gradients above 5, which go to 191, within 2e-6
+    of the largest: neighbours in single precision are 1.5e-5 apart there)."""
+    tensors, metadata = golden(f'spt_block_{kind}')
+    tensors = {name: t.double() for name, t in tensors.items()}
+    dim, rank = int(metadata['dim']), int(metadata['rank'])
+    sites = metadata['order'].split(',')
+    host = dict(
+        type='mmpretrain.VisionTransformer',
+        arch=dict(embed_dims=dim, num_layers=2, num_heads=int(metadata['heads']), feedforward_channels=4 * dim),
+        img_size=32,
+        norm_cfg=dict(type='LN', eps=float(metadata['norm_eps'])),
+    )
+    architecture = Architecture.of(MODELS.build(host))
+    rows = json.loads(metadata['structured_matrices'])
+    structured = {f'layers.{i}': tuple(s for s, there in zip(sites, row, strict=True) if there)
+                  for i, row in enumerate(rows)}  # fmt: skip
+    config = dict(type='LoRA', rank=rank) if kind == 'lora' else dict(type='Adapter', bottleneck=rank)
+    file = str(tmp_path / 'plan.safetensors')
+    Plan(architecture, config, structured, (), {}).save(file)
+    model = PeftBackbone(base=host, peft=dict(type='SPT', plan=file)).double()
+    model.eval()
+    stock = dict(norm1='ln1', norm2='ln2') | {'attn.proj': 'attn.proj', 'mlp.fc1': 'ffn.layers.0.0'}
+    stock |= {'mlp.fc2': 'ffn.layers.1'}
+    modules = {}
+    with torch.no_grad():
+        for i, row in structured.items():
+            block, own = model.get_submodule(i), part(tensors, f'state/blocks.{i[-1]}.')
+            for end in ('weight', 'bias'):
+                block.get_parameter(f'attn.qkv.{end}').copy_(torch.cat([own[f'attn.{s}.{end}'] for s in 'qkv']))
+                for published, ours in stock.items():
+                    block.get_parameter(f'{ours}.{end}').copy_(own[f'{published}.{end}'])
+            for site in row:
+                for name, p in block.peft[site].named_parameters():
+                    layer, _, end = name.partition('.')
+                    path = f'{"mlp" if site[:2] == "fc" else "attn"}.structured_{site}.learnable'
+                    found = [n for n in own if n.startswith(path) and n.endswith(end)]
+                    modules[f'blocks.{i[-1]}.{sorted(found)[layer == "up"]}'] = p
+    for name, p in modules.items():
+        p.data.copy_(tensors[f'state/{name}'])
+    x = tensors['input'].requires_grad_()
+    out = x
+    for block in model.layers:
+        out = block(out)
+    out.backward(tensors['cotangent'])
+    torch.testing.assert_close(out, tensors['output'], atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.grad, tensors['grad_input'], atol=1e-5, rtol=0)
+    expected = {n: g for n, g in part(tensors, 'grad/').items() if n in modules}
+    assert expected.keys() == modules.keys()
+    for name, gradient in expected.items():
+        bar = max(1e-5, 2e-6 * gradient.abs().max().item())
+        torch.testing.assert_close(modules[name].grad, gradient, atol=bar, rtol=0, msg=name)
+
+
+def spt_detector(config, **options):
+    config.model.backbone.peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), num_batches=3, **options)
+    config.train_cfg.max_epochs = config.train_cfg.val_interval = 1
+    return config
+
+
+def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config, tmp_path):
+    """`tools/train.py` says that it makes the plan, stores it in the work dir, and trains exactly that under DDP;
+    `tools/test.py` finds it there and repeats the scores."""
+    spt_detector(detector_config, budget='2%').dump(tmp_path / 'config.py')
+    result = command(
+        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'tools/train.py'),
+        str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'work'),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    log = result.stdout + result.stderr
+    assert log.count('There is no plan yet: measuring the sensitivity of the backbone on 3 batches') == 1
+    assert f'Plan: {tmp_path}/work/plan.safetensors' in log
+    plan = Plan.load(tmp_path / 'work/plan.safetensors')
+    assert plan.counts.total <= plan.info['budget_parameters'] and plan.info['num_batches'] == 3
+    assert f'trainable in the backbone: {plan.counts.total:,} ' in log
+    assert 'frozen parameters are unchanged' in log
+
+    checkpoint = find_last_checkpoint(tmp_path / 'work')
+    result = command(
+        'tools/test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'elsewhere')
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert scores(result.stdout + result.stderr) == scores(log)
+
+
+def test_plans_found_and_missing(detector_config, tmp_path):
+    """A plan in the work dir is used again if it was made for the same request, and only then; where none can be made
+    the error says how to have one."""
+    cfg = spt_detector(detector_config, budget='2%')
+    cfg.work_dir = str(tmp_path / 'work')
+    with pytest.raises(MissingFileError, match=r'no plan.safetensors in .*work or /nowhere.*backbone.peft.plan='):
+        require_plan(cfg, (cfg.work_dir, '/nowhere'))
+    no_budget = copy.deepcopy(cfg)
+    del no_budget.model.backbone.peft['budget']
+    no_budget.work_dir = str(tmp_path / 'no_budget')
+    with pytest.raises(ConfigError, match='names no plan, and no budget.*peft.budget=0.5%'):
+        make_plan(no_budget)
+    cfg.model.backbone.peft.budget = '2%'
+    make_plan(cfg)
+    file = tmp_path / 'work/plan.safetensors'
+    assert cfg.model.backbone.peft.plan == str(file)
+    before = file.stat().st_mtime_ns
+    for key, value, message in (
+        ('budget', '3%', 'is a plan for budget=2%, and this config says 3%.*another --work-dir'),
+        ('structured', dict(type='LoRA', rank=3), "is a plan for structured={'type': 'LoRA', 'rank': 2}"),
+        ('alpha', 4.0, 'is a plan for alpha=10.0, and this config says 4.0'),
+        ('plan', None, None),
+    ):
+        again = copy.deepcopy(cfg)
+        again.model.backbone.peft.plan = None
+        again.model.backbone.peft[key] = value
+        if message is None:
+            make_plan(again)
+            assert again.model.backbone.peft.plan == str(file)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                make_plan(again)
+    assert file.stat().st_mtime_ns == before
+    file.write_bytes(file.read_bytes()[:-100])
+    cfg.model.backbone.peft.plan = None
+    with pytest.raises(PlanError, match='plan.safetensors'):
+        make_plan(cfg)
+
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'configs').glob('spt_*/*swin_[bl]*.py')))
+def test_shipped_configs_at_full_size(name, tmp_path):
+    """Every SPT config over the Mona paper's tasks builds with a plan for its base, trains exactly the plan, decays no
+    single weight, and gives the optimizer exactly what trains."""
+    path = next((ROOT / 'configs').rglob(f'{name}.py'))
+    cfg = load_config(str(path))
+    peft = cfg.model.backbone.peft
+    assert path.parent.name == f'spt_{peft.structured["type"].lower()}'
+    with meta_device():
+        init_default_scope(cfg.default_scope)
+        architecture = Architecture.of(MODELS.build(dict(type='mona_mm.PeftBackbone', base=cfg.model.backbone.base)))
+    block = architecture.blocks[-1]
+    site = 'post_ffn' if peft.structured['type'] == 'Mona' else 'v'
+    weights = {f'{block}.norm2.weight': torch.tensor([3]), f'{block}.attn.w_msa.qkv.weight': torch.tensor([5, 700])}
+    plan = Plan(architecture, dict(peft.structured), {block: (site,)}, ((f'{block}.norm2.bias', None),), weights)
+    peft.plan = str(tmp_path / 'plan.safetensors')
+    plan.save(peft.plan)
+    cfg.model.backbone.base.init_cfg = None
+    model = build_on_meta(cfg)
+    assert count_trainable(model).backbone_trainable == plan.counts.total
+    adapt_to_device(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    groups = {id(p): group for group in wrapper.optimizer.param_groups for p in group['params']}
+    assert groups.keys() == {id(p) for p in model.parameters() if p.requires_grad}
+    deltas = sparse_deltas(model.backbone).values()
+    assert len(deltas) == 2 and all(groups[id(delta.values)]['weight_decay'] == 0 for delta in deltas)

@@ -1,0 +1,203 @@
+"""Writes what `mim search` reads: python tests/write_metafiles.py
+
+model-index.yml names a metafile for each method's folder in configs/, and a metafile lists the folder's configs with
+what they train and with the published results, as the independent evidence has them: every number with its grade there,
+no number where there is none. Run it after adding or renaming a config; tests/test_metafiles.py says when that is due.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / 'mona_mm/published.json'
+TOP = '# Written by tests/write_metafiles.py: run it in place of editing this.\n'
+
+MONA = (
+    '5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks',
+    'https://arxiv.org/abs/2408.08345',
+)
+SWIN = (
+    'Swin Transformer: Hierarchical Vision Transformer using Shifted Windows',
+    'https://arxiv.org/abs/2103.14030',
+)
+SPT = ('Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning', 'https://arxiv.org/abs/2303.08566')
+# Folder: name, code, paper. Methods without a paper of their own are cited as Mona's paper defines and measures them.
+METHODS = {
+    'mona': ('Mona', 'mona_mm/methods/mona.py', MONA),
+    'full': ('Full', 'mona_mm/freeze.py', SWIN),
+    'fixed': ('Fixed', 'mona_mm/freeze.py', MONA),
+    'bitfit': (
+        'BitFit',
+        'mona_mm/freeze.py',
+        (
+            'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models',
+            'https://arxiv.org/abs/2106.10199',
+        ),
+    ),
+    'norm_tuning': ('NormTuning', 'mona_mm/freeze.py', MONA),
+    'partial_1': ('Partial-1', 'mona_mm/freeze.py', MONA),
+    'adapter': (
+        'Adapter',
+        'mona_mm/methods/adapter.py',
+        ('Parameter-Efficient Transfer Learning for NLP', 'https://arxiv.org/abs/1902.00751'),
+    ),
+    'lora': (
+        'LoRA',
+        'mona_mm/methods/lora.py',
+        ('LoRA: Low-Rank Adaptation of Large Language Models', 'https://arxiv.org/abs/2106.09685'),
+    ),
+    'adaptformer': (
+        'AdaptFormer',
+        'mona_mm/methods/adaptformer.py',
+        (
+            'AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition',
+            'https://arxiv.org/abs/2205.13535',
+        ),
+    ),
+    'lorand': (
+        'LoRand',
+        'mona_mm/methods/lorand.py',
+        (
+            '1% VS 100%: Parameter-Efficient Low Rank Adapter for Dense Predictions',
+            'https://openaccess.thecvf.com/content/CVPR2023/html/'
+            'Yin_1_VS_100_Parameter-Efficient_Low_Rank_Adapter_for_Dense_Predictions_CVPR_2023_paper.html',
+        ),
+    ),
+    'spt_lora': ('SPT-LoRA', 'mona_mm/methods/spt.py', SPT),
+    'spt_adapter': ('SPT-Adapter', 'mona_mm/methods/spt.py', SPT),
+    'spt_mona': ('SPT-Mona', 'mona_mm/methods/spt.py', SPT),
+}
+# Part of a config's name: what it trains on.
+DATA = {
+    'coco': 'COCO',
+    'ade20k': 'ADE20K',
+    'flowers102': 'Oxford 102 Flowers',
+    'oxfordpets': 'Oxford-IIIT Pets',
+    'voc2007': 'PASCAL VOC 2007',
+    'voc': 'PASCAL VOC 2007 and 2012',
+}
+GRADES = {
+    'A': 'published by the authors (grade A)',
+    'F': 'published by the authors, in a figure (grade F)',
+    'C': 'published by the authors, second-hand (grade C)',
+}
+COUNT = 'Trainable Backbone Parameters'
+BUDGET = 'Budget of Trainable Backbone Parameters'
+
+
+def configs(method: str) -> list[str]:
+    """The names of a method's configs."""
+    return sorted(path.stem for path in (ROOT / 'configs' / method).glob('*.py'))
+
+
+def listed() -> dict[str, dict[str, Any]]:
+    """The entries of all metafiles as they are now, by the name of the config."""
+    files = [ROOT / 'configs' / method / 'metafile.yml' for method in METHODS]
+    entries = [entry for file in files for entry in yaml.safe_load(file.read_text(encoding='utf-8'))['Models']]
+    return {entry['Name']: entry for entry in entries}
+
+
+def training_data(name: str) -> str:
+    return next(data for part, data in DATA.items() if re.search(rf'_{part}(_|$)', name))
+
+
+def published_results(method: str, name: str, published: dict[str, Any]) -> list[tuple[str, str, str, list | None]]:
+    """Task, data set, metric and, where it was published, value and grade of a config. Only for the published settings:
+    a config with another learning rate, other labels or another design has no results."""
+    task = name.removeprefix(f'{method}_')
+    if method.startswith('spt_'):
+        return []
+    if task == 'cascade_swin_b_coco':
+        scores = published['coco_cascade_mask_rcnn_swin_b'][method]
+        return [
+            ('Object Detection', 'COCO', 'box AP', scores['box_ap']),
+            ('Instance Segmentation', 'COCO', 'mask AP', scores['mask_ap']),
+        ]
+    if task == 'upernet_swin_l_ade20k':
+        score = published['ade20k_upernet_swin_l_miou'][method]
+        return [('Semantic Segmentation', 'ADE20K', 'mIoU', score)]
+    if match := re.fullmatch('swin_l_(flowers102|oxfordpets|voc2007)', task):
+        score = published['classification_swin_l_top1'].get(method, {}).get(match[1])
+        return [('Image Classification', DATA[match[1]], 'Top 1 Accuracy', score)]
+    if task == 'retinanet_swin_l_voc':
+        score = published['voc_retinanet_swin_l_ap50'][method]
+    elif match := re.fullmatch('retinanet_(swin_[tb])_voc', task):
+        score = published['ablation_backbone_voc'][match[1]].get(method)
+    elif match := re.fullmatch(r'retinanet_swin_l_voc_bottleneck(\d+)', task):
+        score = published['ablation_bottleneck_voc_swin_l'].get(match[1]) if method == 'mona' else None
+    else:
+        return []
+    return [('Object Detection', 'PASCAL VOC 2007', 'AP50', score)]
+
+
+def model(method: str, name: str, trainable: int | str, published: dict[str, Any]) -> dict[str, Any]:
+    """The entry of one config."""
+    results = [result for result in published_results(method, name, published) if result[3] is not None]
+    # What SPT trains is in a plan, which training makes; before it there is a budget.
+    count = BUDGET if isinstance(trainable, str) else COUNT
+    metadata: dict[str, Any] = {'Training Data': training_data(name), count: trainable}
+    for _, _, metric, (_, grade) in results:
+        # In words, and in the model's own metadata: of a result, mim keeps only its numbers.
+        source = GRADES[grade]
+        if name == 'cascade_swin_b_coco':
+            source += ', test-dev'
+        metadata[f'Source of {metric}'] = source
+    entry = {
+        'Name': name,
+        'In Collection': METHODS[method][0],
+        'Config': f'configs/{method}/{name}.py',
+        'Metadata': metadata,
+    }
+    if results:
+        entry['Results'] = [
+            {'Task': task, 'Dataset': data, 'Metrics': {metric: value}} for task, data, metric, (value, _) in results
+        ]
+    return entry
+
+
+def metafile(method: str, trainable: dict[str, int | str], published: dict[str, Any]) -> str:
+    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains, or may."""
+    name, code, (title, url) = METHODS[method]
+    collection = {
+        'Name': name,
+        'Metadata': {'Paper Title': title},
+        'Paper': url,  # no mapping with URL and Title: of that, `mim search` prints the two words
+        'README': '../../README.md',
+        'Code': code,
+    }
+    models = [model(method, config, trainable[config], published) for config in configs(method)]
+    return TOP + dump({'Collections': [collection]}) + '\n' + dump({'Models': models})
+
+
+def model_index() -> str:
+    return TOP + dump({'Import': [f'configs/{method}/metafile.yml' for method in METHODS]})
+
+
+def dump(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def write() -> None:
+    from mona_mm.config import load_config
+    from mona_mm.freeze import count_trainable
+    from mona_mm.meta import build_on_meta
+    from mona_mm.spt.planning import spt_config
+
+    published = json.loads(PUBLISHED.read_text())
+    for method in METHODS:
+        paths = {name: str(ROOT / f'configs/{method}/{name}.py') for name in configs(method)}
+        trainable = {}
+        for name, path in paths.items():
+            cfg = load_config(path)
+            spt = spt_config(cfg)
+            trainable[name] = spt.budget if spt else count_trainable(build_on_meta(cfg)).backbone_trainable
+        (ROOT / f'configs/{method}/metafile.yml').write_text(metafile(method, trainable, published), encoding='utf-8')
+    (ROOT / 'model-index.yml').write_text(model_index(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    write()
