@@ -83,7 +83,7 @@ class _Mona(torch.autograd.Function):
             activated, mask = F.gelu(r), None
             if drop:
                 activated, mask = torch.native_dropout(activated, drop, True)
-            out = _linear(activated, params[8].to(dtype), params[9].to(dtype))
+            out = linear(activated, params[8].to(dtype), params[9].to(dtype))
             out = out.add_(x) if out.dtype == x.dtype else x + out
         ctx.save_for_backward(x, mean, rstd, hidden, mask, *mixing, *params)
         ctx.hw, ctx.eps, ctx.scale, ctx.drop, ctx.dtype = hw, eps, scale, drop, dtype
@@ -105,7 +105,7 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
         stat = x if x.dtype == weight.dtype else x.to(weight.dtype)
         s, mean, rstd = torch.native_layer_norm(stat, x.shape[-1:], gamma * weight, gamma * bias, eps)
         s.addcmul_(stat, gammax)
-    return _linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
+    return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
 
 
 def _merged(filters: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -141,12 +141,12 @@ def _mix(
     grid = _grid(p, hw)
     q = F.conv2d(grid, kernel, kernel_bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
     q = _tokens(q).add_(_tokens(grid))
-    r = _linear(q, pointwise, pointwise_bias).add_(q)
+    r = linear(q, pointwise, pointwise_bias).add_(q)
     extra = p.shape[1] - r.shape[1]
     return q, torch.cat((p[:, :extra], r), 1) if extra else r
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``; in float32 on a CPU by oneDNN, which is up to twice as fast as the library that torch has there.
 
     Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
@@ -167,9 +167,7 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` of matrices with many rows."""
     if not _onednn(a):
         return a.t().mm(b)
-    out, *rest = (
-        _linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True)
-    )
+    out, *rest = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
     for part in rest:
         out.add_(part)
     return out
@@ -196,7 +194,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not (need_x or need_down or need_filters or need_pointwise):
         return _returned(ctx, None, grads)
 
-    dr = _linear(g, params[8].to(dtype).t()).view_as(r)
+    dr = linear(g, params[8].to(dtype).t()).view_as(r)
     if mask is not None:
         dr.mul_(mask).mul_(1 / (1 - ctx.drop))
     dr = torch.ops.aten.gelu_backward(dr, r)
@@ -208,7 +206,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not (need_x or need_down or need_filters):
         return _returned(ctx, None, grads)
 
-    dq = _linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
+    dq = linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
     if need_filters:
         _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel, ctx.scale)
     if not (need_x or need_down):
@@ -224,7 +222,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not need_x:
         return _returned(ctx, None, grads)
 
-    ds = _linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
+    ds = linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
     if mean is None:
         dx = ds.add_(grad.flatten(0, 1))
     else:
