@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mona_mm.methods.mona as mona_module
+from mona_mm.benchmark import module as benchmark
 from mona_mm.methods import Mona
 
 GRIDS = {  # (batch, (H, W), extra tokens)
@@ -43,7 +44,7 @@ def step(module: Mona, x: torch.Tensor, grad: torch.Tensor, hw, fast: bool, auto
     module.fast = fast
     x = x.clone().requires_grad_()
     torch.manual_seed(7)
-    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         out = module(x, hw)
     assert (type(out.grad_fn).__name__ == '_MonaBackward') == fast
     out.backward(grad.to(out.dtype))
@@ -70,6 +71,20 @@ def test_equals_the_plain_form(grid, variant):
     assert_close(step(module, x, grad, hw, True), step(module, x, grad, hw, False), 1e-5)
     module, x, grad = module.double(), x.double(), grad.double()
     assert_close(step(module, x, grad, hw, True), step(module, x, grad, hw, False), 1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('grid', GRIDS)
+def test_cuda(grid, monkeypatch):
+    """On a GPU, too: in float32 as above, under bfloat16 within its resolution, and with the same dropout mask."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    batch, hw, extra = GRIDS[grid]
+    module = build().cuda()
+    x = torch.randn(batch, extra + hw[0] * hw[1], 24, device='cuda')
+    grad = torch.randn_like(x)
+    assert_close(step(module, x, grad, hw, True), step(module, x, grad, hw, False), 1e-5)
+    fast, plain = (step(module, x, grad, hw, fast, torch.bfloat16) for fast in (True, False))
+    assert_close(fast, plain, 0.1)
 
 
 @pytest.mark.parametrize('hw', [(4, 3), (2, 1)])
@@ -237,6 +252,31 @@ def test_what_falls_back_to_the_plain_form(monkeypatch):
     assert not is_fast(build())
     monkeypatch.setattr(mona_module, 'PLAIN_TOKENS', 264)
     assert is_fast(build())
+
+
+def test_no_images():
+    """An empty batch goes through the plain form, with or without the limit for few tokens."""
+    assert build()(torch.zeros(0, 12, 24), (3, 4)).shape == (0, 12, 24)
+
+
+def test_without_onednn():
+    """Where torch has no oneDNN, or it is switched off, the results are the same."""
+    module, hw = build(dropout=0.0), (40, 41)
+    x = torch.randn(2, 1640, 24)
+    expected = step(module, x, x, hw, True)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_close(step(module, x, x, hw, True), expected, 1e-5)
+
+
+def test_benchmark():
+    """A row for every way; the ratios are to ours, and the results are the published formula's."""
+    rows = benchmark.run(repeats=2, hosts=['swin_b'], sizes=[(40, 72)])
+    assert [r.way for r in rows] == list(benchmark.WAYS)
+    ours, plain, published, _ = rows
+    assert ours.ratio == 1 and ours.step > 0 and published.ratio > 0
+    assert ours.difference < 1e-5 and plain.difference < 1e-5
+    assert ours.kept < published.kept
+    assert len(benchmark.table(rows).splitlines()) == 2 + len(rows)
 
 
 def test_transforms():

@@ -136,11 +136,13 @@ class Mona(PeftModule):
         """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
 
         It calls no submodule, so that none may have a hook or have been replaced; it is opaque to tracers and to
-        ``torch.func``; and it takes parameters of the input's type or, under autocast, in float32.
+        ``torch.func``; it takes parameters of the input's type or, under autocast, in float32; and it was written for
+        CPUs and CUDA.
         """
         if isinstance(self.middle, ScaledLayerNorm) or torch.jit.is_tracing() or are_functorch_transforms_active():
             return False
-        if x.device.type == 'cpu' and x.shape[0] * x.shape[1] < PLAIN_TOKENS:
+        fewest = {'cpu': max(PLAIN_TOKENS, 1), 'cuda': 1}.get(x.device.type)
+        if fewest is None or x.shape[0] * x.shape[1] < fewest:
             return False
         if torch.is_autocast_enabled(x.device.type):
             dtype = None if x.dtype == torch.float64 else torch.float32
@@ -177,7 +179,7 @@ class Mona(PeftModule):
         grid = p.unflatten(1, hw).permute(0, 3, 1, 2)
         grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 # What a Mona is built of.

@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 # Below this number of pixels one call that computes a whole kernel's gradient on a CPU is faster than nine of 3x3.
 _TILED_PIXELS = 1500
 
-
 # Rows of a product over the tokens that are taken at once on a CPU, so that they stay in its cache.
 _ROWS = 2048
 
@@ -71,6 +70,9 @@ def mona(
 
 
 class _Mona(torch.autograd.Function):
+    # params: weight, bias, gamma and gammax of the norm, or four times None; weight and bias of down, pointwise and up;
+    # weight and bias of each depthwise convolution. Their gradients are lists in that order.
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, hw: tuple[int, int], eps: float | None, scale: float, drop: float, *params):
         device = x.device.type
@@ -131,7 +133,8 @@ def _grid(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
 
 
 def _tokens(grid: Tensor) -> Tensor:
-    return grid.permute(0, 2, 3, 1).flatten(1, 2)
+    """``(B, n, H, W) -> (B, H*W, n)``: a copy where the convolution's library did not keep to channels-last."""
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def _mix(
