@@ -170,6 +170,8 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` of matrices with many rows."""
     if not _onednn(a):
         return a.t().mm(b)
+    if len(a) <= _ROWS:
+        return linear(a.t(), b.t())
     out, *rest = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
     for part in rest:
         out.add_(part)
