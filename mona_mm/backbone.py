@@ -39,6 +39,7 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
     find_host(backbone)
     if method is not None:
         method.attach(backbone)
+    backbone.peft_config = peft  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     rules = [trainable] if isinstance(trainable, str) else list(trainable)

@@ -2,12 +2,14 @@
 
 import os.path as osp
 from collections.abc import Callable
+from logging import WARNING
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
+from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
 from mona_mm.data import datasets
 from mona_mm.errors import ConfigError, MissingFileError
 
@@ -133,8 +135,44 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
             )
     elif '://' not in checkpoint and not osp.isfile(checkpoint):
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')
+    if checkpoint.endswith(SUFFIX):
+        _check_resumable(checkpoint)
     cfg.resume = True
     cfg.load_from = checkpoint
+
+
+def fine_tune_from(cfg: Config, checkpoint: str) -> None:
+    """Set a config to start from a whole model that may have been trained for another number of classes.
+
+    Raises:
+        ConfigError: if it is a delta, which fits only its own classes.
+    """
+    if checkpoint.endswith(SUFFIX):
+        raise ConfigError(
+            f'--fine-tune {checkpoint}: a delta fits only the classes that it was trained for. Make a whole checkpoint '
+            'of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
+        )
+    cfg.load_from = checkpoint
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'mona_mm.LoadCheckHook']
+    if not hooks:
+        hooks = [dict(type='mona_mm.LoadCheckHook')]
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
+    hooks[0]['other_classes'] = True
+
+
+def _check_resumable(file: str) -> None:
+    header = read_delta(file).header
+    if header.parts is not None or 'iter' not in header.progress:
+        raise ConfigError(
+            f'--resume: {file} holds {"only " + ", ".join(header.parts) if header.parts else "no state of a run"}. '
+            f'Start a new run from it with --cfg-options load_from={file}, or resume from a whole checkpoint.'
+        )
+    print_log(
+        f'Resuming from {file}: a delta holds no moments of the optimizer, so they begin anew. The whole checkpoint '
+        'beside it continues exactly.',
+        logger='current',
+        level=WARNING,
+    )
 
 
 def find_last_checkpoint(work_dir: str) -> str | None:
