@@ -108,6 +108,12 @@ def golden_swin_config(metadata: dict[str, str]) -> dict:
     return dict(embed_dims=published['embed_dim'], **{key: published[key] for key in same})
 
 
+@pytest.fixture(autouse=True)
+def fast_mona(monkeypatch):
+    """Every Mona takes its fast form, however few its tokens: the tests' maps are small."""
+    monkeypatch.setattr('mona_mm.methods.mona.PLAIN_TOKENS', 0)
+
+
 @pytest.fixture(params=HOSTS)
 def host(request) -> dict:
     """The config of a small backbone of each supported kind."""

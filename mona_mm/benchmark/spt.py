@@ -31,6 +31,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from mona_mm.benchmark.timing import median, seconds, wait, with_spread
 from mona_mm.spt import sparse
 
 VIT_B = (3072, 768)
@@ -136,14 +137,14 @@ class _SlicedPublished:
 
     def seconds(self) -> float:
         """Of the whole gradient, were there the memory."""
-        _wait(self.device)
+        wait(self.device)
         start = time.perf_counter()
         rows, columns = sparse._places(self.case.places, self.case.x.shape[1])
         grad, x = self.case.grad[:, rows].t(), self.case.x.detach()[:, columns]
-        _wait(self.device)
+        wait(self.device)
         gathered = time.perf_counter()
         grad[: self.rows] @ x
-        _wait(self.device)
+        wait(self.device)
         return gathered - start + (time.perf_counter() - gathered) * self.count / self.rows
 
     def peak(self) -> int:
@@ -188,8 +189,8 @@ def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
             if way == 'published' and sliced:
                 gradients[way].append(sliced.seconds())
             else:
-                gradients[way].append(_seconds(cases[way].gradient, device))
-                steps[way].append(_seconds(cases[way].step, device))
+                gradients[way].append(seconds(cases[way].gradient, device))
+                steps[way].append(seconds(cases[way].step, device))
     if sliced:
         parts = zip(steps['ours'], gradients['ours'], gradients['published'], strict=True)
         steps['published'] = [step - ours + published for step, ours, published in parts]
@@ -206,28 +207,10 @@ def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
         )
 
 
-def _seconds(function: Callable[[], None], device: str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    function()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
 def _times(seconds: list[float], ours: list[float]) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
     """In milliseconds and as ratios, each as median and spread, without the first round."""
     ratios = [t / o for t, o in zip(seconds, ours, strict=True)]
-    return *_median([1e3 * t for t in seconds[1:]]), *_median(ratios[1:])
-
-
-def _median(values: list[float]) -> tuple[float, tuple[float, float]]:
-    first, median, third = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return median.item(), (first.item(), third.item())
+    return *median([1e3 * t for t in seconds[1:]]), *median(ratios[1:])
 
 
 def _peak(way: str, *args) -> float:
@@ -251,11 +234,11 @@ def _peak(way: str, *args) -> float:
 def _peak_on_cuda(case: _Case, device: str) -> float:
     case.step()
     case.optimizer.zero_grad()
-    _wait(device)
+    wait(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     case.step()
-    _wait(device)
+    wait(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
@@ -291,19 +274,14 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for r in rows:
         times = (
-            _range(r.gradient, r.gradient_spread),
-            _range(r.gradient_ratio, r.gradient_ratio_spread),
-            _range(r.step, r.step_spread),
-            _range(r.step_ratio, r.step_ratio_spread),
+            with_spread(r.gradient, r.gradient_spread),
+            with_spread(r.gradient_ratio, r.gradient_ratio_spread),
+            with_spread(r.step, r.step_spread),
+            with_spread(r.step_ratio, r.step_ratio_spread),
         )
         way = f'{r.way} (estimated)' if r.estimated else r.way
         lines.append(f'| {r.count:,} | {way} | {" | ".join(times)} | {r.peak:,.0f} | {r.kept:.2f} |')
     return '\n'.join(lines)
-
-
-def _range(median: float, spread: tuple[float, float]) -> str:
-    digits = 0 if median >= 100 else 1 if median >= 10 else 2
-    return f'{median:,.{digits}f} ({spread[0]:,.{digits}f}-{spread[1]:,.{digits}f})'
 
 
 def main() -> None:

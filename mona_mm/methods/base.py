@@ -31,6 +31,9 @@ class PeftModule(nn.Module):
     is_weight_delta: bool = False
     """At a linear site: whether :meth:`forward` is what ``delta_weight()``, added to the linear's weight, would do."""
 
+    fast: bool = True
+    """Whether :meth:`forward` may compute the same in fewer operations, where the method has such a form."""
+
     def reset_parameters(self) -> None:
         """Give the method's own parameters their initial values.
 

@@ -1,15 +1,21 @@
 """Mona: the multi-cognitive visual adapter."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.ops.mona import ScaledNorm, merged_filters, mona
 from mona_mm.registry import METHODS
 
 SCALED_NORMS = ('down', 'pointwise')
+
+PLAIN_TOKENS = 256
+"""With fewer tokens in the batch the plain form is the faster one on a CPU."""
 
 
 class ScaledLayerNorm(nn.Module):
@@ -117,6 +123,8 @@ class Mona(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
+        if self.fast and not torch.compiler.is_compiling() and self._fits_fast(x):
+            return self._fast(x, hw)
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         if extra:
@@ -125,12 +133,120 @@ class Mona(PeftModule):
             p = self._mix(p, hw)
         return x + self.up(self.dropout(self.act(p)))
 
+    def deploy(self) -> 'DeployedMona':
+        """The same function with its weights folded, for inference: see :class:`DeployedMona`. The module stays."""
+        return DeployedMona(self)
+
+    def _fits_fast(self, x: Tensor) -> bool:
+        """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
+
+        It calls no submodule, so that none may have a hook or have been replaced; it is opaque to tracers and to
+        ``torch.func``; it takes parameters of the input's type or, under autocast, in float32; and it was written for
+        CPUs and CUDA.
+        """
+        if isinstance(self.middle, ScaledLayerNorm) or torch.jit.is_tracing() or are_functorch_transforms_active():
+            return False
+        fewest = {'cpu': max(PLAIN_TOKENS, 1), 'cuda': 1}.get(x.device.type)
+        if fewest is None or x.shape[0] * x.shape[1] < fewest:
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = None if x.dtype == torch.float64 else torch.float32
+        else:
+            dtype = x.dtype
+        return all(
+            type(m) in _PARTS
+            and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+            and all(p is not None and p.dtype == dtype for p in m._parameters.values())
+            for child in self.children()
+            for m in child.modules()
+        )
+
+    def _fast(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        norm = None
+        if isinstance(self.entrance, ScaledLayerNorm):
+            inner = self.entrance.norm
+            norm = ScaledNorm(inner.weight, inner.bias, self.entrance.gamma, self.entrance.gammax, inner.eps)
+        return mona(
+            x,
+            hw,
+            norm,
+            (self.down.weight, self.down.bias),
+            [(conv.weight, conv.bias) for conv in self.depthwise],
+            (self.pointwise.weight, self.pointwise.bias),
+            (self.up.weight, self.up.bias),
+            self.filter_scale,
+            self.dropout.p if self.dropout.training else 0.0,
+        )
+
     def _mix(self, p: Tensor, hw: tuple[int, int]) -> Tensor:
         """The spatial part, ``(B, H*W, n) -> (B, H*W, n)``."""
-        grid = p.transpose(1, 2).unflatten(2, hw)  # (B, n, H, W)
+        # (B, n, H, W), channels-last; transpose and unflatten would be taken for channels-first at batch 1
+        grid = p.unflatten(1, hw).permute(0, 3, 1, 2)
         grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
-        return grid.flatten(2).transpose(1, 2)
+        return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+class DeployedMona(nn.Module):
+    """A Mona with one depthwise convolution, which has the others, their average and the identity in it, a 1x1 with the
+    identity in it, and a LayerNorm with its scale in it.
+
+    Of ordinary modules alone, so that it can be traced and exported. It equals the Mona in eval mode within 1e-5 in
+    float32 and does not follow what happens to the Mona afterwards.
+
+    Args:
+        mona: whose weights to take.
+    """
+
+    @torch.no_grad()
+    def __init__(self, mona: Mona) -> None:
+        super().__init__()
+        mona = copy.deepcopy(mona)
+        self.entrance, self.gammax = _folded_norm(mona.entrance)
+        self.down = mona.down
+        kernel, bias = merged_filters([(conv.weight, conv.bias) for conv in mona.depthwise], mona.filter_scale)
+        hidden, size, like = len(kernel), kernel.shape[-1], dict(device=kernel.device, dtype=kernel.dtype)
+        self.depthwise = nn.Conv2d(hidden, hidden, size, padding=size // 2, groups=hidden, **like)
+        self.depthwise.weight.copy_(kernel)
+        self.depthwise.weight[:, 0, size // 2, size // 2] += 1
+        self.depthwise.bias.copy_(bias)
+        self.middle = mona.middle
+        self.pointwise = nn.Linear(hidden, hidden, **like)
+        self.pointwise.weight.copy_(mona.pointwise.weight.flatten(1))
+        self.pointwise.bias.copy_(mona.pointwise.bias)
+        if not isinstance(self.middle, ScaledLayerNorm):
+            self.pointwise.weight.diagonal().add_(1)
+        self.act = mona.act
+        self.up = mona.up
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``, see :meth:`Mona.forward`."""
+        s = self.entrance(x)
+        if self.gammax is not None:
+            s = s + x * self.gammax
+        p = self.down(s)
+        extra = x.shape[1] - hw[0] * hw[1]
+        q = self.depthwise(p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
+        r = self.pointwise(self.middle(q))
+        if isinstance(self.middle, ScaledLayerNorm):
+            r = r + q
+        if extra:
+            r = torch.cat((p[:, :extra], r), dim=1)
+        return x + self.up(self.act(r))
+
+
+def _folded_norm(norm: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
+    """A LayerNorm that has the scale, and what to multiply its input with; or the identity and None."""
+    if not isinstance(norm, ScaledLayerNorm):
+        return norm, None
+    norm.norm.weight.mul_(norm.gamma)
+    norm.norm.bias.mul_(norm.gamma)
+    return norm.norm, norm.gammax
+
+
+# What a Mona is built of.
+_PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}
 
 
 def _check_kernel_sizes(sizes: Sequence[int]) -> None:

@@ -1,0 +1,335 @@
+"""Mona as one autograd function: the same mathematics in fewer operations, and little kept for the backward pass."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Below this number of pixels one call that computes a whole kernel's gradient on a CPU is faster than nine of 3x3.
+_TILED_PIXELS = 1500
+
+# Rows of a product over the tokens that are taken at once on a CPU, so that they stay in its cache.
+_ROWS = 2048
+
+
+class ScaledNorm(NamedTuple):
+    """Parameters of the scaled LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor
+    gammax: Tensor
+    eps: float
+
+
+def mona(
+    x: Tensor,
+    hw: tuple[int, int],
+    norm: ScaledNorm | None,
+    down: tuple[Tensor, Tensor],
+    depthwise: Sequence[tuple[Tensor, Tensor]],
+    pointwise: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor],
+    filter_scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What :meth:`mona_mm.methods.Mona.forward` computes, for Mona without a scaled LayerNorm before the 1x1.
+
+    How it differs from the plain form:
+
+    - the depthwise convolutions are one, with the kernel that is their sum, built in every call;
+    - tokens stay ``(B, N, C)`` in memory: the grid is a view, in channels-last format;
+    - for the backward pass are kept ``x``, its mean and reciprocal standard deviation, the hidden state ``p`` and the
+      mask of the dropout; what lies between is computed again;
+    - the gradients of all the parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``,
+      so that no sum over the tokens is taken of anything as wide as ``x``.
+
+    Under autocast the projections and convolutions are in its dtype, the LayerNorm is in float32.
+
+    Args:
+        x: ``(B, N, C)``, whose last ``H*W`` tokens are the row-major grid; those before skip the convolutions.
+        hw: ``(H, W)``.
+        norm: None for none.
+        down: weight ``(n, C)`` and bias.
+        depthwise: weight ``(n, 1, k, k)`` and bias of each convolution, ``k`` odd.
+        pointwise: weight ``(n, n, 1, 1)`` and bias.
+        up: weight ``(C, n)`` and bias.
+        filter_scale: what the sum of the convolutions is multiplied with.
+        dropout: drop probability; the mask is the one that ``torch.nn.functional.dropout`` draws.
+
+    Raises:
+        RuntimeError: on differentiating twice.
+    """
+    eps = norm.eps if norm else None
+    entrance = norm[:4] if norm else (None,) * 4
+    filters = [tensor for conv in depthwise for tensor in conv]
+    return _Mona.apply(x, hw, eps, filter_scale, dropout, *entrance, *down, *pointwise, *up, *filters)
+
+
+class _Mona(torch.autograd.Function):
+    # params: weight, bias, gamma and gammax of the norm, or four times None; weight and bias of down, pointwise and up;
+    # weight and bias of each depthwise convolution. Their gradients are lists in that order.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hw: tuple[int, int], eps: float | None, scale: float, drop: float, *params):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            x = x.contiguous()
+            hidden, mean, rstd = _down(x, eps, params[:6], dtype)
+            kernel, kernel_bias = merged_filters(list(zip(params[10::2], params[11::2], strict=True)), scale)
+            mixing = [t.to(dtype) for t in (kernel, kernel_bias, params[6].flatten(1), params[7])]
+            _, r = _mix(hidden, hw, *mixing)
+            activated, mask = F.gelu(r), None
+            if drop:
+                activated, mask = torch.native_dropout(activated, drop, True)
+            out = linear(activated, params[8].to(dtype), params[9].to(dtype))
+            out = out.add_(x) if out.dtype == x.dtype else x + out
+        ctx.save_for_backward(x, mean, rstd, hidden, mask, *mixing, *params)
+        ctx.hw, ctx.eps, ctx.scale, ctx.drop, ctx.dtype = hw, eps, scale, drop, dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _backward(ctx, grad)
+
+
+def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.dtype):
+    """The hidden state, and mean and reciprocal standard deviation of every token."""
+    weight, bias, gamma, gammax, down, down_bias = params
+    mean = rstd = None
+    s = x
+    if eps is not None:
+        stat = x if x.dtype == weight.dtype else x.to(weight.dtype)
+        s, mean, rstd = torch.native_layer_norm(stat, x.shape[-1:], gamma * weight, gamma * bias, eps)
+        s.addcmul_(stat, gammax)
+    return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
+
+
+def merged_filters(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one depthwise convolution that is ``scale`` times the sum of all."""
+    widest, *others = sorted((weight for weight, _ in depthwise), key=lambda weight: -weight.shape[-1])
+    kernel = widest * scale
+    for weight in others:
+        _centre(kernel, weight.shape[-1]).add_(weight, alpha=scale)
+    bias = depthwise[0][1] * scale
+    for _, other in depthwise[1:]:
+        bias.add_(other, alpha=scale)
+    return kernel, bias
+
+
+def _centre(kernel: Tensor, size: int) -> Tensor:
+    border = (kernel.shape[-1] - size) // 2
+    return kernel[..., border : border + size, border : border + size]
+
+
+def _grid(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
+    """``(B, N, n) -> (B, n, H, W)`` of the last ``H*W`` tokens, without a copy."""
+    return tokens[:, tokens.shape[1] - hw[0] * hw[1] :].unflatten(1, hw).permute(0, 3, 1, 2)
+
+
+def _tokens(grid: Tensor) -> Tensor:
+    """``(B, n, H, W) -> (B, H*W, n)``: a copy where the convolution's library did not keep to channels-last."""
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _mix(
+    p: Tensor, hw: tuple[int, int], kernel: Tensor, kernel_bias: Tensor, pointwise: Tensor, pointwise_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``q`` of the grid, and ``r`` of all tokens."""
+    grid = _grid(p, hw)
+    q = F.conv2d(grid, kernel, kernel_bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
+    q = _tokens(q).add_(_tokens(grid))
+    r = linear(q, pointwise, pointwise_bias).add_(q)
+    extra = p.shape[1] - r.shape[1]
+    return q, torch.cat((p[:, :extra], r), 1) if extra else r
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``; in float32 on a CPU by oneDNN, which is up to twice as fast as the library that torch has there.
+
+    Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
+    """
+    if _onednn(x) and (weight.is_contiguous() or weight.t().is_contiguous()):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return F.linear(x, weight, bias)
+
+
+def _onednn(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
+
+
+_HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+
+def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """``a.T @ b`` of matrices with many rows."""
+    if not _onednn(a):
+        return a.t().mm(b)
+    if len(a) <= _ROWS:
+        return linear(a.t(), b.t())
+    out, *rest = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
+    for part in rest:
+        out.add_(part)
+    return out
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, hidden, mask, kernel, kernel_bias, pointwise, pointwise_bias, *params = ctx.saved_tensors
+    weight, _, gamma, gammax, down = params[:5]
+    need = ctx.needs_input_grad
+    need_x, need_down, need_pointwise, need_up = need[0], any(need[5:11]), any(need[11:13]), any(need[13:15])
+    need_filters = any(need[15:])
+    hw, dtype, batch = ctx.hw, ctx.dtype, x.shape[0]
+    grads: list[Tensor | None] = [None] * len(params)
+
+    q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias)
+    g = grad.contiguous().to(dtype).view(-1, grad.shape[-1])  # (B*N, C)
+
+    if need_up:
+        activated = F.gelu(r)
+        if mask is not None:
+            activated = activated.mul_(mask).mul_(1 / (1 - ctx.drop))
+        grads[8] = _over_tokens(activated.flatten(0, 1), g).t()
+        grads[9] = g.sum(0)
+    if not (need_x or need_down or need_filters or need_pointwise):
+        return _returned(ctx, None, grads)
+
+    dr = linear(g, params[8].to(dtype).t()).view_as(r)
+    if mask is not None:
+        dr.mul_(mask).mul_(1 / (1 - ctx.drop))
+    dr = torch.ops.aten.gelu_backward(dr, r)
+    extra = r.shape[1] - q.shape[1]
+    dr_grid = dr[:, extra:].reshape(-1, dr.shape[-1])  # (B*H*W, n)
+    if need_pointwise:
+        grads[6] = _over_tokens(dr_grid, q.flatten(0, 1)).view_as(params[6])
+        grads[7] = dr_grid.sum(0)
+    if not (need_x or need_down or need_filters):
+        return _returned(ctx, None, grads)
+
+    dq = linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
+    if need_filters:
+        _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel, ctx.scale)
+    if not (need_x or need_down):
+        return _returned(ctx, None, grads)
+
+    dp = _tokens(_conv_backward(dq, _grid(hidden, hw), kernel, (True, False))[0]).add_(_tokens(dq))
+    if extra:
+        dp = torch.cat((dr[:, :extra], dp), 1)
+    dp = dp.flatten(0, 1)  # (B*N, n)
+    x = x.flatten(0, 1)
+    if need_down:
+        _down_gradients(grads, params[:6], x, mean, rstd, dp)
+    if not need_x:
+        return _returned(ctx, None, grads)
+
+    ds = linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
+    if mean is None:
+        dx = ds.add_(grad.flatten(0, 1))
+    else:
+        dx = torch.ops.aten.native_layer_norm_backward(
+            ds, x.to(ds.dtype), x.shape[-1:], mean.view(-1, 1), rstd.view(-1, 1), gamma * weight, None,
+            [True, False, False],
+        )[0]  # fmt: skip
+        dx.addcmul_(ds, gammax).add_(grad.flatten(0, 1))
+    return _returned(ctx, dx.to(x.dtype).view_as(grad), grads)
+
+
+def _returned(ctx: Any, dx: Tensor | None, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[5:], strict=True))
+    return (dx, None, None, None, None, *wanted)
+
+
+def _conv_backward(dq: Tensor, grid: Tensor, kernel: Tensor, mask: tuple[bool, bool]) -> tuple[Tensor, ...]:
+    n, pad = kernel.shape[0], kernel.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        dq, grid, kernel, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], n, [*mask, False]
+    )
+
+
+def _filter_gradients(
+    grads: list[Tensor | None], filters: Sequence[Tensor], grid: Tensor, dq: Tensor, kernel: Tensor, scale: float
+) -> None:
+    """Every convolution's gradient is the middle of the merged kernel's."""
+    pixels = grid.shape[0] * grid.shape[2] * grid.shape[3]
+    if grid.device.type == 'cpu' and pixels >= _TILED_PIXELS and kernel.shape[-1] > 3:
+        merged = _tiled_weight_gradient(dq, grid, kernel.shape[-1])
+    else:
+        merged = _conv_backward(dq, grid, kernel, (False, True))[1]
+    merged = merged.to(filters[0].dtype) * scale
+    bias = dq.sum((0, 2, 3)).to(filters[1].dtype) * scale
+    for i in range(0, len(filters), 2):
+        grads[10 + i] = _centre(merged, filters[i].shape[-1]).contiguous()
+        grads[11 + i] = bias.clone()
+
+
+def _tiled_weight_gradient(dq: Tensor, grid: Tensor, size: int) -> Tensor:
+    """The gradient of a ``size x size`` depthwise kernel by 3x3 tiles, each the gradient of a shifted 3x3 kernel.
+
+    The CPU library has a fast gradient for kernels of 3x3 only. The images of a batch lie one below the other, with
+    rows of zeros in the gradient between, so that every shift by rows is a view.
+    """
+    batch, n, height, width = grid.shape
+    reach = -(-size // 3) * 3  # the tiles cover reach x reach
+    after = size // 2 + reach - size
+    rows = height + reach - 1
+    padded = F.pad(grid.permute(0, 2, 3, 1), (0, 0, size // 2, after, size // 2, after))
+    dq = dq.permute(0, 2, 3, 1)
+    if batch > 1:
+        dq = F.pad(dq, (0, 0, 0, 0, 0, reach - 1))
+    dq = dq.reshape(1, -1, width, n)[:, : batch * rows - reach + 1].permute(0, 3, 1, 2)
+    tile = grid.new_empty(n, 1, 3, 3)
+    out = grid.new_empty(n, 1, reach, reach)
+    for left in range(0, reach, 3):
+        shifted = padded[:, :, left : left + width + 2].reshape(1, batch * rows, width + 2, n).permute(0, 3, 1, 2)
+        for top in range(0, reach, 3):
+            out[:, :, top : top + 3, left : left + 3] = torch.ops.aten.convolution_backward(
+                dq, shifted[:, :, top : top + dq.shape[2] + 2], tile, None, [1, 1], [0, 0], [1, 1], False, [0, 0], n,
+                [False, True, False],
+            )[1]  # fmt: skip
+    return out[..., :size, :size]
+
+
+def _down_gradients(
+    grads: list[Tensor | None],
+    params: Sequence[Tensor],
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    dp: Tensor,
+) -> None:
+    r"""Gradients of the down projection and the scaled norm, from :math:`P = dp^T x` and :math:`Q = dp^T \hat x`.
+
+    With :math:`\hat x` the normalised tokens and :math:`s = \gamma (w \hat x + b) + \gamma_x x`, the projection's
+    gradient is :math:`dp^T s = \gamma w Q + \gamma b \textstyle\sum dp + \gamma_x P`, and every sum over tokens of
+    :math:`ds = dp\,W` times something is one over the ``n`` rows of :math:`W` times that something's product.
+    """
+    weight, bias, gamma, gammax, down, _ = params
+    total = dp.sum(0, dtype=down.dtype)
+    if mean is None:
+        grads[4], grads[5] = _over_tokens(dp, x.to(dp.dtype)), total
+        return
+    n = dp.shape[1]
+    mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)
+    if dp.dtype.itemsize >= 4:
+        p, q = _over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
+        q = q - dp.t().mm(mean * rstd)
+    else:  # a mean far from zero would cost a narrow format its precision
+        centred = torch.sub(x, mean, out=torch.empty_like(x, dtype=dp.dtype))
+        scale = rstd.mean()  # a wide deviation's reciprocal would vanish in float16
+        stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
+        p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
+        q = q * scale
+        p = p + dp.to(weight.dtype).t().mm(mean.to(weight.dtype))
+    grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)
+    grads[5] = total
+    dnorm = (down * q).sum(0)  # of gamma * weight
+    dbias = total @ down  # of gamma * bias
+    grads[0], grads[1] = dnorm * gamma, dbias * gamma
+    grads[2] = dnorm * weight + dbias * bias
+    grads[3] = (down * p).sum(0)
