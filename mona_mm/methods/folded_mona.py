@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mona_mm.methods.base import PeftModule, positive
 from mona_mm.methods.mona import Mona, ScaledLayerNorm
+from mona_mm.ops.mona import merged_filters
 from mona_mm.registry import METHODS
 from mona_mm.sites import PeftBlock
 
@@ -44,7 +45,7 @@ class FoldedMona(PeftModule):
         self.down = nn.Linear(channels, bottleneck)
         self.depthwise = nn.Conv2d(bottleneck, bottleneck, kernel_size, padding=kernel_size // 2, groups=bottleneck)
         self.middle = _FoldedNorm(bottleneck) if 'pointwise' in scaled_norm else None
-        self.pointwise = nn.Conv2d(bottleneck, bottleneck, 1)
+        self.pointwise = nn.Linear(bottleneck, bottleneck)
         self.up = nn.Linear(bottleneck, channels)
         self.reset_parameters()
 
@@ -57,13 +58,10 @@ class FoldedMona(PeftModule):
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
-        grid = self.depthwise(p[:, extra:].transpose(1, 2).unflatten(2, hw))  # (B, n, H, W)
-        if self.middle is None:
-            grid = self.pointwise(grid)
-        else:
-            grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
-        grid = grid.flatten(2).transpose(1, 2)
-        p = torch.cat((p[:, :extra], grid), dim=1) if extra else grid
+        grid = p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)  # (B, n, H, W), channels-last
+        q = self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        r = self.pointwise(q) if self.middle is None else self.pointwise(self.middle(q)) + q
+        p = torch.cat((p[:, :extra], r), dim=1) if extra else r
         return x + self.up(F.gelu(p))
 
     @classmethod
@@ -81,16 +79,14 @@ class FoldedMona(PeftModule):
                 part.norm.eps = norm.norm.eps
         folded.down.load_state_dict(mona.down.state_dict())
         folded.up.load_state_dict(mona.up.state_dict())
-        folded.pointwise.load_state_dict(mona.pointwise.state_dict())
+        folded.pointwise.weight.copy_(mona.pointwise.weight.flatten(1))
+        folded.pointwise.bias.copy_(mona.pointwise.bias)
         if folded.middle is None:
-            folded.pointwise.weight.add_(torch.eye(mona.down.out_features).to(mona.down.weight)[:, :, None, None])
-        folded.depthwise.weight.zero_()
-        folded.depthwise.bias.zero_()
-        for conv in mona.depthwise:
-            margin = (size - conv.kernel_size[0]) // 2
-            folded.depthwise.weight.add_(F.pad(conv.weight, [margin] * 4) * mona.filter_scale)
-            folded.depthwise.bias.add_(conv.bias * mona.filter_scale)
+            folded.pointwise.weight.diagonal().add_(1)
+        kernel, bias = merged_filters([(conv.weight, conv.bias) for conv in mona.depthwise], mona.filter_scale)
+        folded.depthwise.weight.copy_(kernel)
         folded.depthwise.weight[:, :, size // 2, size // 2] += 1
+        folded.depthwise.bias.copy_(bias)
         folded.train(mona.training)
         return folded
 
