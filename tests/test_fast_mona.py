@@ -268,29 +268,6 @@ def test_without_onednn():
         assert_close(step(module, x, x, hw, True), expected, 1e-5)
 
 
-@pytest.mark.parametrize('grid', ['odd', 'class and register tokens'])
-@pytest.mark.parametrize('variant', [*VARIANTS, 'norm before the 1x1'])
-def test_deployed(grid, variant):
-    """The folded form equals the module in eval mode within 1e-5, is traceable, trains nothing, and is a copy."""
-    options = VARIANTS.get(variant, dict(scaled_norm=['down', 'pointwise']))
-    batch, hw, extra = GRIDS[grid]
-    module = build(**options).eval()
-    x = torch.randn(batch, extra + hw[0] * hw[1], 24)
-    before = module(x, hw)
-    deployed = module.deploy()
-    torch.testing.assert_close(deployed(x, hw), before, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(module(x, hw), before, atol=0, rtol=0)
-    assert not any(p.requires_grad for p in deployed.parameters())
-    with torch.no_grad():
-        for p in module.parameters():
-            p.zero_()
-    torch.testing.assert_close(deployed(x, hw), before, atol=1e-5, rtol=1e-5)
-    traced = torch.jit.trace(lambda x: deployed(x, hw), x)
-    torch.testing.assert_close(traced(x), before, atol=1e-5, rtol=1e-5)
-    module = build(**options).double().eval()
-    torch.testing.assert_close(module.deploy()(x.double(), hw), module(x.double(), hw), atol=1e-12, rtol=1e-12)
-
-
 def test_benchmark():
     """A row for every way; the ratios are to ours, and the results are the published formula's."""
     rows = benchmark.run(repeats=2, hosts=['swin_b'], sizes=[(40, 72)])

@@ -57,12 +57,12 @@ class FoldedMona(PeftModule):
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
-        grid = self.depthwise(p[:, extra:].transpose(1, 2).unflatten(2, hw))  # (B, n, H, W)
+        grid = self.depthwise(p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2))  # (B, n, H, W)
         if self.middle is None:
             grid = self.pointwise(grid)
         else:
             grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
-        grid = grid.flatten(2).transpose(1, 2)
+        grid = grid.permute(0, 2, 3, 1).flatten(1, 2)
         p = torch.cat((p[:, :extra], grid), dim=1) if extra else grid
         return x + self.up(F.gelu(p))
 

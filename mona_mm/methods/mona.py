@@ -1,6 +1,5 @@
 """Mona: the multi-cognitive visual adapter."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +8,7 @@ from torch._C import _are_functorch_transforms_active as are_functorch_transform
 
 from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
-from mona_mm.ops.mona import ScaledNorm, merged_filters, mona
+from mona_mm.ops.mona import ScaledNorm, mona
 from mona_mm.registry import METHODS
 
 SCALED_NORMS = ('down', 'pointwise')
@@ -133,10 +132,6 @@ class Mona(PeftModule):
             p = self._mix(p, hw)
         return x + self.up(self.dropout(self.act(p)))
 
-    def deploy(self) -> 'DeployedMona':
-        """The same function with its weights folded, for inference: see :class:`DeployedMona`. The module stays."""
-        return DeployedMona(self)
-
     def _fits_fast(self, x: Tensor) -> bool:
         """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
 
@@ -185,64 +180,6 @@ class Mona(PeftModule):
         grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
         return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-
-
-class DeployedMona(nn.Module):
-    """A Mona with one depthwise convolution, which has the others, their average and the identity in it, a 1x1 with the
-    identity in it, and a LayerNorm with its scale in it.
-
-    Of ordinary modules alone, so that it can be traced and exported. It equals the Mona in eval mode within 1e-5 in
-    float32 and does not follow what happens to the Mona afterwards.
-
-    Args:
-        mona: whose weights to take.
-    """
-
-    @torch.no_grad()
-    def __init__(self, mona: Mona) -> None:
-        super().__init__()
-        mona = copy.deepcopy(mona)
-        self.entrance, self.gammax = _folded_norm(mona.entrance)
-        self.down = mona.down
-        kernel, bias = merged_filters([(conv.weight, conv.bias) for conv in mona.depthwise], mona.filter_scale)
-        hidden, size, like = len(kernel), kernel.shape[-1], dict(device=kernel.device, dtype=kernel.dtype)
-        self.depthwise = nn.Conv2d(hidden, hidden, size, padding=size // 2, groups=hidden, **like)
-        self.depthwise.weight.copy_(kernel)
-        self.depthwise.weight[:, 0, size // 2, size // 2] += 1
-        self.depthwise.bias.copy_(bias)
-        self.middle = mona.middle
-        self.pointwise = nn.Linear(hidden, hidden, **like)
-        self.pointwise.weight.copy_(mona.pointwise.weight.flatten(1))
-        self.pointwise.bias.copy_(mona.pointwise.bias)
-        if not isinstance(self.middle, ScaledLayerNorm):
-            self.pointwise.weight.diagonal().add_(1)
-        self.act = mona.act
-        self.up = mona.up
-        self.eval().requires_grad_(False)
-
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``, see :meth:`Mona.forward`."""
-        s = self.entrance(x)
-        if self.gammax is not None:
-            s = s + x * self.gammax
-        p = self.down(s)
-        extra = x.shape[1] - hw[0] * hw[1]
-        q = self.depthwise(p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        r = self.pointwise(self.middle(q))
-        if isinstance(self.middle, ScaledLayerNorm):
-            r = r + q
-        if extra:
-            r = torch.cat((p[:, :extra], r), dim=1)
-        return x + self.up(self.act(r))
-
-
-def _folded_norm(norm: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
-    """A LayerNorm that has the scale, and what to multiply its input with; or the identity and None."""
-    if not isinstance(norm, ScaledLayerNorm):
-        return norm, None
-    norm.norm.weight.mul_(norm.gamma)
-    norm.norm.bias.mul_(norm.gamma)
-    return norm.norm, norm.gammax
 
 
 # What a Mona is built of.
