@@ -477,7 +477,8 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
     again.eval()
     with torch.no_grad():
         for a, b in zip(again.extract_feat(x), model.extract_feat(x), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            # Either is within 1e-5 of float64, on its own side: Mona's fast form rounds otherwise than the folded one.
+            torch.testing.assert_close(a, b, atol=3e-5, rtol=1e-5)
     assert ('FoldedMona' in text) == (method == 'mona')
     if method == 'mona':
         status, out, err = tool('delta.py', 'info', delta)
