@@ -423,6 +423,29 @@ def test_the_tools(detector, tmp_path, tool):
     allow_other_base(False)
 
 
+@pytest.mark.slow
+def test_a_base_that_is_a_whole_model(detector, tmp_path, tool):
+    """A detector from load_from, of which only the box and mask heads train: its delta holds nothing else but the Mona,
+    and tools/test.py, which would otherwise evaluate it on random weights, first loads what load_from names."""
+    detector.custom_hooks.pop()
+    detector.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=9)
+    init_default_scope('mmdet')
+    source = MODELS.build(detector.model)
+    torch.save(dict(state_dict=source.state_dict(), meta={}), tmp_path / 'whole.pth')
+    detector.model = dict(type='mona_mm.FrozenModel', base=detector.model, trainable=['roi_head'])
+    detector.load_from = str(tmp_path / 'whole.pth')
+    start(detector).train()
+    file = Path(detector.work_dir, 'epoch_1.delta.safetensors')
+    delta = read_delta(file)
+    assert {delta.header.part(name) for name in delta.tensors} == {'roi_head', 'method'}  # the Mona in the backbone
+    detector.dump(tmp_path / 'config.py')
+    arguments = 'test.py', str(tmp_path / 'config.py'), str(file), '--work-dir', str(tmp_path / 'test')
+    assert tool(*arguments)[0] == 0
+    torch.save(dict(state_dict=MODELS.build(detector.model).state_dict(), meta={}), tmp_path / 'whole.pth')
+    status, _, err = tool(*arguments)
+    assert status == 2 and 'trained on another frozen base' in err
+
+
 def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
     """A config file of the small detector with a pretrained base and another method, and a trained model of it."""
     cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'))
