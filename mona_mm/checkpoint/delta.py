@@ -37,7 +37,7 @@ class LoadedDelta:
     Args:
         file: the delta.
         parts: of the model, that it held, with their numbers of values.
-        kept: number of tensors that an earlier delta had changed and this one does not hold: they were put back.
+        restored: number of tensors that an earlier delta had changed and this one does not hold: they were put back.
         bytes: of memory that the tensors to put back by the next delta take.
         seconds: that it took, the reading of the file included.
     """
