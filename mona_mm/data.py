@@ -30,7 +30,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         MissingFileError: if a data set's root, annotation file or image folder is missing; it says what to set.
         ConfigError: if annotations (COCO, VOC, label maps, lists of labels) hold other classes, or in another order.
     """
-    hint = '/path/to/it' if not cfg.get('tasks') else f'/path/to/the/folder that holds {cfg.task}'
+    hint = f'/path/to/it, the folder that holds {cfg.task}/' if cfg.get('tasks') else '/path/to/it'
     for split in splits:
         for dataset in datasets(cfg, split):
             root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix')
@@ -40,7 +40,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
             _check_classes(cfg, dataset)
         evaluator = cfg.get(f'{split}_evaluator') or []
         for metric in [evaluator] if isinstance(evaluator, dict) else evaluator:
-            _require(metric.get('ann_file'), metric.get('ann_file'), split)
+            _require(metric.get('ann_file'), metric.get('ann_file'), split, hint)
 
 
 def _require(path: str | None, root: str | None, split: str, hint: str) -> None:
