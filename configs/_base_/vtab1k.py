@@ -1,4 +1,4 @@
-# The data of VTAB-1k: 19 tasks of 1000 training images, in the layout that NOAH, SSF, FacT and SPT use, a folder a task
+# The data of VTAB-1k: 19 tasks of 1000 training images, in the layout that NOAH, FacT and SPT use, a folder a task
 # with images, train800.txt, val200.txt, train800val200.txt and test.txt ("path label"). Choose the task with
 # --cfg-options task=clevr_count, which reaches the paths, the number of classes and the default work dir.
 # To select settings without the test images:
