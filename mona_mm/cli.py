@@ -28,7 +28,9 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that training and testing share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>)')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>[/<task>])'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -54,7 +56,9 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+        # One folder a task, where a config has several: each run its own log, plan and checkpoints.
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
