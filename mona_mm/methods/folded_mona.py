@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mona_mm.methods.base import PeftModule, positive
 from mona_mm.methods.mona import Mona, ScaledLayerNorm
-from mona_mm.ops.mona import merged_filters
+from mona_mm.ops.mona import linear, merged_filters
 from mona_mm.registry import METHODS
 from mona_mm.sites import PeftBlock
 
@@ -56,13 +56,13 @@ class FoldedMona(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
-        p = self.down(self.entrance(x))
+        p = _project(self.down, self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         grid = p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)  # (B, n, H, W), channels-last
         q = self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
-        r = self.pointwise(q) if self.middle is None else self.pointwise(self.middle(q)) + q
+        r = _project(self.pointwise, q) if self.middle is None else _project(self.pointwise, self.middle(q)) + q
         p = torch.cat((p[:, :extra], r), dim=1) if extra else r
-        return x + self.up(F.gelu(p))
+        return x + _project(self.up, F.gelu(p))
 
     @classmethod
     @torch.no_grad()
@@ -89,6 +89,13 @@ class FoldedMona(PeftModule):
         folded.depthwise.bias.copy_(bias)
         folded.train(mona.training)
         return folded
+
+
+def _project(layer: nn.Linear, x: Tensor) -> Tensor:
+    # The faster product has no gradient, and its inputs must be of one type.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 class _FoldedNorm(nn.Module):

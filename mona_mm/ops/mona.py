@@ -80,7 +80,7 @@ class _Mona(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x = x.contiguous()
             hidden, mean, rstd = _down(x, eps, params[:6], dtype)
-            kernel, kernel_bias = _merged(list(zip(params[10::2], params[11::2], strict=True)), scale)
+            kernel, kernel_bias = merged_filters(list(zip(params[10::2], params[11::2], strict=True)), scale)
             mixing = [t.to(dtype) for t in (kernel, kernel_bias, params[6].flatten(1), params[7])]
             _, r = _mix(hidden, hw, *mixing)
             activated, mask = F.gelu(r), None
@@ -111,7 +111,7 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
     return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
 
 
-def _merged(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
+def merged_filters(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one depthwise convolution that is ``scale`` times the sum of all."""
     widest, *others = sorted((weight for weight, _ in depthwise), key=lambda weight: -weight.shape[-1])
     kernel = widest * scale
