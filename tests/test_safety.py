@@ -19,13 +19,15 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from test_delta import METHODS, base_file, build, small_config, trained  # noqa: F401
+from test_spt import plan_for
 
 from mona_mm import PeftBackbone, load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
 from mona_mm.config import find_last_checkpoint, resume_from
-from mona_mm.errors import CheckpointMismatchError, UserError
+from mona_mm.errors import CheckpointMismatchError, PlanError, UserError
+from mona_mm.spt import Plan
 
 DEMO = 'configs/demo/demo_mona_shapes.py'
 
@@ -158,6 +160,26 @@ def test_two_thousand_corruptions(base_file, tmp_path):  # noqa: F811
     assert harmless < 20
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     load_delta(model, files[0])
+
+
+def test_two_thousand_corruptions_of_a_plan(tmp_path):
+    """Each is refused with the error that says so: the checksum is over indices, sites and counts alike."""
+    hosts = HOSTS['mmpretrain-vit'], HOSTS['mmdet-swin']
+    files = [tmp_path / f'{i}.safetensors' for i in range(2)]
+    for host, file in zip(hosts, files, strict=True):
+        plan_for(host, dict(type='LoRA', rank=2)).save(file)
+    data, other = (file.read_bytes() for file in files)
+    rng, bad, harmless = random.Random(0), tmp_path / 'bad.safetensors', 0
+    for _ in range(2000):
+        damaged = corrupted(data, other, rng)
+        if damaged == data:
+            harmless += 1
+            continue
+        bad.write_bytes(damaged)
+        with pytest.raises(PlanError, match=r'bad\.safetensors'):
+            Plan.load(bad)
+    assert harmless < 20
+    Plan.load(files[0])
 
 
 def test_a_crafted_header_is_refused(base_file, tmp_path):  # noqa: F811
