@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from test_configs import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 
+import mona_mm
 from mona_mm.cli import build_runner
 from mona_mm.config import adapt_to_device, load_config
 from mona_mm.data import check_data
@@ -28,8 +29,8 @@ def tensors(result) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize('task', REAL)
 def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch):
-    """Measure, plan, train, write the delta, merge it into a checkpoint that the stock config loads strictly, without
-    any word of mona_mm: the same predictions on the validation images."""
+    """Measure, plan, train, write the delta, load it on a fresh base (the same bits), merge it into a checkpoint that
+    the stock config loads strictly, without any word of mona_mm: the same predictions on the validation images."""
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
     narrow = copy.deepcopy(NARROW | NARROW_TASK[kind(task)])
@@ -55,6 +56,13 @@ def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch
     trained = runner.model.eval()
 
     (delta,) = [p for p in (tmp_path / 'work').glob('*.delta.safetensors') if not p.name.startswith('best')]
+    fresh = MODELS.build(cfg.model)
+    mona_mm.load_delta(fresh, delta)
+    mine = trained.state_dict()
+    assert all(torch.equal(tensor, mine[name]) for name, tensor in fresh.state_dict().items())
+    size = sum(p.numel() for p in trained.parameters() if p.requires_grad) * 4
+    assert delta.stat().st_size < 2 * size, 'the frozen base is in it'
+
     merged = str(tmp_path / 'merged.pth')
     status, out, err = tool('delta.py', 'merge', str(tmp_path / 'config.py'), str(delta), merged)
     assert status == 0 and 'stock config loads it' in out, (out, err)
