@@ -1,0 +1,249 @@
+r"""Swin's window attention, equal to the stock one within rounding, faster and with less kept for the backward pass.
+
+What the stock modules of mmdet, mmseg and mmpretrain do in every block of every step, and what is done here:
+
+- Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
+  kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
+- Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the scores
+  in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those that
+  share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A block
+  keeps four masks, whatever the size of the image.
+- Keep queries, keys, values, scores and probabilities. Here
+  :func:`~torch.nn.functional.scaled_dot_product_attention` keeps no ``N x N`` matrix.
+
+A bias table that trains (full tuning, BitFit) is read anew every step, with its gradient. On CPUs its attention is the
+plain formula, and so is attention in half precision, whose fused backward pass there is several times slower.
+
+Attention that drops single probabilities while training, and modules within it that somebody has hooked, take the stock
+path. The order of the windows is not the stock one, which only what draws random numbers per window can tell: LoRA's
+``drop_path`` then drops other windows for the same seed.
+"""
+
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from mona_mm.errors import ConfigError
+
+_WINDOW_MSA = {
+    'mmdet.models.backbones.swin.ShiftWindowMSA': 'mmdet.models.backbones.swin.WindowMSA',
+    'mmseg.models.backbones.swin.ShiftWindowMSA': 'mmseg.models.backbones.swin.WindowMSA',
+    'mmpretrain.models.utils.attention.ShiftWindowMSA': 'mmpretrain.models.utils.attention.WindowMSA',
+}
+"""The modules that have a fast form, by qualified name, and the only class of their ``w_msa`` that it knows."""
+
+_SHIFT_MASK = -100.0
+"""What the stock modules add to the score of two tokens that the shift has brought together."""
+
+
+def make_fast(module: nn.Module) -> bool:
+    """Put the fast form in front of the class of an attention module, in place, if there is one for that class."""
+    cls = type(module)
+    inner = _WINDOW_MSA.get(_qualified_name(cls))
+    if inner is None or _qualified_name(type(module.w_msa)) != inner:
+        return False
+    module.__class__ = _fast_class(cls)
+    return True
+
+
+def _qualified_name(cls: type) -> str:
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+@cache
+def _fast_class(stock: type) -> type:
+    return type(f'Fast{stock.__name__}', (FastWindowAttention, stock), {'__module__': __name__})
+
+
+def _new_fast(stock: type) -> nn.Module:
+    cls = _fast_class(stock)
+    return cls.__new__(cls)
+
+
+class WindowIndex(NamedTuple):
+    """Where the tokens of a batch of grids are in its windows. Rows of ``(B*H*W, C)`` and of ``(windows*N, C)``.
+
+    ``there`` is for every row of the windows the token's, ``back`` for every token its row of the windows; ``padding``
+    the rows of the windows that are no token's, None if all are. ``groups`` is the number of windows that are whole,
+    and cut by the shift at the right, at the bottom, at both; they lie in this order.
+    """
+
+    there: Tensor
+    back: Tensor
+    padding: Tensor | None
+    groups: tuple[int, ...]
+
+
+# Enough for the eight kinds of block of a Swin at eight image sizes; the largest ones take 1 MiB each.
+@lru_cache(maxsize=64)
+def window_index(
+    batch: int, hw: tuple[int, int], window: int, shift: int, grouped: bool, device: torch.device
+) -> WindowIndex:
+    """The index of ``batch`` grids of ``(H, W)``, padded to whole windows of ``window x window`` tokens.
+
+    Args:
+        batch: ``B``.
+        hw: ``(H, W)``.
+        window: side of a window.
+        shift: by how many tokens the padded grid is rolled up and to the left.
+        grouped: whether the windows are ordered by how a shift cuts them; else as they lie in the grid.
+        device: of the index.
+    """
+    with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
+        height, width = hw
+        rows, columns = -(-height // window), -(-width // window)
+        token = torch.arange(batch * height * width, device=device).view(batch, height, width)
+        token = F.pad(token, (0, columns * window - width, 0, rows * window - height), value=-1)
+        token = token.roll((-shift, -shift), (1, 2))
+        token = token.view(batch, rows, window, columns, window).transpose(2, 3).flatten(3)  # (B, rows, columns, N)
+        parts = [token]
+        if grouped:
+            whole, right = token[:, :-1].split((columns - 1, 1), 2)
+            bottom, corner = token[:, -1:].split((columns - 1, 1), 2)
+            parts = [whole, right, bottom, corner]
+        there = torch.cat([part.flatten() for part in parts])
+        padding = (there < 0).nonzero()[:, 0] if len(there) > batch * height * width else None
+        back = torch.empty(batch * height * width, dtype=torch.int32, device=device)
+        place = torch.arange(len(there), dtype=torch.int32, device=device)
+        real = there >= 0
+        back[there[real]] = place[real]
+        groups = tuple(part.numel() // window**2 for part in parts)
+        return WindowIndex(there.clamp(min=0).int(), back, padding, groups)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of ``x`` by ``index``, those at ``blank`` zero; ``reverse`` is the same of the other direction."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, index: Tensor, blank: Tensor | None, reverse: Tensor, reverse_blank: Tensor | None
+    ) -> Tensor:
+        rows = x.index_select(0, index)
+        return rows if blank is None else rows.index_fill_(0, blank, 0)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.directions = inputs  # not saved: they belong to window_index and are no activations
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, blank, reverse, reverse_blank = ctx.directions
+        return _Gather.apply(grad, reverse, reverse_blank, index, blank), None, None, None, None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """``(windows, heads, N, d)`` each, the mask broadcast over windows."""
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+
+
+def _is_observed(inner: nn.Module) -> bool:
+    """Whether a ``WindowMSA`` drops single probabilities, or somebody has hooked what the fast form does not call."""
+    drop = inner.attn_drop
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (inner, inner.softmax, drop))
+    return hooked or (drop.training and drop.p > 0)
+
+
+class FastWindowAttention:
+    """Mixin in front of a ``ShiftWindowMSA``.
+
+    Attributes:
+        _masks: the masks that were made last, and what they were made of.
+    """
+
+    _masks: tuple[tuple, Tensor, list[Tensor]] | None = None
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        inner = self.w_msa
+        if _is_observed(inner):
+            return super().forward(query, hw_shape)
+        (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
+        if tokens != height * width:
+            raise ValueError(f'There are {tokens} tokens, and the grid is {height} x {width}.')
+        shift = self._shift(min(height, width))
+        size = batch, (int(height), int(width)), window
+        index = window_index(*size, shift, shift > 0, query.device)
+        x = query.reshape(-1, channels)
+        x = _Gather.apply(x, index.there, index.padding, index.back, None).view(-1, window**2, channels)
+        with inner.effective_parameters() if hasattr(inner, 'effective_parameters') else nullcontext():
+            x = self._attend(x, index.groups, shift)
+        # mmpretrain rolls back by the full shift also where it has not rolled there.
+        index = window_index(*size, self.shift_size, shift > 0, query.device)
+        x = _Gather.apply(x.view(-1, channels), index.back, None, index.there, index.padding)
+        return self.drop(x.view(batch, tokens, channels))
+
+    def _shift(self, side: int) -> int:
+        """The shift on a grid whose smaller side is so long."""
+        if getattr(self, 'pad_small_map', True):  # mmdet and mmseg always do
+            return self.shift_size
+        if side < self.window_size:
+            raise ConfigError(
+                f'The feature map is {side} tokens high or wide, less than the window of {self.window_size}. Set '
+                'pad_small_map=True in the backbone, or give it larger images.'
+            )
+        return self.shift_size if side > self.window_size else 0
+
+    def _attend(self, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
+        """``(windows, N, C) -> (windows, N, C)``."""
+        inner = self.w_msa
+        count, length, _ = x.shape
+        qkv = inner.qkv(x).reshape(count, length, 3, inner.num_heads, -1).permute(2, 0, 3, 1, 4)
+        table = inner.relative_position_bias_table
+        trains = table.requires_grad and torch.is_grad_enabled()
+        attend = _plain if qkv.device.type == 'cpu' and (trains or qkv.dtype.itemsize < 4) else _fused
+        dtype = qkv.dtype if attend is _fused else table.dtype
+        masks = self._make_masks(table, dtype, shift) if trains else self._kept_masks(table, dtype, shift)
+        # By unbind: the gradient of three selections would be three tensors of all three, mostly zeros, added up.
+        parts = [
+            attend(*part.unbind(0), mask, inner.scale).transpose(1, 2).flatten(2)
+            for part, mask in zip(qkv.split(groups, 1) if len(groups) > 1 else (qkv,), masks, strict=True)
+            if part.shape[1]
+        ]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return inner.proj_drop(inner.proj(x))
+
+    def _kept_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
+        if table.is_inference() or torch.compiler.is_compiling():
+            return self._make_masks(table, dtype, shift)
+        # The table's storage is kept beside the masks, so that its address can be no other table's.
+        key = (table.data_ptr(), table._version, table.device, dtype, shift)
+        if self._masks is None or self._masks[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._masks = key, table.detach(), self._make_masks(table, dtype, shift)
+        return self._masks[2]
+
+    def _make_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
+        """Of every group of windows, ``(1, heads, N, N)``."""
+        index = self.w_msa.relative_position_index
+        length = len(index)
+        bias = table[index.flatten()].view(1, length, length, -1).permute(0, 3, 1, 2).to(dtype)
+        masks = [bias]
+        if shift:
+            moved = torch.arange(self.window_size, device=table.device) >= self.window_size - shift
+            column, row = moved.repeat(self.window_size).int(), moved.repeat_interleave(self.window_size).int()
+            parted = [region[:, None] != region for region in (column, row, column + 2 * row)]
+            masks += [torch.where(apart, bias + _SHIFT_MASK, bias) for apart in parted]
+        # Rows of a multiple of 8: CUDA's kernels would copy any other mask to such ones at every call.
+        return [F.pad(mask, (0, -length % 8))[..., :length] for mask in masks]
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """``nn.Module.train``. Between training and evaluation, tables may be exchanged in ways that leave no trace
+        (mmengine's EMAHook writes to ``.data``): the masks are made anew."""
+        self._masks = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != '_masks'}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class of this object is made at run time, so pickle cannot find it by name.
+        return _new_fast, type(self).__bases__[1:], self.__getstate__()
