@@ -4,8 +4,8 @@ What the stock modules of mmdet, mmseg and mmpretrain do in every block of every
 
 - Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
   kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
-- Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the scores
-  in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those that
+- Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the
+  scores in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those that
   share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A block
   keeps four masks, whatever the size of the image.
 - Keep queries, keys, values, scores and probabilities. Here
@@ -70,7 +70,7 @@ class WindowIndex(NamedTuple):
 
     ``there`` is for every row of the windows the token's, ``back`` for every token its row of the windows; ``padding``
     the rows of the windows that are no token's, None if all are. ``groups`` is the number of windows that are whole,
-    and cut by the shift at the right, at the bottom, at both; they lie in this order.
+    and cut by the shift at the right, at the bottom, at both; they lie in this order. Without a shift all are whole.
     """
 
     there: Tensor
@@ -81,9 +81,7 @@ class WindowIndex(NamedTuple):
 
 # Enough for the eight kinds of block of a Swin at eight image sizes; the largest ones take 1 MiB each.
 @lru_cache(maxsize=64)
-def window_index(
-    batch: int, hw: tuple[int, int], window: int, shift: int, grouped: bool, device: torch.device
-) -> WindowIndex:
+def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, device: torch.device) -> WindowIndex:
     """The index of ``batch`` grids of ``(H, W)``, padded to whole windows of ``window x window`` tokens.
 
     Args:
@@ -91,7 +89,6 @@ def window_index(
         hw: ``(H, W)``.
         window: side of a window.
         shift: by how many tokens the padded grid is rolled up and to the left.
-        grouped: whether the windows are ordered by how a shift cuts them; else as they lie in the grid.
         device: of the index.
     """
     with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
@@ -102,7 +99,7 @@ def window_index(
         token = token.roll((-shift, -shift), (1, 2))
         token = token.view(batch, rows, window, columns, window).transpose(2, 3).flatten(3)  # (B, rows, columns, N)
         parts = [token]
-        if grouped:
+        if shift:
             whole, right = token[:, :-1].split((columns - 1, 1), 2)
             bottom, corner = token[:, -1:].split((columns - 1, 1), 2)
             parts = [whole, right, bottom, corner]
@@ -142,6 +139,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    # The product would copy them by itself, but for a single window, of which it would keep all of q, k and v alive.
+    k, v = k.contiguous(), v.contiguous()
     return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
 
 
@@ -170,14 +169,11 @@ class FastWindowAttention:
         if tokens != height * width:
             raise ValueError(f'There are {tokens} tokens, and the grid is {height} x {width}.')
         shift = self._shift(min(height, width))
-        size = batch, (int(height), int(width)), window
-        index = window_index(*size, shift, shift > 0, query.device)
+        index = window_index(batch, (int(height), int(width)), window, shift, query.device)
         x = query.reshape(-1, channels)
         x = _Gather.apply(x, index.there, index.padding, index.back, None).view(-1, window**2, channels)
         with inner.effective_parameters() if hasattr(inner, 'effective_parameters') else nullcontext():
             x = self._attend(x, index.groups, shift)
-        # mmpretrain rolls back by the full shift also where it has not rolled there.
-        index = window_index(*size, self.shift_size, shift > 0, query.device)
         x = _Gather.apply(x.view(-1, channels), index.back, None, index.there, index.padding)
         return self.drop(x.view(batch, tokens, channels))
 
