@@ -5,18 +5,18 @@ What the stock modules of mmdet, mmseg and mmpretrain do in every block of every
 - Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
   kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
 - Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the
-  scores in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those that
-  share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A block
-  keeps four masks, whatever the size of the image.
+  scores in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those
+  that share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A
+  block keeps four masks, whatever the size of the image.
 - Keep queries, keys, values, scores and probabilities. Here
   :func:`~torch.nn.functional.scaled_dot_product_attention` keeps no ``N x N`` matrix.
 
 A bias table that trains (full tuning, BitFit) is read anew every step, with its gradient. On CPUs its attention is the
 plain formula, and so is attention in half precision, whose fused backward pass there is several times slower.
 
-Attention that drops single probabilities while training, and modules within it that somebody has hooked, take the stock
-path. The order of the windows is not the stock one, which only what draws random numbers per window can tell: LoRA's
-``drop_path`` then drops other windows for the same seed.
+The stock path is taken by attention that drops single probabilities while training, by modules within which somebody
+has hooked what is left out here, and by what torch.compile traces. The order of the windows is not the stock one, which
+only what draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
 """
 
 from contextlib import nullcontext
@@ -113,6 +113,16 @@ def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, devic
         return WindowIndex(there.clamp(min=0).int(), back, padding, groups)
 
 
+@cache
+def shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
+    """What separates the tokens of a window that the shift has cut at the right, at the bottom, at both: ``(3, N, N)``."""
+    with torch.inference_mode(False):
+        moved = (torch.arange(window, device=device) >= window - shift).int()
+        column, row = moved.repeat(window), moved.repeat_interleave(window)
+        apart = torch.stack([region[:, None] != region for region in (column, row, column + 2 * row)])
+        return torch.where(apart, _SHIFT_MASK, 0.0)
+
+
 class _Gather(torch.autograd.Function):
     """Rows of ``x`` by ``index``, those at ``blank`` zero; ``reverse`` is the same of the other direction."""
 
@@ -163,7 +173,7 @@ class FastWindowAttention:
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
         inner = self.w_msa
-        if _is_observed(inner):
+        if _is_observed(inner) or torch.compiler.is_compiling():
             return super().forward(query, hw_shape)
         (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
         if tokens != height * width:
@@ -198,17 +208,18 @@ class FastWindowAttention:
         attend = _plain if qkv.device.type == 'cpu' and (trains or qkv.dtype.itemsize < 4) else _fused
         dtype = qkv.dtype if attend is _fused else table.dtype
         masks = self._make_masks(table, dtype, shift) if trains else self._kept_masks(table, dtype, shift)
+        parts = qkv.split(groups, 1) if len(groups) > 1 else (qkv,)
         # By unbind: the gradient of three selections would be three tensors of all three, mostly zeros, added up.
         parts = [
             attend(*part.unbind(0), mask, inner.scale).transpose(1, 2).flatten(2)
-            for part, mask in zip(qkv.split(groups, 1) if len(groups) > 1 else (qkv,), masks, strict=True)
+            for part, mask in zip(parts, masks, strict=True)
             if part.shape[1]
         ]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         return inner.proj_drop(inner.proj(x))
 
     def _kept_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
-        if table.is_inference() or torch.compiler.is_compiling():
+        if table.is_inference():
             return self._make_masks(table, dtype, shift)
         # The table's storage is kept beside the masks, so that its address can be no other table's.
         key = (table.data_ptr(), table._version, table.device, dtype, shift)
@@ -224,12 +235,12 @@ class FastWindowAttention:
         bias = table[index.flatten()].view(1, length, length, -1).permute(0, 3, 1, 2).to(dtype)
         masks = [bias]
         if shift:
-            moved = torch.arange(self.window_size, device=table.device) >= self.window_size - shift
-            column, row = moved.repeat(self.window_size).int(), moved.repeat_interleave(self.window_size).int()
-            parted = [region[:, None] != region for region in (column, row, column + 2 * row)]
-            masks += [torch.where(apart, bias + _SHIFT_MASK, bias) for apart in parted]
-        # Rows of a multiple of 8: CUDA's kernels would copy any other mask to such ones at every call.
-        return [F.pad(mask, (0, -length % 8))[..., :length] for mask in masks]
+            masks += [bias + cut for cut in shift_masks(self.window_size, shift, table.device).to(dtype)]
+        if (
+            table.device.type != 'cpu'
+        ):  # rows of a multiple of 8: kernels would copy any other mask to such at every call
+            masks = [F.pad(mask, (0, -length % 8))[..., :length] for mask in masks]
+        return masks
 
     def train(self, mode: bool = True) -> nn.Module:
         """``nn.Module.train``. Between training and evaluation, tables may be exchanged in ways that leave no trace
