@@ -79,7 +79,8 @@ def _data(cfg: Config, size: tuple[int, int], batch: int) -> dict:
 
 def _outputs(model: nn.Module, data: dict) -> list[Tensor]:
     data = model.data_preprocessor(data, model.training)
+    inputs = data['inputs'], data['data_samples']  # the detectors' names for them differ
     if not model.training:
-        model.predict(**data, rescale=False)
+        model.predict(*inputs, rescale=False)
         return []
-    return [model.parse_losses(model.loss(**data))[0]]
+    return [model.parse_losses(model.loss(*inputs))[0]]

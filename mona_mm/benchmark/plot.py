@@ -43,7 +43,8 @@ def plot_cost(rows: Sequence[Row], path: str) -> None:
             sides = [(r.size[0] * r.size[1]) ** 0.5 for r in line]
             times = [(r.forward, r.forward_spread) if r.step is None else (r.step, r.step_spread) for r in line]
             bars = [[t - s[0] for t, s in times], [s[1] - t for t, s in times]]
-            style = dict(color=_COLOURS[ways.index(way) % len(_COLOURS)], marker='o', markersize=4, label=way)
+            turn, colour = divmod(ways.index(way), len(_COLOURS))
+            style = dict(color=_COLOURS[colour], linestyle=('-', '--')[turn % 2], marker='o', markersize=4, label=way)
             left.errorbar(sides, [t for t, _ in times], yerr=bars, capsize=2, **style)
             right.plot(sides, [r.memory for r in line], **style)
         what = 'forward, inference' if line[0].step is None else 'training step'
@@ -56,6 +57,6 @@ def plot_cost(rows: Sequence[Row], path: str) -> None:
             axis.set_xlabel('side of the image, pixels (of a square of its area)')
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-        right.legend(fontsize='small')
+        right.legend(fontsize='small', loc='center left', bbox_to_anchor=(1.02, 0.5))
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     FigureCanvasAgg(figure).print_figure(path, dpi=130)

@@ -115,7 +115,7 @@ def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, devic
 
 @cache
 def shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
-    """What separates the tokens of a window that the shift has cut at the right, at the bottom, at both: ``(3, N, N)``."""
+    """Of windows that the shift has cut at the right, at the bottom, at both: ``(3, N, N)``."""
     with torch.inference_mode(False):
         moved = (torch.arange(window, device=device) >= window - shift).int()
         column, row = moved.repeat(window), moved.repeat_interleave(window)
