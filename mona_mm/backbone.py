@@ -8,6 +8,7 @@ from torch import nn
 
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
+from mona_mm.fast.attention import make_fast
 from mona_mm.freeze import Rules, freeze
 from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
@@ -15,7 +16,9 @@ from mona_mm.sites import find_host, method_modules
 
 
 @MODELS.register_module()
-def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, trainable: Rules | None = None) -> nn.Module:
+def PeftBackbone(
+    base: dict[str, Any], peft: dict[str, Any] | None = None, trainable: Rules | None = None, fast: bool = True
+) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
     The object returned *is* the stock backbone, modified in place: its class and the names of its parameters stay, so
@@ -27,6 +30,8 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
         peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
         trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.freeze`. By default
             none under a method, all without one.
+        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.fast.attention`. Without it
+            the backbone computes what the stock one does, bit for bit, and a method its plain form.
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
@@ -37,8 +42,14 @@ def PeftBackbone(base: dict[str, Any], peft: dict[str, Any] | None = None, train
     method = None if peft is None else build_method(peft)
     backbone = _build(base)
     find_host(backbone)
+    if fast:  # before a method, whose classes come in front
+        for module in backbone.modules():
+            make_fast(module)
     if method is not None:
         method.attach(backbone)
+    if not fast:
+        for module in method_modules(backbone):
+            module.fast = False
     backbone.peft_config = peft  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'

@@ -39,6 +39,10 @@ def stock_class(module: nn.Module) -> type:
     return cls
 
 
+def qualified_name(cls: type) -> str:
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
 @cache
 def _mixed(cls: type, mixin: type[Mixin]) -> type:
     return type(cls.__name__, (mixin, cls), {'__module__': __name__, '__doc__': mixin.__doc__})

@@ -41,11 +41,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
-from mona_mm.mixin import Mixin, mix_in, stock_class
+from mona_mm.mixin import Mixin, mix_in, qualified_name, stock_class
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
 LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
@@ -314,10 +315,6 @@ def find_host(backbone: nn.Module) -> Host:
     )
 
 
-def qualified_name(cls: type) -> str:
-    return f'{cls.__module__}.{cls.__qualname__}'
-
-
 class Attachment(Protocol):
     """What :func:`inject` attaches."""
 
@@ -365,15 +362,18 @@ def inject(backbone: nn.Module, method: Attachment) -> None:
         block.host = host
         block.grid = grid
         block.peft = PeftModules(modules.get(path, {}))
+        added: dict[str, list[str]] = {}  # sites by linear layer
         for site in block.peft:
             branch, _, place = site.partition('_')
             if site in host.linears:
                 if host.linears[site].called:
-                    _bound(block, host.linears[site].module).register_forward_hook(partial(_add_to_linear, site))
+                    added.setdefault(host.linears[site].module, []).append(site)
             elif place == 'branch':
                 _bound(block, host.ends[branch][0]).register_forward_pre_hook(partial(_map_branch, site))
             elif place == 'out':
                 _bound(block, host.ends[branch][1]).register_forward_hook(partial(_map_out, site))
+        for linear, sites in added.items():
+            _bound(block, linear).register_forward_hook(partial(_add_to_linear, tuple(sites)))
 
 
 def _widths(host: Host, block: nn.Module, site: str) -> tuple[int, ...]:
@@ -412,13 +412,44 @@ def _map_out(site: str, end: nn.Module, args: tuple[Tensor, ...], out: Tensor) -
     return end.peft_block.at(site, out)
 
 
-def _add_to_linear(site: str, linear: nn.Linear | nn.Conv2d, args: tuple[Tensor], out: Tensor) -> Tensor:
+def _add_to_linear(sites: tuple[str, ...], linear: nn.Linear | nn.Conv2d, args: tuple[Tensor], out: Tensor) -> Tensor:
     block, channels = linear.peft_block, 1 if isinstance(linear, nn.Conv2d) else -1
-    rows = block.host.linears[site].rows(linear.weight)
-    branch = block.peft[site](args[0].movedim(channels, -1), out.movedim(channels, -1)[..., rows])
-    if branch.shape[-1] < len(linear.weight):
-        branch = F.pad(branch, (rows.start, len(linear.weight) - rows.stop))
-    return out + branch.movedim(-1, channels)
+    x, out = args[0].movedim(channels, -1), out.movedim(channels, -1)
+    starts, branches = [], []
+    for site in sites:
+        rows = block.host.linears[site].rows(linear.weight)
+        starts.append(rows.start)
+        branches.append(block.peft[site](x, out[..., rows]))
+    if branches[0].shape == out.shape:
+        return (out + branches[0]).movedim(-1, channels)
+    return _AddToSlices.apply(out, starts, *branches).movedim(-1, channels)
+
+
+class _AddToSlices(torch.autograd.Function):
+    """``out (..., C)`` with branches ``(..., c)`` added from their starts in the last dimension.
+
+    One new tensor for all of them, and none for the gradients. In place, autograd would copy the gradient of ``out``
+    for each: it is a view of what the matrix product wrote. (measured) forward and backward 1.1 to 2.2 times as long.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, starts: list[int], *branches: Tensor) -> Tensor:
+        dtype = out.dtype
+        for branch in branches:
+            dtype = torch.promote_types(dtype, branch.dtype)
+        out = out.to(dtype, copy=True)
+        for start, branch in zip(starts, branches, strict=True):
+            out[..., start : start + branch.shape[-1]] += branch
+        return out
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _, starts, *branches = inputs
+        ctx.slices = [slice(start, start + b.shape[-1]) for start, b in zip(starts, branches, strict=True)]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, *(grad[..., part] for part in ctx.slices)
 
 
 def _remember_grid(patch_embed: nn.Module, args: tuple, output: tuple[Tensor, tuple[int, int]]) -> None:

@@ -22,8 +22,8 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 """
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -118,11 +118,17 @@ class SparseModule(Mixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if 'weight' in self.peft and _is_linear(stock_class(self)):
             return self._linear(*args, **kwargs)
+        with self.effective_parameters():
+            return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def effective_parameters(self) -> Iterator[None]:
+        """In this context the parameters that have a delta are found with it; for who reads them from outside."""
         effective = {name: delta(getattr(self, name)) for name, delta in self.peft.items()}
         attributes = vars(self)  # found before the parameters, which stay where they are
         attributes.update(effective)
         try:
-            return super().forward(*args, **kwargs)
+            yield
         finally:
             for name in effective:
                 del attributes[name]

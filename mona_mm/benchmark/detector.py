@@ -1,0 +1,86 @@
+"""Time and memory of a training step, and of inference, of a whole detector: every method, stock, and full tuning.
+
+The detectors are those of the shipped configs, on random images with random boxes; ways and figures are those of
+:mod:`mona_mm.benchmark.backbone`. Neck and heads train in all of them.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mona_mm.benchmark.backbone import METHODS, Case, Row, build_backbone, check_ways, count_operations, measure
+from mona_mm.benchmark.module import rates
+from mona_mm.config import adapt_to_device, load_config
+
+CONFIGS = {
+    't': '_base_/voc_retinanet_swin_t.py',
+    'b': '_base_/coco_cascade_mask_rcnn_swin_b.py',
+    'l': '_base_/voc_retinanet_swin_l.py',
+}
+"""Below ``configs/``."""
+
+
+def run(
+    configs: str,
+    device: str = 'cpu',
+    repeats: int = 9,
+    archs: Sequence[str] = ('t',),
+    sizes: Sequence[tuple[int, int]] = ((512, 512),),
+    methods: Sequence[str] = METHODS,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    inference: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Row]:
+    """Measure every way on every detector at every size; see :func:`mona_mm.benchmark.backbone.run`.
+
+    Args:
+        configs: the folder of the shipped configs, or of others by the names in :data:`CONFIGS`.
+    """
+    speed = rates(device, dtype, clock)
+    for arch in archs:
+        cfg = load_config(f'{configs}/{CONFIGS[arch]}')
+        adapt_to_device(cfg)
+        init_default_scope('mmdet')
+        ways = check_ways(methods)
+        cases = {way: Case(build_detector(way, cfg), None, device, dtype) for way in ways}
+        for size in sizes:
+            data = _data(cfg, size, batch)
+            for case in cases.values():
+                case.outputs = partial(_outputs, data=data)
+            base, shape = cfg.model.backbone, (batch, 3, *size)
+            with FlopCounterMode(display=False) as counter:
+                cases['stock'].infer() if inference else cases['stock'].step()
+            rest = counter.get_total_flops() - count_operations('stock', base, shape, inference)
+            operations = {way: rest + count_operations(way, base, shape, inference) for way in ways}
+            label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
+            yield from measure(cases, label, operations, speed, repeats, inference, clock)
+
+
+def build_detector(way: str, cfg: Config) -> nn.Module:
+    """The config's detector with the backbone of a way."""
+    model = MODELS.build(cfg.model)
+    model.backbone = build_backbone(way, cfg.model.backbone)
+    return model
+
+
+def _data(cfg: Config, size: tuple[int, int], batch: int) -> dict:
+    from mmdet.testing import demo_mm_inputs  # here, because it takes a second to import
+
+    masks = 'mask' in str(cfg.model.get('roi_head', {}))
+    return demo_mm_inputs(batch, [[3, *size]] * batch, num_items=[8] * batch, num_classes=20, with_mask=masks)
+
+
+def _outputs(model: nn.Module, data: dict) -> list[Tensor]:
+    data = model.data_preprocessor(data, model.training)
+    inputs = data['inputs'], data['data_samples']  # the detectors' names for them differ
+    if not model.training:
+        model.predict(*inputs, rescale=False)
+        return []
+    return [model.parse_losses(model.loss(*inputs))[0]]

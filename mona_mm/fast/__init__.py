@@ -1,0 +1,1 @@
+"""Faster forms of what the hosts compute, equal to it within rounding."""

@@ -1,0 +1,239 @@
+r"""Swin's window attention, equal to the stock one within rounding, faster and with less kept for the backward pass.
+
+What the stock modules of mmdet, mmseg and mmpretrain do in every block of every step, and what is done here:
+
+- Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
+  kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
+- Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the
+  scores in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those
+  that share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A
+  block keeps four masks, whatever the size of the image.
+- Keep queries, keys, values, scores and probabilities. Here
+  :func:`~torch.nn.functional.scaled_dot_product_attention` keeps no ``N x N`` matrix.
+
+A bias table that trains (full tuning, BitFit) is read anew every step, with its gradient. On CPUs its attention is the
+plain formula, and so is attention in half precision, whose fused backward pass there is several times slower.
+
+The stock path is taken by attention that drops single probabilities while training, by modules within which somebody
+has hooked what is left out here, and by what torch.compile traces. The order of the windows is not the stock one, which
+only what draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
+"""
+
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from mona_mm.errors import ConfigError
+from mona_mm.mixin import Mixin, mix_in, qualified_name
+
+_WINDOW_MSA = {
+    'mmdet.models.backbones.swin.ShiftWindowMSA': 'mmdet.models.backbones.swin.WindowMSA',
+    'mmseg.models.backbones.swin.ShiftWindowMSA': 'mmseg.models.backbones.swin.WindowMSA',
+    'mmpretrain.models.utils.attention.ShiftWindowMSA': 'mmpretrain.models.utils.attention.WindowMSA',
+}
+"""The modules that have a fast form, by qualified name, and the only class of their ``w_msa`` that it knows."""
+
+_SHIFT_MASK = -100.0
+"""What the stock modules add to the score of two tokens that the shift has brought together."""
+
+
+def make_fast(module: nn.Module) -> bool:
+    """Put the fast form in front of the class of an attention module, in place, if there is one for that class."""
+    inner = _WINDOW_MSA.get(qualified_name(type(module)))
+    if inner is None or qualified_name(type(module.w_msa)) != inner:
+        return False
+    mix_in(module, FastWindowAttention)
+    return True
+
+
+class WindowIndex(NamedTuple):
+    """Where the tokens of a batch of grids are in its windows. Rows of ``(B*H*W, C)`` and of ``(windows*N, C)``.
+
+    ``there`` is for every row of the windows the token's, ``back`` for every token its row of the windows; ``padding``
+    the rows of the windows that are no token's, None if all are. ``groups`` is the number of windows that are whole,
+    and cut by the shift at the right, at the bottom, at both; they lie in this order. Without a shift all are whole.
+    """
+
+    there: Tensor
+    back: Tensor
+    padding: Tensor | None
+    groups: tuple[int, ...]
+
+
+# Enough for the eight kinds of block of a Swin at eight image sizes; the largest ones take 1 MiB each.
+@lru_cache(maxsize=64)
+def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, device: torch.device) -> WindowIndex:
+    """The index of ``batch`` grids of ``(H, W)``, padded to whole windows of ``window x window`` tokens.
+
+    Args:
+        batch: ``B``.
+        hw: ``(H, W)``.
+        window: side of a window.
+        shift: by how many tokens the padded grid is rolled up and to the left.
+        device: of the index.
+    """
+    with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
+        height, width = hw
+        rows, columns = -(-height // window), -(-width // window)
+        token = torch.arange(batch * height * width, device=device).view(batch, height, width)
+        token = F.pad(token, (0, columns * window - width, 0, rows * window - height), value=-1)
+        token = token.roll((-shift, -shift), (1, 2))
+        token = token.view(batch, rows, window, columns, window).transpose(2, 3).flatten(3)  # (B, rows, columns, N)
+        parts = [token]
+        if shift:
+            whole, right = token[:, :-1].split((columns - 1, 1), 2)
+            bottom, corner = token[:, -1:].split((columns - 1, 1), 2)
+            parts = [whole, right, bottom, corner]
+        there = torch.cat([part.flatten() for part in parts])
+        padding = (there < 0).nonzero()[:, 0] if len(there) > batch * height * width else None
+        back = torch.empty(batch * height * width, dtype=torch.int32, device=device)
+        place = torch.arange(len(there), dtype=torch.int32, device=device)
+        real = there >= 0
+        back[there[real]] = place[real]
+        groups = tuple(part.numel() // window**2 for part in parts)
+        return WindowIndex(there.clamp(min=0).int(), back, padding, groups)
+
+
+@cache
+def shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
+    """Of windows that the shift has cut at the right, at the bottom, at both: ``(3, N, N)``."""
+    with torch.inference_mode(False):
+        moved = (torch.arange(window, device=device) >= window - shift).int()
+        column, row = moved.repeat(window), moved.repeat_interleave(window)
+        apart = torch.stack([region[:, None] != region for region in (column, row, column + 2 * row)])
+        return torch.where(apart, _SHIFT_MASK, 0.0)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of ``x`` by ``index``, those at ``blank`` zero; ``reverse`` is the same of the other direction."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, index: Tensor, blank: Tensor | None, reverse: Tensor, reverse_blank: Tensor | None
+    ) -> Tensor:
+        rows = x.index_select(0, index)
+        return rows if blank is None else rows.index_fill_(0, blank, 0)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _, *ctx.directions = inputs  # not saved: they belong to window_index and are no activations
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, blank, reverse, reverse_blank = ctx.directions
+        return _Gather.apply(grad, reverse, reverse_blank, index, blank), None, None, None, None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """``(windows, heads, N, d)`` each, the mask broadcast over windows."""
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    # The product would copy them by itself, but for a single window, of which it would keep all of q, k and v alive.
+    k, v = k.contiguous(), v.contiguous()
+    return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+
+
+def _is_observed(inner: nn.Module) -> bool:
+    """Whether a ``WindowMSA`` drops single probabilities, or somebody has hooked what the fast form does not call."""
+    drop = inner.attn_drop
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (inner, inner.softmax, drop))
+    return hooked or (drop.training and drop.p > 0)
+
+
+class FastWindowAttention(Mixin):
+    """Mixin in front of a ``ShiftWindowMSA``.
+
+    Attributes:
+        _masks: the masks that were made last, and what they were made of.
+    """
+
+    _masks: tuple[tuple, Tensor, list[Tensor]] | None = None
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        inner = self.w_msa
+        if _is_observed(inner) or torch.compiler.is_compiling():
+            return super().forward(query, hw_shape)
+        (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
+        if tokens != height * width:
+            raise ValueError(f'There are {tokens} tokens, and the grid is {height} x {width}.')
+        shift = self._shift(min(height, width))
+        index = window_index(batch, (int(height), int(width)), window, shift, query.device)
+        x = query.reshape(-1, channels)
+        x = _Gather.apply(x, index.there, index.padding, index.back, None).view(-1, window**2, channels)
+        with inner.effective_parameters() if hasattr(inner, 'effective_parameters') else nullcontext():
+            x = self._attend(x, index.groups, shift)
+        x = _Gather.apply(x.view(-1, channels), index.back, None, index.there, index.padding)
+        return self.drop(x.view(batch, tokens, channels))
+
+    def _shift(self, side: int) -> int:
+        """The shift on a grid whose smaller side is so long."""
+        if getattr(self, 'pad_small_map', True):  # mmdet and mmseg always do
+            return self.shift_size
+        if side < self.window_size:
+            raise ConfigError(
+                f'The feature map is {side} tokens high or wide, less than the window of {self.window_size}. Set '
+                'pad_small_map=True in the backbone, or give it larger images.'
+            )
+        return self.shift_size if side > self.window_size else 0
+
+    def _attend(self, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
+        """``(windows, N, C) -> (windows, N, C)``."""
+        inner = self.w_msa
+        count, length, _ = x.shape
+        qkv = inner.qkv(x).reshape(count, length, 3, inner.num_heads, -1).permute(2, 0, 3, 1, 4)
+        table = inner.relative_position_bias_table
+        trains = table.requires_grad and torch.is_grad_enabled()
+        attend = _plain if qkv.device.type == 'cpu' and (trains or qkv.dtype.itemsize < 4) else _fused
+        dtype = qkv.dtype if attend is _fused else table.dtype
+        masks = self._make_masks(table, dtype, shift) if trains else self._kept_masks(table, dtype, shift)
+        parts = qkv.split(groups, 1) if len(groups) > 1 else (qkv,)
+        # By unbind: the gradient of three selections would be three tensors of all three, mostly zeros, added up.
+        parts = [
+            attend(*part.unbind(0), mask, inner.scale).transpose(1, 2).flatten(2)
+            for part, mask in zip(parts, masks, strict=True)
+            if part.shape[1]
+        ]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return inner.proj_drop(inner.proj(x))
+
+    def _kept_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
+        if table.is_inference():
+            return self._make_masks(table, dtype, shift)
+        # The table's storage is kept beside the masks, so that its address can be no other table's.
+        key = (table.data_ptr(), table._version, table.device, dtype, shift)
+        if self._masks is None or self._masks[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._masks = key, table.detach(), self._make_masks(table, dtype, shift)
+        return self._masks[2]
+
+    def _make_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
+        """Of every group of windows, ``(1, heads, N, N)``."""
+        index = self.w_msa.relative_position_index
+        length = len(index)
+        bias = table[index.flatten()].view(1, length, length, -1).permute(0, 3, 1, 2).to(dtype)
+        masks = [bias]
+        if shift:
+            masks += [bias + cut for cut in shift_masks(self.window_size, shift, table.device).to(dtype)]
+        if (
+            table.device.type != 'cpu'
+        ):  # rows of a multiple of 8: kernels would copy any other mask to such at every call
+            masks = [F.pad(mask, (0, -length % 8))[..., :length] for mask in masks]
+        return masks
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """``nn.Module.train``. Between training and evaluation, tables may be exchanged in ways that leave no trace
+        (mmengine's EMAHook writes to ``.data``): the masks are made anew."""
+        self._masks = None
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        new, arguments, state = super().__reduce_ex__(protocol)
+        return new, arguments, {key: value for key, value in state.items() if key != '_masks'}

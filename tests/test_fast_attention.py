@@ -1,0 +1,291 @@
+"""The fast window attention computes what the stock one does, forward and backward, wherever it is used."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import torch
+from conftest import HOSTS
+from torch.autograd.graph import saved_tensors_hooks
+
+from mona_mm import PeftBackbone
+from mona_mm.errors import ConfigError
+from mona_mm.fast.attention import FastWindowAttention, make_fast, window_index
+
+SWINS = ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin']
+ATTENTION = dict(
+    mmdet='mmdet.models.backbones.swin', mmseg='mmseg.models.backbones.swin', mmpretrain='mmpretrain.models.utils'
+)
+
+
+def attention(library: str = 'mmdet', window: int = 7, shift: int = 3, fast: bool = True, **options):
+    """One stock attention module with a trained-looking table, fast or not."""
+    torch.manual_seed(0)
+    cls = importlib.import_module(ATTENTION[library]).ShiftWindowMSA
+    module = cls(embed_dims=24, num_heads=3, window_size=window, shift_size=shift, **options)
+    torch.nn.init.normal_(module.w_msa.relative_position_bias_table)
+    assert not fast or make_fast(module)
+    return module
+
+
+def run(module, hw, batch=2, seed=0):
+    """Output, input gradient, and gradients of what trains."""
+    torch.manual_seed(seed)
+    dtype = module.w_msa.qkv.weight.dtype
+    x = torch.randn(batch, hw[0] * hw[1], 24, dtype=dtype).requires_grad_()
+    cotangent = torch.randn_like(x)
+    module.zero_grad()
+    out = module(x, hw)
+    (out * cotangent).sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=0)
+
+
+def train_only(model, *names):
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith(names) if names else False)
+    return model
+
+
+@pytest.mark.parametrize('trains', [(), ('_bias_table', 'bias'), ('',)], ids=['frozen', 'bitfit', 'full'])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('hw', [(14, 14), (24, 36), (13, 29), (7, 12), (5, 6), (1, 30), (7, 7), (12, 12)])
+@pytest.mark.parametrize(('window', 'shift'), [(7, 0), (7, 3), (12, 0), (12, 6)])
+@pytest.mark.parametrize('library', ['mmdet', 'mmpretrain'])
+def test_equals_stock(library, window, shift, hw, batch, trains):
+    """Output and every gradient within 1e-5: whole and padded maps, shifted windows, maps smaller than a window."""
+    options = dict(pad_small_map=True) if library == 'mmpretrain' else {}
+    stock, fast = (attention(library, window, shift, f, **options) for f in (False, True))
+    for module in (stock, fast):
+        train_only(module, *trains)
+    assert_close(run(fast, hw, batch), run(stock, hw, batch))
+
+
+@pytest.mark.parametrize('trains', [(), ('_bias_table',)], ids=['frozen', 'trains'])
+@pytest.mark.parametrize(('window', 'hw'), [(7, (14, 21)), (12, (20, 30))])
+def test_bfloat16_is_close(window, hw, trains):
+    """Autocast to bfloat16: finite, and as near to float32 as the stock module is (within twice its distance)."""
+    results = {}
+    for name, fast, low in (('exact', False, False), ('stock', False, True), ('fast', True, True)):
+        module = train_only(attention(window=window, shift=window // 2, fast=fast), *trains)
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            results[name] = run(module, hw)
+    for exact, stock, fast in zip(*results.values(), strict=True):
+        assert fast.isfinite().all()
+        assert (fast - exact).norm() <= 2 * (stock - exact).norm() + 1e-3
+
+
+def test_double_precision():
+    """In float64 the difference is rounding alone, so the formula is the same."""
+    stock, fast = (train_only(attention(fast=f).double(), '_bias_table') for f in (False, True))
+    assert_close(run(fast, (13, 29)), run(stock, (13, 29)), 1e-12)
+
+
+def test_small_maps_of_classification():
+    """mmpretrain without `pad_small_map`: a map as narrow as a window is not shifted; a narrower one is refused by
+    name."""
+    stock, fast = (attention('mmpretrain', fast=f) for f in (False, True))
+    for hw in ((7, 7), (7, 20), (14, 14)):
+        assert_close(run(fast, hw), run(stock, hw))
+    with pytest.raises(ConfigError, match='6 tokens.*window of 7.*pad_small_map=True'):
+        fast(torch.randn(1, 60, 24), (6, 10))
+    with pytest.raises(ValueError, match='59 tokens.*6 x 10'):
+        fast(torch.randn(1, 59, 24), (6, 10))
+
+
+def check_against_stock(fast, hw=(10, 17), **options):
+    """`fast` computes what a stock module with its weights does."""
+    stock = attention(fast=False, **options).to(fast.w_msa.qkv.weight.dtype)
+    stock.load_state_dict(fast.state_dict())
+    train_only(stock)
+    assert_close(run(fast, hw), run(stock, hw))
+
+
+def test_masks_follow_their_table():
+    """Masks are kept while the table is the same, and made anew after loading, changing in place, moving, and
+    exchanging the table in any way."""
+    fast = train_only(attention())
+    table = fast.w_msa.relative_position_bias_table
+    check_against_stock(fast)
+    kept = fast._masks
+    check_against_stock(fast)
+    assert fast._masks is kept, 'they are made once'
+    fast.load_state_dict(attention(shift=0, fast=False).state_dict())
+    check_against_stock(fast)
+    with torch.no_grad():
+        table.mul_(-2)
+    check_against_stock(fast)
+    fast.double()
+    check_against_stock(fast)
+    fast.half().float()  # other values, perhaps at the old address
+    check_against_stock(fast)
+    fast.w_msa.relative_position_bias_table = torch.nn.Parameter(torch.randn_like(table), requires_grad=False)
+    check_against_stock(fast)
+    fast.w_msa.relative_position_bias_table.data.mul_(3)  # leaves no trace; mmengine's EMAHook does so
+    fast.eval()
+    check_against_stock(fast)
+    with torch.inference_mode():
+        fast.train()
+        fast(torch.randn(1, 170, 24), (10, 17))
+    check_against_stock(fast)  # what was made in inference mode is fit for training
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_are_fast_and_independent(clone):
+    """A copy is fast itself, carries no masks, and does not see later changes of its source."""
+    fast = train_only(attention())
+    before = run(fast, (10, 17))
+    twin = clone(fast)
+    assert isinstance(twin, FastWindowAttention)
+    assert twin._masks is None
+    with torch.no_grad():
+        fast.w_msa.relative_position_bias_table.zero_()
+    assert_close(run(twin, (10, 17)), before, 0)
+    check_against_stock(twin)
+    assert (run(fast, (10, 17))[0] != before[0]).any()
+
+
+def test_bounded_memory_of_sizes():
+    """Multi-scale training meets hundreds of sizes: indices are kept for the last few, masks do not depend on size."""
+    window_index.cache_clear()
+    fast = train_only(attention())
+    for side in range(10, 90):
+        fast(torch.randn(1, side * 12, 24), (side, 12))
+    assert window_index.cache_info().currsize <= window_index.cache_info().maxsize <= 64
+    assert [tuple(mask.shape) for mask in fast._masks[2]] == [(1, 3, 49, 49)] * 4
+
+
+@pytest.mark.parametrize('p', ['attn_drop_rate', 'proj_drop_rate', 'dropout_layer'])
+def test_dropouts_draw_the_stock_numbers(p):
+    """In training, what is dropped is the same for the same seed: probabilities, outputs, whole branches."""
+    value = dict(type='DropPath', drop_prob=0.5) if p == 'dropout_layer' else 0.3
+    stock, fast = (attention(shift=0, fast=f, **{p: value}) for f in (False, True))
+    assert_close(run(fast, (14, 20), batch=4), run(stock, (14, 20), batch=4))
+    shifted = attention(fast=True, **{p: value})
+    again = run(shifted, (14, 20), seed=1)
+    assert any((a != b).any() for a, b in zip(run(shifted, (14, 20)), again, strict=True))
+
+
+def test_hooks_inside_are_called():
+    """Whoever hooks what the fast form leaves out gets the stock path; hooks on the linears are called either way."""
+    fast, seen = attention(), []
+    fast.w_msa.qkv.register_forward_hook(lambda m, args, out: seen.append('qkv'))
+    fast.w_msa.proj.register_forward_hook(lambda m, args, out: seen.append('proj'))
+    fast.drop.register_forward_hook(lambda m, args, out: seen.append('drop'))
+    expected = run(fast, (10, 17))
+    assert seen == ['qkv', 'proj', 'drop']
+    fast.w_msa.softmax.register_forward_hook(lambda m, args, out: seen.append('softmax'))
+    assert_close(run(fast, (10, 17)), expected)
+    assert seen[3:] == ['qkv', 'softmax', 'proj', 'drop']
+
+
+METHODS = {
+    'full': dict(),
+    'fixed': dict(trainable='none'),
+    'bitfit': dict(trainable='bias'),
+    'norm_tuning': dict(trainable='norm'),
+    'partial_1': dict(trainable='last_block'),
+    'lora': dict(peft=dict(type='LoRA', rank=4, sites=['q', 'v', 'proj', 'fc1'])),
+    'adapter': dict(peft=dict(type='Adapter', bottleneck=8, dropout=0.0)),
+}
+
+
+def backbone_pair(host, **options):
+    """The fast and the stock backbone with the same weights, and the same not-zero values of the method."""
+    models = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=host, fast=fast, **options)
+        for p in model.parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.1)
+        models.append(model)
+    return models
+
+
+def step(model, size=(50, 70)):
+    torch.manual_seed(1)
+    outs = list(model(torch.randn(2, 3, *size)))
+    if any(out.requires_grad for out in outs):
+        sum(out.square().mean() for out in outs).backward()
+    return [*(o.detach() for o in outs), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('name', SWINS)
+def test_backbones_are_equal(name, method):
+    """Whole backbones in train mode with seeded DropPath: outputs and the gradient of everything that trains."""
+    stock, fast = backbone_pair(HOSTS[name], **METHODS[method])
+    assert sum(isinstance(m, FastWindowAttention) for m in fast.modules()) == 8
+    assert not any(isinstance(m, FastWindowAttention) for m in stock.modules())
+    assert stock.state_dict().keys() == fast.state_dict().keys()
+    fast.train()
+    stock.train()
+    assert_close(step(fast), step(stock), 2e-5)
+
+
+def test_activation_checkpointing():
+    """`with_cp=True` changes nothing, masks trained or kept."""
+    for method in ('full', 'adapter'):
+        results = [
+            step(backbone_pair(dict(HOSTS['mmdet-swin'], with_cp=cp), **METHODS[method])[1]) for cp in (False, True)
+        ]
+        assert_close(*results, 1e-6)
+
+
+def kept(model, *args) -> dict[int, int]:
+    """Bytes of every storage that the forward keeps for the backward pass, parameters and masks aside."""
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda t: t):
+        model(*args)
+    masks = [m._masks[2] for m in model.modules() if isinstance(m, FastWindowAttention) and m._masks]
+    for tensor in [*model.parameters(), *sum(masks, [])]:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return storages
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_nothing_is_kept_below_what_trains(fast):
+    """Fixed: nothing at all. Partial-1: nothing but the last block's, and no gradient below it."""
+    host = dict(HOSTS['mmdet-swin'], out_indices=(3,))
+    x = torch.randn(1, 3, 128, 128)
+    assert not kept(PeftBackbone(base=host, trainable='none', fast=fast), x)
+    partial, full = (PeftBackbone(base=host, trainable=t, fast=fast) for t in ('last_block', 'all'))
+    assert sum(kept(partial, x).values()) < 0.05 * sum(kept(full, x).values())
+    inputs = []
+    for block in (block for stage in partial.stages for block in stage.blocks):
+        block.register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))
+    partial(x)
+    assert not any(inputs)
+
+
+def test_no_matrix_of_scores_is_kept():
+    """Under frozen weights attention keeps queries, keys, values, output and one number a token and head, where the
+    stock module keeps the probabilities, too."""
+    sizes = []
+    for fast in (True, False):
+        module = train_only(attention(window=12, shift=6, fast=fast))
+        sizes.append(sum(kept(module, torch.randn(1, 48 * 48, 24).requires_grad_(), (48, 48)).values()))
+    unit = 4 * 48 * 48 * 24
+    assert sizes[0] < 4.5 * unit
+    assert sizes[1] > 20 * unit
+
+
+def test_lora_on_q_and_v_keeps_no_second_qkv():
+    """Both branches are added to the output of qkv in one step, with the gradients of the padded additions."""
+    stock, fast = backbone_pair(HOSTS['mmdet-swin'], peft=dict(type='LoRA', rank=4))
+    calls = [m for m in fast.modules() if isinstance(m, torch.nn.Linear) and m._forward_hooks]
+    assert len(calls) == 8
+    assert all(len(m._forward_hooks) == 1 for m in calls)
+    assert_close(step(fast), step(stock), 2e-5)
