@@ -9,7 +9,7 @@ from torch import nn
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
 from mona_mm.fast.attention import make_fast
-from mona_mm.freeze import Rules, freeze
+from mona_mm.freeze import Rules, as_rules, freeze
 from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
 from mona_mm.sites import find_host, method_modules
@@ -53,8 +53,7 @@ def PeftBackbone(
     backbone.peft_config = peft  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
-    rules = [trainable] if isinstance(trainable, str) else list(trainable)
-    freeze(backbone, [*rules, *(method.trainable if method else ())])
+    freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone, method)
     return backbone

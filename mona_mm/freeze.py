@@ -43,6 +43,18 @@ class FreezeRecord:
     trainable: frozenset[str]
 
 
+def as_rules(rules: Rules) -> tuple[str, ...]:
+    """One rule or several, as a tuple.
+
+    Raises:
+        ConfigError: if they are neither.
+    """
+    several = (rules,) if isinstance(rules, str) else rules
+    if not isinstance(several, Sequence) or not several or not all(isinstance(rule, str) for rule in several):
+        raise ConfigError(f"trainable={rules!r} must be a rule or a list of rules, such as 'none' or ['norm', 'bias'].")
+    return tuple(several)
+
+
 def select(module: nn.Module, rules: Rules) -> set[str]:
     """The names of the parameters of ``module`` that ``rules`` select.
 
@@ -50,7 +62,7 @@ def select(module: nn.Module, rules: Rules) -> set[str]:
         ConfigError: if a rule selects nothing (other than ``'none'``); it lists what could have been meant.
     """
     selected: set[str] = set()
-    for rule in [rules] if isinstance(rules, str) else rules:
+    for rule in as_rules(rules):
         names = _select(module, rule)
         if not names and METHOD_RULES.get(rule, rule) != 'none':
             raise ConfigError(
@@ -110,7 +122,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
         ConfigError: if a rule selects nothing, or nothing that can train, or under a method if the host has
             ``frozen_stages`` of its own.
     """
-    rules = (rules,) if isinstance(rules, str) else tuple(rules)
+    rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
     kept = method_names(module).union(*selected.values())
     for name, parameter in module.named_parameters():

@@ -85,6 +85,12 @@ def test_rule_that_matches_nothing(rule, suggestion):
         PeftBackbone(base=HOSTS['mmdet-swin'], trainable=[rule])
 
 
+@pytest.mark.parametrize('rules', [5, [], [None], ['norm', 3]])
+def test_what_is_no_rule(rules):
+    with pytest.raises(ConfigError, match='must be a rule or a list of rules'):
+        PeftBackbone(base=HOSTS['mmdet-swin'], trainable=rules)
+
+
 def test_rules_add_to_a_method():
     """Under a method the rules choose among the base's parameters; the method's always train."""
     model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'), trainable='last_block')

@@ -15,7 +15,7 @@ from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config
-from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.errors import ConfigError, MissingFileError, PlanError, UserError
 from mona_mm.meta import build_on_meta, meta_device
 from mona_mm.sites import LINEAR_SITES, find_host, method_modules
 from mona_mm.spt import Plan
@@ -53,12 +53,6 @@ def plan_for(host: dict, structured: dict | None) -> Plan:
     return Plan(architecture, structured, sites, tuple(vectors), weights)
 
 
-def tunable(host: dict, kind: str) -> dict:
-    """The structured module without what a host cannot take: dropout where only the weight is reached."""
-    by_weight = 'V2' in host['type'] and kind == 'lora'
-    return {**STRUCTURED[kind], **(dict(dropout=0.0, drop_path=0.0) if by_weight else {})}
-
-
 @pytest.fixture(params=STRUCTURED)
 def kind(request) -> str:
     return request.param
@@ -69,7 +63,7 @@ def spt(host, kind, tmp_path) -> dict:
     """An SPT method with a plan for the host."""
     plan = plan_for(host, STRUCTURED[kind])
     plan.save(tmp_path / 'plan.safetensors')
-    return dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, kind))
+    return dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=STRUCTURED[kind])
 
 
 def test_what_the_plan_says_trains(host, spt):
@@ -128,7 +122,7 @@ def test_merged_equals_unmerged(host, tmp_path):
     """Plans of LoRA and single weights go into stock weights: single weights bit for bit, LoRA to rounding."""
     plan = plan_for(host, STRUCTURED['lora'])
     plan.save(tmp_path / 'plan.safetensors')
-    peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=tunable(host, 'lora'))
+    peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=STRUCTURED['lora'])
     model = PeftBackbone(base=host, peft=peft)
     model.init_weights()
     for module in method_modules(model):
@@ -312,6 +306,9 @@ def test_plans_found_and_missing(detector_config, tmp_path):
         ('budget', '3%', 'is a plan for budget=2%, and this config says 3%.*another --work-dir'),
         ('structured', dict(type='LoRA', rank=3), "is a plan for structured={'type': 'LoRA', 'rank': 2}"),
         ('alpha', 4.0, 'is a plan for alpha=10.0, and this config says 4.0'),
+        ('num_batches', 2, 'is a plan for num_batches=3, and this config says 2'),
+        ('per_sample', True, 'is a plan for per_sample=False'),
+        ('alpha', 10, None),
         ('plan', None, None),
     ):
         again = copy.deepcopy(cfg)
@@ -323,10 +320,43 @@ def test_plans_found_and_missing(detector_config, tmp_path):
         else:
             with pytest.raises(ConfigError, match=message):
                 make_plan(again)
+    again = copy.deepcopy(cfg)
+    again.model.backbone.peft.plan = None
+    again.randomness = dict(seed=7)
+    with pytest.raises(ConfigError, match='is a plan for seed=0, and this config says 7'):
+        make_plan(again)
+    again.randomness = dict(seed=0)
+    again.train_dataloader.dataset.data_root = '/elsewhere'
+    with pytest.raises(ConfigError, match='was measured with another model, or on other data'):
+        make_plan(again)
+    again.resume, again.load_from = True, str(tmp_path / 'work/epoch_1.pth')
+    make_plan(again)  # what is resumed has its plan
+    assert again.model.backbone.peft.plan == str(file)
     assert file.stat().st_mtime_ns == before
     file.write_bytes(file.read_bytes()[:-100])
     cfg.model.backbone.peft.plan = None
     with pytest.raises(PlanError, match='plan.safetensors'):
+        make_plan(cfg)
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'message'),
+    [
+        ('aplha', 3, "SPT has no argument 'aplha'.*Did you mean 'alpha'"),
+        ('structured', dict(type='LoRA', rnak=4), "structured LoRA has no argument 'rnak'"),
+        ('structured', dict(type='Adapter', dropout=2), 'dropout=2 must be a probability'),
+        ('structured', dict(type='LoRa'), "structured={'type': 'LoRa'}: the structured module is"),
+        ('alpha', 'x', "alpha='x' must be a number above 0"),
+        ('rule', 'best', "rule='best' must be one of"),
+        ('budget', '2Q', "budget='2Q' must be"),
+    ],
+)
+def test_a_request_is_checked_before_the_measuring(detector_config, tmp_path, monkeypatch, option, value, message):
+    cfg = spt_detector(detector_config, budget='2%')
+    cfg.work_dir = str(tmp_path / 'work')
+    cfg.model.backbone.peft[option] = value
+    monkeypatch.setattr('mona_mm.spt.planning.measure', lambda *args: pytest.fail('it was measured'))
+    with pytest.raises(UserError, match=message):
         make_plan(cfg)
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mona_mm.methods.adapter import Adapter
+from mona_mm.methods.base import number
 from mona_mm.registry import METHODS
 
 
@@ -31,6 +32,7 @@ class AdaptFormer(Adapter):
 
     def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1, scale: float = 0.1) -> None:
         super().__init__(channels, bottleneck, dropout)
+        number('AdaptFormer', 'scale', scale)
         self.scale = scale
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -1,7 +1,8 @@
 """What every method is: a module attached at named sites of a host's blocks."""
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from mona_mm.errors import ConfigError, UnknownOptionError
 from mona_mm.registry import METHODS
 from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host, inject
+
+_GIVEN = ('channels', 'in_channels', 'out_channels', 'site')
+"""Arguments of modules that are no options: what they attach to says them."""
 
 
 class PeftModule(nn.Module):
@@ -154,21 +158,31 @@ def build_method(cfg: dict[str, Any]) -> Method:
     is_module = issubclass(method, PeftModule)
     sites = options.pop('sites', None) if is_module else None
     if sites is not None:
-        sites = (sites,) if isinstance(sites, str) else tuple(sites)
-        possible = _same_kind(method)
-        if not sites or any(site not in possible for site in sites):
+        given, possible = sites, _same_kind(method)
+        sites = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, Sequence) else ()
+        if not sites or len(set(sites)) < len(sites) or any(site not in possible for site in sites):
             raise ConfigError(
-                f'peft: {name} cannot attach at sites={list(sites)}; its sites are {", ".join(possible)}.'
+                f'peft: {name} cannot attach at sites={given!r}; its sites are {", ".join(possible)}, each once.'
             )
 
-    accepted = [p for p in inspect.signature(method).parameters if p not in ('channels', 'in_channels', 'out_channels')]
+    check_option_names(name, method, options, ['sites'] if is_module else [])
+    return ModuleMethod(method, sites, options) if is_module else method(**options)
+
+
+def check_option_names(name: str, cls: type, options: Iterable[str], more: Sequence[str] = ()) -> None:
+    """Check that ``options`` are arguments of a class, or among ``more``.
+
+    Raises:
+        UnknownOptionError: if one is not; it lists those.
+    """
+    accepted = [p for p in inspect.signature(cls).parameters if p not in _GIVEN] + list(more)
     for option in options:
         if option not in accepted:
             close = get_close_matches(option, accepted, n=1)
             hint = f' Did you mean {close[0]!r}?' if close else ''
-            accepted_list = ', '.join([*accepted, *(['sites'] if is_module else [])])
-            raise UnknownOptionError(f'peft: {name} has no argument {option!r}; it accepts {accepted_list}.{hint}')
-    return ModuleMethod(method, sites, options) if is_module else method(**options)
+            raise UnknownOptionError(
+                f'peft: {name} has no argument {option!r}; it accepts {", ".join(accepted)}.{hint}'
+            )
 
 
 def positive(method: str, name: str, value: Any) -> None:
@@ -177,7 +191,7 @@ def positive(method: str, name: str, value: Any) -> None:
     Raises:
         ConfigError: if it is not a whole number of at least 1.
     """
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f'{method}: {name}={value!r} must be a whole number of at least 1.')
 
 
@@ -187,5 +201,19 @@ def probability(method: str, name: str, value: Any) -> None:
     Raises:
         ConfigError: if it is not in [0, 1).
     """
-    if not 0 <= value < 1:
+    if not _is_number(value) or not 0 <= value < 1:
         raise ConfigError(f'{method}: {name}={value!r} must be a probability in [0, 1).')
+
+
+def number(method: str, name: str, value: Any) -> None:
+    """Check a factor of a method.
+
+    Raises:
+        ConfigError: if it is not a finite number.
+    """
+    if not _is_number(value):
+        raise ConfigError(f'{method}: {name}={value!r} must be a number.')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

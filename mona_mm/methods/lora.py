@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.methods.base import PeftModule, number, positive, probability
 from mona_mm.registry import METHODS
 
 
@@ -50,6 +50,7 @@ class LoRA(PeftModule):
 
         super().__init__()
         positive('LoRA', 'rank', rank)
+        number('LoRA', 'alpha', alpha)
         probability('LoRA', 'dropout', dropout)
         probability('LoRA', 'drop_path', drop_path)
         check_init('LoRA', init)

@@ -94,7 +94,10 @@ class Mona(PeftModule):
         positive('Mona', 'bottleneck', bottleneck)
         probability('Mona', 'dropout', dropout)
         _check_kernel_sizes(kernel_sizes)
-        if isinstance(scaled_norm, str) or any(place not in SCALED_NORMS for place in scaled_norm):
+        if not isinstance(average, bool):
+            raise ConfigError(f'Mona: average={average!r} must be True or False.')
+        places = isinstance(scaled_norm, Sequence) and not isinstance(scaled_norm, str)
+        if not places or any(place not in SCALED_NORMS for place in scaled_norm):
             raise ConfigError(f'Mona: scaled_norm={scaled_norm!r} must be a list of any of {", ".join(SCALED_NORMS)}.')
         self.filter_scale = 1 / len(kernel_sizes) if average else 1.0
         self.entrance = ScaledLayerNorm(channels) if 'down' in scaled_norm else nn.Identity()

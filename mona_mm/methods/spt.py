@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.methods.base import Method
+from mona_mm.methods.base import Method, check_option_names
 from mona_mm.methods.mona import Mona
 from mona_mm.registry import METHODS
 from mona_mm.sites import Host
-from mona_mm.spt.plan import Plan
+from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sparse import attach_sparse
 from mona_mm.spt.structured import StructuredAdapter, StructuredLoRA
 
@@ -33,8 +33,8 @@ class SPT(Method):
         plan: file of a :class:`mona_mm.spt.Plan`. ``tools/train.py`` makes it where there is none.
         structured: the structured module, ``dict(type='LoRA', rank=8)``, ``dict(type='Adapter', bottleneck=8)``,
             ``dict(type='Mona', bottleneck=64)`` or None, with its other options: for LoRA and Adapter ``dropout=0.1``
-            (never at ``proj``), ``drop_path=0.1`` and ``init='zero'`` (``'trunc_normal'`` as published), for Mona those
-            of :class:`mona_mm.methods.Mona`.
+            (never at ``proj``), ``drop_path=0.1`` (neither where a host's linear is reached through its weight) and
+            ``init='zero'`` (``'trunc_normal'`` as published), for Mona those of :class:`mona_mm.methods.Mona`.
         budget: with the arguments below, how ``tools/train.py`` makes the plan: see :func:`mona_mm.spt.allocate` and,
             for ``num_batches`` and ``per_sample``, :func:`mona_mm.spt.compute_sensitivity`.
 
@@ -62,6 +62,7 @@ class SPT(Method):
                 'SPT needs a plan, and this config names none. tools/train.py makes it; without training, '
                 'tools/spt_sensitivity.py CONFIG --budget 0.5% --out FILE does, and peft=dict(plan=FILE) takes it.'
             )
+        check_structured(structured)
         self.plan = Plan.load(plan)
         self.structured = self.plan.structured_config
         if structured is not None:
@@ -111,4 +112,25 @@ class SPT(Method):
         options = dict(self.structured)
         if site in host.linears:
             options['site'] = site
+            if not host.linears[site].called:  # what only adds to a weight can drop nothing
+                options |= dict(dropout=0.0, drop_path=0.0)
         return _MODULES[options.pop('type')](*widths, **options)
+
+
+def check_structured(structured: Mapping[str, Any] | None) -> None:
+    """Check the options of a structured module by building one.
+
+    Raises:
+        ConfigError: if it is of no known kind, or a value cannot be.
+        UnknownOptionError: if it has no such option.
+    """
+    if structured is None:
+        return
+    options = structured_module(structured)
+    kind = options.pop('type')
+    check_option_names(f'structured {kind}', _MODULES[kind], options)
+    width = max(options.get('rank', 1), options.get('bottleneck', 1))
+    if kind == 'Mona':
+        Mona(width, **options)
+    else:
+        _MODULES[kind](width, width, site='q', **options)

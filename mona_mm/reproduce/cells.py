@@ -125,6 +125,8 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
     if name == 'PeftBackbone':
         if backbone.get('peft'):
             method = _type(backbone['peft']).lower()
+            if method == 'spt':
+                method = f'spt_{_type(_dict(backbone["peft"]).get("structured") or {}).lower()}'
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)

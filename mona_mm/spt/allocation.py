@@ -49,6 +49,19 @@ def parse_budget(budget: str | int, backbone_parameters: int) -> int:
     return count
 
 
+def check_rule(rule: str, alpha: float, beta: float) -> None:
+    """Check the arguments of :func:`allocate` that need no sensitivity.
+
+    Raises:
+        ConfigError: if one cannot be.
+    """
+    if rule not in RULES:
+        raise ConfigError(f'rule={rule!r} must be one of {", ".join(map(repr, RULES))}.')
+    for name, value in (('alpha', alpha), ('beta', beta)):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ConfigError(f'{name}={value!r} must be a number above 0.')
+
+
 def allocate(
     sensitivity: Sensitivity,
     budget: str | int,
@@ -66,7 +79,7 @@ def allocate(
     weights as soon as it has (parameters of the module) / ``alpha`` of the weights taken; a vector trains whole as
     soon as it has 1 / ``beta`` of its own length. With Mona as the structured module the attention's matrices
     (q, k, v, proj) of a block are one such group, for a module at ``post_attn``, and the FFN's (fc1, fc2) another, for
-    ``post_ffn``.
+    ``post_ffn``. Linear layers that a host reads by their weight alone get no Adapter; their weights train singly.
 
     ``rule='budget'`` takes weights until the budget is full: a module or vector whose turn comes and that does not fit
     in what is left stays single weights, and weights that never had a gradient are not taken. The number of trained
@@ -94,11 +107,7 @@ def allocate(
         ConfigError: an unknown rule or structured module, or a budget that is no number, below the smallest possible
             plan or above the backbone.
     """
-    if rule not in RULES:
-        raise ConfigError(f'rule={rule!r} must be one of {", ".join(map(repr, RULES))}.')
-    for name, value in (('alpha', alpha), ('beta', beta)):
-        if not value > 0:
-            raise ConfigError(f'{name}={value!r} must be above 0.')
+    check_rule(rule, alpha, beta)
     config = structured_module(structured)
     architecture = sensitivity.architecture
     count = parse_budget(budget, architecture.parameters)
@@ -152,6 +161,8 @@ def _candidates(
             for site, members in groups.items():
                 if any((block, s) not in index for s in members):
                     continue
+                if config['type'] == 'Adapter' and not architecture.matrices[block, site].called:
+                    continue  # it reads the output of a module that there is none of
                 cost = module_cost(config, *widths(architecture, block, site))
                 found.append(
                     _Candidate(

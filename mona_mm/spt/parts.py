@@ -28,6 +28,7 @@ class Part:
         block: path of the block, empty behind the last one.
         op: the linear site (``'q'``) that the part is weight or bias of, or the path of its module in the block.
         kind: ``'matrix'`` (the weight of a linear site), ``'vector'`` (one axis), ``'other'``.
+        called: whether the host calls a linear site as a module; else only an addition to its weight can be there.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Part:
     block: str
     op: str
     kind: str
+    called: bool = True
 
     @property
     def numel(self) -> int:
@@ -146,10 +148,12 @@ def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parame
             sites = weights.get(name) or biases.get(name) or [name.removeprefix(f'{path}.').rpartition('.')[0]]
             length = shape[0] // len(sites) if shape else 1
             for i, site in enumerate(sites):
+                called = kind != 'matrix' or host.linears[site].called
                 if len(sites) == 1:
-                    yield Part(name, None, shape, path, site, kind)
+                    yield Part(name, None, shape, path, site, kind, called)
                 else:
-                    yield Part(name, (i * length, (i + 1) * length), (length, *shape[1:]), path, site, kind)
+                    rows = (i * length, (i + 1) * length)
+                    yield Part(name, rows, (length, *shape[1:]), path, site, kind, called)
     for module in _FINAL_NORMS:
         for end in ('weight', 'bias'):
             name = f'{module}.{end}'

@@ -1,21 +1,23 @@
 """The plan of a config: found, or made before training."""
 
 import os.path as osp
+from inspect import signature
+from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 
 from mona_mm.data import check_data
-from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.spt.allocation import allocate, parse_budget
+from mona_mm.errors import ConfigError, MissingFileError, UserError
+from mona_mm.spt.allocation import allocate, check_rule, parse_budget
 from mona_mm.spt.plan import Plan, structured_module
-from mona_mm.spt.sensitivity import measure
+from mona_mm.spt.sensitivity import config_fingerprint, measure
 
 PLAN_FILE = 'plan.safetensors'
 _ALLOCATION = ('rule', 'alpha', 'beta', 'structured_vectors', 'structured_only')
 
 
-def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> bool:
+def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | None:
     """Fill in the plan of an SPT config, in place.
 
     Args:
@@ -24,22 +26,14 @@ def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> bool:
             none.
 
     Returns:
-        Whether the config has the plan that it needs.
-
-    Raises:
-        ConfigError: if the plan in one of the folders was made for another budget or task, or by other rules.
-        PlanError: if the file is damaged.
+        The plan's file, None if there is none.
     """
     peft = spt_config(cfg)
-    if peft is None or (peft.get('plan') and osp.isfile(peft.plan)):
-        return True
-    for folder in folders:
-        file = osp.join(folder, PLAN_FILE)
-        if osp.isfile(file):
-            _check_same_request(cfg, Plan.load(file), file)
-            peft.plan = file
-            return True
-    return False
+    if peft is None:
+        return None
+    files = [peft.get('plan'), *(osp.join(folder, PLAN_FILE) for folder in folders)]
+    peft.plan = next((file for file in files if file and osp.isfile(file)), peft.get('plan'))
+    return peft.plan if peft.plan and osp.isfile(peft.plan) else None
 
 
 def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
@@ -48,7 +42,7 @@ def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
     Raises:
         MissingFileError: if there is none.
     """
-    if not find_plan(cfg, folders):
+    if spt_config(cfg) is not None and find_plan(cfg, folders) is None:
         raise MissingFileError(
             f'The plan of this SPT config is not there: no {PLAN_FILE} in {" or ".join(folders)}. Training left it in '
             'its work dir; name it with --cfg-options model.backbone.peft.plan=/path/to/it'
@@ -61,59 +55,107 @@ def make_plan(cfg: Config) -> None:
     In every process of a group, which has been joined; the plan is then that of the main process.
 
     Raises:
-        UserError: what :func:`find_plan`, :func:`mona_mm.spt.compute_sensitivity` and :func:`mona_mm.spt.allocate`
-            raise; also a ConfigError if the config says no budget.
+        ConfigError: if the plan in the work dir was made for another request, the config says no budget, or its
+            options are no SPT's.
+        UserError: what :func:`mona_mm.spt.compute_sensitivity` and :func:`mona_mm.spt.allocate` raise.
     """
-    if find_plan(cfg, (cfg.work_dir,)):
-        return
     peft = spt_config(cfg)
+    if peft is None:
+        return
+    check_options(peft)  # a misspelt one is better known before than after
+    named = peft.get('plan')
+    found = find_plan(cfg, (cfg.work_dir, *([osp.dirname(cfg.load_from)] if cfg.get('resume') else [])))
+    if found:
+        if found != named and not cfg.get('resume'):  # what is resumed has its plan, whatever the options say now
+            _check_same_request(cfg, Plan.load(found), found)
+        _say(f'Plan: {found}')
+        return
     if peft.get('budget') is None:
-        named = f'there is no {peft.plan}' if peft.get('plan') else 'this config names no plan'
+        missing = f'there is no {named}' if named else 'this config names no plan'
         raise ConfigError(
-            f'SPT: {named}, and no budget to make one for. Set one with --cfg-options model.backbone.peft.budget=0.5%'
+            f'SPT: {missing}, and no budget to make one for. Set one with --cfg-options model.backbone.peft.budget=0.5%'
         )
-    parse_budget(peft.budget, 1 << 62)  # a misspelt one is better known before than after
-    structured = structured_module(peft.get('structured'))
+    request = _request(cfg)
+    parse_budget(request['budget'], 1 << 62)
+    check_rule(request['rule'], request['alpha'], request['beta'])
     check_data(cfg, ('sensitivity',))  # the training's have been checked
     file = osp.join(cfg.work_dir, PLAN_FILE)
-    batches = peft.get('num_batches', 16)
+    batches = request['num_batches']
     _say(f'There is no plan yet: measuring the sensitivity of the backbone on {batches} batches of the training data.')
-    sensitivity = measure(cfg, batches, peft.get('per_sample', False))
+    sensitivity = measure(cfg, batches, request['per_sample'])
+    error = None
     if is_main_process():
-        options = {key: peft[key] for key in _ALLOCATION if key in peft}
-        plan = allocate(sensitivity, peft.budget, structured, **options)
-        plan.save(file)
-        _say(f'{plan.describe()} (budget: {plan.info["budget_parameters"]:,})\nPlan: {file}')
-    barrier()
+        try:
+            options = {key: request[key] for key in _ALLOCATION}
+            plan = allocate(sensitivity, request['budget'], request['structured'], **options)
+            plan.save(file)
+            _say(f'{plan.describe()} (budget: {plan.info["budget_parameters"]:,})\nPlan: {file}')
+        except UserError as problem:
+            error = problem
+    messages = [error and str(error)]
+    broadcast_object_list(messages)
+    if messages[0]:
+        raise error or ConfigError(messages[0])
     peft.plan = file
 
 
 def spt_config(cfg: Config) -> dict | None:
-    """The ``peft=dict(type='SPT', ...)`` of a config's backbone, or None."""
-    backbone = (cfg.get('model') or {}).get('backbone')
-    peft = backbone.get('peft') if isinstance(backbone, dict) else None
-    return peft if isinstance(peft, dict) and peft.get('type') == 'SPT' else None
+    """The ``peft=dict(type='SPT', ...)`` of a PeftBackbone anywhere in a config's model, or None."""
+    pending = [cfg.get('model')]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            peft = node.get('peft')
+            if isinstance(peft, dict) and str(peft.get('type')).rpartition('.')[2] == 'SPT':
+                return peft
+            pending += node.values()
+        elif isinstance(node, list | tuple):
+            pending += node
+    return None
+
+
+def check_options(peft: dict[str, Any]) -> None:
+    """Check the names of an SPT config's options and those of its structured module.
+
+    Raises:
+        UnknownOptionError: if one is no option there.
+        ConfigError: if the structured module cannot be built of them.
+    """
+    from mona_mm.methods.base import check_option_names
+    from mona_mm.methods.spt import SPT, check_structured
+
+    check_option_names('SPT', SPT, [key for key in peft if key != 'type'])
+    check_structured(peft.get('structured'))
+
+
+def _request(cfg: Config) -> dict[str, Any]:
+    """What an SPT config asks for, with the defaults of what it does not say."""
+    from mona_mm.methods.spt import SPT  # here: it imports this package
+
+    defaults = {name: p.default for name, p in signature(SPT).parameters.items()}
+    request = defaults | dict(spt_config(cfg))
+    return request | dict(structured=structured_module(request['structured']))
 
 
 def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
     """A plan left by another run must not decide what this one trains."""
-    peft = spt_config(cfg)
-    asked = {'structured': structured_module(peft.get('structured'))}
-    made = {'structured': plan.structured_config}
-    for key in ('budget', *_ALLOCATION):
-        if peft.get(key) is not None:
-            asked[key], made[key] = peft[key], plan.info.get(key)
-    if cfg.get('task') and plan.info.get('task'):
-        asked['task'], made['task'] = cfg.task, plan.info['task']
+    request = _request(cfg)
+    asked = {key: request[key] for key in ('structured', 'num_batches', 'per_sample', *_ALLOCATION)}
+    made = {'structured': plan.structured_config, **plan.info}
     if asked['structured'] is not None and made['structured'] is not None:
         asked['structured'] = {key: asked['structured'].get(key) for key in made['structured']}
-    different = [key for key in asked if str(asked[key]) != str(made[key])]
-    if different:
-        key = different[0]
-        raise ConfigError(
-            f'{file} is a plan for {key}={made[key]}, and this config says {asked[key]}. Train in another --work-dir, '
-            'or name the plan to use with --cfg-options model.backbone.peft.plan=/path/to/it'
-        )
+    if request['budget'] is not None:
+        asked['budget'] = request['budget']
+        if parse_budget(request['budget'], plan.architecture.parameters) == made.get('budget_parameters'):
+            made['budget'] = request['budget']
+    asked['seed'] = (cfg.get('randomness') or {}).get('seed') or 0
+    asked['task'] = cfg.get('task')
+    advice = 'Train in another --work-dir, or name the plan to use with --cfg-options model.backbone.peft.plan=/path'
+    for key, value in asked.items():
+        if value != made.get(key):
+            raise ConfigError(f'{file} is a plan for {key}={made.get(key)}, and this config says {value}. {advice}')
+    if config_fingerprint(cfg) != made.get('config_fingerprint'):
+        raise ConfigError(f'{file} was measured with another model, or on other data, than this config names. {advice}')
 
 
 def _say(message: str) -> None:
