@@ -57,6 +57,7 @@ def PeftBackbone(
     if not fast:
         for module in method_modules(backbone):
             module.fast = False
+    backbone.peft_config = peft  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     rules = [trainable] if isinstance(trainable, str) else list(trainable)

@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
+from mona_mm.checkpoint.delta import allow_other_base
 from mona_mm.compat.safe_globals import FORCE_WEIGHTS_ONLY
 from mona_mm.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.errors import ConfigError, UserError
@@ -27,13 +28,20 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options that training and testing share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>)')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>[/<task>])'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
+    )
+    parser.add_argument(
+        '--allow-other-base',
+        action='store_true',
+        help='load a delta although the frozen base is not the one that it was trained on',
     )
     parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -48,10 +56,14 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = osp.join('work_dirs', osp.splitext(osp.basename(args.config))[0])
+        # One folder a task, where a config has several: each run its own log, plan and checkpoints.
+        name = osp.splitext(osp.basename(args.config))[0]
+        cfg.work_dir = osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.allow_other_base:
+        allow_other_base()
     adapt_to_device(cfg)
     return cfg
 

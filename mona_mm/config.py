@@ -2,32 +2,38 @@
 
 import os.path as osp
 from collections.abc import Callable
+from logging import WARNING
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
-from mona_mm.data import datasets
+from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
+from mona_mm.data import SPLITS, datasets
 from mona_mm.errors import ConfigError, MissingFileError
 
 
 def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and merge ``--cfg-options`` into it.
 
-    mmengine merges after the file has been evaluated, so an option does not reach what was computed from it. Two do
-    here: ``data_root``, the one variable of every data path, and ``classes``, the names of the data set's classes,
-    which also sets every ``num_classes`` of the model.
+    mmengine merges after the file has been evaluated, so an option does not reach what was computed from it. Three do
+    here: ``data_root``, the one variable of every data path; ``classes``, the names of the data set's classes, which
+    also sets every ``num_classes`` of the model; and, in a config that says ``tasks``, ``task``, the name of one of
+    them, which sets what ``tasks`` says of it (``num_classes`` of the model, everything else of the data sets) and the
+    task's folder in ``data_root``.
 
     Raises:
         MissingFileError: if there is no such file.
-        ConfigError: if ``classes`` is given to a config whose data sets have none.
+        ConfigError: if ``data_root`` or ``task`` is given to a config that has none, or the task is unknown.
     """
     if not osp.isfile(file):
         raise MissingFileError(f'There is no config file {file}.')
     cfg = Config.fromfile(file)
     options = dict(options or {})
-    data_root, classes = options.pop('data_root', None), options.pop('classes', None)
+    task, data_root, classes = (options.pop(key, None) for key in ('task', 'data_root', 'classes'))
+    if task is not None:
+        _set_task(cfg, str(task))
     if data_root is not None:
         _set_data_root(cfg, osp.join(str(data_root), ''))
     if classes is not None:
@@ -36,11 +42,31 @@ def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
     return cfg
 
 
+def _set_task(cfg: Config, task: str) -> None:
+    tasks = cfg.get('tasks')
+    if not tasks:
+        raise ConfigError(f'task={task}: {cfg.filename} is for one task, and has no others to choose from.')
+    if task not in tasks:
+        raise ConfigError(f'task={task}: {cfg.filename} has no such task. Its tasks are {", ".join(tasks)}.')
+    _replace_folder(cfg, osp.join(cfg.data_root, cfg.task, ''), osp.join(cfg.data_root, task, ''))
+    settings = dict(tasks[task])
+    _set_num_classes(cfg, settings.pop('num_classes'))
+    for split in SPLITS:
+        for dataset in datasets(cfg, split):
+            dataset.update(settings)
+    cfg.task = task
+
+
 def _set_data_root(cfg: Config, new: str) -> None:
     if not cfg.get('data_root'):
         raise ConfigError(f'data_root={new}: {cfg.filename} has no top-level data_root, so set the paths one by one.')
     old = osp.join(cfg.data_root, '')
     cfg.data_root = old  # with its slash, so that data/coco is not taken for a part of data/coco_extra
+    _replace_folder(cfg, old, new)
+
+
+def _replace_folder(cfg: Config, old: str, new: str) -> None:
+    """Both with a slash at the end."""
 
     def replace(node: Any) -> Any:
         if isinstance(node, str):
@@ -51,15 +77,19 @@ def _set_data_root(cfg: Config, new: str) -> None:
 
 
 def _set_classes(cfg: Config, classes: tuple[str, ...]) -> None:
-    def set_count(node: Any) -> Any:
-        if isinstance(node, dict) and 'num_classes' in node:
-            node['num_classes'] = len(classes)
-        return _map_children(node, set_count)
-
-    set_count(cfg.model)
-    for split in ('train', 'val', 'test'):
+    _set_num_classes(cfg, len(classes))
+    for split in SPLITS:
         for dataset in datasets(cfg, split):
             dataset['metainfo'] = {**(dataset.get('metainfo') or {}), 'classes': classes}
+
+
+def _set_num_classes(cfg: Config, count: int) -> None:
+    def replace(node: Any) -> Any:
+        if isinstance(node, dict) and 'num_classes' in node:
+            node['num_classes'] = count
+        return _map_children(node, replace)
+
+    replace(cfg.model)
 
 
 def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
@@ -133,8 +163,44 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
             )
     elif '://' not in checkpoint and not osp.isfile(checkpoint):
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')
+    if checkpoint.endswith(SUFFIX):
+        _check_resumable(checkpoint)
     cfg.resume = True
     cfg.load_from = checkpoint
+
+
+def fine_tune_from(cfg: Config, checkpoint: str) -> None:
+    """Set a config to start from a whole model that may have been trained for another number of classes.
+
+    Raises:
+        ConfigError: if it is a delta, which fits only its own classes.
+    """
+    if checkpoint.endswith(SUFFIX):
+        raise ConfigError(
+            f'--fine-tune {checkpoint}: a delta fits only the classes that it was trained for. Make a whole checkpoint '
+            'of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
+        )
+    cfg.load_from = checkpoint
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'mona_mm.LoadCheckHook']
+    if not hooks:
+        hooks = [dict(type='mona_mm.LoadCheckHook')]
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
+    hooks[0]['other_classes'] = True
+
+
+def _check_resumable(file: str) -> None:
+    header = read_delta(file).header
+    if header.parts is not None or 'iter' not in header.progress:
+        raise ConfigError(
+            f'--resume: {file} holds {"only " + ", ".join(header.parts) if header.parts else "no state of a run"}. '
+            f'Start a new run from it with --cfg-options load_from={file}, or resume from a whole checkpoint.'
+        )
+    print_log(
+        f'Resuming from {file}: a delta holds no moments of the optimizer, so they begin anew. The whole checkpoint '
+        'beside it continues exactly.',
+        logger='current',
+        level=WARNING,
+    )
 
 
 def find_last_checkpoint(work_dir: str) -> str | None:

@@ -14,6 +14,14 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mona_mm.errors import ConfigError, MissingFileError
 
+SPLITS = ('train', 'val', 'test', 'sensitivity')
+"""Each is what a config says in ``<split>_dataloader``."""
+
+
+def sensitivity_split(cfg: Config) -> str:
+    """The split whose data SPT's sensitivity is measured on."""
+    return 'sensitivity' if cfg.get('sensitivity_dataloader') else 'train'
+
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
     """Check that the data which ``splits`` (``'train'``, ...) name are there and hold the classes of the config.
@@ -22,23 +30,24 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         MissingFileError: if a data set's root, annotation file or image folder is missing; it says what to set.
         ConfigError: if annotations (COCO, VOC, label maps, lists of labels) hold other classes, or in another order.
     """
+    hint = f'/path/to/it, the folder that holds {cfg.task}/' if cfg.get('tasks') else '/path/to/it'
     for split in splits:
         for dataset in datasets(cfg, split):
             root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix')
             parts = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
             for path in [root, *(osp.join(root, part) for part in parts if part)]:
-                _require(path, root or path, split)
+                _require(path, root or path, split, hint)
             _check_classes(cfg, dataset)
         evaluator = cfg.get(f'{split}_evaluator') or []
         for metric in [evaluator] if isinstance(evaluator, dict) else evaluator:
-            _require(metric.get('ann_file'), metric.get('ann_file'), split)
+            _require(metric.get('ann_file'), metric.get('ann_file'), split, hint)
 
 
-def _require(path: str | None, root: str | None, split: str) -> None:
+def _require(path: str | None, root: str | None, split: str, hint: str) -> None:
     if path and '://' not in path and not osp.exists(path):
         raise MissingFileError(
             f'The {split} data of this config are not there: no {path}. Put the data set at {root} or say where it is '
-            'with --cfg-options data_root=/path/to/it'
+            f'with --cfg-options data_root={hint}'
         )
 
 
@@ -63,6 +72,10 @@ def _check_classes(cfg: Config, dataset: dict) -> None:
     for cls in getattr(dataset_class, '__mro__', ()):
         if cls.__name__ in _CHECKS:
             classes = (dataset.get('metainfo') or {}).get('classes') or dataset_class.METAINFO.get('classes')
+            if classes is None:  # a classifier may number them only
+                head = cfg.model.get('head')
+                count = head.get('num_classes') if isinstance(head, dict) else None
+                classes = None if count is None else [str(i) for i in range(count)]
             if classes is None or isinstance(classes, list | tuple):  # or a file of names, which mmengine reads itself
                 _CHECKS[cls.__name__](dataset, classes)
             return
@@ -148,13 +161,41 @@ def _check_labels(dataset: dict, classes: Sequence[str] | None) -> None:
     ann_file = _annotation_file(dataset)
     if classes is None or ann_file is None:
         return
-    for number, line in enumerate(Path(ann_file).read_text().splitlines(), start=1):
-        label = line.rpartition(' ')[2]
-        if line.strip() and not (label.isdecimal() and int(label) < len(classes)):
+    lines = Path(ann_file).read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        path, _, label = line.strip().rpartition(' ')
+        if not (path and label.isdecimal() and int(label) < len(classes)):
             raise ConfigError(
                 f'{ann_file}, line {number}: {line!r} must be a path and a label from 0 to {len(classes) - 1}, since '
                 f'the config has {len(classes)} classes. Name yours with --cfg-options classes="[...]"'
             )
+    if lines:
+        _require_image(dataset, lines[0].strip().rpartition(' ')[0], ann_file)
+
+
+def _check_fgvc(dataset: dict, classes: Sequence[str] | None) -> None:
+    ann_file = _annotation_file(dataset)
+    if classes is None or ann_file is None:
+        return
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        built = registry.build({**dataset, 'pipeline': []})  # which reads the lists, and says what is wrong with them
+    highest = max((built.get_data_info(i)['gt_label'] for i in range(len(built))), default=0)
+    if highest >= len(classes):
+        raise ConfigError(
+            f'{ann_file} has images of {highest + 1} or more classes, and the config has {len(classes)}. Is it the '
+            'list of another task (--cfg-options task=...)? Name classes of your own with --cfg-options classes="[...]"'
+        )
+    if len(built):
+        _require_image({}, built.get_data_info(0)['img_path'], ann_file)
+
+
+def _require_image(dataset: dict, path: str, ann_file: str) -> None:
+    """The first image of a list: a wrong folder is common, a single file that lacks is not."""
+    prefix = dataset.get('data_prefix') or ''
+    folder = prefix.get('img_path') or '' if isinstance(prefix, dict) else prefix
+    path = osp.join(dataset.get('data_root') or '', folder, path)
+    if '://' not in path and not osp.isfile(path):
+        raise MissingFileError(f'{ann_file} begins with an image that is not there: {path}. Put the images beside it.')
 
 
 _CHECKS = dict(
@@ -162,6 +203,7 @@ _CHECKS = dict(
     XMLDataset=_check_voc,
     BaseSegDataset=_check_segmentation,
     CustomDataset=_check_labels,
+    FGVCJson=_check_fgvc,
 )
 """By the libraries' base class of a data set; the first that a data set's class has counts."""
 

@@ -39,7 +39,12 @@ def build_on_meta(cfg: Config) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with meta_device():
         model = MODELS.build(cfg.model)
+    freeze_by_hooks(model, cfg)
+    return model
+
+
+def freeze_by_hooks(model: nn.Module, cfg: Config) -> None:
+    """Freeze what a ``ParamFreezeHook`` of the config would freeze."""
     for hook in cfg.get('custom_hooks') or []:
         if hook['type'] in ('mona_mm.ParamFreezeHook', 'ParamFreezeHook') and hook.get('trainable') is not None:
             freeze(model, hook['trainable'])
-    return model

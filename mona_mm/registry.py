@@ -4,9 +4,11 @@ A config that says ``type='mona_mm.PeftBackbone'`` makes mmengine import this mo
 ``custom_imports`` line is needed once the OpenMMLab stack itself can be imported.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mona_mm', locations=['mona_mm.backbone'])
@@ -17,4 +19,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     scope='mona_mm',
     locations=['mona_mm.optim'],
 )
+PARAM_SCHEDULERS = Registry(
+    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mona_mm', locations=['mona_mm.schedule']
+)
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mona_mm', locations=['mona_mm.datasets'])
 METHODS = Registry('peft method', scope='mona_mm', locations=['mona_mm.methods'])

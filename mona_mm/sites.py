@@ -35,7 +35,7 @@ what the stock one does, bit for bit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -46,6 +46,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
+from mona_mm.mixin import Mixin, mix_in, qualified_name, stock_class
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
 LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
@@ -61,7 +62,7 @@ class TokenGrid:
     hw: tuple[int, int] | None = None
 
 
-class PeftBlock:
+class PeftBlock(Mixin):
     """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
 
     host: 'Host'
@@ -115,10 +116,6 @@ class PeftBlock:
                 name = f'{path}.{parameter}'.removeprefix('attn.')
                 weights[name] = delta(weights.get(name, getattr(module, parameter)))
         return functional_call(self.attn, weights, args, kwargs) if weights else self.attn(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class below is made at run time, so pickle cannot find it by name.
-        return _new_peft_block, type(self).__bases__, self.__dict__
 
 
 class PreNormBlock(PeftBlock):
@@ -318,25 +315,6 @@ def find_host(backbone: nn.Module) -> Host:
     )
 
 
-def qualified_name(cls: type) -> str:
-    return f'{cls.__module__}.{cls.__qualname__}'
-
-
-@cache
-def _peft_class(kind: type[PeftBlock], block_class: type) -> type:
-    return type(f'Peft{block_class.__name__}', (kind, block_class), {'__module__': __name__})
-
-
-def _new_peft_block(kind: type[PeftBlock], block_class: type) -> nn.Module:
-    cls = _peft_class(kind, block_class)
-    return cls.__new__(cls)
-
-
-def stock_class(module: nn.Module) -> type:
-    """The class that the OpenMMLab code gave a module."""
-    return type(module).__bases__[1] if isinstance(module, PeftBlock) else type(module)
-
-
 class Attachment(Protocol):
     """What :func:`inject` attaches."""
 
@@ -380,7 +358,7 @@ def inject(backbone: nn.Module, method: Attachment) -> None:
         source.grid = grid
         source.register_forward_hook(_remember_grid)
     for path, block in blocks.items():
-        block.__class__ = _peft_class(host.kind, type(block))
+        mix_in(block, host.kind)
         block.host = host
         block.grid = grid
         block.peft = PeftModules(modules.get(path, {}))

@@ -1,6 +1,8 @@
 """What the tests share: small hosts of every kind, small data, a small detector, and the independent evidence."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,24 @@ def detector_config(demo_data, tmp_path) -> Config:
     )
     cfg.test_dataloader = cfg.val_dataloader
     return cfg
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a command line in this process: (exit status, standard output, standard error)."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, 'argv', [name, *arguments])
+        status = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

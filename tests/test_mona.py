@@ -10,7 +10,7 @@ from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.meta import meta_device
-from mona_mm.methods import Mona
+from mona_mm.methods import FoldedMona, Mona
 from mona_mm.sites import method_modules
 
 SIZES = {
@@ -188,3 +188,32 @@ def test_bad_arguments(arguments):
     name, value = next(iter(arguments.items()))
     with pytest.raises(ValueError, match=f'{name}={value}'):
         Mona(8, **arguments)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {},
+        dict(kernel_sizes=[3, 9], average=False),
+        dict(scaled_norm=[], kernel_sizes=[1]),
+        dict(scaled_norm=['pointwise']),
+        dict(scaled_norm=['down', 'pointwise'], average=False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('extra', [0, 2])
+def test_folded_form_is_equal(options, extra):
+    """The deploy form, one depthwise kernel and no identities, computes what the module does, to 1e-5, with and without
+    tokens beside the grid, at every scale of its parameters."""
+    module = Mona(24, bottleneck=8, **options)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    module.eval()
+    folded = FoldedMona.of(module)
+    x = torch.randn(2, extra + 5 * 7, 24)
+    with torch.no_grad():
+        expected = module(x, (5, 7))
+        torch.testing.assert_close(folded(x, (5, 7)), expected, atol=1e-5, rtol=1e-5)
+        assert (expected - x).abs().max() > 0.1
+    assert sum(p.numel() for p in folded.parameters()) <= sum(p.numel() for p in module.parameters())

@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -209,24 +208,6 @@ def test_two_processes_train(detector_config, tmp_path):
 
 COCO = 'configs/mona/cascade_swin_b_coco.py'
 DEMO = 'configs/demo/demo_mona_shapes.py'
-
-
-@pytest.fixture
-def tool(monkeypatch, capsys):
-    """Run a command line in this process: (exit status, standard output, standard error)."""
-
-    def run(name: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, 'argv', [name, *arguments])
-        status = 0
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ DATA = {
     'oxfordpets': 'Oxford-IIIT Pets',
     'voc2007': 'PASCAL VOC 2007',
     'voc': 'PASCAL VOC 2007 and 2012',
+    'vtab': 'VTAB-1k',
+    'fgvc': 'FGVC',
 }
 GRADES = {
     'A': 'published by the authors (grade A)',
@@ -107,7 +109,8 @@ def training_data(name: str) -> str:
 
 def published_results(method: str, name: str, published: dict[str, Any]) -> list[tuple[str, str, str, list | None]]:
     """Task, data set, metric and, where it was published, value and grade of a config. Only for the published settings:
-    a config with another learning rate, other labels or another design has no results."""
+    a config with another learning rate, other labels or another design has no results. On VTAB-1k and FGVC none has:
+    SPT's scores are the best of several budgets, and the learning rates of its baselines were not released."""
     task = name.removeprefix(f'{method}_')
     if method.startswith('spt_'):
         return []

@@ -9,7 +9,7 @@ from mmengine.dist import is_main_process
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import join_process_group, read_run_config, run, run_parser
-from mona_mm.data import check_data
+from mona_mm.data import check_data, sensitivity_split
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.sensitivity import Sensitivity, measure
@@ -21,7 +21,7 @@ def main() -> None:
     parser = run_parser('Measure the sensitivity of a backbone and plan what trains under a budget')
     parser.add_argument('--budget', required=True, help='trained parameters of the backbone: 0.4M, 400k or 0.5%%')
     parser.add_argument('--out', help='the plan (default: plan.safetensors in the work dir)')
-    parser.add_argument('--num-batches', type=int, default=16, help='batches of the training data (default: 16)')
+    parser.add_argument('--num-batches', type=int, default=16, help='batches of the data (default: 16)')
     parser.add_argument('--per-sample', action='store_true', help="square every image's gradient, not every batch's")
     parser.add_argument('--seed', type=int, help="of the data's order, heads and dropout (default: the config's, or 0)")
     parser.add_argument('--structured', choices=STRUCTURED, help="structured module (default: the config's, or LoRA)")
@@ -44,7 +44,7 @@ def main() -> None:
         sensitivity = Sensitivity.load(args.sensitivity)
     else:
         parse_budget(args.budget, 1 << 62)  # a misspelt one is better known before than after
-        check_data(cfg, ('train',))
+        check_data(cfg, (sensitivity_split(cfg),))
         join_process_group(cfg)
         sensitivity = measure(cfg, args.num_batches, args.per_sample, args.seed)
     if not is_main_process():

@@ -5,8 +5,10 @@ import os.path as osp
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 from mmengine.registry import DefaultScope
+from mmengine.runner import load_checkpoint
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
@@ -36,7 +38,7 @@ def dump_metric(file: str) -> DumpResults:
 
 def main() -> None:
     parser = run_parser('Evaluate a checkpoint')
-    parser.add_argument('checkpoint', help='checkpoint file (.pth)')
+    parser.add_argument('checkpoint', help='whole checkpoint (.pth) or delta (.delta.safetensors)')
     parser.add_argument('--show-dir', help='write a picture of every image here: ground truth left, predictions right')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     args = parser.parse_args()
@@ -47,10 +49,12 @@ def main() -> None:
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
-    cfg.load_from = args.checkpoint
+    base, cfg.load_from = cfg.get('load_from'), args.checkpoint
     if args.show_dir:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
     runner = build_runner(cfg)
+    if base and args.checkpoint.endswith(SUFFIX):  # what the delta was trained on
+        load_checkpoint(runner.model, base, map_location='cpu')
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(args.out))
     runner.test()

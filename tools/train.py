@@ -1,8 +1,8 @@
-"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--amp] [--cfg-options ...]"""
+"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]"""
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import build_runner, join_process_group, read_run_config, run, run_parser
-from mona_mm.config import resume_from
+from mona_mm.config import fine_tune_from, resume_from
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError
 from mona_mm.spt.planning import make_plan
@@ -21,9 +21,18 @@ def main() -> None:
         metavar='PATH',
         help='continue from this checkpoint, or without PATH from the last one in the work dir',
     )
+    parser.add_argument(
+        '--fine-tune',
+        metavar='CHECKPOINT',
+        help="start from this model, of the same config but for its classes: the heads' last layers begin anew",
+    )
     args = parser.parse_args()
     cfg = read_run_config(args)
     check_data(cfg, ('train', 'val'))
+    if args.fine_tune:
+        if args.resume:
+            raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')
+        fine_tune_from(cfg, args.fine_tune)
     resume_from(cfg, args.resume)
     join_process_group(cfg)
     make_plan(cfg)

@@ -11,6 +11,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='mona_mm.ParamFreezeHook'),  # says what trains, proves that the rest does not
     dict(type='mona_mm.LoadCheckHook'),  # refuses checkpoints that do not fit
+    dict(type='mona_mm.DeltaCheckpointHook'),  # writes what training changed to a small file beside the checkpoint
     dict(type='mona_mm.IterationSeedHook'),  # makes --resume repeat an undisturbed run
 ]
 

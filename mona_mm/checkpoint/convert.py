@@ -6,10 +6,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mona_mm.checkpoint.formats import (
+    convert_convnext,
+    convert_convnext_timm,
+    convert_pvt,
+    convert_vit,
+    convert_vit_npz,
+    recognise,
+)
+from mona_mm.errors import ConfigError
+
 # Microsoft's Swin and the published Mona code share these names; in order, on the part after `layers.I.`.
 _SWIN_RENAMES = (
     (r'^layers\.', 'stages.'),
-    (r'\.attn\.(qkv|proj|relative_position_bias_table|relative_position_index)', r'.attn.w_msa.\1'),
+    (r'(\.blocks\.\d+)\.attn\.', r'\1.attn.w_msa.'),
     (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
     (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
     (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
@@ -23,17 +33,18 @@ _MODULE_RENAMES = (
     (r'\.adapter_conv\.conv3\.', '.depthwise.2.'),
     (r'\.adapter_conv\.projector\.', '.pointwise.'),
 )
+_MOCO = 'base_encoder.'
 # What a classifier holds beyond the backbone, and masks that every library recomputes.
 _NOT_IN_A_BACKBONE = re.compile(r'^(head\.|norm\.|.*\.attn_mask$)')
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
-    """Rename and re-order a Swin checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
+    """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
-    The format is recognised from the keys: Microsoft's Swin (``layers.I.blocks.J.attn.qkv``) and the published Mona
-    code (the same, with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA). Anything else is returned with
-    its names unchanged. A checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the tensors
-    alone, of a backbone or of a detector (``backbone.*``, of which only the backbone is returned).
+    The format is recognised from the names, see :mod:`mona_mm.checkpoint.formats`; among them are Microsoft's Swin and
+    the published Mona code (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA). Anything else is returned
+    with its names unchanged. A checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the
+    tensors alone, of a backbone or of a detector (``backbone.*``, of which only the backbone is returned).
 
     Args:
         state_dict: names to tensors, in the checkpoint's own names.
@@ -43,20 +54,86 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '') -> di
         A new dict with the names of the OpenMMLab backbone; the tensors are not copied unless re-ordered.
     """
     tensors = backbone_tensors(state_dict, prefix)
-    # mmpretrain's ViT also begins with `layers.`, but has no blocks below.
-    if not any(re.match(r'layers\.\d+\.blocks\.', name) for name in tensors):
-        return tensors
+    convert = _CONVERTERS.get(recognise(tensors))
+    return convert(tensors) if convert else tensors
+
+
+def convert_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """:func:`convert_state_dict` of the backbone in a whole model's checkpoint; the rest of it keeps its names."""
+    tensors = unwrap_checkpoint(state_dict)
+    rest = {name: t for name, t in tensors.items() if not name.startswith('backbone.')}
+    if len(rest) == len(tensors):
+        return convert_state_dict(state_dict)
+    return {**{f'backbone.{name}': t for name, t in convert_state_dict(tensors).items()}, **rest}
+
+
+def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renames = (*_SWIN_RENAMES, *_sites(tensors), *_MODULE_RENAMES)
+    second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
+    shift = _downsample_shift(tensors, second_version)
     converted = {}
     for name, tensor in tensors.items():
         if _NOT_IN_A_BACKBONE.match(name):
             continue
         if '.downsample.' in name:
-            tensor = _reorder_neighbours(tensor)
+            if not (second_version and '.norm.' in name):  # which there comes after the reduction
+                tensor = _reorder_neighbours(tensor)
+            name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
         converted.update(_lora_slices(name, tensor))
     return _stack_factors(converted)
+
+
+def _downsample_shift(tensors: Mapping[str, Tensor], second_version: bool) -> int:
+    """By how many stages the merging of patches is elsewhere in the OpenMMLab backbone than in the file: it is the end
+    of a stage with Microsoft and in Swin, the beginning of the next one in the newer timm and in mmpretrain's SwinV2.
+    """
+    stages = {int(match[1]) for name in tensors if (match := re.match(r'layers\.(\d+)\.downsample\.', name))}
+    at_the_beginning = bool(stages) and 0 not in stages
+    return second_version - at_the_beginning
+
+
+def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_model` for Swin: the names and layouts of the published Mona code.
+
+    Args:
+        state_dict: of a Swin or of a model with one at ``backbone.``, with or without a method of the published code.
+
+    Raises:
+        ConfigError: if it is not one, or its method was never published for a Swin.
+    """
+    tensors = unwrap_checkpoint(state_dict)
+    start = 'backbone.' if any(name.startswith('backbone.') for name in tensors) else ''
+    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    if not any(re.match(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.', name) for name in inner):
+        raise ConfigError('Only a Swin in the names of mmdet, mmseg or mmpretrain has published names to go back to.')
+    published = {name: t for name, t in tensors.items() if not name.startswith(start)}
+    for name, tensor in _unslice_lora(_unstack_factors(inner)).items():
+        if '.downsample.' in name:
+            tensor = _restore_neighbours(tensor)
+        for pattern, replacement in _TO_PUBLISHED:
+            name = re.sub(pattern, replacement, name)
+        if '.peft.' in name:
+            raise ConfigError(f'{name}: the published code has no such module.')
+        published[f'{start}{name}'] = tensor
+    return published
+
+
+_TO_PUBLISHED = (
+    (r'\.peft\.(post_attn|attn_branch|attn_out|parallel_ffn)\.', '.my_module_1.'),
+    (r'\.peft\.(post_ffn|ffn_branch|ffn_out)\.', '.my_module_2.'),
+    (r'(\.my_module_\d)\.entrance\.', r'\1.'),
+    (r'(\.my_module_\d)\.down\.', r'\1.project1.'),
+    (r'(\.my_module_\d)\.up\.', r'\1.project2.'),
+    (r'(\.my_module_\d)\.depthwise\.(\d)\.', lambda match: f'{match[1]}.adapter_conv.conv{int(match[2]) + 1}.'),
+    (r'(\.my_module_\d)\.pointwise\.', r'\1.adapter_conv.projector.'),
+    (r'\.attn\.w_msa\.', '.attn.'),
+    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+    (r'^stages\.', 'layers.'),
+)
 
 
 def _sites(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
@@ -95,13 +172,54 @@ def _stack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]:
     """The tensors of a checkpoint file, without wrappers, and of a whole model only those under ``prefix``."""
+    tensors = unwrap_checkpoint(checkpoint)
+    start = f'{(prefix or "backbone").rstrip(".")}.'
+    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    return inner if inner or prefix else tensors
+
+
+def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, without wrappers; of MoCo v3's only those of the encoder that is kept."""
     for wrapper in ('state_dict', 'model'):
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     tensors = {name.removeprefix('module.'): t for name, t in checkpoint.items() if isinstance(t, Tensor)}
-    start = f'{(prefix or "backbone").rstrip(".")}.'
-    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-    return inner if inner or prefix else tensors
+    encoder = {name.removeprefix(_MOCO): t for name, t in tensors.items() if name.startswith(_MOCO)}
+    return encoder or tensors
+
+
+def _restore_neighbours(tensor: Tensor) -> Tensor:
+    """The inverse of :func:`_reorder_neighbours`."""
+    neighbours = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4, C)
+    return neighbours[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+
+
+def _unslice_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`_lora_slices`."""
+    joined = {}
+    for name, tensor in tensors.items():
+        match = re.match(r'(.*\.)peft\.([qv])\.(down|up)\.weight$', name)
+        if match is None:
+            joined[name] = tensor
+        elif match[2] == 'q':
+            other = tensors.get(f'{match[1]}peft.v.{match[3]}.weight')
+            if other is None:
+                raise ConfigError(f'{name}: the published LoRA is on q and on v.')
+            joined[f'{match[1]}attn.w_msa.qkv.lora_{"A" if match[3] == "down" else "B"}'] = torch.cat((tensor, other))
+    return joined
+
+
+def _unstack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`_stack_factors`."""
+    unstacked = {}
+    for name, tensor in tensors.items():
+        match = re.match(r'(.*\.peft\.(?:attn|ffn)_out\.(?:.*\.)?)([agb])$', name)
+        if match is None:
+            unstacked[name] = tensor
+        else:
+            kind = match[2] if match[2] == 'g' else match[2].upper()
+            unstacked.update({f'{match[1]}param_dict.{kind}{i}': factor for i, factor in enumerate(tensor)})
+    return unstacked
 
 
 def _reorder_neighbours(tensor: Tensor) -> Tensor:
@@ -112,3 +230,13 @@ def _reorder_neighbours(tensor: Tensor) -> Tensor:
     """
     neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
     return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()
+
+
+_CONVERTERS = {
+    'swin': _convert_swin,
+    'vit': convert_vit,
+    'vit-npz': convert_vit_npz,
+    'pvt': convert_pvt,
+    'convnext': convert_convnext,
+    'convnext-timm': convert_convnext_timm,
+}

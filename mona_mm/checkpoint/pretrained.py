@@ -1,23 +1,32 @@
 """Load the pretrained base: any known format, into any host, with nothing skipped in silence."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os.path import basename, join
 from pickle import UnpicklingError
 from urllib.error import URLError
+from zipfile import BadZipFile
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.convert import convert_state_dict
+from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
+from mona_mm.checkpoint.formats import recognise
 from mona_mm.compat.safe_globals import weights_only
-from mona_mm.errors import CheckpointMismatchError, MissingFileError
+from mona_mm.errors import CheckpointMismatchError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
-_RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
+RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
+UNREADABLE = (
+    UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, ValueError, KeyError, TypeError,
+    IndexError, AttributeError,
+)  # fmt: skip
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
@@ -30,7 +39,37 @@ def pretrained_file(module: nn.Module) -> dict[str, str] | None:
     return None
 
 
-def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a file, by the names in the model.
+
+    Args:
+        file: the file.
+        format: of its names; see :mod:`mona_mm.checkpoint.formats`.
+        loaded: tensors of the model that were in it.
+        missing: tensors of the model that were not, and need not be.
+        unexpected: tensors of the file that the model has no use for, and need not have.
+        resized: of the loaded, those that were interpolated: (name, shape in the file, shape in the model).
+    """
+
+    file: str
+    format: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    resized: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+    def lines(self, every: bool = False) -> list[str]:
+        """The report as lines of text; ``every`` names each missing and unexpected tensor, and not the first three."""
+        resized = [f'{name} {old} to {new}' for name, old, new in self.resized]
+        lines = [f'{self.file} (names: {self.format}): {len(self.loaded)} tensors loaded']
+        for label, names in (('missing', self.missing), ('unexpected', self.unexpected), ('resized', resized)):
+            if names:
+                lines.append(_first(f'{label}, {len(names)}: ', names, len(names) if every else 3))
+        return lines
+
+
+def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadReport:
     """Load a pretrained base into a supported backbone, in place, and log what it held.
 
     Relative-position tables of another window size are interpolated (bicubic), position embeddings of another image
@@ -46,9 +85,18 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
         MissingFileError: if the file is not there or cannot be downloaded; it says where to put it.
         CheckpointMismatchError: if it does not fit, or is no checkpoint; it names the first keys that do not fit.
     """
-    state_dict = convert_state_dict(read_checkpoint(file), prefix)
+    checkpoint = read_checkpoint(file)
+    form = recognise(backbone_tensors(checkpoint, prefix)) or 'unknown'
+    state_dict = convert_state_dict(checkpoint, prefix)
     current = backbone.state_dict()
+    in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     _resize_position_tables(state_dict, current)
+    for name in state_dict.keys() & current.keys():
+        shape = current[name].shape
+        if state_dict[name].shape != shape and _squeezed(state_dict[name]) == _squeezed(current[name]):
+            # a 1x1 convolution where the file has a linear layer, or the other way round
+            state_dict[name] = state_dict[name].reshape(shape)
+            in_file[name] = tuple(shape)
 
     output_norms, method = find_host(backbone).output_norms, method_names(backbone)
     without_class_token = () if getattr(backbone, 'cls_token', 0) is not None else ('cls_token',)
@@ -57,7 +105,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
         return (
             name in method
             or name.startswith((*output_norms, *_CLASSIFIER))
-            or name.endswith((*_RECOMPUTED, *without_class_token))
+            or name.endswith((*RECOMPUTED, *without_class_token))
         )
 
     try:
@@ -72,12 +120,20 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> None:
             f'{file} does not hold the weights of this {type(backbone).__name__}: {wrong} Use the checkpoint of the '
             'same architecture (embed_dims, depths, window), or change the backbone in the config.'
         )
-    absent = [name for name in missing if not name.endswith(_RECOMPUTED)]
+    loaded = [name for name in state_dict if name in current and name not in unexpected]
+    absent = [name for name in missing if not name.endswith(RECOMPUTED)]
+    resized = [
+        (name, in_file[name], tuple(current[name].shape))
+        for name in loaded
+        if name in in_file and in_file[name] != current[name].shape and not name.endswith(RECOMPUTED)
+    ]
+    report = LoadReport(file, form, loaded, absent, list(unexpected), resized)
     print_log(
-        f'Loaded {len(state_dict) - len(unexpected)} tensors of the base from {file}; {len(absent)} are not in it and '
-        'keep their initial values (the method and the output norms).',
+        f'Loaded {len(loaded)} tensors of the base from {file}; {len(absent)} are not in it and keep their initial '
+        f'values (the method and the output norms).{" ".join(["", *report.lines()[1:]])}',
         logger='current',
     )
+    return report
 
 
 def read_checkpoint(file: str) -> dict:
@@ -87,11 +143,11 @@ def read_checkpoint(file: str) -> dict:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
         CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
     """
-    from mmengine.runner.checkpoint import CheckpointLoader  # here, because it takes half a second to import
-
     try:
         with weights_only():
             return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+    except UserError:
+        raise
     except (URLError, TimeoutError, ConnectionError) as error:
         cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
         raise MissingFileError(
@@ -103,11 +159,22 @@ def read_checkpoint(file: str) -> dict:
             f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
             'model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
-    except (UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise CheckpointMismatchError(
-            f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
-            f'weights-only loading allows ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
-        ) from error
+    except UNREADABLE as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: str, error: Exception) -> CheckpointMismatchError:
+    """What to tell of a file that could not be read: why, and how to read it all the same."""
+    reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+    return CheckpointMismatchError(
+        f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
+        f'weights-only loading allows ({reason}). No pickle in it was executed. If you trust whoever made it, '
+        'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
+    )
+
+
+def _squeezed(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(length for length in tensor.shape if length > 1)
 
 
 def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: Callable[[str], bool]) -> str:

@@ -13,20 +13,20 @@ FORCE_WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 
 
 @contextmanager
-def weights_only() -> Iterator[None]:
-    """In this context ``torch.load`` loads weights only, whatever its caller asks for.
+def weights_only(only: bool = True) -> Iterator[None]:
+    """In this context ``torch.load`` loads weights only, whatever its caller asks for; or what its caller asks for.
 
     ``torch.hub``, through which mmengine downloads, and the fork's loader, when it meets something unknown, would
     otherwise execute a pickle.
     """
-    before = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = '1'
+    before = os.environ.pop(FORCE_WEIGHTS_ONLY, None)
+    if only:
+        os.environ[FORCE_WEIGHTS_ONLY] = '1'
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[FORCE_WEIGHTS_ONLY]
-        else:
+        os.environ.pop(FORCE_WEIGHTS_ONLY, None)
+        if before is not None:
             os.environ[FORCE_WEIGHTS_ONLY] = before
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from mona_mm.errors import ConfigError
+from mona_mm.mixin import Mixin, mix_in, qualified_name
 
 _WINDOW_MSA = {
     'mmdet.models.backbones.swin.ShiftWindowMSA': 'mmdet.models.backbones.swin.WindowMSA',
@@ -43,26 +44,11 @@ _SHIFT_MASK = -100.0
 
 def make_fast(module: nn.Module) -> bool:
     """Put the fast form in front of the class of an attention module, in place, if there is one for that class."""
-    cls = type(module)
-    inner = _WINDOW_MSA.get(_qualified_name(cls))
-    if inner is None or _qualified_name(type(module.w_msa)) != inner:
+    inner = _WINDOW_MSA.get(qualified_name(type(module)))
+    if inner is None or qualified_name(type(module.w_msa)) != inner:
         return False
-    module.__class__ = _fast_class(cls)
+    mix_in(module, FastWindowAttention)
     return True
-
-
-def _qualified_name(cls: type) -> str:
-    return f'{cls.__module__}.{cls.__qualname__}'
-
-
-@cache
-def _fast_class(stock: type) -> type:
-    return type(f'Fast{stock.__name__}', (FastWindowAttention, stock), {'__module__': __name__})
-
-
-def _new_fast(stock: type) -> nn.Module:
-    cls = _fast_class(stock)
-    return cls.__new__(cls)
 
 
 class WindowIndex(NamedTuple):
@@ -161,7 +147,7 @@ def _is_observed(inner: nn.Module) -> bool:
     return hooked or (drop.training and drop.p > 0)
 
 
-class FastWindowAttention:
+class FastWindowAttention(Mixin):
     """Mixin in front of a ``ShiftWindowMSA``.
 
     Attributes:
@@ -248,9 +234,6 @@ class FastWindowAttention:
         self._masks = None
         return super().train(mode)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != '_masks'}
-
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class of this object is made at run time, so pickle cannot find it by name.
-        return _new_fast, type(self).__bases__[1:], self.__getstate__()
+        new, arguments, state = super().__reduce_ex__(protocol)
+        return new, arguments, {key: value for key, value in state.items() if key != '_masks'}

@@ -1,8 +1,9 @@
 """mmengine hooks, one behaviour a file."""
 
 from mona_mm.hooks.checkpoint import SafeCheckpointHook
+from mona_mm.hooks.delta_checkpoint import DeltaCheckpointHook
 from mona_mm.hooks.iteration_seed import IterationSeedHook
 from mona_mm.hooks.load_check import LoadCheckHook
 from mona_mm.hooks.param_freeze import ParamFreezeHook
 
-__all__ = ['IterationSeedHook', 'LoadCheckHook', 'ParamFreezeHook', 'SafeCheckpointHook']
+__all__ = ['DeltaCheckpointHook', 'IterationSeedHook', 'LoadCheckHook', 'ParamFreezeHook', 'SafeCheckpointHook']

@@ -1,40 +1,17 @@
 """Checkpoints that a stopped process cannot break."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend  # noqa: F401  registers what backend_args names
 from mona_mm.errors import ConfigError
 from mona_mm.registry import HOOKS
-
-
-@register_backend('mona_mm_atomic')
-class AtomicLocalBackend(LocalBackend):
-    """Local files that appear whole or not at all."""
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` beside ``filepath``, flush it to the disk, and rename it."""
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-        try:
-            with partial.open('wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """:meth:`put` of a text."""
-        self.put(obj.encode(encoding), filepath)
 
 
 @HOOKS.register_module()

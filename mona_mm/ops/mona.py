@@ -80,7 +80,8 @@ class _Mona(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x = x.contiguous()
             hidden, mean, rstd = _down(x, eps, params[:6], dtype)
-            mixing = (*_merged(params[10:], scale, dtype), params[6].flatten(1).to(dtype), params[7].to(dtype))
+            kernel, kernel_bias = merged_filters(list(zip(params[10::2], params[11::2], strict=True)), scale)
+            mixing = [t.to(dtype) for t in (kernel, kernel_bias, params[6].flatten(1), params[7])]
             _, r = _mix(hidden, hw, *mixing)
             activated, mask = F.gelu(r), None
             if drop:
@@ -110,16 +111,16 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
     return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
 
 
-def _merged(filters: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One kernel and bias whose convolution is ``scale`` times the sum of all."""
-    weights = sorted(filters[::2], key=lambda weight: -weight.shape[-1])
-    kernel = weights[0] * scale
-    for weight in weights[1:]:
+def merged_filters(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one depthwise convolution that is ``scale`` times the sum of all."""
+    widest, *others = sorted((weight for weight, _ in depthwise), key=lambda weight: -weight.shape[-1])
+    kernel = widest * scale
+    for weight in others:
         _centre(kernel, weight.shape[-1]).add_(weight, alpha=scale)
-    bias = filters[1] * scale
-    for other in filters[3::2]:
+    bias = depthwise[0][1] * scale
+    for _, other in depthwise[1:]:
         bias.add_(other, alpha=scale)
-    return kernel.to(dtype), bias.to(dtype)
+    return kernel, bias
 
 
 def _centre(kernel: Tensor, size: int) -> Tensor:
@@ -170,6 +171,8 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` of matrices with many rows."""
     if not _onednn(a):
         return a.t().mm(b)
+    if len(a) <= _ROWS:
+        return linear(a.t(), b.t())
     out, *rest = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
     for part in rest:
         out.add_(part)

@@ -5,6 +5,7 @@ import os.path as osp
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 
+from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.spt.allocation import allocate, parse_budget
 from mona_mm.spt.plan import Plan, structured_module
@@ -26,7 +27,7 @@ def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> bool:
         Whether the config has the plan that it needs.
 
     Raises:
-        ConfigError: if the plan in one of the folders was made for another budget or by other rules.
+        ConfigError: if the plan in one of the folders was made for another budget or task, or by other rules.
         PlanError: if the file is damaged.
     """
     peft = spt_config(cfg)
@@ -35,7 +36,7 @@ def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> bool:
     for folder in folders:
         file = osp.join(folder, PLAN_FILE)
         if osp.isfile(file):
-            _check_same_request(peft, Plan.load(file), file)
+            _check_same_request(cfg, Plan.load(file), file)
             peft.plan = file
             return True
     return False
@@ -73,6 +74,7 @@ def make_plan(cfg: Config) -> None:
         )
     parse_budget(peft.budget, 1 << 62)  # a misspelt one is better known before than after
     structured = structured_module(peft.get('structured'))
+    check_data(cfg, ('sensitivity',))  # the training's have been checked
     file = osp.join(cfg.work_dir, PLAN_FILE)
     batches = peft.get('num_batches', 16)
     _say(f'There is no plan yet: measuring the sensitivity of the backbone on {batches} batches of the training data.')
@@ -93,13 +95,16 @@ def spt_config(cfg: Config) -> dict | None:
     return peft if isinstance(peft, dict) and peft.get('type') == 'SPT' else None
 
 
-def _check_same_request(peft: dict, plan: Plan, file: str) -> None:
+def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
     """A plan left by another run must not decide what this one trains."""
+    peft = spt_config(cfg)
     asked = {'structured': structured_module(peft.get('structured'))}
     made = {'structured': plan.structured_config}
     for key in ('budget', *_ALLOCATION):
         if peft.get(key) is not None:
             asked[key], made[key] = peft[key], plan.info.get(key)
+    if cfg.get('task') and plan.info.get('task'):
+        asked['task'], made['task'] = cfg.task, plan.info['task']
     if asked['structured'] is not None and made['structured'] is not None:
         asked['structured'] = {key: asked['structured'].get(key) for key in made['structured']}
     different = [key for key in asked if str(asked[key]) != str(made[key])]

@@ -67,7 +67,7 @@ def _draw_bars(sums: dict[str, tuple[float, int]], what: str, path: str) -> str:
     twin.plot(range(len(labels)), means, 'o', color=_LINE, markersize=4)
     if (means > 0).any():
         twin.set_yscale('log')
-    twin.set_ylabel('sum of squared gradients, mean of the weights', color=_LINE)
+    twin.set_ylabel('mean squared gradient of a weight', color=_LINE)
     axes.set_title(f'Sensitivity by {what}')
     return _save(figure, path)
 

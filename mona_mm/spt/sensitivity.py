@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mona_mm.checkpoint.pretrained import pretrained_file
-from mona_mm.data import datasets
+from mona_mm.data import datasets, sensitivity_split
 from mona_mm.errors import ConfigError, PlanError, SensitivityError
 from mona_mm.sites import method_modules
 from mona_mm.spt.parts import Architecture
@@ -178,7 +178,7 @@ def compute_sensitivity(
 
 _NO_LABELS = (
     'There is no labelled image {}, so there is no loss to measure a sensitivity with. Check the annotations of '
-    "train_dataloader's data set, its classes and its pipeline."
+    "the training's (or the sensitivity_dataloader's) data set, its classes and its pipeline."
 )
 
 
@@ -300,11 +300,12 @@ def set_seed(seed: int, number: int) -> None:
 
 
 def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: int | None = None) -> Sensitivity:
-    """The sensitivity of a config's base under the config's own training data and losses.
+    """The sensitivity of a config's base under the config's own data and losses.
 
-    A method of the config's backbone is left out and all of its base trains; heads are fresh, pretrained weights are
-    loaded as for training. The images of a batch and their augmentation depend on the seed and the batch's number
-    alone, and so neither on the number of processes nor on that of the loader's workers.
+    The data are those of the config's ``sensitivity_dataloader``, which is written like ``train_dataloader``; without
+    one they are the training's. A method of the config's backbone is left out and all of its base trains; heads are
+    fresh, pretrained weights are loaded as for training. The images of a batch and their augmentation depend on the
+    seed and the batch's number alone, and so neither on the number of processes nor on that of the loader's workers.
 
     Args:
         cfg: a training config; the process group, if there is to be one, has been joined.
@@ -327,13 +328,17 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
     del model._dump_init_info
     model = revert_sync_batchnorm(model).to(get_device())
     loader = build_loader(cfg, num_batches, seed)
+    split = sensitivity_split(cfg)
+    settings = cfg[f'{split}_dataloader']
     info = dict(
         config=os.path.basename(cfg.filename or ''),
-        config_fingerprint=fingerprint(model_cfg, {k: v for k, v in cfg.train_dataloader.items() if k not in _HOW}),
-        data=[d.get('ann_file') or d.get('data_root') or d['type'] for d in datasets(cfg, 'train')],
+        config_fingerprint=fingerprint(model_cfg, {k: v for k, v in settings.items() if k not in _HOW}),
+        data=[d.get('ann_file') or d.get('data_root') or d['type'] for d in datasets(cfg, split)],
         images=len(loader.dataset),
-        batch_size=cfg.train_dataloader.get('batch_size'),
+        batch_size=settings.get('batch_size'),
     )
+    if cfg.get('task'):
+        info['task'] = cfg.task
     return compute_sensitivity(model, loader, num_batches, per_sample, seed=seed, info=info)
 
 
@@ -359,12 +364,12 @@ def fingerprint(*configs: Any) -> str:
 
 
 def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
-    """This process's share of the first batches of a config's training data.
+    """This process's share of the first batches of the data that a config's sensitivity is measured on.
 
     Raises:
         SensitivityError: if the data set is empty.
     """
-    settings = dict(cfg.train_dataloader)
+    settings = dict(cfg[f'{sensitivity_split(cfg)}_dataloader'])
     workers = settings.get('num_workers', 0)
     for key in ('persistent_workers', 'prefetch_factor'):  # not without workers
         settings.pop(key, None)

@@ -34,6 +34,7 @@ from torch.amp import is_autocast_available as _has_autocast  # not on every dev
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mona_mm.errors import ConfigError
+from mona_mm.mixin import Mixin, mix_in, mix_out, stock_class
 from mona_mm.sites import PeftModules
 
 # About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
@@ -108,7 +109,7 @@ def _add(base: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     return base.flatten().index_add(0, indices, values).view(base.shape)
 
 
-class SparseModule:
+class SparseModule(Mixin):
     """Mixin in front of a module's class: its forward sees the effective parameters."""
 
     peft: PeftModules
@@ -145,10 +146,6 @@ class SparseModule:
             bias = None if bias is None else bias.to(dtype)
         return _SparseLinear.apply(input, self.weight, bias, delta.values, delta.indices, dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class below is made at run time, so pickle cannot find it by name.
-        return _new_sparse_module, (stock_class(self),), self.__dict__
-
 
 @cache
 def _is_linear(module_class: type) -> bool:
@@ -156,21 +153,6 @@ def _is_linear(module_class: type) -> bool:
     from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear  # here, because it takes a second to import
 
     return module_class.forward in (nn.Linear.forward, MmcvLinear.forward)
-
-
-@cache
-def _sparse_class(module_class: type) -> type:
-    return type(f'Sparse{module_class.__name__}', (SparseModule, module_class), {'__module__': __name__})
-
-
-def _new_sparse_module(module_class: type) -> nn.Module:
-    cls = _sparse_class(module_class)
-    return cls.__new__(cls)
-
-
-def stock_class(module: nn.Module) -> type:
-    """The class that a module had before :func:`attach_sparse`."""
-    return type(module).__mro__[2] if isinstance(module, SparseModule) else type(module)
 
 
 def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str = 'weight') -> SparseDelta:
@@ -202,7 +184,7 @@ def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str 
     delta = SparseDelta(parameter, indices)
     parameter.requires_grad = False
     if not sparse:
-        module.__class__ = _sparse_class(type(module))
+        mix_in(module, SparseModule)
         module.peft = PeftModules()
     module.peft[name] = delta
     return delta
@@ -233,7 +215,7 @@ def merge_sparse(model: nn.Module) -> list[str]:
             parameter = module._parameters[name]
             parameter.copy_(delta(parameter))
         del module.peft
-        module.__class__ = stock_class(module)
+        mix_out(module)
     return names
 
 

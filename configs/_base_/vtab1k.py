@@ -1,0 +1,63 @@
+# The data of VTAB-1k: 19 tasks of 1000 training images, in the layout that NOAH, FacT and SPT use, a folder a task
+# with images, train800.txt, val200.txt, train800val200.txt and test.txt ("path label"). Choose the task with
+# --cfg-options task=clevr_count, which reaches the paths, the number of classes and the default work dir.
+# To select settings without the test images:
+#   --cfg-options train_dataloader.dataset.ann_file=train800.txt val_dataloader.dataset.ann_file=val200.txt
+tasks = dict(
+    # natural
+    cifar=dict(num_classes=100),
+    caltech101=dict(num_classes=102),
+    dtd=dict(num_classes=47),
+    oxford_flowers102=dict(num_classes=102),
+    oxford_iiit_pet=dict(num_classes=37),
+    svhn=dict(num_classes=10),
+    sun397=dict(num_classes=397),
+    # specialized
+    patch_camelyon=dict(num_classes=2),
+    eurosat=dict(num_classes=10),
+    resisc45=dict(num_classes=45),
+    diabetic_retinopathy=dict(num_classes=5),
+    # structured
+    clevr_count=dict(num_classes=8),
+    clevr_dist=dict(num_classes=6),
+    dmlab=dict(num_classes=6),
+    kitti=dict(num_classes=4),
+    dsprites_loc=dict(num_classes=16),
+    dsprites_ori=dict(num_classes=16),
+    smallnorb_azi=dict(num_classes=18),
+    smallnorb_ele=dict(num_classes=9),
+)
+task = 'cifar'
+data_root = 'data/vtab-1k/'
+
+pipeline = [
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    dict(type='Resize', scale=(224, 224), interpolation='bicubic', backend='pillow'),  # as torchvision's, antialiased
+    dict(type='PackInputs'),
+]
+dataset = dict(type='CustomDataset', data_root=data_root + task + '/', pipeline=pipeline)
+train_dataloader = dict(
+    batch_size=64,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(ann_file='train800val200.txt', **dataset),
+)
+# What SPT's sensitivity is measured on: of other images than the training's, batches of 32 in the order of the list.
+sensitivity_dataloader = dict(
+    batch_size=32,
+    num_workers=4,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(ann_file='train800.txt', **dataset),
+)
+val_dataloader = dict(
+    batch_size=128,
+    num_workers=4,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(ann_file='test.txt', test_mode=True, **dataset),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='Accuracy', topk=(1,))
+test_evaluator = val_evaluator
+del dataset

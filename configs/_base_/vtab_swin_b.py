@@ -1,0 +1,3 @@
+_base_ = ['./spt_swin_b.py', './vtab1k.py']
+
+model = dict(head=dict(num_classes=_base_.tasks[_base_.task]['num_classes']))

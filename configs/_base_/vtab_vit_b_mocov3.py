@@ -1,0 +1,3 @@
+_base_ = ['./spt_vit_b_mocov3.py', './vtab1k.py']
+
+model = dict(head=dict(num_classes=_base_.tasks[_base_.task]['num_classes']))

@@ -1,0 +1,10 @@
+_base_ = ['../_base_/fgvc_vit_b_mae.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mona_mm.PeftBackbone',
+        base={{_base_.model.backbone}},
+        peft=dict(type='Adapter', bottleneck=8, sites=['ffn_branch']),  # Adapter-8: one a block
+    )
+)

@@ -1,0 +1,10 @@
+_base_ = ['../_base_/fgvc_vit_b_in21k.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mona_mm.PeftBackbone',
+        base={{_base_.model.backbone}},
+        trainable='bitfit',
+    )
+)

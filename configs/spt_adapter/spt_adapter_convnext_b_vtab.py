@@ -1,0 +1,10 @@
+_base_ = ['../_base_/vtab_convnext_b.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mona_mm.PeftBackbone',
+        base={{_base_.model.backbone}},
+        peft=dict(type='SPT', budget='0.4M', structured=dict(type='Adapter', bottleneck=8)),
+    )
+)

@@ -1,0 +1,370 @@
+"""Deltas: what training changed, in one small file, and the frozen base it belongs on."""
+
+import inspect
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
+from mona_mm.checkpoint.fingerprint import differing, fingerprint, same_names
+from mona_mm.checkpoint.pretrained import RECOMPUTED, compare
+from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.registry import METHODS
+from mona_mm.sites import method_names
+from mona_mm.version import __version__
+
+# Options of a method that change neither what its weights mean nor, in evaluation, what they do.
+_FREE_OPTIONS = ('dropout', 'plan')
+_ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
+_PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+
+
+@dataclass(frozen=True)
+class LoadedDelta:
+    """What :func:`load_delta` did.
+
+    Args:
+        file: the delta.
+        parts: of the model, that it held, with their numbers of values.
+        restored: number of tensors that an earlier delta had changed and this one does not hold: they were put back.
+        bytes: of memory that the tensors to put back by the next delta take.
+        seconds: that it took, the reading of the file included.
+    """
+
+    file: str
+    parts: dict[str, int]
+    restored: int
+    bytes: int
+    seconds: float
+
+
+def save_delta(
+    model: nn.Module,
+    path: str | Path,
+    parts: Sequence[str] | None = None,
+    half: bool = False,
+    *,
+    config: str = '',
+    metrics: Mapping[str, float] | None = None,
+    dataset_meta: Mapping[str, Any] | None = None,
+    progress: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what of ``model`` trains, and what else training changes, to one ``.delta.safetensors`` file.
+
+    In it are, by their names in the model's state dict, the parameters that require a gradient, the method's buffers,
+    and the buffers of modules that are not frozen (the statistics of a BatchNorm); of the frozen base only a
+    fingerprint. The file appears whole or not at all.
+
+    Args:
+        model: a model or a backbone alone.
+        path: the file, whose name must end in ``.delta.safetensors``.
+        parts: ``['method']`` is what is in the backbone; other parts are children of the model (``'neck'``,
+            ``'roi_head'``). None writes all.
+        half: round trained values to float16, where they fit into it; statistics stay float32.
+        config: the text of the config, for people to read.
+        metrics: of the last evaluation, by name.
+        dataset_meta: names (and colours) of the classes.
+        progress: see :class:`~mona_mm.hooks.DeltaCheckpointHook`, which can be resumed from.
+        state_dict: values to take in place of the model's own (averaged ones).
+
+    Raises:
+        ConfigError: if the name of the file ends otherwise, a part does not exist, or nothing in the model trains.
+    """
+    if not str(path).endswith(SUFFIX):
+        raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}; by it the file is recognised.')
+    model = unwrap(model)
+    state = _tensors(model) if state_dict is None else state_dict
+    backbone = _backbone_prefix(model)
+    names = changing(model)
+    present = sorted({part_of(name, backbone) for name in names})
+    if not names:
+        raise ConfigError(f'Nothing in this {type(model).__name__} trains, so there is no delta of it.')
+    if parts is not None:
+        wrong = [part for part in parts if part not in present]
+        if wrong or not parts:
+            raise ConfigError(f'parts={list(parts)}: the parts of this model that train are {", ".join(present)}.')
+        names = {name for name in names if part_of(name, backbone) in parts}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    header = DeltaHeader(
+        methods=describe_methods(model),
+        backbone=backbone,
+        parts=None if parts is None else sorted(parts),
+        half=half,
+        base=fingerprint(_frozen(state, names, None if parts is None else set(parts), backbone)),
+        versions=versions(),
+        config=config,
+        metrics=dict(metrics or {}),
+        dataset_meta=dict(dataset_meta or {}),
+        progress=dict(progress or {}),
+    )
+    write_delta(path, header, {n: _halved(state[n]) if half and n in trained else state[n] for n in names})
+
+
+def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> LoadedDelta:
+    """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
+
+    So one process can serve several tasks on one backbone. Where the weights of the model have not been initialised
+    or loaded yet, its own ``init_weights`` first loads the base that its config names. Before anything is changed it
+    is checked that the delta belongs here.
+
+    Args:
+        model: of the config that the delta was trained with.
+        path: a file that :func:`save_delta` wrote.
+        allow_other_base: only warn if the frozen base is not the one that the delta was trained on.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CheckpointMismatchError: if it is damaged; or is of another method, width or number of classes, or for another
+            base: it says which, and names the first tensors.
+    """
+    start = time.perf_counter()
+    loaded = apply_delta(model, read_delta(path), allow_other_base, start)
+    print_log(
+        f'Loaded {path}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}, in '
+        f'{loaded.seconds:.2f} s; {loaded.restored} tensors of an earlier delta were put back; '
+        f'{loaded.bytes / 2**20:.1f} MiB are kept for the next one.',
+        logger='current',
+    )
+    return loaded
+
+
+def allow_other_base(allow: bool = True) -> None:
+    """Let every later delta load as with ``allow_other_base=True``, whoever loads it: the tools' option."""
+    _ALLOW_OTHER_BASE.set(allow)
+
+
+def apply_delta(
+    model: nn.Module, delta: Delta, allow_other_base: bool = False, start: float | None = None
+) -> LoadedDelta:
+    """:func:`load_delta` of a delta that has been read."""
+    start = time.perf_counter() if start is None else start
+    model, header = unwrap(model), delta.header
+    state = _tensors(model)
+    _check_method(model, delta)
+    given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
+    wrong = compare(given, delta.tensors, optional=lambda name: False)
+    parts = None if header.parts is None else set(header.parts)
+    frozen = _frozen(state, set(delta.tensors), parts, header.backbone)
+    if not wrong and not same_names(header.base, frozen):
+        lacking = sorted(method_names(model) & frozen.keys()) or sorted(changing(model) & frozen.keys())
+        wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
+            f'the model has {len(frozen)} tensors beside it, and had {header.base["count"]} when it was written, or '
+            'other names.'
+        )  # fmt: skip
+    if wrong:
+        raise CheckpointMismatchError(
+            f'{delta.file} does not fit this {type(model).__name__}: {wrong} It was written by another config (method, '
+            'width, rules of what trains), or for another number of classes.'
+        )
+    _check_base(model, delta, frozen, allow_other_base or _ALLOW_OTHER_BASE.get())
+    kept = model.__dict__.setdefault('before_delta', {})  # not an attribute of the module: no state dict has it
+    with torch.no_grad():
+        restored = [name for name in kept if name not in delta.tensors]
+        for name in restored:
+            state[name].copy_(kept.pop(name))
+        for name, tensor in delta.tensors.items():
+            if name not in kept:
+                kept[name] = state[name].detach().to('cpu', copy=True)
+            state[name].copy_(tensor)
+    if header.dataset_meta and hasattr(model, 'dataset_meta'):
+        model.dataset_meta = dict(header.dataset_meta)
+    if header.parts is not None:
+        print_log(
+            f'{delta.file} holds only {", ".join(header.parts)}: the rest of the model keeps the values that it has.',
+            logger='current',
+            level=WARNING,
+        )
+    return LoadedDelta(
+        file=delta.file,
+        parts=part_sizes(header, delta.tensors),
+        restored=len(restored),
+        bytes=sum(tensor.nbytes for tensor in kept.values()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of values in a delta by part, the method first."""
+    sizes: dict[str, int] = {}
+    for name in sorted(tensors, key=lambda name: (header.part(name) != 'method', name)):
+        sizes[header.part(name)] = sizes.get(header.part(name), 0) + tensors[name].numel()
+    return sizes
+
+
+def _check_method(model: nn.Module, delta: Delta) -> None:
+    here, there = describe_methods(model), delta.header.methods
+    if {path: _resolved(each) for path, each in here.items()} == {path: _resolved(e) for path, e in there.items()}:
+        return
+    raise CheckpointMismatchError(
+        f'{delta.file} is a delta of another method than the model has: {_show(there)} in the file, {_show(here)} in '
+        'the model. Load it with the config that it was trained with.'
+    )
+
+
+def _show(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    if not methods:
+        return 'none'
+    shown = []
+    for path, each in methods.items():
+        options = {**each.get('options', {}), 'trainable': each.get('trainable', [])}
+        options = ', '.join(f'{name}={value!r}' for name, value in options.items())
+        shown.append(f'{path or "model"}: {each.get("type") or "no method"} ({options})')
+    return '; '.join(shown)
+
+
+def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """By path of every module that a PeftBackbone or FrozenModel made: its method, the options and the rules."""
+    return {
+        path: dict(type=type_, options=options, trainable=list(module.freeze_record.rules))
+        for path, module in model.named_modules()
+        if hasattr(module, 'freeze_record')
+        for type_, options in [_method_of(module)]
+    }
+
+
+def _method_of(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    options = dict(getattr(module, 'peft_config', None) or {})
+    type_ = options.pop('type', None)
+    return (type_.__name__ if inspect.isclass(type_) else type_), options
+
+
+def _resolved(described: Mapping[str, Any]) -> Any:
+    """A description with the method's defaults filled in, so that saying a default and not saying it are the same."""
+    type_ = described.get('type')
+    method = METHODS.get(type_) if type_ else None
+    defaults = {}
+    if method is not None:
+        parameters = inspect.signature(method).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        if isinstance(getattr(method, 'sites', None), tuple):  # else it is no one module at fixed sites
+            defaults['sites'] = sorted(method.sites)
+    options = {**defaults, **described.get('options', {})}
+    if isinstance(options.get('sites'), list | tuple):
+        options['sites'] = sorted(options['sites'])
+    options = {name: _as_json(value) for name, value in options.items() if name not in _FREE_OPTIONS}
+    return type_, options, sorted(described.get('trainable', []))
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], allow_other_base: bool) -> None:
+    try:
+        wrong = differing(delta.header.base, frozen)
+        if not wrong:
+            return
+        before = {name: frozen[name].clone() for name in frozen}
+        if _initialise(model, wrong):
+            wrong = differing(delta.header.base, frozen)
+            if not wrong:
+                return
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointMismatchError(f'{delta.file}: its fingerprint of the base cannot be read ({error}).') from None
+    message = (
+        f'{delta.file} was trained on another frozen base than this {type(model).__name__} has: {len(wrong)} of '
+        f'{len(frozen)} tensors differ, {", ".join(wrong[:3])} the first.'
+    )
+    if not allow_other_base:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                frozen[name].copy_(tensor)
+        raise CheckpointMismatchError(
+            f'{message} Load the pretrained weights that it was trained on (the init_cfg or load_from of its config), '
+            'or say that you mean it with --allow-other-base (in Python: allow_other_base=True).'
+        )
+    print_log(
+        f'{message} It is loaded all the same, as asked: expect other, most likely worse predictions than those of '
+        'the training run.',
+        logger='current',
+        level=WARNING,
+    )
+
+
+def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
+    """Let the parts of a model with these tensors load their base, if nobody has initialised the model; say whether."""
+    if getattr(model, 'is_init', False):
+        return False
+    if _backbone_prefix(model) and not getattr(model, 'init_cfg', None):
+        modules = [model.get_submodule(child) for child in sorted({name.partition('.')[0] for name in wrong})]
+    else:
+        modules = [model]
+    with torch.random.fork_rng(devices=[]):
+        for module in modules:
+            if hasattr(module, 'init_weights'):
+                module.init_weights()
+    return True
+
+
+def changing(model: nn.Module) -> set[str]:
+    """The names, in the state dict, of what training changes in ``model``.
+
+    These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
+    frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
+    parameters of it or of the innermost module around it that has some, one trains.
+    """
+    names = {name for name, p in model.named_parameters() if p.requires_grad} | method_names(model)
+    state = _tensors(model)
+    modules = dict(model.named_modules())
+    for name in state.keys() - names - {n for n, _ in model.named_parameters()}:
+        path = name.rpartition('.')[0]
+        module = modules[path]
+        if name.endswith(RECOMPUTED):
+            continue
+        if isinstance(module, _NormBase) and not module.affine:
+            names.add(name)  # freeze.train leaves these in training mode
+            continue
+        while path and next(module.parameters(), None) is None:
+            path = path.rpartition('.')[0]
+            module = modules[path]
+        if any(p.requires_grad for p in module.parameters()):
+            names.add(name)
+    return names & state.keys()
+
+
+def _frozen(state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in changed and not name.endswith(RECOMPUTED) and (parts is None or part_of(name, backbone) in parts)
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def _backbone_prefix(model: nn.Module) -> str:
+    return 'backbone.' if isinstance(getattr(model, 'backbone', None), nn.Module) else ''
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    fits = tensor.is_floating_point() and tensor.abs().max() <= torch.finfo(torch.float16).max
+    return tensor.half() if fits else tensor
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of those that are loaded under it."""
+    found = dict(mona_mm=__version__)
+    for name in _PACKAGES:
+        module = sys.modules.get(name)
+        if module is not None:
+            found[name] = str(getattr(module, '__version__', ''))
+    return found
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for distributed training."""
+    return model.module if is_model_wrapper(model) else model

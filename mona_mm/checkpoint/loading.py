@@ -1,0 +1,146 @@
+"""Whatever loads checkpoints through mmengine loads deltas, too: the Runner, ``init_detector``, the inferencers.
+
+mmengine reads a file (:class:`CheckpointLoader`, by the form of its path) and puts it into a model
+(``load_state_dict``) in two steps. A delta needs the second to know that it is one: the base has to be there first, and
+to be the right one. So the tensors carry the delta as their ``_metadata``, which mmengine hands on.
+"""
+
+import os.path as osp
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import nn
+
+from mona_mm.checkpoint.delta import apply_delta
+from mona_mm.checkpoint.delta_file import Delta, read_delta
+from mona_mm.checkpoint.pretrained import UNREADABLE, unreadable
+from mona_mm.errors import UserError
+
+
+def _loader(pattern: str) -> Callable:
+    """Register a reader of local files as mmengine's for paths of this form; what it cannot read is a UserError."""
+
+    def register(read: Callable[[str, Any], dict[str, Any]]) -> Callable[[str, Any], dict[str, Any]]:
+        @wraps(read)
+        def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+            filename = osp.expanduser(filename)
+            if not osp.isfile(filename):
+                raise FileNotFoundError(f'{filename} can not be found.')
+            try:
+                return read(filename, map_location)
+            except UserError:
+                raise
+            except UNREADABLE as error:
+                raise unreadable(filename, error) from error
+
+        mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, load, force=True)
+        return load
+
+    return register
+
+
+@_loader('')
+def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """mmengine's own, which loads weights only; the fork's would then try again and execute the pickle."""
+    return torch.load(filename, map_location=map_location)
+
+
+@_loader(r'.*(?<!\.delta)\.safetensors$')
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Tensors by name, as timm publishes them."""
+    return safetensors.torch.load_file(filename)
+
+
+@_loader(r'.*\.npz$')
+def load_from_npz(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
+    with np.load(filename, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
+
+
+class _DeltaMetadata(OrderedDict):
+    """The ``_metadata`` of a state dict that is a delta."""
+
+    delta: Delta
+
+    def __deepcopy__(self, memo: dict) -> '_DeltaMetadata':
+        return self  # EMAHook copies state dicts; nobody changes this one
+
+
+def is_delta(state_dict: Any) -> bool:
+    """Whether a state dict, as mmengine read it, is a delta."""
+    return isinstance(getattr(state_dict, '_metadata', None), _DeltaMetadata)
+
+
+@_loader(r'.*\.delta\.safetensors$')
+def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """A delta in the form of a checkpoint of mmengine.
+
+    The config in it is left out: whoever finds one in a checkpoint executes it.
+    """
+    delta = read_delta(filename)
+    header, progress = delta.header, dict(delta.header.progress)
+    device = map_location if isinstance(map_location, str | torch.device) else 'cpu'
+    state_dict = OrderedDict((name, tensor.to(device)) for name, tensor in delta.tensors.items())
+    state_dict._metadata = _DeltaMetadata()
+    state_dict._metadata.delta = delta
+    meta = {key: progress[key] for key in ('epoch', 'iter', 'seed') if key in progress}
+    if header.dataset_meta:
+        meta['dataset_meta'] = {key: _tuple(value) for key, value in header.dataset_meta.items()}
+    checkpoint = dict(
+        state_dict=state_dict,
+        meta=meta,
+        message_hub=dict(log_scalars={}, runtime_info=dict(progress.get('runtime_info', {})), resumed_keys={}),
+    )
+    if 'param_groups' in progress:
+        checkpoint['optimizer'] = _optimizer(progress)
+    if 'param_schedulers' in progress:
+        checkpoint['param_schedulers'] = progress['param_schedulers']
+    return checkpoint
+
+
+def _tuple(value: Any) -> Any:
+    """A list, of classes for instance, as the tuple that it was before it became JSON."""
+    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
+
+
+def _optimizer(progress: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer that has its settings and no moments yet."""
+    param_groups, count = [], 0
+    for group in progress['param_groups']:
+        size = group['params']
+        param_groups.append({**group, 'params': list(range(count, count + size))})
+        count += size
+    state = dict(state={}, param_groups=param_groups)
+    if 'base_param_settings' in progress:
+        state['base_param_settings'] = {**progress['base_param_settings'], 'params': torch.zeros(1)}
+    return state
+
+
+_load_state_dict = mmengine_checkpoint.load_state_dict
+
+
+@wraps(_load_state_dict)
+def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
+    if not is_delta(state_dict):
+        return _load_state_dict(module, state_dict, strict, logger)
+    while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
+        module = module.module
+    delta = state_dict._metadata.delta
+    loaded = apply_delta(module, replace(delta, tensors=dict(state_dict)))
+    print_log(
+        f'Loaded {delta.file}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}.',
+        logger=logger,
+    )
+
+
+mmengine_checkpoint.load_state_dict = load_state_dict

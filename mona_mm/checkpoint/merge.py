@@ -1,0 +1,110 @@
+"""Merge a method into the weights of its base, where it is an addition to them."""
+
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mona_mm.methods.folded_mona import folded_options
+from mona_mm.sites import PeftBlock, PeftModules, method_names
+
+_WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
+
+
+def unmergeable(model: nn.Module) -> list[str]:
+    """The methods in ``model`` that are no addition to weights, so that no stock model can compute what they do."""
+    return sorted(
+        {
+            type(module).__name__
+            for _, block in _blocks(model)
+            for site, module in block.peft.items()
+            if site not in block.host.linears or not hasattr(module, 'delta_weight')
+        }
+    )
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
+
+    ``model`` itself is not changed. The sum is computed in float64.
+
+    Raises:
+        ValueError: if something in the model is :func:`unmergeable`.
+    """
+    left = unmergeable(model)
+    if left:
+        raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
+    own = method_names(model)
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in own}
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            # Single weights: a module of its own beside a parameter, which maps it to what the forward computes with.
+            inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
+            for name, change in inner.items() if isinstance(inner, PeftModules) else ():
+                name = f'{path}.{name}' if path else name
+                state[name] = change(state[name])
+        for path, block in _blocks(model):
+            for site, module in block.peft.items():
+                linear = block.host.linears[site]
+                weight = state[f'{path}.{linear.weight}' if path else linear.weight]
+                rows = weight[linear.rows(weight)]
+                rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
+    return state
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, PeftBlock)]
+
+
+def stock_config(cfg: Config) -> Config:
+    """A config without anything of mona_mm: every ``base`` in the place of what is built around it."""
+    plain = _stock(cfg.to_dict())
+    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
+    plain['custom_imports'] = None
+    for hook in (plain.get('default_hooks') or {}).values():
+        if hook.get('type') == 'mona_mm.SafeCheckpointHook':
+            hook['type'] = 'CheckpointHook'
+    if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
+        del plain['optim_wrapper']['constructor']
+    return Config(plain)
+
+
+def self_contained_config(cfg: Config, folded: bool = False) -> Config:
+    """A config that needs no pretrained file: every weight is in the checkpoint. ``folded`` makes every Mona a
+    :class:`~mona_mm.methods.FoldedMona`."""
+    plain = cfg.to_dict()
+    _forget_pretrained(plain['model'])
+    if folded:
+        _fold(plain['model'])
+    return Config({**plain, 'load_from': None})
+
+
+def _stock(node: Any) -> Any:
+    if isinstance(node, dict):
+        if node.get('type') in _WRAPPERS:
+            return _stock(node['base'])
+        return {key: _stock(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(_stock(value) for value in node)
+    return node
+
+
+def _forget_pretrained(node: Any) -> None:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+            node[key] = None
+        else:
+            _forget_pretrained(value)
+
+
+def _fold(node: Any) -> None:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key == 'peft' and isinstance(value, dict) and value.get('type') == 'Mona':
+            node[key] = folded_options(value)
+        else:
+            _fold(value)
+
+
+def _ours(cfg: dict[str, Any]) -> bool:
+    return str(cfg.get('type')).startswith('mona_mm.')

@@ -1,0 +1,5 @@
+"""Data sets that the OpenMMLab libraries lack. Importing this registers them."""
+
+from mona_mm.datasets.fgvc import FGVCJson
+
+__all__ = ['FGVCJson']

@@ -1,0 +1,162 @@
+"""A small file beside every whole checkpoint: what training changed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import Tensor
+
+from mona_mm.checkpoint.delta import save_delta, unwrap
+from mona_mm.checkpoint.delta_file import SUFFIX, read_delta, write_delta
+from mona_mm.registry import HOOKS
+
+# What a scheduler needs to go on; the rest of its state comes from the config.
+_SCHEDULER_STATE = ('last_step', '_global_step', '_last_value', 'base_values')
+
+
+@HOOKS.register_module()
+class DeltaCheckpointHook(Hook):
+    """Writes ``epoch_3.delta.safetensors`` beside ``epoch_3.pth``, and deletes it when that one is deleted.
+
+    So intervals, the number kept and the choice of the best are those of the run's checkpoint hook, and no setting has
+    to be given twice. The values are those of the whole checkpoint, averaged ones under an ``EMAHook``. In the header
+    are the method, the config, the versions, the classes, the metrics of the validation that followed or preceded, a
+    fingerprint of the frozen base, and what resuming needs besides the moments of the optimizer: iteration, learning
+    rates, schedulers.
+
+    Args:
+        parts: of the model to write; None for all that trains. ``['method']`` is what is in the backbone.
+        half: round trained values to float16.
+    """
+
+    priority = 'LOWEST'  # after EMAHook has changed the checkpoint, and after the checkpoint hook has written it
+
+    def __init__(self, parts: Sequence[str] | None = None, half: bool = False) -> None:
+        self.parts = parts
+        self.half = half
+        self._checkpoint: dict[str, Any] | None = None
+        self._written: dict[Path, tuple[int, int]] = {}  # whole checkpoint -> what tells one version from the next
+        self._latest: tuple[Path, int] | None = None  # and the iteration that it was written at
+
+    def before_train(self, runner: Runner) -> None:
+        """Say so if there is nothing to do, and clear what a stopped process left half-written."""
+        self._checkpoints = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        self._useful = any(not p.requires_grad for p in unwrap(runner.model).parameters())
+        if not self._useful:
+            print_log('Nothing is frozen, so a delta would be the whole model: none is written.', logger='current')
+        if self._checkpoints is not None and runner.rank == 0:
+            for partial in Path(self._checkpoints.out_dir).glob(f'*{SUFFIX}.*.partial'):
+                partial.unlink(missing_ok=True)
+        earlier = map(Path, runner.message_hub.runtime_info.get('delta_of', []))  # than this process, when resumed
+        self._written = {path: _version(path) for path in earlier if path.is_file()}
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep what the whole checkpoint is made of, until it has been written and has a name."""
+        self._checkpoint = checkpoint
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Write beside the checkpoint of the epoch, if there is one."""
+        self._follow(runner)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Write beside the checkpoint of the iteration, if there is one."""
+        self._follow(runner)
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        """Write beside the best checkpoint, and give the latest one its metrics."""
+        metrics = {name: float(value) for name, value in (metrics or {}).items() if _is_number(value)}
+        if self._latest is not None and self._latest[1] == runner.iter:
+            delta = read_delta(_delta_of(self._latest[0]))
+            delta.header.metrics = metrics
+            write_delta(delta.file, delta.header, delta.tensors)
+        self._latest = None
+        self._follow(runner, metrics)
+
+    def _follow(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None or self._checkpoints is None or not self._useful:
+            return
+        hook = self._checkpoints
+        best = getattr(hook, 'best_ckpt_path', None), *(getattr(hook, 'best_ckpt_path_dict', None) or {}).values()
+        for path in {Path(path) for path in (hook.last_ckpt, *best) if path}:
+            version = _version(path)
+            if version is not None and self._written.get(path) != version:
+                self._save(runner, checkpoint, path, metrics or {})
+                self._written[path] = version
+                if metrics is None:
+                    self._latest = path, checkpoint['meta']['iter']
+        for path in [path for path in self._written if not path.exists()]:
+            _delta_of(path).unlink(missing_ok=True)
+            del self._written[path]
+        runner.message_hub.update_info('delta_of', [str(path) for path in self._written])
+
+    def _save(self, runner: Runner, checkpoint: dict[str, Any], path: Path, metrics: Mapping[str, float]) -> None:
+        meta = checkpoint['meta']
+        save_delta(
+            runner.model,
+            _delta_of(path),
+            parts=self.parts,
+            half=self.half,
+            config=meta.get('cfg', ''),
+            metrics=metrics,
+            dataset_meta=meta.get('dataset_meta'),
+            progress=_progress(checkpoint),
+            state_dict=checkpoint['state_dict'],
+        )
+
+
+def _delta_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix('.pth') + SUFFIX)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Tells whether a file has been written anew: an atomic write makes a new inode."""
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What resuming needs, as far as it is small."""
+    meta = checkpoint['meta']
+    progress = {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
+    info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+    progress['runtime_info'] = {
+        key: value for key, value in info.items() if key.startswith('best_') and isinstance(value, str | int | float)
+    }
+    optimizer = checkpoint.get('optimizer', {})
+    if 'param_groups' in optimizer:
+        progress['param_groups'] = [{**_plain(g), 'params': len(g['params'])} for g in optimizer['param_groups']]
+    if 'base_param_settings' in optimizer:
+        progress['base_param_settings'] = _plain(optimizer['base_param_settings'])
+    schedulers = checkpoint.get('param_schedulers')
+    if isinstance(schedulers, list):
+        progress['param_schedulers'] = [
+            {key: state[key] for key in _SCHEDULER_STATE if key in state} for state in schedulers
+        ]
+    return progress
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
+    return {key: v for key, v in plain.items() if key != 'params' and (v is None or _is_plain(v))}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or (
+        isinstance(value, list | tuple) and all(_is_plain(each) for each in value)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True

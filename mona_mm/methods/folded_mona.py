@@ -1,0 +1,131 @@
+"""Mona as it is deployed: with fewer operations, for the same outputs."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mona_mm.methods.base import PeftModule, positive
+from mona_mm.methods.mona import Mona, ScaledLayerNorm
+from mona_mm.ops.mona import linear, merged_filters
+from mona_mm.registry import METHODS
+from mona_mm.sites import PeftBlock
+
+
+@METHODS.register_module()
+class FoldedMona(PeftModule):
+    r"""A trained :class:`~mona_mm.methods.Mona` with its parameters folded together, for inference.
+
+    The depthwise convolutions, their average and the identity beside them are one depthwise convolution of the largest
+    size; the identity beside the 1x1 convolution is in its weight; :math:`\gamma` is in the LayerNorm's scale and
+    shift:
+
+    .. math:: y = x + W_\mathrm{up}\,\mathrm{GELU}(P\,\mathrm{DWConv}(W_\mathrm{down}(\mathrm{LN}(x) + \gamma_x x)))
+
+    The outputs are those of the original in evaluation, but for rounding. It is made by :func:`fold_mona`.
+
+    Args:
+        channels: width ``C`` of the token stream.
+        bottleneck: hidden width.
+        kernel_size: the largest of the original's kernels.
+        scaled_norm: as in the original; one before the 1x1 convolution keeps the identity beside that one apart.
+    """
+
+    sites = ('post_attn', 'post_ffn')
+    hidden = 'bottleneck'
+
+    def __init__(
+        self, channels: int, bottleneck: int = 64, kernel_size: int = 7, scaled_norm: Sequence[str] = ('down',)
+    ) -> None:
+        super().__init__()
+        positive('FoldedMona', 'bottleneck', bottleneck)
+        positive('FoldedMona', 'kernel_size', kernel_size)
+        self.entrance = _FoldedNorm(channels) if 'down' in scaled_norm else nn.Identity()
+        self.down = nn.Linear(channels, bottleneck)
+        self.depthwise = nn.Conv2d(bottleneck, bottleneck, kernel_size, padding=kernel_size // 2, groups=bottleneck)
+        self.middle = _FoldedNorm(bottleneck) if 'pointwise' in scaled_norm else None
+        self.pointwise = nn.Linear(bottleneck, bottleneck)
+        self.up = nn.Linear(bottleneck, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Nothing before the residual add: what is trained is Mona, this only receives its weights."""
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
+        p = _project(self.down, self.entrance(x))
+        extra = x.shape[1] - hw[0] * hw[1]
+        grid = p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)  # (B, n, H, W), channels-last
+        q = self.depthwise(grid).permute(0, 2, 3, 1).flatten(1, 2)
+        r = _project(self.pointwise, q) if self.middle is None else _project(self.pointwise, self.middle(q)) + q
+        p = torch.cat((p[:, :extra], r), dim=1) if extra else r
+        return x + _project(self.up, F.gelu(p))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, mona: Mona) -> 'FoldedMona':
+        """The folded form of a module."""
+        norms = [name for name, norm in (('down', mona.entrance), ('pointwise', mona.middle)) if _is_scaled(norm)]
+        size = max(conv.kernel_size[0] for conv in mona.depthwise)
+        folded = cls(mona.down.in_features, mona.down.out_features, size, norms).to(mona.down.weight)
+        for part, norm in ((folded.entrance, mona.entrance), (folded.middle, mona.middle)):
+            if _is_scaled(norm):
+                part.norm.weight.copy_(norm.norm.weight * norm.gamma)
+                part.norm.bias.copy_(norm.norm.bias * norm.gamma)
+                part.gammax.copy_(norm.gammax)
+                part.norm.eps = norm.norm.eps
+        folded.down.load_state_dict(mona.down.state_dict())
+        folded.up.load_state_dict(mona.up.state_dict())
+        folded.pointwise.weight.copy_(mona.pointwise.weight.flatten(1))
+        folded.pointwise.bias.copy_(mona.pointwise.bias)
+        if folded.middle is None:
+            folded.pointwise.weight.diagonal().add_(1)
+        kernel, bias = merged_filters([(conv.weight, conv.bias) for conv in mona.depthwise], mona.filter_scale)
+        folded.depthwise.weight.copy_(kernel)
+        folded.depthwise.weight[:, :, size // 2, size // 2] += 1
+        folded.depthwise.bias.copy_(bias)
+        folded.train(mona.training)
+        return folded
+
+
+def _project(layer: nn.Linear, x: Tensor) -> Tensor:
+    # The faster product has no gradient, and its inputs must be of one type.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
+
+
+class _FoldedNorm(nn.Module):
+    r""":math:`\mathrm{LN}(x) + \gamma_x \odot x`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.gammax = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.norm(x), x, self.gammax)
+
+
+def _is_scaled(norm: nn.Module) -> bool:
+    return isinstance(norm, ScaledLayerNorm)
+
+
+def fold_mona(model: nn.Module) -> int:
+    """Replace every Mona in ``model`` by its :class:`FoldedMona`, in place; returns how many there were."""
+    count = 0
+    for block in [m for m in model.modules() if isinstance(m, PeftBlock)]:
+        for site, module in list(block.peft.items()):
+            if isinstance(module, Mona):
+                block.peft[site] = FoldedMona.of(module)
+                count += 1
+    return count
+
+
+def folded_options(options: dict) -> dict:
+    """The ``peft`` config of a backbone whose Mona, of this ``peft`` config, has been folded."""
+    kept = {name: value for name, value in options.items() if name in ('bottleneck', 'scaled_norm', 'sites')}
+    return dict(type='FoldedMona', kernel_size=max(options.get('kernel_sizes', (3, 5, 7))), **kept)

@@ -1,0 +1,521 @@
+"""Deltas: small, whole, only on their own base, and everywhere that a checkpoint can go."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HOSTS, ROOT
+from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from test_hosts import METHOD_CONFIGS
+from torch import nn
+
+import mona_mm
+from mona_mm import load_delta, save_delta
+from mona_mm.checkpoint.delta import allow_other_base, changing
+from mona_mm.checkpoint.delta_file import read_delta
+from mona_mm.checkpoint.pretrained import read_checkpoint
+from mona_mm.cli import build_runner
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
+from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
+
+RULES = {rule: dict(trainable=rule) for rule in ('bitfit', 'norm_tuning', 'partial_1', 'fixed', 'full')}
+METHODS = {**{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items()}, **RULES}
+
+
+@MODELS.register_module()
+class SmallModel(BaseModel):
+    """A backbone and a head with a BatchNorm: what a detector's delta has to hold, in milliseconds."""
+
+    def __init__(self, backbone, classes=5, width=16, init_cfg=None):
+        super().__init__(init_cfg=init_cfg)
+        self.backbone = MODELS.build(backbone)
+        with torch.no_grad():
+            channels = self.backbone(torch.zeros(1, 3, 32, 32))[-1].shape[1]
+        self.head = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1))
+
+    def forward(self, inputs, mode='tensor'):
+        x = torch.stack(inputs) if isinstance(inputs, list) else inputs
+        out = self.head(self.backbone(x)[-1])
+        return dict(loss=out.square().mean()) if mode == 'loss' else out
+
+
+@DATASETS.register_module()
+class Images(torch.utils.data.Dataset):
+    METAINFO = metainfo = dict(classes=('a', 'b'))
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return dict(inputs=torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)))
+
+
+@pytest.fixture(scope='session')
+def base_file(tmp_path_factory) -> Path:
+    """The pretrained base: a Swin's random weights."""
+    file = tmp_path_factory.mktemp('base') / 'base.pth'
+    torch.manual_seed(11)
+    model = MODELS.build(HOSTS['mmdet-swin'])
+    model.init_weights()
+    torch.save(model.state_dict(), file)
+    return file
+
+
+def small_config(base_file, method, **model) -> dict:
+    base = dict(HOSTS['mmdet-swin'], init_cfg=dict(type='Pretrained', checkpoint=str(base_file)))
+    return dict(type='SmallModel', backbone=dict(type='mona_mm.PeftBackbone', base=base, **method), **model)
+
+
+def build(base_file, method, **model) -> BaseModel:
+    """As a Runner builds it for testing: nobody calls init_weights."""
+    built = MODELS.build(small_config(base_file, method, **model))
+    built.eval()
+    return built
+
+
+def trained(base_file, method, **model) -> BaseModel:
+    """A model whose training has changed everything that it may change."""
+    built = build(base_file, method, **model)
+    built.init_weights()
+    torch.manual_seed(sum(map(ord, str(method))))
+    state = built.state_dict()
+    with torch.no_grad():
+        for name in changing(built):
+            state[name].add_(torch.randn_like(state[name]) * 0.1 if state[name].is_floating_point() else 3)
+            if name.endswith('running_var'):
+                state[name].abs_()
+    built.eval()
+    return built
+
+
+def predict(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize('ema', [False, True], ids=['plain', 'ema'])
+@pytest.mark.parametrize('method', METHODS)
+def test_train_save_load_is_bit_identical(method, ema, base_file, tmp_path):
+    """A run of mmengine's Runner writes a whole checkpoint and a delta; on a fresh model that was never initialised
+    the delta gives the predictions of the whole checkpoint, bit for bit, averaged weights and BatchNorm included; it
+    holds what trains and the BatchNorm's statistics, and no frozen tensor."""
+    hooks = [dict(type='mona_mm.DeltaCheckpointHook'), dict(type='EMAHook', momentum=0.3)]
+    loader = dict(batch_size=2, num_workers=0, dataset=dict(type='Images'), sampler=dict(type='DefaultSampler'))
+    config = dict(
+        model=small_config(base_file, METHODS[method]),
+        work_dir=str(tmp_path),
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        optim_wrapper=dict(constructor='mona_mm.PeftOptimWrapperConstructor', optimizer=dict(type='AdamW', lr=1e-2)),
+        default_hooks=dict(checkpoint=dict(type='mona_mm.SafeCheckpointHook', interval=1, max_keep_ckpts=1)),
+        custom_hooks=hooks if ema else hooks[:1],
+        experiment_name=f'{method}-{ema}',
+        log_level='ERROR',
+        randomness=dict(seed=3),
+    )
+    runner = build_runner(Config(config))
+    runner.train()
+    whole = build(base_file, METHODS[method])
+    load_checkpoint(whole, str(tmp_path / 'epoch_2.pth'))
+    assert not (tmp_path / 'epoch_1.delta.safetensors').exists()
+    file = tmp_path / 'epoch_2.delta.safetensors'
+    if method == 'full':
+        assert not file.exists(), 'a delta of everything is the whole model'
+        save_delta(whole, file)
+    fresh = build(base_file, METHODS[method])
+    if method != 'full':
+        assert not torch.equal(predict(fresh), predict(whole)), 'the test would not see a delta that does nothing'
+    load_delta(fresh, file)
+    assert torch.equal(predict(fresh), predict(whole))
+    if ema:
+        assert not torch.equal(predict(runner.model), predict(whole)), 'the averaged weights are others'
+    expected, actual = whole.state_dict(), fresh.state_dict()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    names = set(read_delta(file).tensors)
+    statistics = {f'head.1.{name}' for name in ('running_mean', 'running_var', 'num_batches_tracked')}
+    assert names == {name for name, p in whole.named_parameters() if p.requires_grad} | statistics
+
+
+def test_header_says_what_it_is(base_file, tmp_path):
+    """Method, parts, versions, classes and metrics come back; the table by part adds up."""
+    model = trained(base_file, METHODS['mona'])
+    said = dict(config='x = 1', metrics=dict(mAP=0.5), dataset_meta=dict(classes=('a',)))
+    save_delta(model, tmp_path / 'a.delta.safetensors', **said)
+    delta = read_delta(tmp_path / 'a.delta.safetensors')
+    header = delta.header
+    assert header.methods == {'backbone': dict(type='Mona', options=dict(bottleneck=8), trainable=['none'])}
+    assert (header.config, header.metrics, header.dataset_meta) == ('x = 1', dict(mAP=0.5), dict(classes=['a']))
+    assert header.versions['mona_mm'] == mona_mm.__version__ and header.versions['torch'] == torch.__version__
+    loaded = load_delta(model, tmp_path / 'a.delta.safetensors')
+    count = mona_mm.count_trainable(model)
+    statistics = 2 * 16 + 1
+    assert loaded.parts == dict(
+        method=count.backbone_trainable, head=count.trainable - count.backbone_trainable + statistics
+    )
+    assert list(loaded.parts) == ['method', 'head']
+
+
+@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', *list(RULES)[:-1]])
+def test_size(method, tmp_path):
+    """Every method in a classifier with Swin-B, whose own head is small: at most 2% over 4 bytes for each trained
+    value (2 in half precision), with names, config and the fingerprint of the base; it comes back bit for bit."""
+    folder = '' if method == 'mona' else f'{method}_'
+    cfg = load_config(str(ROOT / f'configs/{method}/{folder}swin_l_flowers102.py'))
+    cfg.model.backbone.base.arch = 'base'
+    cfg.model.head.in_channels = 1024
+    adapt_to_device(cfg)
+    init_default_scope('mmpretrain')
+    model = MODELS.build(cfg.model)
+    values = mona_mm.count_trainable(model).trainable
+    for half in (True, False):
+        file = tmp_path / 'a.delta.safetensors'
+        save_delta(model, file, half=half, config=cfg.pretty_text)
+        assert 1 < file.stat().st_size / ((2 if half else 4) * values) < 1.02
+    state, delta = model.state_dict(), read_delta(file)
+    assert sum(t.numel() for t in delta.tensors.values()) == values
+    assert all(torch.equal(t, state[name]) for name, t in delta.tensors.items())
+
+
+OTHERS = {
+    'method': (dict(method=METHODS['adapter']), r'another method.*Mona \(bottleneck=8.*Adapter \(bottleneck=8'),
+    'bottleneck': (
+        dict(method=dict(peft=dict(type='Mona', bottleneck=4))), r'another method.*bottleneck=8.*bottleneck=4'
+    ),
+    'option': (
+        dict(method=dict(peft=dict(type='Mona', bottleneck=8, average=False))), r'another method.*average=False'
+    ),
+    'rules': (dict(method=dict(**METHODS['mona'], trainable='norm')), r"another method.*trainable=\['norm'\]"),
+    'classes': (dict(method=METHODS['mona'], classes=7), r'other shapes: head\.2\.weight \(5, 16, 1, 1\) instead'),
+    'width': (dict(method=METHODS['mona'], width=8), r'other shapes: head\.0\.weight \(16, 192'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_another_model_is_refused(other, base_file, tmp_path):
+    """Another method, option, rule, width or number of classes: refused, saying which, and nothing is changed."""
+    kwargs, message = OTHERS[other]
+    save_delta(trained(base_file, METHODS['mona']), tmp_path / 'a.delta.safetensors')
+    model = build(base_file, **kwargs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for load in (load_delta, load_checkpoint):
+        with pytest.raises(CheckpointMismatchError, match=message):
+            load(model, str(tmp_path / 'a.delta.safetensors'))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_saying_a_default_is_no_difference(base_file, tmp_path):
+    """Dropout, and a default that is written out, do not make another method."""
+    save_delta(trained(base_file, METHODS['mona']), tmp_path / 'a.delta.safetensors')
+    peft = dict(type='Mona', bottleneck=8, kernel_sizes=(3, 5, 7), dropout=0.5, sites=['post_ffn', 'post_attn'])
+    load_delta(build(base_file, dict(peft=peft)), tmp_path / 'a.delta.safetensors')
+
+
+def test_another_base_is_refused(base_file, tmp_path, caplog):
+    """One changed value of one frozen tensor, or two that changed places, refuses the delta, naming the tensor; the
+    model keeps its own; with allow_other_base it loads and says so."""
+    file = tmp_path / 'a.delta.safetensors'
+    source = trained(base_file, METHODS['mona'])
+    save_delta(source, file)
+    name = 'backbone.stages.1.blocks.0.ffn.layers.1.weight'
+    for change in ('value', 'order'):
+        model = build(base_file, METHODS['mona'])
+        model.init_weights()
+        weight = model.state_dict()[name]
+        if change == 'value':
+            weight[3, 3] += 1e-6
+        else:
+            weight.copy_(weight.flip(0))
+        other = weight.clone()
+        with pytest.raises(CheckpointMismatchError, match=rf'(?s)1 of \d+ tensors differ, {name} .*--allow-other-base'):
+            load_delta(model, file)
+        assert torch.equal(model.state_dict()[name], other)
+    load_delta(model, file, allow_other_base=True)
+    assert torch.equal(model.state_dict()[name], other)
+    assert torch.equal(model.head[0].weight, source.head[0].weight)
+
+
+def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
+    """A model that was never initialised gets the base of its config; with another file there, it is refused."""
+    source = trained(base_file, METHODS['lora'])
+    save_delta(source, tmp_path / 'a.delta.safetensors')
+    for load in (load_delta, load_checkpoint):
+        model = build(base_file, METHODS['lora'])
+        load(model, str(tmp_path / 'a.delta.safetensors'))
+        assert torch.equal(predict(model), predict(source))
+    state = torch.load(base_file, weights_only=True)
+    torch.save({name: t + 1e-3 if t.is_floating_point() else t for name, t in state.items()}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointMismatchError, match='trained on another frozen base'):
+        load_delta(build(tmp_path / 'other.pth', METHODS['lora']), tmp_path / 'a.delta.safetensors')
+
+
+def test_several_tasks_on_one_backbone(base_file, tmp_path):
+    """Deltas switched in place give the outputs of separately loaded models, also where one holds only the method:
+    then what the former changed is put back."""
+    files, expected = {}, {}
+    for seed, parts in [(1, None), (2, None), (3, ['method'])]:
+        source = trained(base_file, METHODS['mona'])
+        with torch.no_grad():
+            for p in source.parameters():
+                p.add_(seed * 0.01 * p.requires_grad)
+        files[seed] = tmp_path / f'{seed}.delta.safetensors'
+        save_delta(source, files[seed], parts=parts)
+        if parts:  # the head stays as the model was built
+            torch.manual_seed(7)
+            alone = build(base_file, METHODS['mona'])
+            load_delta(alone, files[seed])
+            source = alone
+        expected[seed] = predict(source)
+    torch.manual_seed(7)
+    model = build(base_file, METHODS['mona'])
+    base = {n: t.clone() for n, t in read_checkpoint(str(base_file)).items()}
+    for seed in (1, 2, 3, 2, 3, 1):
+        loaded = load_delta(model, files[seed])
+        assert torch.equal(predict(model), expected[seed]), seed
+        assert loaded.seconds < 5
+    assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in base.items())
+    assert len({tuple(out.flatten().tolist()) for out in expected.values()}) == 3
+
+
+@pytest.mark.parametrize('half', [False, True], ids=['float32', 'half'])
+def test_parts_and_half(half, base_file, tmp_path):
+    """`parts=['method']` writes only what is in the backbone; half precision rounds what trains, not statistics."""
+    model = trained(base_file, METHODS['adapter'])
+    state = model.state_dict()
+    save_delta(model, tmp_path / 'a.delta.safetensors', half=half)
+    save_delta(model, tmp_path / 'm.delta.safetensors', parts=['method'], half=half)
+    whole, method = (read_delta(tmp_path / f'{name}.delta.safetensors').tensors for name in 'am')
+    assert set(method) == {name for name in whole if name.startswith('backbone.')} < set(whole)
+    for name, tensor in whole.items():
+        rounded = (
+            half and model.get_parameter(name).requires_grad if '.running' not in name and 'num_' not in name else False
+        )
+        assert tensor.dtype == (torch.float16 if rounded else state[name].dtype)
+        assert torch.equal(tensor, state[name].half() if rounded else state[name])
+    with pytest.raises(ConfigError, match=r"parts=\['neck'\]: the parts .* are head, method"):
+        save_delta(model, tmp_path / 'n.delta.safetensors', parts=['neck'])
+    with pytest.raises(ConfigError, match='must end in .delta.safetensors'):
+        save_delta(model, tmp_path / 'n.pth')
+    with pytest.raises(MissingFileError, match='no delta'):
+        load_delta(model, tmp_path / 'n.delta.safetensors')
+
+
+@pytest.fixture
+def detector(detector_config, tmp_path):
+    """The small detector with a pretrained base, two iterations an epoch, averaged weights."""
+    cfg = detector_config
+    base = {**cfg.model.backbone.base, 'type': 'mmdet.SwinTransformer'}
+    model = MODELS.build(base)
+    model.init_weights()
+    torch.save(model.state_dict(), tmp_path / 'base.pth')
+    cfg.model.backbone.base.init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    cfg.train_dataloader.batch_size = 3
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=1)
+    cfg.default_hooks.checkpoint.update(max_keep_ckpts=1, save_best='coco/bbox_mAP')
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    adapt_to_device(cfg)
+    return cfg
+
+
+def start(cfg, **options):
+    cfg = cfg.copy()
+    cfg.merge_from_dict({**options, 'experiment_name': os.urandom(4).hex()})
+    return build_runner(cfg)
+
+
+def test_a_detector_in_every_way(detector, tmp_path):
+    """One run of a detector with BatchNorm heads; its delta through Runner.test, init_detector, the inferencer,
+    load_from and resume gives what the whole checkpoint gives, and follows its keep and best rules."""
+    from mmdet.apis import DetInferencer, inference_detector, init_detector
+
+    work = Path(detector.work_dir)
+    runner = start(detector)
+    runner.train()
+    names = {file.name.partition('.')[0] for file in work.glob('*.delta.safetensors')}
+    assert names == {file.stem for file in work.glob('*.pth')} == {'epoch_2', 'best_coco_bbox_mAP_epoch_1'}
+    whole, delta = work / 'epoch_2.pth', work / 'epoch_2.delta.safetensors'
+    header = read_delta(delta).header
+    assert header.metrics['coco/bbox_mAP'] == runner.message_hub.get_scalar('val/coco/bbox_mAP').current()
+    assert header.dataset_meta['classes'] == ['disc', 'square', 'triangle', 'star']
+    assert 'PeftBackbone' in header.config
+
+    def outputs(results):
+        return [(r.pred_instances.bboxes, r.pred_instances.scores, r.pred_instances.masks) for r in results]
+
+    images = sorted(str(file) for file in Path(detector.data_root, 'val2017').iterdir())
+    expected = init_detector(detector.copy(), str(whole), device='cpu')
+    for model in (
+        init_detector(detector.copy(), str(delta), device='cpu'),
+        DetInferencer(detector.copy(), str(delta), device='cpu', show_progress=False).model,
+    ):
+        assert model.dataset_meta['classes'] in (header.dataset_meta['classes'], tuple(header.dataset_meta['classes']))
+        state = model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+        if hasattr(model, 'cfg') and model.cfg is not None:
+            given, wanted = (outputs(inference_detector(m, images)) for m in (model, expected))
+            assert all(torch.equal(a, b) for x, y in zip(given, wanted, strict=True) for a, b in zip(x, y, strict=True))
+
+    expected = expected.state_dict()
+    tested = start(detector, load_from=str(delta), work_dir=str(tmp_path / 'test'))
+    tested.test()
+    (ema,) = (hook for hook in tested.hooks if isinstance(hook, EMAHook))
+    for model in (tested.model, ema.ema_model.module):  # the two are swapped for the test
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+    tuned = start(
+        detector,
+        load_from=str(delta),
+        work_dir=str(tmp_path / 'tuned'),
+        **{'optim_wrapper.optimizer.lr': 0.0, 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 9},
+    )
+    tuned.train()
+    assert tuned.epoch == 1
+    frozen = {name for name in expected if 'running' not in name and 'num_batches' not in name}
+    assert all(torch.equal(tuned.model.state_dict()[name], expected[name]) for name in frozen)
+
+
+def test_resume_from_a_delta(detector, tmp_path):
+    """--resume on a delta goes on at its iteration with the schedule's learning rates, and says what begins anew; on a
+    part of a model it is refused."""
+    detector.custom_hooks.pop()
+    detector.train_cfg.val_interval = 100
+    detector.default_hooks.checkpoint.update(max_keep_ckpts=-1, save_best=None)
+    detector.param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[1, 3], gamma=0.5)]
+    straight = start(detector)
+    straight.train()
+    resumed = detector.copy()
+    resumed.work_dir = str(tmp_path / 'resumed')
+    resume_from(resumed, str(Path(detector.work_dir, 'epoch_1.delta.safetensors')))
+    runner = start(resumed)
+    runner.train()
+    assert (runner.epoch, runner.iter) == (straight.epoch, straight.iter) == (2, 4)
+    assert find_last_checkpoint(resumed.work_dir).endswith('epoch_2.pth')
+    assert runner.optim_wrapper.get_lr() == straight.optim_wrapper.get_lr()
+    assert not Path(resumed.work_dir, 'epoch_1.pth').exists()
+    save_delta(runner.model, tmp_path / 'part.delta.safetensors', parts=['method'])
+    with pytest.raises(ConfigError, match='holds only method'):
+        resume_from(resumed, str(tmp_path / 'part.delta.safetensors'))
+
+
+def test_the_tools(detector, tmp_path, tool):
+    """tools/test.py evaluates a delta alone; on another base it ends with one line, and with --allow-other-base goes on
+    and says so loudly."""
+    detector.train_cfg.max_epochs = 1
+    detector.custom_hooks.pop()
+    start(detector).train()
+    delta = Path(detector.work_dir, 'epoch_1.delta.safetensors')
+    detector.dump(tmp_path / 'config.py')
+    arguments = 'test.py', str(tmp_path / 'config.py'), str(delta), '--work-dir', str(tmp_path / 'test')
+    assert tool(*arguments)[0] == 0
+    state = torch.load(tmp_path / 'base.pth', weights_only=True)
+    torch.save({name: t + 1 if t.is_floating_point() else t for name, t in state.items()}, tmp_path / 'base.pth')
+    status, _, err = tool(*arguments)
+    assert status == 2
+    assert re.search(r'error: .*trained on another frozen base.*--allow-other-base', err.splitlines()[-1])
+    status, out, err = tool(*arguments, '--allow-other-base')
+    assert status == 0 and re.search('WARNING.*trained on another frozen base', out + err)
+    allow_other_base(False)
+
+
+@pytest.mark.slow
+def test_a_base_that_is_a_whole_model(detector, tmp_path, tool):
+    """A detector from load_from, of which only the box and mask heads train: its delta holds nothing else but the Mona,
+    and tools/test.py, which would otherwise evaluate it on random weights, first loads what load_from names."""
+    detector.custom_hooks.pop()
+    detector.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=9)
+    init_default_scope('mmdet')
+    source = MODELS.build(detector.model)
+    torch.save(dict(state_dict=source.state_dict(), meta={}), tmp_path / 'whole.pth')
+    detector.model = dict(type='mona_mm.FrozenModel', base=detector.model, trainable=['roi_head'])
+    detector.load_from = str(tmp_path / 'whole.pth')
+    start(detector).train()
+    file = Path(detector.work_dir, 'epoch_1.delta.safetensors')
+    delta = read_delta(file)
+    assert {delta.header.part(name) for name in delta.tensors} == {'roi_head', 'method'}  # the Mona in the backbone
+    detector.dump(tmp_path / 'config.py')
+    arguments = 'test.py', str(tmp_path / 'config.py'), str(file), '--work-dir', str(tmp_path / 'test')
+    assert tool(*arguments)[0] == 0
+    torch.save(dict(state_dict=MODELS.build(detector.model).state_dict(), meta={}), tmp_path / 'whole.pth')
+    status, _, err = tool(*arguments)
+    assert status == 2 and 'trained on another frozen base' in err
+
+
+def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
+    """A config file of the small detector with a pretrained base and another method, and a trained model of it."""
+    cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'))
+    model = MODELS.build(dict(cfg.model.backbone.base, type='mmdet.SwinTransformer'))
+    model.init_weights()
+    torch.save(model.state_dict(), tmp_path / 'base.pth')
+    base = dict(cfg.model.backbone.base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))
+    cfg.model.backbone = dict(type='mona_mm.PeftBackbone', base=base, peft=peft, trainable=trainable)
+    cfg.dump(tmp_path / 'config.py')
+    adapt_to_device(cfg)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name in changing(model):
+            if state[name].is_floating_point():
+                state[name].add_(torch.rand_like(state[name]) * 0.05)
+    model.eval()
+    return str(tmp_path / 'config.py'), model
+
+
+MERGED = {
+    'lora': (dict(peft=METHOD_CONFIGS['lora']), True),
+    'lora-everywhere': (dict(peft=METHOD_CONFIGS['lora-everywhere']), True),
+    **{rule: (dict(peft=None, trainable=rule), True) for rule in RULES},
+    'mona': (dict(peft=METHOD_CONFIGS['mona']), False),
+    'adapter': (dict(peft=METHOD_CONFIGS['adapter']), False),
+}
+
+ALIKE = ('norm_tuning', 'fixed', 'full', 'adapter', 'lora')  # to others here
+
+
+@pytest.mark.parametrize(
+    'method', [pytest.param(method, marks=[pytest.mark.slow] * (method in ALIKE)) for method in MERGED]
+)
+def test_extract_and_merge(method, tmp_path, tool, capsys):
+    """A whole checkpoint to a delta and, by tools/delta.py merge, to a checkpoint that a stock model loads strictly
+    (or the config in it, for methods that cannot be merged), with the same features; info and diff tell about it."""
+    arguments, mergeable = MERGED[method]
+    config, model = cascade(tmp_path, **arguments)
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', 'b')))), tmp_path / 'whole.pth'
+    )
+    delta, merged = str(tmp_path / 'a.delta.safetensors'), str(tmp_path / 'merged.pth')
+    status, out, err = tool('delta.py', 'extract', config, str(tmp_path / 'whole.pth'), delta)
+    assert status == 0, err
+    status, out, err = tool('delta.py', 'merge', config, delta, merged)
+    assert status == 0 and ('stock config loads it' in out) == mergeable, (out, err)
+    checkpoint = torch.load(merged, weights_only=True)
+    text = checkpoint['meta']['cfg']
+    assert ('mona_mm' in text) != mergeable
+    assert mergeable or 'base.pth' not in text, 'it would look for the base again'
+    cfg = Config.fromstring(text, '.py')
+    adapt_to_device(cfg)
+    again = MODELS.build(cfg.model)
+    again.load_state_dict(checkpoint['state_dict'])
+    x = torch.randn(1, 3, 96, 64)
+    again.eval()
+    with torch.no_grad():  # in double precision: what is left is the rounding of the merged weights
+        for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert ('FoldedMona' in text) == (method == 'mona')
+    if method == 'mona':
+        status, out, err = tool('delta.py', 'info', delta)
+        assert status == 0 and 'Mona(bottleneck=8)' in out
+        assert re.search(r'method +[\d,]+ values.*\n +neck .*\n +roi_head .*\n +rpn_head ', out)
+        assert tool('delta.py', 'diff', delta, delta)[:2] == (0, 'equal\n')
+        model.neck.lateral_convs[0].conv.bias.data += 1
+        save_delta(model, tmp_path / 'b.delta.safetensors')
+        status, out, err = tool('delta.py', 'diff', delta, str(tmp_path / 'b.delta.safetensors'))
+        assert status == 1
+        assert 'neck: 1 of 16 tensors differ, most neck.lateral_convs.0.conv.bias by 1' in out

@@ -1,0 +1,99 @@
+"""Convert a checkpoint: python tools/convert_checkpoint.py SRC DST [--config CONFIG] [--to mm|published]"""
+
+import argparse
+import io
+import re
+
+import safetensors.torch
+import torch
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor
+
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_published
+from mona_mm.checkpoint.formats import recognise
+from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
+from mona_mm.cli import run
+from mona_mm.compat.safe_globals import weights_only
+from mona_mm.config import load_config
+from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
+from mona_mm.sites import method_names
+
+
+def read(args: argparse.Namespace) -> dict:
+    """The checkpoint; with --trust-pickle, whatever it executes."""
+    if not args.trust_pickle:
+        return read_checkpoint(args.src)
+    print(f'Executing whatever {args.src} says, as asked.')
+    try:
+        with weights_only(False):
+            return torch.load(args.src, map_location='cpu', weights_only=False)
+    except FileNotFoundError:
+        raise MissingFileError(f'There is no checkpoint {args.src}.') from None
+
+
+def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The weights of a config's backbone, loaded as training would, with a report of every tensor."""
+    cfg = load_config(args.config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    backbone = MODELS.build(cfg.model.backbone)
+    report = load_pretrained(backbone, args.src)
+    print('\n'.join(report.lines(every=True)))
+    method = method_names(backbone)
+    return {f'backbone.{name}': tensor for name, tensor in backbone.state_dict().items() if name not in method}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description='Bring a checkpoint into the names and layouts of mmdet, mmseg and mmpretrain, or back. The format '
+        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code, ViT (timm, MAE, MoCo v3, .npz), '
+        'ConvNeXt (official, timm), PVT'
+    )
+    parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
+    parser.add_argument('dst', help='file to write (.pth or .safetensors)')
+    parser.add_argument('--to', choices=('mm', 'published'), default='mm', help='names to write (default: mm)')
+    parser.add_argument('--config', help='fit the weights to the backbone of this config, resizing position tables')
+    parser.add_argument('--trust-pickle', action='store_true', help='execute the pickle of a file that needs it')
+    args = parser.parse_args()
+    if not args.dst.endswith(('.pth', '.safetensors')) or args.dst.endswith('.delta.safetensors'):
+        raise ConfigError(f'{args.dst}: what is converted is written as .pth or .safetensors.')
+    if args.config:
+        if args.to == 'published' or args.trust_pickle:
+            raise ConfigError(
+                '--config is for converting to the names of mm; --to and --trust-pickle do not go with it.'
+            )
+        tensors = for_config(args)
+    else:
+        tensors = without_config(args)
+    if args.dst.endswith('.pth'):
+        buffer = io.BytesIO()
+        torch.save(dict(state_dict=tensors), buffer)
+        data = buffer.getvalue()
+    else:
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    AtomicLocalBackend().put(data, args.dst)
+
+
+def without_config(args: argparse.Namespace) -> dict[str, Tensor]:
+    """The weights by other names."""
+    checkpoint = read(args)
+    form = recognise(backbone_tensors(checkpoint))
+    if form is None:
+        names = ', '.join(list(backbone_tensors(checkpoint))[:3]) or 'no tensors at all'
+        raise CheckpointMismatchError(
+            f'{args.src}: these names are of no known format ({names}, ...). Known are Swin and SwinV2 (Microsoft, '
+            'timm), the published Mona code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, mmseg, '
+            'mmpretrain.'
+        )
+    if args.to == 'published':
+        tensors = to_published(checkpoint)
+    else:
+        tensors = convert_model(checkpoint)
+    parts = sorted({re.sub(r'\..*', '', name) for name in tensors})
+    print(f'{args.src} (names: {form}): {len(tensors)} tensors of {", ".join(parts)}')
+    return tensors
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,195 @@
+"""Deltas: python tools/delta.py info FILE | extract CONFIG CHECKPOINT OUT | merge CONFIG DELTA OUT | diff A B"""
+
+import argparse
+import io
+import json
+import os.path as osp
+import sys
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
+from mona_mm.checkpoint.delta_file import Delta, read_delta
+from mona_mm.checkpoint.merge import merged_state_dict, self_contained_config, stock_config, unmergeable
+from mona_mm.checkpoint.pretrained import compare, read_checkpoint
+from mona_mm.cli import run
+from mona_mm.config import adapt_to_device, load_config
+from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.meta import build_on_meta, freeze_by_hooks
+from mona_mm.methods import fold_mona
+
+
+def info(args: argparse.Namespace) -> None:
+    """What is inside."""
+    delta = read_delta(args.file)
+    header, sizes = delta.header, part_sizes(delta.header, delta.tensors)
+    stored = {part: sum(t.nbytes for n, t in delta.tensors.items() if header.part(n) == part) for part in sizes}
+    if args.json:
+        shown = {key: value for key, value in vars(header).items() if key not in ('config', 'base')}
+        print(json.dumps(dict(file=args.file, bytes=osp.getsize(args.file), values=sizes, stored=stored, **shown)))
+        return
+    print(f'{args.file}: {osp.getsize(args.file):,} bytes, {len(delta.tensors)} tensors')
+    for path, each in header.methods.items():
+        options = ', '.join(f'{name}={value!r}' for name, value in each['options'].items())
+        print(f'{path or "model"}: {each["type"] or "no method"}({options}), trainable={each["trainable"]}')
+    width = max(map(len, sizes))
+    for part, count in sizes.items():
+        print(f'  {part.ljust(width)}  {count:>13,} values  {stored[part]:>13,} bytes')
+    print(f'frozen base: {header.base["count"]} tensors')
+    for label, entries in (('metrics', header.metrics), ('versions', header.versions)):
+        if entries:
+            print(f'{label}: {", ".join(f"{name} {value}" for name, value in entries.items())}')
+    if 'iter' in header.progress:
+        print(f'written at epoch {header.progress.get("epoch")}, iteration {header.progress["iter"]}')
+    if header.dataset_meta.get('classes'):
+        print(f'classes: {", ".join(map(str, header.dataset_meta["classes"]))}')
+    if args.config:
+        print(header.config)
+
+
+def build(file: str) -> tuple[Config, nn.Module]:
+    """The model of a config, with random weights."""
+    cfg = load_config(file)
+    adapt_to_device(cfg)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = MODELS.build(cfg.model)
+    freeze_by_hooks(model, cfg)
+    return cfg, model
+
+
+def extract(args: argparse.Namespace) -> None:
+    """A delta from a whole checkpoint."""
+    cfg, model = build(args.config)
+    checkpoint = read_checkpoint(args.checkpoint)
+    state = checkpoint.get('state_dict', checkpoint)
+    wrong = compare(model.state_dict(), state, optional=lambda name: False)
+    if wrong:
+        raise CheckpointMismatchError(f'{args.checkpoint} is no whole checkpoint of {args.config}: {wrong}')
+    model.load_state_dict(state)
+    meta = checkpoint.get('meta', {})
+    save_delta(
+        model, args.out, args.parts, args.half, config=cfg.pretty_text, dataset_meta=meta.get('dataset_meta'),
+        progress={key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta},
+    )  # fmt: skip
+    print(f'{args.out}: {osp.getsize(args.out):,} bytes of {osp.getsize(args.checkpoint):,}')
+
+
+def merge(args: argparse.Namespace) -> None:
+    """One whole checkpoint from a delta and its base."""
+    if not args.out.endswith('.pth'):
+        raise ConfigError(f'{args.out}: what is merged is written as .pth.')
+    cfg, model = build(args.config)
+    delta = read_delta(args.delta)
+    if delta.header.parts is not None:
+        raise ConfigError(f'{args.delta} holds only {", ".join(delta.header.parts)}: that makes no whole model.')
+    if cfg.get('load_from'):
+        checkpoint = read_checkpoint(cfg.load_from)
+        model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)  # the fingerprint checks it
+    apply_delta(model, delta, args.allow_other_base)
+    left = unmergeable(model)
+    if left or args.self_contained:
+        folded = 0 if args.self_contained else fold_mona(model)
+        state, config = model.state_dict(), self_contained_config(cfg, folded > 0)
+        reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'
+        print(f'One self-contained checkpoint with a config of its own in it ({reason}).')
+        if folded:
+            print(f'{folded} Mona modules are folded for inference; --self-contained keeps them as they are.')
+    else:
+        state, config = merged_state_dict(model), stock_config(cfg)
+        wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
+        if wrong:
+            raise CheckpointMismatchError(f'The merged weights would not fit the stock model: {wrong}')
+        print('A stock checkpoint: the stock config loads it, without mona_mm.')
+    buffer = io.BytesIO()
+    torch.save(
+        dict(state_dict=state, meta=dict(cfg=config.pretty_text, dataset_meta=delta.header.dataset_meta)), buffer
+    )
+    AtomicLocalBackend().put(buffer.getvalue(), args.out)
+    if args.config_out:
+        AtomicLocalBackend().put_text(config.pretty_text, args.config_out)
+
+
+def diff(args: argparse.Namespace) -> None:
+    """How two deltas differ; exit status 1 if they do."""
+    first, second = read_delta(args.first), read_delta(args.second)
+    lines = header_differences(first, second)
+    for part in sorted({d.header.part(name) for d in (first, second) for name in d.tensors}):
+        lines += tensor_differences(part, first, second)
+    print('\n'.join(lines) or 'equal')
+    sys.exit(1 if lines else 0)
+
+
+def header_differences(first: Delta, second: Delta) -> list[str]:
+    """A line for each difference in what two deltas say of themselves."""
+    lines = []
+    for key in ('methods', 'parts', 'half', 'base', 'versions', 'metrics', 'dataset_meta', 'config'):
+        a, b = getattr(first.header, key), getattr(second.header, key)
+        if a != b:
+            lines.append(f'{key} differs' + ('' if key in ('base', 'config', 'dataset_meta') else f': {a} / {b}'))
+    return lines
+
+
+def tensor_differences(part: str, first: Delta, second: Delta) -> list[str]:
+    """Lines on the tensors of one part."""
+    a, b = ({n: t for n, t in d.tensors.items() if d.header.part(n) == part} for d in (first, second))
+    lines = [f'{part}: {n} is only in the first' for n in a.keys() - b.keys()]
+    lines += [f'{part}: {n} is only in the second' for n in b.keys() - a.keys()]
+    common = sorted(a.keys() & b.keys())
+    lines += [f'{part}: {n} is {tuple(a[n].shape)} / {tuple(b[n].shape)}' for n in common if a[n].shape != b[n].shape]
+    changed = {n: distance(a[n], b[n]) for n in common if a[n].shape == b[n].shape and not torch.equal(a[n], b[n])}
+    if changed:
+        most = max(changed, key=changed.get)
+        lines.append(f'{part}: {len(changed)} of {len(common)} tensors differ, most {most} by {changed[most]:.3g}')
+    return sorted(lines)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two values in the same place."""
+    return float((a.double() - b.double()).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Look into deltas, make them, merge them')
+    commands = parser.add_subparsers(required=True, metavar='info|extract|merge|diff')
+
+    command = commands.add_parser('info', help='what is inside')
+    command.add_argument('file', help='delta')
+    command.add_argument('--json', action='store_true', help='print one object')
+    command.add_argument('--config', action='store_true', help='print the config of the run, too')
+    command.set_defaults(function=info)
+
+    command = commands.add_parser('extract', help='a delta from a whole checkpoint')
+    command.add_argument('config')
+    command.add_argument('checkpoint', help='whole checkpoint (.pth)')
+    command.add_argument('out', help='delta to write (.delta.safetensors)')
+    command.add_argument('--parts', nargs='+', help="of the model, e.g. 'method', 'neck', 'roi_head' (default: all)")
+    command.add_argument('--half', action='store_true', help='round trained values to float16')
+    command.set_defaults(function=extract)
+
+    command = commands.add_parser(
+        'merge', help='a stock checkpoint from a delta and its base, or a self-contained one where there can be none'
+    )
+    command.add_argument('config')
+    command.add_argument('delta')
+    command.add_argument('out', help='checkpoint to write (.pth)')
+    command.add_argument('--self-contained', action='store_true', help='keep the method as it is')
+    command.add_argument('--config-out', help='write the config that loads it here (.py)')
+    command.add_argument('--allow-other-base', action='store_true', help='merge into another base than its own')
+    command.set_defaults(function=merge)
+
+    command = commands.add_parser('diff', help='how two deltas differ')
+    command.add_argument('first')
+    command.add_argument('second')
+    command.set_defaults(function=diff)
+
+    args = parser.parse_args()
+    args.function(args)
+
+
+if __name__ == '__main__':
+    run(main)
