@@ -231,6 +231,7 @@ def run(
             operations = {way: count_operations(way, base, (batch, 3, *size), inference) for way in ways}
             label = ('backbone', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
+        del cases, case  # before the next one's are built
 
 
 def measure(

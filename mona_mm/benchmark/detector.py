@@ -61,6 +61,7 @@ def run(
             operations = {way: rest + count_operations(way, base, shape, inference) for way in ways}
             label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
+        del cases, case  # before the next one's are built
 
 
 def build_detector(way: str, cfg: Config) -> nn.Module:
