@@ -17,7 +17,11 @@ from mona_mm.sites import find_host, method_modules
 
 @MODELS.register_module()
 def PeftBackbone(
-    base: dict[str, Any], peft: dict[str, Any] | None = None, trainable: Rules | None = None, fast: bool = True
+    base: dict[str, Any],
+    peft: dict[str, Any] | None = None,
+    trainable: Rules | None = None,
+    fast: bool = True,
+    compile: bool | dict[str, Any] = False,
 ) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
@@ -32,6 +36,9 @@ def PeftBackbone(
             none under a method, all without one.
         fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.fast.attention`. Without it
             the backbone computes what the stock one does, bit for bit, and a method its plain form.
+        compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
+            it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
+            on a CPU. Copies are not compiled.
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
@@ -56,6 +63,8 @@ def PeftBackbone(
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone, method)
+    if compile:
+        backbone.compile(**(compile if isinstance(compile, dict) else {}))
     return backbone
 
 

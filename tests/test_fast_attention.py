@@ -289,3 +289,20 @@ def test_lora_on_q_and_v_keeps_no_second_qkv():
     assert len(calls) == 8
     assert all(len(m._forward_hooks) == 1 for m in calls)
     assert_close(step(fast), step(stock), 2e-5)
+
+
+@pytest.mark.slow
+def test_compiled():
+    """`compile` changes no name and, within rounding, no output or gradient; the whole backbone is one graph. With the
+    backend that traces forward and backward, which needs no C++ compiler."""
+    torch._dynamo.reset()
+    host = dict(HOSTS['mmdet-swin'], depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1))
+    peft = dict(type='LoRA', rank=4)
+    plain = PeftBackbone(base=host, peft=peft)
+    compiled = PeftBackbone(base=host, peft=peft, compile=dict(backend='aot_eager', fullgraph=True))
+    plain.eval()
+    compiled.eval()
+    compiled.load_state_dict(plain.state_dict())
+    assert_close(step(compiled), step(plain))
+    assert type(copy.deepcopy(compiled)) is type(plain)
+    torch._dynamo.reset()

@@ -28,6 +28,7 @@ from mona_mm.benchmark.module import PublishedMona, rates
 from mona_mm.benchmark.timing import median, seconds, wait, with_spread
 from mona_mm.freeze import METHOD_RULES
 from mona_mm.meta import meta_device
+from mona_mm.methods.folded_mona import fold_mona
 from mona_mm.sites import method_modules
 
 ARCHS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,9 @@ PEFT = dict(mona='Mona', adapter='Adapter', adaptformer='AdaptFormer', lora='LoR
 METHODS = (*PEFT, *METHOD_RULES)
 REFERENCES = ('stock', 'full', 'published_mona')
 """Measured in every run."""
+
+FOLDED = 'mona_folded'
+"""Measured under inference, where Mona is: what of it does not depend on the input computed once."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
     """The backbone of a way; ``fast`` overrides whether it takes the fast path."""
     if way == 'stock':
         return MODELS.build(base)
+    if way == FOLDED:
+        model = build_backbone('mona', base, fast)
+        fold_mona(model)
+        return model
     if way == 'published_mona':
         model = PeftBackbone(base, dict(type='Mona'), fast=False)
         for module in method_modules(model):
@@ -176,9 +184,10 @@ class Case:
         return torch.cuda.max_memory_allocated(self.device) - others
 
 
-def check_ways(methods: Sequence[str], inference: bool = False) -> list[str]:
+def all_ways(methods: Sequence[str], inference: bool) -> list[str]:
     """The references and the methods asked for, in one order."""
-    return [*REFERENCES, *(m for m in METHODS if m in methods and m not in REFERENCES)]
+    ways = [*REFERENCES, *(m for m in METHODS if m in methods and m not in REFERENCES)]
+    return [*ways, FOLDED] if inference and 'mona' in ways else ways
 
 
 def run(
@@ -213,7 +222,7 @@ def run(
     speed = rates(device, dtype, clock)
     for arch in archs:
         base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2, **bases[arch])
-        ways = check_ways(methods)
+        ways = all_ways(methods, inference)
         cases = {way: Case(build_backbone(way, base), None, device, dtype) for way in ways}
         for size in sizes:
             images = torch.randn(batch, 3, *size, device=device)
@@ -222,6 +231,7 @@ def run(
             operations = {way: count_operations(way, base, (batch, 3, *size), inference) for way in ways}
             label = ('backbone', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
+        del cases, case  # before the next one's are built
 
 
 def measure(
@@ -287,7 +297,7 @@ def count_operations(way: str, base: dict[str, Any], shape: tuple[int, ...], inf
     Of the plain forms, whose operations torch's counter knows.
     """
     with meta_device():
-        model = build_backbone(way, base, fast=False)
+        model = build_backbone('mona' if way == FOLDED else way, base, fast=False)
         model.train(not inference)  # some hosts' returns None
         images = torch.empty(shape)
     with FlopCounterMode(display=False) as counter:

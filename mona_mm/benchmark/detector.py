@@ -14,7 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mona_mm.benchmark.backbone import METHODS, Case, Row, build_backbone, check_ways, count_operations, measure
+from mona_mm.benchmark.backbone import METHODS, Case, Row, all_ways, build_backbone, count_operations, measure
 from mona_mm.benchmark.module import rates
 from mona_mm.config import adapt_to_device, load_config
 
@@ -48,7 +48,7 @@ def run(
         cfg = load_config(f'{configs}/{CONFIGS[arch]}')
         adapt_to_device(cfg)
         init_default_scope('mmdet')
-        ways = check_ways(methods)
+        ways = all_ways(methods, inference)
         cases = {way: Case(build_detector(way, cfg), None, device, dtype) for way in ways}
         for size in sizes:
             data = _data(cfg, size, batch)
@@ -61,6 +61,7 @@ def run(
             operations = {way: rest + count_operations(way, base, shape, inference) for way in ways}
             label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
+        del cases, case  # before the next one's are built
 
 
 def build_detector(way: str, cfg: Config) -> nn.Module:
