@@ -18,35 +18,36 @@ _ALLOCATION = ('rule', 'alpha', 'beta', 'structured_vectors', 'structured_only')
 
 
 def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | None:
-    """Fill in the plan of an SPT config, in place.
+    """The file of an SPT config's plan, None if there is none.
 
     Args:
         cfg: a config; one without SPT needs no plan.
         folders: where to look for ``plan.safetensors`` when the file that the config names does not exist, or it names
             none.
-
-    Returns:
-        The plan's file, None if there is none.
     """
     peft = spt_config(cfg)
     if peft is None:
         return None
     files = [peft.get('plan'), *(osp.join(folder, PLAN_FILE) for folder in folders)]
-    peft.plan = next((file for file in files if file and osp.isfile(file)), peft.get('plan'))
-    return peft.plan if peft.plan and osp.isfile(peft.plan) else None
+    return next((file for file in files if file and osp.isfile(file)), None)
 
 
 def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
-    """:func:`find_plan`, for what cannot make one.
+    """Name the plan that :func:`find_plan` finds in the config, in place, for what cannot make one.
 
     Raises:
         MissingFileError: if there is none.
     """
-    if spt_config(cfg) is not None and find_plan(cfg, folders) is None:
+    peft = spt_config(cfg)
+    if peft is None:
+        return
+    found = find_plan(cfg, folders)
+    if found is None:
         raise MissingFileError(
             f'The plan of this SPT config is not there: no {PLAN_FILE} in {" or ".join(folders)}. Training left it in '
             'its work dir; name it with --cfg-options model.backbone.peft.plan=/path/to/it'
         )
+    peft.plan = found
 
 
 def make_plan(cfg: Config) -> None:
@@ -69,6 +70,7 @@ def make_plan(cfg: Config) -> None:
         if found != named and not cfg.get('resume'):  # what is resumed has its plan, whatever the options say now
             _check_same_request(cfg, Plan.load(found), found)
         _say(f'Plan: {found}')
+        peft.plan = found
         return
     if peft.get('budget') is None:
         missing = f'there is no {named}' if named else 'this config names no plan'
