@@ -5,9 +5,11 @@
 #
 # PYTHON=python3.11   the interpreter to make the environment with (3.10 to 3.12)
 # STACK=onedl         use the maintained fork of the OpenMMLab packages, in an environment of its own (.venv-onedl)
+# JOBS=2              test processes; each takes about 1.5 GB
 # PYTEST_ARGS='-k mona -x'
 
 STACK ?= official
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 ifeq ($(STACK),official)
@@ -46,7 +48,7 @@ demo: env
 	$(BIN)/python tools/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
