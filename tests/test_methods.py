@@ -159,13 +159,13 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize('dropped', [False, True], ids=['kept', 'dropped'])
-@pytest.mark.parametrize('method', [dict(type='Mona', bottleneck=4), dict(type='Adapter', bottleneck=4), dict(type='AdaptFormer', bottleneck=4),
-                                    dict(type='LoRand', inner=4)], ids=lambda method: method['type'])  # fmt: skip
+@pytest.mark.parametrize('method', ['Mona', 'Adapter', 'AdaptFormer', 'LoRand'])
 @pytest.mark.parametrize('name', FORMULAS)
 def test_placement_in_other_blocks(name, method, dropped):
     """Each method's formula around the stock branches of every other kind of block: before DropPath or after it, before
     a norm that ends the branch or after it, beside the FFN from what enters it."""
-    block, stock = second_blocks(name, method, dropped)
+    peft = {'type': method, 'inner' if method == 'LoRand' else 'bottleneck': 4}
+    block, stock = second_blocks(name, peft, dropped)
     hw, used = (8, 8), set()
     x = torch.randn(2, 64, block.get_parameter(block.host.linears['fc2'].weight).shape[0], dtype=torch.float64)
 
