@@ -94,6 +94,8 @@ def merge(args: argparse.Namespace) -> None:
         checkpoint = read_checkpoint(base)
         model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)  # the fingerprint checks it
     apply_delta(model, delta, args.allow_other_base)
+    if cfg.get('resume'):  # who takes the merged config resumes nothing
+        cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
     left = unmergeable(model)
     if left or args.self_contained:
         folded = 0 if args.self_contained else fold_mona(model)
