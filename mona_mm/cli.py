@@ -31,13 +31,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--work-dir', help='folder for logs and checkpoints (default: ./work_dirs/<config name>[/<task>])'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--allow-other-base',
         action='store_true',
@@ -48,17 +42,32 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command that takes a config the option to change it."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
+    )
+
+
+def work_dir(cfg: Config, file: str) -> str:
+    """The work dir of a config read from ``file``: its own, or the tools' default."""
+    if cfg.get('work_dir') is not None:
+        return cfg.work_dir
+    # One folder a task, where a config has several: each run its own log, plan and checkpoints.
+    name = osp.splitext(osp.basename(file))[0]
+    return osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
+
+
 def read_run_config(args: argparse.Namespace) -> Config:
     """The config that the arguments of :func:`run_parser` describe, fit for this machine."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        # One folder a task, where a config has several: each run its own log, plan and checkpoints.
-        name = osp.splitext(osp.basename(args.config))[0]
-        cfg.work_dir = osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
+    cfg.work_dir = work_dir(cfg, args.config) if args.work_dir is None else args.work_dir
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')

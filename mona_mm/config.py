@@ -165,8 +165,29 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')
     if checkpoint.endswith(SUFFIX):
         _check_resumable(checkpoint)
+    if not cfg.get('resume') and cfg.get('load_from'):
+        cfg.base_checkpoint = cfg.load_from  # for the deltas of this run, which are still on that base
     cfg.resume = True
     cfg.load_from = checkpoint
+
+
+def whole_model_base(cfg: Config) -> str | None:
+    """The whole model that a config's run started from, on which its deltas belong; None if it names none.
+
+    That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
+    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``.
+
+    Raises:
+        MissingFileError: if the file is not there.
+    """
+    key = 'base_checkpoint' if cfg.get('resume') else 'load_from'
+    file = cfg.get(key)
+    if file and '://' not in file and not osp.isfile(file):
+        raise MissingFileError(
+            f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
+            f'where it is now with --cfg-options {key}=/path/to/it'
+        )
+    return file or None
 
 
 def fine_tune_from(cfg: Config, checkpoint: str) -> None:

@@ -1,5 +1,6 @@
 """Deltas: small, whole, only on their own base, and everywhere that a checkpoint can go."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -21,8 +22,10 @@ from mona_mm.checkpoint.delta import allow_other_base, changing
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
+from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from, whole_model_base
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
+from mona_mm.spt import Plan
+from mona_mm.spt.parts import Architecture
 
 RULES = {rule: dict(trainable=rule) for rule in ('bitfit', 'norm_tuning', 'partial_1', 'fixed', 'full')}
 METHODS = {**{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items()}, **RULES}
@@ -423,6 +426,50 @@ def test_the_tools(detector, tmp_path, tool):
     allow_other_base(False)
 
 
+def test_deltas_of_a_resumed_run(base_file, tmp_path):
+    """The checkpoint that a run continued from is no base of its deltas; the whole model that it first started from
+    is, however often it was resumed, and a base that is gone ends with what to do about it."""
+    for name in ('whole.pth', 'epoch_1.pth', 'epoch_2.pth'):
+        (tmp_path / name).touch()
+    cfg = Config(dict(load_from=str(tmp_path / 'whole.pth')))
+    assert whole_model_base(cfg) == cfg.load_from
+    for name in ('epoch_1.pth', 'epoch_2.pth'):
+        resume_from(cfg, str(tmp_path / name))
+        (tmp_path / name).unlink()
+        assert cfg.load_from.endswith(name) and whole_model_base(cfg) == str(tmp_path / 'whole.pth')
+    (tmp_path / 'whole.pth').unlink()
+    with pytest.raises(MissingFileError, match=r'base_checkpoint=.*whole.pth.*--cfg-options base_checkpoint=/path'):
+        whole_model_base(cfg)
+    with pytest.raises(MissingFileError, match='load_from=gone.pth.*--cfg-options load_from=/path'):
+        whole_model_base(Config(dict(load_from='gone.pth')))
+    assert whole_model_base(Config(dict(load_from='gone.pth', resume=True))) is whole_model_base(Config()) is None
+
+
+def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
+    """The config that a resumed run dumped merges and tests its delta when what it continued from is gone; a base that
+    is gone is one line."""
+    detector.custom_hooks.pop()
+    init_default_scope('mmdet')
+    model = MODELS.build(detector.model)
+    model.backbone.init_weights()
+    delta, config, merged = (str(tmp_path / name) for name in ('a.delta.safetensors', 'config.py', 'merged.pth'))
+    save_delta(model, delta)
+    detector.load_from, detector.resume = str(tmp_path / 'epoch_2.pth'), True
+    detector.dump(config)
+    resumed = load_config(config)
+    for arguments in (
+        ('delta.py', 'merge', config, delta, merged),
+        ('test.py', config, delta, '--work-dir', str(tmp_path / 'test')),
+    ):
+        status, _, err = tool(*arguments)
+        assert status == 0, err
+        status, _, err = tool(*arguments, '--cfg-options', 'resume=False')
+        assert status == 2
+        assert re.search(r'error: load_from=.*epoch_2.pth: there is no such checkpoint', err.splitlines()[-1])
+    text = torch.load(merged, weights_only=True)['meta']['cfg']
+    assert 'epoch_2.pth' in resumed.pretty_text and 'epoch_2.pth' not in text and 'resume = False' in text
+
+
 @pytest.mark.slow
 def test_a_base_that_is_a_whole_model(detector, tmp_path, tool):
     """A detector from load_from, of which only the box and mask heads train: its delta holds nothing else but the Mona,
@@ -519,3 +566,104 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
         status, out, err = tool('delta.py', 'diff', delta, str(tmp_path / 'b.delta.safetensors'))
         assert status == 1
         assert 'neck: 1 of 16 tensors differ, most neck.lateral_convs.0.conv.bias by 1' in out
+
+
+def classifier(tmp_path, host: str, peft: dict) -> str:
+    """A config file of a classifier on a small host with a pretrained base."""
+    backbone = dict(HOSTS[host], out_indices=(3,))
+    base = MODELS.build(backbone)
+    base.init_weights()
+    torch.save(dict(state_dict=base.state_dict()), tmp_path / 'base.pth')
+    backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
+    cfg = Config(
+        dict(
+            default_scope='mmpretrain',
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(type='mona_mm.PeftBackbone', base=backbone, peft=peft),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(type='LinearClsHead', num_classes=5, in_channels=192),
+            ),
+        )
+    )
+    cfg.dump(tmp_path / 'config.py')
+    return str(tmp_path / 'config.py')
+
+
+def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
+    """SwinV2's load hook drops buffers that it recomputes: its checkpoint is whole all the same, and its delta merges
+    into one that the stock model loads, whole models in load_from and init_cfg alike."""
+    sites = ['q', 'k', 'v', 'proj', 'fc1', 'fc2']
+    config = classifier(tmp_path, 'mmpretrain-swinv2', dict(type='LoRA', rank=2, sites=sites))
+    init_default_scope('mmpretrain')
+    model = MODELS.build(load_config(config).model)
+    model.init_weights()
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    model.eval()
+    whole, delta, merged = (str(tmp_path / name) for name in ('whole.pth', 'a.delta.safetensors', 'merged.pth'))
+    torch.save(dict(state_dict=model.state_dict()), whole)
+    x = torch.randn(1, 3, 64, 64)
+    for name in ('load_checkpoint', 'load_delta'):
+        status, _, err = tool('delta.py', 'extract', config, whole, delta)
+        assert status == 0, err
+        fresh = MODELS.build(load_config(config).model).eval()
+        load_delta(fresh, delta) if name == 'load_delta' else load_checkpoint(fresh, whole)
+        assert torch.equal(fresh(x), model(x)), name
+    for options in ([], ['--cfg-options', f'load_from={whole}', 'model.backbone.base.init_cfg=None']):
+        status, out, err = tool('delta.py', 'merge', config, delta, merged, *options)
+        assert status == 0 and 'stock config loads it' in out, err
+        checkpoint = torch.load(merged, weights_only=True)
+        stock = MODELS.build(Config.fromstring(checkpoint['meta']['cfg'], '.py').model).eval()
+        load_checkpoint(stock, merged)
+        torch.testing.assert_close(stock(x), model(x), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(stock(x), MODELS.build(load_config(config).model).eval()(x), atol=1e-2)
+
+
+def test_plans_of_spt_beside_the_file(tmp_path, tool):
+    """A config that names no plan: tools/delta.py finds it beside the checkpoint or the delta, and else says where it
+    looked; tools/count_params.py counts what is known without one and goes on, and with the plan all of it."""
+    lora = dict(type='LoRA', rank=2)
+    config = classifier(tmp_path, 'mmpretrain-swin', dict(type='SPT', budget='2%', structured=lora))
+    run = tmp_path / 'run'
+    run.mkdir()
+    architecture = Architecture.of(MODELS.build(HOSTS['mmpretrain-swin']))
+    plan = Plan(architecture, lora, {'stages.0.blocks.0': ('q', 'proj')}, (), {}, dict(budget='2%'))
+    files = [str(run / name) for name in ('whole.pth', 'a.delta.safetensors', 'merged.pth')]
+    cfg = load_config(config)
+    cfg.model.backbone.peft = None
+    init_default_scope('mmpretrain')
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), files[0])
+    extract, merge = ('extract', config, *files[:2]), ('merge', config, *files[1:])
+    status, _, err = tool('delta.py', *extract)
+    assert status == 2 and re.search(r'no plan.safetensors in .*/run or work_dirs/config', err.splitlines()[-1])
+    plan.save(run / 'plan.safetensors')
+    cfg.model.backbone.peft = dict(type='SPT', plan=str(run / 'plan.safetensors'), structured=lora)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), files[0])
+    for arguments in (extract, merge):
+        status, _, err = tool('delta.py', *arguments)
+        assert status == 0, err
+    elsewhere = (run / 'plan.safetensors').rename(tmp_path / 'elsewhere.safetensors')
+    assert tool('delta.py', *merge)[0] == 2
+    assert tool('delta.py', *merge, '--cfg-options', f'model.backbone.peft.plan={elsewhere}')[0] == 0
+    elsewhere.rename(run / 'plan.safetensors')
+    assert set(read_delta(files[1]).tensors) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+    shipped = 'configs/lora/lora_swin_l_flowers102.py'
+    status, out, err = tool('count_params.py', config, shipped, '--json')
+    without, other = json.loads(out)
+    base = sum(p.numel() for n, p in model.backbone.named_parameters() if '.peft.' not in n)
+    head = sum(p.numel() for p in model.head.parameters())
+    assert status == 0 and other['backbone_trainable'] > 0
+    assert without == dict(
+        config=config, method='SPT', total=base + head, trainable=None, backbone_total=base, backbone_trainable=None,
+        budget='2%',
+    )  # fmt: skip
+    status, out, _ = tool('count_params.py', config, shipped)
+    assert status == 0 and re.search(rf'SPT, budget 2%: - trainable of {base:,} .*no plan.safetensors', out)
+    assert out.count('trainable in the backbone: ') == 1
+    (found,) = json.loads(tool('count_params.py', config, '--json', '--cfg-options', f'work_dir={run}')[1])
+    assert found['backbone_trainable'] == plan.counts.total and 'budget' not in found

@@ -101,6 +101,91 @@ def test_placement_when_no_path_is_dropped():
     torch.testing.assert_close(block(x, hw), y + ffn(block, y) + block.peft.parallel_ffn(y, hw))
 
 
+def second_blocks(name: str, peft: dict, dropped: bool):
+    """The second block of a host in double precision, with a method of random weights and with none, in train mode,
+    with every residual branch dropped or none. In that block DropPath is a module, and SwinV2's has its extra norm."""
+    torch.manual_seed(1)
+    model = PeftBackbone(base=HOSTS[name], peft=peft, fast=False)
+    stock = MODELS.build(HOSTS[name])
+    for p in model.parameters():  # norms, layer scale and biases included
+        nn.init.normal_(p, mean=0.2, std=0.3)
+    stock.load_state_dict(model.state_dict(), strict=False)
+    blocks = []
+    for each in (model, stock):
+        each.double().train()
+        blocks.append(list(find_host(model).blocks(each).values())[1])
+        for m in blocks[-1].modules():
+            if type(m).__name__ == 'DropPath':
+                m.drop_prob = 1 - 1e-9 if dropped else 0.0
+            elif isinstance(m, nn.Dropout):
+                m.p = 0.0
+    return blocks
+
+
+def post_norm(block, at, x, hw, kept):
+    """SwinV2: the branches end with their norms, after DropPath; the extra norm is the block's last."""
+    y = at('attn_branch', block.attn(x, hw) if kept else torch.zeros_like(x)) * kept
+    y = at('post_attn', x + at('attn_out', block.norm1(y)))
+    z = at('ffn_branch', block.ffn.layers(y)) * kept
+    z = at('post_ffn', y + at('ffn_out', block.norm2(z)) + at('parallel_ffn', y))
+    return block.norm3(z)
+
+
+def pyramid(block, at, x, hw, kept):
+    """PVTv2: before the branches their norms."""
+    y = at('attn_branch', block.attn(block.norm1(x), hw, identity=torch.zeros_like(x)) if kept else x) * kept
+    y = at('post_attn', x + at('attn_out', y))
+    grid = block.norm2(y).transpose(1, 2).unflatten(2, hw)
+    z = at('ffn_branch', block.ffn.layers(grid).flatten(2).transpose(1, 2)) * kept
+    return at('post_ffn', y + at('ffn_out', z) + at('parallel_ffn', y))
+
+
+def convnext(block, at, x, hw, kept):
+    """ConvNeXt: one branch, on maps."""
+    end = block.drop_path
+    block.drop_path = nn.Identity()
+    y = x.transpose(1, 2).unflatten(2, hw)
+    z = (block(y) - y).flatten(2).transpose(1, 2)
+    block.drop_path = end
+    return at('post_ffn', x + at('ffn_out', at('ffn_branch', z) * kept) + at('parallel_ffn', x))
+
+
+FORMULAS = {
+    'mmpretrain-swinv2': post_norm,
+    'mmdet-pvtv2': pyramid,
+    'mmpretrain-convnext': convnext,
+    'mmpretrain-convnextv2': convnext,
+}
+
+
+@pytest.mark.parametrize('dropped', [False, True], ids=['kept', 'dropped'])
+@pytest.mark.parametrize('method', ['Mona', 'Adapter', 'AdaptFormer', 'LoRand'])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_placement_in_other_blocks(name, method, dropped):
+    """Each method's formula around the stock branches of every other kind of block: before DropPath or after it, before
+    a norm that ends the branch or after it, beside the FFN from what enters it."""
+    peft = {'type': method, 'inner' if method == 'LoRand' else 'bottleneck': 4}
+    block, stock = second_blocks(name, peft, dropped)
+    hw, used = (8, 8), set()
+    x = torch.randn(2, 64, block.get_parameter(block.host.linears['fc2'].weight).shape[0], dtype=torch.float64)
+
+    def at(site, y):
+        if site not in block.peft:
+            return torch.zeros_like(y) if site == 'parallel_ffn' else y
+        used.add(site)
+        out = block.peft[site](y, hw)
+        assert not torch.allclose(out, y, atol=1e-2), 'the formula would not see it'
+        return out
+
+    if 'convnext' in name:
+        out = block(x.transpose(1, 2).unflatten(2, hw)).flatten(2).transpose(1, 2)
+    else:
+        out = block(x, hw)
+    expected = FORMULAS[name](stock, at, x, hw, 0.0 if dropped else 1.0)
+    assert used == set(block.peft)
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+
+
 def test_lora_equals_merged_weights(host):
     """On every linear and slice: the branch equals adding `delta_weight` to the rows of the stock weight."""
     sites = list(find_host(MODELS.build(host)).linears)

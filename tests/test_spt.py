@@ -146,6 +146,24 @@ def test_merged_equals_unmerged(host, tmp_path):
             torch.testing.assert_close(merged, unmerged, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize('kind', ['lora', 'adapter'])
+def test_modules_know_their_sites(kind, tmp_path):
+    """`proj` alone has no dropout, and an Adapter there alone is parallel to the linear, in an attached plan."""
+    base = HOSTS['mmpretrain-vit']
+    plan = plan_for(base, STRUCTURED[kind])
+    plan.save(tmp_path / 'plan.safetensors')
+    peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured={**STRUCTURED[kind], 'dropout': 0.2})
+    model = PeftBackbone(base=base, peft=peft)
+    sites = set()
+    for block in find_host(model).blocks(model).values():
+        for site, module in block.peft.items():
+            sites.add(site)
+            assert module.dropout.p == (0.0 if site == 'proj' else 0.2), site
+            if kind == 'adapter':
+                assert module.parallel == (site == 'proj'), site
+    assert 'proj' in sites and len(sites) > 2
+
+
 def test_a_plan_of_everything_is_ordinary_training(tmp_path):
     """Every weight of two linears and a norm as single weights: AdamW takes the steps of ordinary training."""
     host = dict(HOSTS['mmdet-swin'], drop_path_rate=0.0)

@@ -1,36 +1,61 @@
-"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json]"""
+"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]"""
 
 import argparse
 import json
+import os.path as osp
+from typing import Any
+
+from mmengine.config import Config
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import run
+from mona_mm.cli import add_cfg_options, run, work_dir
 from mona_mm.config import load_config
 from mona_mm.freeze import count_trainable
 from mona_mm.meta import build_on_meta
+from mona_mm.spt.planning import PLAN_FILE, find_plan, spt_config
+
+
+def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
+    """One config's numbers, and what to print of them."""
+    counted = count_trainable(build_on_meta(cfg))
+    row = dict(
+        config=file,
+        method=counted.method,
+        total=counted.total,
+        trainable=counted.trainable,
+        backbone_total=counted.backbone_total,
+        backbone_trainable=counted.backbone_trainable,
+    )
+    return row, counted.table()
+
+
+def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
+    """:func:`count` of an SPT config that has no plan: of its base, while what trains is not known."""
+    budget = spt_config(cfg).get('budget')
+    cfg.model.backbone.update(peft=None, trainable='none')
+    row, _ = count(file, cfg)
+    row |= dict(method='SPT', trainable=None, backbone_trainable=None, budget=budget)
+    line = (
+        f'SPT, budget {budget}: - trainable of {row["backbone_total"]:,} in the backbone base, - of {row["total"]:,} '
+        f'in the model; there is no {PLAN_FILE} yet (tools/train.py and tools/spt_sensitivity.py make it)'
+    )
+    return row, line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Count parameters, without allocating any')
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config files')
     parser.add_argument('--json', action='store_true', help='print a list of objects in place of tables')
+    add_cfg_options(parser)
     args = parser.parse_args()
     rows = []
     for file in args.configs:
-        model = build_on_meta(load_config(file))
-        count = count_trainable(model)
-        rows.append(
-            dict(
-                config=file,
-                method=count.method,
-                total=count.total,
-                trainable=count.trainable,
-                backbone_total=count.backbone_total,
-                backbone_trainable=count.backbone_trainable,
-            )
-        )
+        cfg = load_config(file, args.cfg_options)
+        planned = find_plan(cfg, (osp.dirname(file), work_dir(cfg, file)))
+        row, text = (count if planned else count_without_plan)(file, cfg)
+        rows.append(row)
         if not args.json:
-            print(f'{file}\n{count.table()}\n')
+            print(f'{file}\n{text}\n')
     if args.json:
         print(json.dumps(rows, indent=2))
 

@@ -16,12 +16,13 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.merge import merged_state_dict, self_contained_config, stock_config, unmergeable
-from mona_mm.checkpoint.pretrained import compare, read_checkpoint
-from mona_mm.cli import run
-from mona_mm.config import adapt_to_device, load_config
+from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
+from mona_mm.cli import add_cfg_options, run, work_dir
+from mona_mm.config import adapt_to_device, load_config, whole_model_base
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
 from mona_mm.methods import fold_mona
+from mona_mm.spt.planning import require_plan
 
 
 def info(args: argparse.Namespace) -> None:
@@ -52,9 +53,10 @@ def info(args: argparse.Namespace) -> None:
         print(header.config)
 
 
-def build(file: str) -> tuple[Config, nn.Module]:
-    """The model of a config, with random weights."""
-    cfg = load_config(file)
+def build(args: argparse.Namespace, file: str) -> tuple[Config, nn.Module]:
+    """The model of a config that ``file`` is of, with random weights."""
+    cfg = load_config(args.config, args.cfg_options)
+    require_plan(cfg, (osp.dirname(file), work_dir(cfg, args.config)))
     adapt_to_device(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
@@ -64,13 +66,13 @@ def build(file: str) -> tuple[Config, nn.Module]:
 
 def extract(args: argparse.Namespace) -> None:
     """A delta from a whole checkpoint."""
-    cfg, model = build(args.config)
+    cfg, model = build(args, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     state = checkpoint.get('state_dict', checkpoint)
-    wrong = compare(model.state_dict(), state, optional=lambda name: False)
+    wrong = compare(model.state_dict(), state, optional=lambda name: name.endswith(RECOMPUTED))
     if wrong:
         raise CheckpointMismatchError(f'{args.checkpoint} is no whole checkpoint of {args.config}: {wrong}')
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # SwinV2 leaves out by itself what it recomputes
     meta = checkpoint.get('meta', {})
     save_delta(
         model, args.out, args.parts, args.half, config=cfg.pretty_text, dataset_meta=meta.get('dataset_meta'),
@@ -83,14 +85,17 @@ def merge(args: argparse.Namespace) -> None:
     """One whole checkpoint from a delta and its base."""
     if not args.out.endswith('.pth'):
         raise ConfigError(f'{args.out}: what is merged is written as .pth.')
-    cfg, model = build(args.config)
     delta = read_delta(args.delta)
     if delta.header.parts is not None:
         raise ConfigError(f'{args.delta} holds only {", ".join(delta.header.parts)}: that makes no whole model.')
-    if cfg.get('load_from'):
-        checkpoint = read_checkpoint(cfg.load_from)
+    cfg, model = build(args, args.delta)
+    base = whole_model_base(cfg)
+    if base:
+        checkpoint = read_checkpoint(base)
         model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)  # the fingerprint checks it
     apply_delta(model, delta, args.allow_other_base)
+    if cfg.get('resume'):  # who takes the merged config resumes nothing
+        cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
     left = unmergeable(model)
     if left or args.self_contained:
         folded = 0 if args.self_contained else fold_mona(model)
@@ -169,6 +174,7 @@ def main() -> None:
     command.add_argument('out', help='delta to write (.delta.safetensors)')
     command.add_argument('--parts', nargs='+', help="of the model, e.g. 'method', 'neck', 'roi_head' (default: all)")
     command.add_argument('--half', action='store_true', help='round trained values to float16')
+    add_cfg_options(command)
     command.set_defaults(function=extract)
 
     command = commands.add_parser(
@@ -180,6 +186,7 @@ def main() -> None:
     command.add_argument('--self-contained', action='store_true', help='keep the method as it is')
     command.add_argument('--config-out', help='write the config that loads it here (.py)')
     command.add_argument('--allow-other-base', action='store_true', help='merge into another base than its own')
+    add_cfg_options(command)
     command.set_defaults(function=merge)
 
     command = commands.add_parser('diff', help='how two deltas differ')
