@@ -51,7 +51,11 @@ def main() -> None:
     rows = []
     for file in args.configs:
         cfg = load_config(file, args.cfg_options)
-        planned = find_plan(cfg, (osp.dirname(file), work_dir(cfg, file)))
+        spt = spt_config(cfg)
+        plan = find_plan(cfg, (osp.dirname(file), work_dir(cfg, file)))
+        planned = spt is None or plan is not None
+        if plan is not None:
+            spt.plan = plan
         row, text = (count if planned else count_without_plan)(file, cfg)
         rows.append(row)
         if not args.json:
