@@ -95,12 +95,12 @@ def plain(model, batches, per_sample=False, seed=0):
     return squares
 
 
-def assert_equal(sensitivity: Sensitivity, expected: dict[str, torch.Tensor], rtol=1e-4):
+def assert_equal(sensitivity: Sensitivity, expected: dict[str, torch.Tensor], rtol=1e-4, atol=1e-9):
     assert {part.name for part in sensitivity.architecture.parts} == set(sensitivity.squares)
     for name, squares in sensitivity.squares.items():
         # Relative to the tensor's largest: the gradient of k's bias is zero but for rounding.
         torch.testing.assert_close(
-            squares, expected[name], rtol=rtol, atol=1e-9 * float(expected[name].max()), msg=name
+            squares, expected[name], rtol=rtol, atol=atol * float(expected[name].max()), msg=name
         )
 
 
@@ -176,7 +176,8 @@ def test_checkpointed_blocks_have_their_gradients(detector_config):
     first = measure(detector_config, 1)
     detector_config.model.backbone.base.with_cp = True
     second = measure(detector_config, 1)
-    assert_equal(second, first.squares)
+    # A re-entrant checkpoint's first forward is without gradients, where the attention is fused: it rounds otherwise.
+    assert_equal(second, first.squares, atol=1e-5)
     assert (second.squares['stages.0.blocks.0.ffn.layers.1.weight'] > 0).any()
 
 

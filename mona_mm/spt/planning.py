@@ -142,7 +142,8 @@ def _request(cfg: Config) -> dict[str, Any]:
 def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
     """A plan left by another run must not decide what this one trains."""
     request = _request(cfg)
-    asked = {key: request[key] for key in ('structured', 'num_batches', 'per_sample', *_ALLOCATION)}
+    asked = {'task': cfg.get('task')}
+    asked |= {key: request[key] for key in ('structured', 'num_batches', 'per_sample', *_ALLOCATION)}
     made = {'structured': plan.structured_config, **plan.info}
     if asked['structured'] is not None and made['structured'] is not None:
         asked['structured'] = {key: asked['structured'].get(key) for key in made['structured']}
@@ -151,7 +152,6 @@ def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
         if parse_budget(request['budget'], plan.architecture.parameters) == made.get('budget_parameters'):
             made['budget'] = request['budget']
     asked['seed'] = (cfg.get('randomness') or {}).get('seed') or 0
-    asked['task'] = cfg.get('task')
     advice = 'Train in another --work-dir, or name the plan to use with --cfg-options model.backbone.peft.plan=/path'
     for key, value in asked.items():
         if value != made.get(key):
