@@ -22,30 +22,56 @@ from torch import nn
 
 from mona_mm.checkpoint.delta import apply_delta
 from mona_mm.checkpoint.delta_file import Delta, read_delta
-from mona_mm.checkpoint.pretrained import UNREADABLE, unreadable
-from mona_mm.errors import UserError
+from mona_mm.checkpoint.pretrained import UNREACHABLE, UNREADABLE, unreachable, unreadable
+from mona_mm.compat.safe_globals import weights_only
+from mona_mm.errors import CheckpointMismatchError, UserError
+
+
+def _checked(read: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """A reader that loads weights only; what it cannot fetch or read, and what holds no names, is a UserError."""
+
+    @wraps(read)
+    def load(filename: str, map_location: Any = None, **options: Any) -> dict[str, Any]:
+        try:
+            with weights_only():
+                checkpoint = read(filename, map_location, **options)
+        except (UserError, FileNotFoundError):
+            raise
+        except UNREACHABLE as error:
+            raise unreachable(filename, error) from error
+        except UNREADABLE as error:
+            raise unreadable(filename, error) from error
+        if not isinstance(checkpoint, Mapping):
+            raise CheckpointMismatchError(
+                f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__} and not tensors by name.'
+            )
+        return checkpoint
+
+    return load
 
 
 def _loader(pattern: str) -> Callable:
-    """Register a reader of local files as mmengine's for paths of this form; what it cannot read is a UserError."""
+    """Register a reader of local files as mmengine's for paths of this form."""
 
     def register(read: Callable[[str, Any], dict[str, Any]]) -> Callable[[str, Any], dict[str, Any]]:
         @wraps(read)
-        def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+        def local(filename: str, map_location: Any = None) -> dict[str, Any]:
             filename = osp.expanduser(filename)
             if not osp.isfile(filename):
                 raise FileNotFoundError(f'{filename} can not be found.')
-            try:
-                return read(filename, map_location)
-            except UserError:
-                raise
-            except UNREADABLE as error:
-                raise unreadable(filename, error) from error
+            return read(filename, map_location)
 
+        load = _checked(local)
         mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, load, force=True)
         return load
 
     return register
+
+
+# mmengine's for addresses (http, openmmlab, torchvision, ...), most of which go through torch.hub: it asks torch.load
+# for everything.
+for _scheme, _read in list(mmengine_checkpoint.CheckpointLoader._schemes.items()):
+    mmengine_checkpoint.CheckpointLoader.register_scheme(_scheme, _checked(_read), force=True)
 
 
 @_loader('')
