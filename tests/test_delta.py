@@ -255,6 +255,53 @@ def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
         load_delta(build(tmp_path / 'other.pth', METHODS['lora']), tmp_path / 'a.delta.safetensors')
 
 
+@pytest.mark.parametrize('top', [False, True], ids=['of the backbone', 'of the model'])
+def test_after_a_refusal(top, base_file, tmp_path):
+    """A delta for another base is refused and leaves the base that the refusal loaded, so that the right one loads; of
+    an earlier delta nothing is lost by it."""
+    method = METHODS['mona']
+    other = build(base_file, method)
+    other.init_weights()
+    with torch.no_grad():
+        other.backbone.patch_embed.projection.weight.add_(1)
+    save_delta(other, tmp_path / 'other.delta.safetensors')
+    source = trained(base_file, method)
+    save_delta(source, tmp_path / 'right.delta.safetensors')
+    model = build(base_file, method, **dict(init_cfg=dict(type='Normal', layer='Conv2d', std=0.01)) if top else {})
+    base = {n: t for n, t in read_checkpoint(str(base_file)).items() if not n.startswith('norm')}
+    for _ in range(2):
+        with pytest.raises(CheckpointMismatchError, match='1 of .* tensors differ'):
+            load_delta(model, tmp_path / 'other.delta.safetensors')
+        assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in base.items())
+    load_delta(model, tmp_path / 'right.delta.safetensors')
+    expected = predict(source)
+    assert torch.equal(predict(model), expected)
+    with pytest.raises(CheckpointMismatchError, match='tensors differ'):
+        load_delta(model, tmp_path / 'other.delta.safetensors')
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.mark.parametrize('load', [load_checkpoint, lambda m, f: m.load_state_dict(torch.load(f), strict=False)])
+def test_what_was_loaded_since_is_not_put_back(load, base_file, tmp_path):
+    """Heads loaded after a delta outlive the next delta, which holds only the method; what nobody touched since is put
+    back, also in a model that was converted to half precision."""
+    method, whole, part, heads = METHODS['mona'], *(str(tmp_path / f'{n}.delta.safetensors') for n in 'ab'), 'heads.pth'
+    source = trained(base_file, method)
+    save_delta(source, whole)
+    save_delta(source, part, parts=['method'])
+    model, anew = build(base_file, method), torch.randn(5, 16, 1, 1)
+    load_delta(model, whole)
+    before = build(base_file, method).head[0].weight.clone()
+    model.__dict__['before_delta']['head.0.weight'][0].copy_(before)
+    torch.save({'head.2.weight': anew}, tmp_path / heads)
+    load(model, str(tmp_path / heads))
+    assert load_delta(model, part).restored == 9 - 1
+    assert torch.equal(model.head[2].weight, anew) and torch.equal(model.head[0].weight, before)
+    load_delta(model, whole)
+    load_delta(model.half(), part)
+    assert torch.equal(model.head[2].weight, anew.half()) and torch.equal(model.head[0].weight, before.half())
+
+
 def test_several_tasks_on_one_backbone(base_file, tmp_path):
     """Deltas switched in place give the outputs of separately loaded models, also where one holds only the method:
     then what the former changed is put back."""
