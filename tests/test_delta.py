@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from test_hosts import METHOD_CONFIGS
+from test_spt import plan_for
 from torch import nn
 
 import mona_mm
@@ -513,6 +514,34 @@ def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
                 state[name].add_(torch.rand_like(state[name]) * 0.05)
     model.eval()
     return str(tmp_path / 'config.py'), model
+
+
+@pytest.mark.parametrize('kind', ['by scope', 'spt'])
+def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
+    """Mona under its full name is folded, Mona modules of SPT, which only a plan describes, are not: either merged
+    checkpoint loads into the model of the config in it and has the same outputs."""
+    if kind == 'spt':
+        base = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py')).model.backbone.base
+        plan = plan_for({**base, 'type': 'mmdet.SwinTransformer', 'init_cfg': None}, dict(type='Mona', bottleneck=4))
+        plan.save(tmp_path / 'plan.safetensors')
+        peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'))
+    else:
+        peft = dict(type='mona_mm.Mona', bottleneck=8)
+    config, model = cascade(tmp_path, peft)
+    save_delta(model, tmp_path / 'a.delta.safetensors')
+    merged = tmp_path / 'merged.pth'
+    status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'a.delta.safetensors'), str(merged))
+    assert status == 0 and ('are folded' in out) == (kind == 'by scope'), err
+    checkpoint = torch.load(merged, weights_only=True)
+    cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
+    adapt_to_device(cfg)
+    again = MODELS.build(cfg.model)
+    again.load_state_dict(checkpoint['state_dict'])
+    x = torch.randn(1, 3, 96, 64)
+    again.eval()
+    with torch.no_grad():
+        for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 MERGED = {
