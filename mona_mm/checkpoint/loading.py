@@ -8,6 +8,7 @@ to be the right one. So the tensors carry the delta as their ``_metadata``, whic
 import os.path as osp
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -16,13 +17,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseTTAModel, PretrainedInit, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-from mona_mm.checkpoint.delta import apply_delta
+from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
-from mona_mm.checkpoint.pretrained import UNREACHABLE, UNREADABLE, unreachable, unreadable
+from mona_mm.checkpoint.pretrained import RECOMPUTED, UNREACHABLE, UNREADABLE, compare, unreachable, unreadable
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 
@@ -158,6 +159,8 @@ _load_state_dict = mmengine_checkpoint.load_state_dict
 @wraps(_load_state_dict)
 def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
     if not is_delta(state_dict):
+        if _PRETRAINED.get() is not None:
+            _check_frozen(module, state_dict, _PRETRAINED.get())
         return _load_state_dict(module, state_dict, strict, logger)
     while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
         module = module.module
@@ -170,3 +173,34 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 
 
 mmengine_checkpoint.load_state_dict = load_state_dict
+
+
+_PRETRAINED: ContextVar[str | None] = ContextVar('pretrained', default=None)
+_pretrained_init = PretrainedInit.__call__
+
+
+@wraps(_pretrained_init)
+def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
+    token = _PRETRAINED.set(self.checkpoint)
+    try:
+        _pretrained_init(self, module)
+    finally:
+        _PRETRAINED.reset(token)
+
+
+PretrainedInit.__call__ = pretrained_init
+
+
+def _check_frozen(module: nn.Module, state_dict: Mapping, file: str) -> None:
+    """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
+    if all(p.requires_grad for p in module.parameters()):
+        return
+    trains = changing(module)
+    current = {name: tensor for name, tensor in module.state_dict().items() if name not in trains}
+    given = {name: tensor for name, tensor in state_dict.items() if name in current}
+    wrong = compare(current, given, lambda name: name.endswith((*RECOMPUTED, 'num_batches_tracked')))
+    if wrong:
+        raise CheckpointMismatchError(
+            f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: {wrong} '
+            'Name the checkpoint of the same architecture in init_cfg, or let these train.'
+        )
