@@ -1,5 +1,6 @@
 """Deltas: small, whole, only on their own base, and everywhere that a checkpoint can go."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -163,13 +164,18 @@ def test_header_says_what_it_is(base_file, tmp_path):
     assert list(loaded.parts) == ['method', 'head']
 
 
-@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', *list(RULES)[:-1]])
+@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', 'spt', *list(RULES)[:-1]])
 def test_size(method, tmp_path):
     """Every method in a classifier with Swin-B, whose own head is small: at most 2% over 4 bytes for each trained
     value (2 in half precision), with names, config and the fingerprint of the base; it comes back bit for bit."""
-    folder = '' if method == 'mona' else f'{method}_'
-    cfg = load_config(str(ROOT / f'configs/{method}/{folder}swin_l_flowers102.py'))
+    like = 'mona' if method == 'spt' else method
+    folder = '' if like == 'mona' else f'{method}_'
+    cfg = load_config(str(ROOT / f'configs/{like}/{folder}swin_l_flowers102.py'))
     cfg.model.backbone.base.arch = 'base'
+    if method == 'spt':
+        host = {**cfg.model.backbone.base, 'type': 'mmpretrain.SwinTransformer', 'init_cfg': None}
+        plan_for(host, dict(type='LoRA', rank=8)).save(tmp_path / 'plan.safetensors')
+        cfg.model.backbone.peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'))
     cfg.model.head.in_channels = 1024
     adapt_to_device(cfg)
     init_default_scope('mmpretrain')
@@ -329,6 +335,33 @@ def test_several_tasks_on_one_backbone(base_file, tmp_path):
         assert loaded.seconds < 5
     assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in base.items())
     assert len({tuple(out.flatten().tolist()) for out in expected.values()}) == 3
+
+
+def test_the_places_of_single_weights(base_file, tmp_path):
+    """A delta of SPT holds values and no places; it loads with its own plan, whole or of the method alone, bit for bit,
+    and with a plan of as many other places it is refused."""
+    host = HOSTS['mmdet-swin']
+    plan = plan_for(host, dict(type='LoRA', rank=2))
+    shifted = {name: (at + 1) % torch.Size(plan.architecture.shapes[name]).numel() for name, at in plan.weights.items()}
+    first = next(name for name, at in shifted.items() if (at.diff() > 0).all() and '.qkv' not in name)
+    other = dataclasses.replace(plan, weights={**plan.weights, first: shifted[first]})
+    methods = []
+    for i, each in enumerate((plan, other)):
+        each.save(tmp_path / f'{i}.safetensors')
+        methods.append(dict(peft=dict(type='SPT', plan=str(tmp_path / f'{i}.safetensors'))))
+    source = trained(base_file, methods[0])
+    for parts in (None, ['method']):
+        save_delta(source, tmp_path / 'a.delta.safetensors', parts=parts)
+        assert all(
+            t.is_floating_point() or '.num_' in n
+            for n, t in read_delta(tmp_path / 'a.delta.safetensors').tensors.items()
+        )
+        model = build(base_file, methods[0])
+        load_delta(model, tmp_path / 'a.delta.safetensors')
+        expected = source.backbone.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in model.backbone.state_dict().items())
+        with pytest.raises(CheckpointMismatchError, match=r'1 of \d+ tensors differ, \S+indices'):
+            load_delta(build(base_file, methods[1]), tmp_path / 'a.delta.safetensors')
 
 
 @pytest.mark.parametrize('half', [False, True], ids=['float32', 'half'])

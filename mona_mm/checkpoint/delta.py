@@ -26,6 +26,7 @@ from mona_mm.version import __version__
 
 # Options of a method that change neither what its weights mean nor, in evaluation, what they do.
 _FREE_OPTIONS = ('dropout', 'plan')
+PLACES = '.indices'  # of a SparseDelta, at the end of their names
 _ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
@@ -159,7 +160,7 @@ def apply_delta(
     parts = None if header.parts is None else set(header.parts)
     frozen = _frozen(state, set(delta.tensors), parts, header.backbone)
     if not wrong and not same_names(header.base, frozen):
-        lacking = sorted(method_names(model) & frozen.keys()) or sorted(changing(model) & frozen.keys())
+        lacking = sorted(changing(model) & frozen.keys(), key=lambda name: (name not in method_names(model), name))
         wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
             f'the model has {len(frozen)} tensors beside it, and had {header.base["count"]} when it was written, or '
             'other names.'
@@ -327,15 +328,18 @@ def changing(model: nn.Module) -> set[str]:
 
     These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
     frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
-    parameters of it or of the innermost module around it that has some, one trains.
+    parameters of it or of the innermost module around it that has some, one trains. The places of single weights
+    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint.
     """
-    names = {name for name, p in model.named_parameters() if p.requires_grad} | method_names(model)
+    method = method_names(model)
+    places = {name for name in method if name.endswith(PLACES)}
+    names = {name for name, p in model.named_parameters() if p.requires_grad} | method - places
     state = _tensors(model)
     modules = dict(model.named_modules())
     for name in state.keys() - names - {n for n, _ in model.named_parameters()}:
         path = name.rpartition('.')[0]
         module = modules[path]
-        if name.endswith(RECOMPUTED):
+        if name in places or name.endswith(RECOMPUTED):
             continue
         if isinstance(module, _NormBase) and not module.affine:
             names.add(name)  # freeze.train leaves these in training mode

@@ -26,6 +26,7 @@ from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.pretrained import RECOMPUTED, UNREACHABLE, UNREADABLE, compare, unreachable, unreadable
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
+from mona_mm.sites import method_names
 
 
 def _checked(read: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -195,7 +196,7 @@ def _check_frozen(module: nn.Module, state_dict: Mapping, file: str) -> None:
     """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
     if all(p.requires_grad for p in module.parameters()):
         return
-    trains = changing(module)
+    trains = changing(module) | method_names(module)
     current = {name: tensor for name, tensor in module.state_dict().items() if name not in trains}
     given = {name: tensor for name, tensor in state_dict.items() if name in current}
     wrong = compare(current, given, lambda name: name.endswith((*RECOMPUTED, 'num_batches_tracked')))
