@@ -387,6 +387,23 @@ def test_parts_and_half(half, base_file, tmp_path):
         load_delta(model, tmp_path / 'n.delta.safetensors')
 
 
+def test_half_precision_has_bounds(base_file, tmp_path):
+    """A tensor with a value beyond float16 is written as it is, not as infinity."""
+    model = trained(base_file, METHODS['adapter'])
+    with torch.no_grad():
+        model.head[0].weight[0, 0] = -1e5
+    save_delta(model, tmp_path / 'a.delta.safetensors', half=True)
+    tensors = read_delta(tmp_path / 'a.delta.safetensors').tensors
+    assert torch.equal(tensors['head.0.weight'], model.head[0].weight) and tensors['head.2.weight'].dtype == torch.half
+
+
+def test_the_config_in_a_delta_is_not_handed_on(base_file, tmp_path):
+    """mmengine executes the config that it finds in a checkpoint: in what it is given of a delta there is none."""
+    save_delta(trained(base_file, METHODS['mona']), tmp_path / 'a.delta.safetensors', config='import os', metrics={})
+    checkpoint = read_checkpoint(str(tmp_path / 'a.delta.safetensors'))
+    assert 'cfg' not in checkpoint['meta'] and 'import os' not in str({**checkpoint, 'state_dict': {}})
+
+
 @pytest.fixture
 def detector(detector_config, tmp_path):
     """The small detector with a pretrained base, two iterations an epoch, averaged weights."""

@@ -160,7 +160,8 @@ def apply_delta(
     parts = None if header.parts is None else set(header.parts)
     frozen = _frozen(state, set(delta.tensors), parts, header.backbone)
     if not wrong and not same_names(header.base, frozen):
-        lacking = sorted(changing(model) & frozen.keys(), key=lambda name: (name not in method_names(model), name))
+        method, lacking = method_names(model), changing(model) & frozen.keys()
+        lacking = sorted(lacking, key=lambda name: (name not in method, name))
         wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
             f'the model has {len(frozen)} tensors beside it, and had {header.base["count"]} when it was written, or '
             'other names.'
