@@ -12,7 +12,7 @@ from mona_mm.fast.attention import make_fast
 from mona_mm.freeze import Rules, as_rules, freeze
 from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
-from mona_mm.sites import find_host, method_modules
+from mona_mm.sites import find_host, is_host, method_modules
 
 
 @MODELS.register_module()
@@ -81,9 +81,13 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
 
     Raises:
         ConfigError: unknown base, or a rule that matches nothing.
+        CheckpointMismatchError: by ``init_weights``, if a ``Pretrained`` ``init_cfg`` lacks something that is frozen.
     """
     module = _build(base)
     freeze(module, trainable)
+    # Some hosts' own loading skips in silence what does not fit; a PeftBackbone's does not.
+    if pretrained_file(module) and is_host(module) and 'init_weights' not in vars(module):
+        module.init_weights = partial(init_weights, module)
     return module
 
 

@@ -315,6 +315,15 @@ def find_host(backbone: nn.Module) -> Host:
     )
 
 
+def is_host(module: nn.Module) -> bool:
+    """Whether :func:`find_host` knows a module."""
+    try:
+        find_host(module)
+    except UnsupportedHostError:
+        return False
+    return True
+
+
 class Attachment(Protocol):
     """What :func:`inject` attaches."""
 

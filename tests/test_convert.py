@@ -9,15 +9,17 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from test_pretrained import to_microsoft
 
-from mona_mm import PeftBackbone
+from mona_mm import FrozenModel, PeftBackbone, save_delta
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict, to_published
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
 from mona_mm.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.hooks.load_check import _class_layers
 
 PUBLISHED = {
     'mona': dict(type='Mona'),
@@ -316,6 +318,41 @@ def test_less_than_everything_is_an_error(lost, tmp_path):
         assert_loads('mmpretrain-vit', tmp_path / 'vit.pth', None)
 
 
+@pytest.mark.parametrize('kind', ['host', 'other', 'prefix', 'model'])
+def test_what_is_frozen_is_loaded_in_full(kind, tmp_path):
+    """A Pretrained init_cfg of a FrozenModel (of a host, which loads by itself, of another module, under a prefix), or
+    of a model with a frozen backbone, is an error where it lacks something frozen, and fine where it lacks what
+    trains."""
+    file = str(tmp_path / 'a.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=file, **dict(prefix='neck.') if kind == 'prefix' else {})
+    neck = dict(type='mmdet.FPN', in_channels=[8, 8], out_channels=8, num_outs=2)
+    if kind == 'host':
+        config, lost, new = HOSTS['mmdet-swin'], 'stages.1.blocks.0.attn.w_msa.qkv.weight', 'norm1.weight'
+        build = lambda: FrozenModel(base=dict(config, init_cfg=init_cfg), trainable=['norm1'])  # noqa: E731
+    elif kind == 'model':
+        base = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=4))
+        lost, new = 'backbone.patch_embed.projection.bias', 'head.bias'
+
+        def build():
+            model = BaseModule(init_cfg)
+            model.backbone, model.head = base, torch.nn.Linear(2, 2)
+            return model
+    else:
+        lost, new = 'lateral_convs.1.conv.weight', 'fpn_convs.0.conv.weight'
+        build = lambda: FrozenModel(base=dict(neck, init_cfg=init_cfg), trainable=['fpn_convs'])  # noqa: E731
+    state = {name: torch.randn_like(t.float()).to(t.dtype) for name, t in build().state_dict().items()}
+    start = 'neck.' if kind == 'prefix' else ''
+    for left_out in (new, lost):
+        torch.save({f'{start}{name}': t for name, t in state.items() if name != left_out}, file)
+        model = build()
+        if left_out == lost:
+            with pytest.raises(CheckpointMismatchError, match=f'a.pth does not hold .*missing: {lost}'):
+                model.init_weights()
+        else:
+            model.init_weights()
+            assert torch.equal(model.state_dict()[lost], state[lost])
+
+
 def test_the_tool(tmp_path, tool):
     """tools/convert_checkpoint.py: to mm and back, into a config's backbone with a report, and what it refuses."""
     tensors, _ = golden('swin_mona')
@@ -340,6 +377,40 @@ def test_the_tool(tmp_path, tool):
     assert status == 2 and 'of no known format (a.b' in err
     status, _, err = tool('convert_checkpoint.py', source, str(tmp_path / 'x.bin'))
     assert status == 2 and 'written as .pth or .safetensors' in err
+
+
+class Unknown:
+    """Something that weights-only loading refuses."""
+
+
+def test_trusted_files_and_places_that_are_none(tmp_path, tool):
+    """--trust-pickle writes tensors of no known format as they are, with what is plain of meta, and no pickle is left;
+    what cannot be read or written ends with one line."""
+    source, out = str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')
+    meta = dict(epoch=3, dataset_meta=dict(classes=('a', 'b')), hook=Unknown(), seen=[1, 'x'])
+    torch.save(dict(state_dict={'neck.conv.weight': torch.ones(2)}, meta=meta, optimizer=Unknown()), source)
+    status, _, err = tool('convert_checkpoint.py', source, out, '--trust-pickle')
+    assert status == 0, err
+    written = torch.load(out, weights_only=True)
+    assert written['meta'] == dict(epoch=3, dataset_meta=dict(classes=('a', 'b')), seen=[1, 'x'])
+    assert written.keys() == {'state_dict', 'meta'} and list(written['state_dict']) == ['neck.conv.weight']
+    (tmp_path / 'bad.npz').write_bytes(b'PK damaged')
+    (tmp_path / 'bad.pth').write_bytes(b'damaged')
+    torch.save([1], tmp_path / 'list.pth')
+    (tmp_path / 'x.delta.safetensors').write_bytes(b'')
+    for arguments, message in [
+        ([str(tmp_path / 'bad.npz'), out, '--trust-pickle'], 'bad.npz cannot be read as a checkpoint'),
+        ([str(tmp_path / 'bad.npz'), out], 'bad.npz cannot be read as a checkpoint'),
+        ([str(tmp_path / 'bad.pth'), out, '--trust-pickle'], 'bad.pth cannot be read as a checkpoint'),
+        ([str(tmp_path / 'list.pth'), out, '--trust-pickle'], 'holds a list'),
+        ([str(tmp_path / 'x.delta.safetensors'), out], r'is a delta.*tools/delta.py merge CONFIG'),
+        ([source, f'{source}/b.pth', '--trust-pickle'], r'b.pth cannot be written: \S+a.pth is, or lies in, a file'),
+    ]:
+        status, _, err = tool('convert_checkpoint.py', *arguments)
+        assert status == 2 and re.search(f'^error: .*{message}', err.splitlines()[-1]), (arguments, err[-300:])
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=4))
+    with pytest.raises(ConfigError, match='cannot be written'):
+        save_delta(model, f'{source}/a.delta.safetensors')
 
 
 TIMM = {
@@ -380,6 +451,14 @@ def test_outputs_of_timm(name, tmp_path):
                 expected.permute(0, 2, 3, 1), (192,), theirs.head.norm.weight, theirs.head.norm.bias, 1e-6
             ).permute(0, 3, 1, 2)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_only_heads_begin_anew_for_other_classes():
+    """A last layer of another number of classes does; the same difference in the backbone, or another width, does
+    not."""
+    current = {'head.fc.weight': torch.zeros(2, 8), 'backbone.a.weight': torch.zeros(2, 8), 'neck.b': torch.zeros(2, 8)}
+    given = {name: torch.zeros(4, 4 if name == 'neck.b' else 8) for name in current}
+    assert _class_layers(current, given) == {'head.fc.weight'}
 
 
 def test_your_own_classes_from_a_trained_detector(detector_config, tmp_path, tool):

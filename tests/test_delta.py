@@ -1,5 +1,6 @@
 """Deltas: small, whole, only on their own base, and everywhere that a checkpoint can go."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from test_hosts import METHOD_CONFIGS
+from test_spt import plan_for
 from torch import nn
 
 import mona_mm
@@ -165,13 +167,18 @@ def test_header_says_what_it_is(base_file, tmp_path):
     assert list(loaded.parts) == ['method', 'head']
 
 
-@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', *list(RULES)[:-1]])
+@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', 'spt', *list(RULES)[:-1]])
 def test_size(method, tmp_path):
     """Every method in a classifier with Swin-B, whose own head is small: at most 2% over 4 bytes for each trained
     value (2 in half precision), with names, config and the fingerprint of the base; it comes back bit for bit."""
-    folder = '' if method == 'mona' else f'{method}_'
-    cfg = load_config(str(ROOT / f'configs/{method}/{folder}swin_l_flowers102.py'))
+    like = 'mona' if method == 'spt' else method
+    folder = '' if like == 'mona' else f'{method}_'
+    cfg = load_config(str(ROOT / f'configs/{like}/{folder}swin_l_flowers102.py'))
     cfg.model.backbone.base.arch = 'base'
+    if method == 'spt':
+        host = {**cfg.model.backbone.base, 'type': 'mmpretrain.SwinTransformer', 'init_cfg': None}
+        plan_for(host, dict(type='LoRA', rank=8)).save(tmp_path / 'plan.safetensors')
+        cfg.model.backbone.peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'))
     cfg.model.head.in_channels = 1024
     adapt_to_device(cfg)
     init_default_scope('mmpretrain')
@@ -258,6 +265,53 @@ def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
         load_delta(build(tmp_path / 'other.pth', METHODS['lora']), tmp_path / 'a.delta.safetensors')
 
 
+@pytest.mark.parametrize('top', [False, True], ids=['of the backbone', 'of the model'])
+def test_after_a_refusal(top, base_file, tmp_path):
+    """A delta for another base is refused and leaves the base that the refusal loaded, so that the right one loads; of
+    an earlier delta nothing is lost by it."""
+    method = METHODS['mona']
+    other = build(base_file, method)
+    other.init_weights()
+    with torch.no_grad():
+        other.backbone.patch_embed.projection.weight.add_(1)
+    save_delta(other, tmp_path / 'other.delta.safetensors')
+    source = trained(base_file, method)
+    save_delta(source, tmp_path / 'right.delta.safetensors')
+    model = build(base_file, method, **dict(init_cfg=dict(type='Normal', layer='Conv2d', std=0.01)) if top else {})
+    base = {n: t for n, t in read_checkpoint(str(base_file)).items() if not n.startswith('norm')}
+    for _ in range(2):
+        with pytest.raises(CheckpointMismatchError, match='1 of .* tensors differ'):
+            load_delta(model, tmp_path / 'other.delta.safetensors')
+        assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in base.items())
+    load_delta(model, tmp_path / 'right.delta.safetensors')
+    expected = predict(source)
+    assert torch.equal(predict(model), expected)
+    with pytest.raises(CheckpointMismatchError, match='tensors differ'):
+        load_delta(model, tmp_path / 'other.delta.safetensors')
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.mark.parametrize('load', [load_checkpoint, lambda m, f: m.load_state_dict(torch.load(f), strict=False)])
+def test_what_was_loaded_since_is_not_put_back(load, base_file, tmp_path):
+    """Heads loaded after a delta outlive the next delta, which holds only the method; what nobody touched since is put
+    back, also in a model that was converted to half precision."""
+    method, whole, part, heads = METHODS['mona'], *(str(tmp_path / f'{n}.delta.safetensors') for n in 'ab'), 'heads.pth'
+    source = trained(base_file, method)
+    save_delta(source, whole)
+    save_delta(source, part, parts=['method'])
+    model, anew = build(base_file, method), torch.randn(5, 16, 1, 1)
+    load_delta(model, whole)
+    before = build(base_file, method).head[0].weight.clone()
+    model.__dict__['before_delta']['head.0.weight'][0].copy_(before)
+    torch.save({'head.2.weight': anew}, tmp_path / heads)
+    load(model, str(tmp_path / heads))
+    assert load_delta(model, part).restored == 9 - 1
+    assert torch.equal(model.head[2].weight, anew) and torch.equal(model.head[0].weight, before)
+    load_delta(model, whole)
+    load_delta(model.half(), part, allow_other_base=True)
+    assert torch.equal(model.head[2].weight, anew.half()) and torch.equal(model.head[0].weight, before.half())
+
+
 def test_several_tasks_on_one_backbone(base_file, tmp_path):
     """Deltas switched in place give the outputs of separately loaded models, also where one holds only the method:
     then what the former changed is put back."""
@@ -286,6 +340,33 @@ def test_several_tasks_on_one_backbone(base_file, tmp_path):
     assert len({tuple(out.flatten().tolist()) for out in expected.values()}) == 3
 
 
+def test_the_places_of_single_weights(base_file, tmp_path):
+    """A delta of SPT holds values and no places; it loads with its own plan, whole or of the method alone, bit for bit,
+    and with a plan of as many other places it is refused."""
+    host = HOSTS['mmdet-swin']
+    plan = plan_for(host, dict(type='LoRA', rank=2))
+    shifted = {name: (at + 1) % torch.Size(plan.architecture.shapes[name]).numel() for name, at in plan.weights.items()}
+    first = next(name for name, at in shifted.items() if (at.diff() > 0).all() and '.qkv' not in name)
+    other = dataclasses.replace(plan, weights={**plan.weights, first: shifted[first]})
+    methods = []
+    for i, each in enumerate((plan, other)):
+        each.save(tmp_path / f'{i}.safetensors')
+        methods.append(dict(peft=dict(type='SPT', plan=str(tmp_path / f'{i}.safetensors'))))
+    source = trained(base_file, methods[0])
+    for parts in (None, ['method']):
+        save_delta(source, tmp_path / 'a.delta.safetensors', parts=parts)
+        assert all(
+            t.is_floating_point() or '.num_' in n
+            for n, t in read_delta(tmp_path / 'a.delta.safetensors').tensors.items()
+        )
+        model = build(base_file, methods[0])
+        load_delta(model, tmp_path / 'a.delta.safetensors')
+        expected = source.backbone.state_dict()
+        assert all(torch.equal(t, expected[name]) for name, t in model.backbone.state_dict().items())
+        with pytest.raises(CheckpointMismatchError, match=r'1 of \d+ tensors differ, \S+indices'):
+            load_delta(build(base_file, methods[1]), tmp_path / 'a.delta.safetensors')
+
+
 @pytest.mark.parametrize('half', [False, True], ids=['float32', 'half'])
 def test_parts_and_half(half, base_file, tmp_path):
     """`parts=['method']` writes only what is in the backbone; half precision rounds what trains, not statistics."""
@@ -307,6 +388,23 @@ def test_parts_and_half(half, base_file, tmp_path):
         save_delta(model, tmp_path / 'n.pth')
     with pytest.raises(MissingFileError, match='no delta'):
         load_delta(model, tmp_path / 'n.delta.safetensors')
+
+
+def test_half_precision_has_bounds(base_file, tmp_path):
+    """A tensor with a value beyond float16 is written as it is, not as infinity."""
+    model = trained(base_file, METHODS['adapter'])
+    with torch.no_grad():
+        model.head[0].weight[0, 0] = -1e5
+    save_delta(model, tmp_path / 'a.delta.safetensors', half=True)
+    tensors = read_delta(tmp_path / 'a.delta.safetensors').tensors
+    assert torch.equal(tensors['head.0.weight'], model.head[0].weight) and tensors['head.2.weight'].dtype == torch.half
+
+
+def test_the_config_in_a_delta_is_not_handed_on(base_file, tmp_path):
+    """mmengine executes the config that it finds in a checkpoint: in what it is given of a delta there is none."""
+    save_delta(trained(base_file, METHODS['mona']), tmp_path / 'a.delta.safetensors', config='import os', metrics={})
+    checkpoint = read_checkpoint(str(tmp_path / 'a.delta.safetensors'))
+    assert 'cfg' not in checkpoint['meta'] and 'import os' not in str({**checkpoint, 'state_dict': {}})
 
 
 @pytest.fixture
@@ -513,6 +611,34 @@ def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
                 state[name].add_(torch.rand_like(state[name]) * 0.05)
     model.eval()
     return str(tmp_path / 'config.py'), model
+
+
+@pytest.mark.parametrize('kind', ['by scope', 'spt'])
+def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
+    """Mona under its full name is folded, Mona modules of SPT, which only a plan describes, are not: either merged
+    checkpoint loads into the model of the config in it and has the same outputs."""
+    if kind == 'spt':
+        base = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py')).model.backbone.base
+        plan = plan_for({**base, 'type': 'mmdet.SwinTransformer', 'init_cfg': None}, dict(type='Mona', bottleneck=4))
+        plan.save(tmp_path / 'plan.safetensors')
+        peft = dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'))
+    else:
+        peft = dict(type='mona_mm.Mona', bottleneck=8)
+    config, model = cascade(tmp_path, peft)
+    save_delta(model, tmp_path / 'a.delta.safetensors')
+    merged = tmp_path / 'merged.pth'
+    status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'a.delta.safetensors'), str(merged))
+    assert status == 0 and ('are folded' in out) == (kind == 'by scope'), err
+    checkpoint = torch.load(merged, weights_only=True)
+    cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
+    adapt_to_device(cfg)
+    again = MODELS.build(cfg.model)
+    again.load_state_dict(checkpoint['state_dict'])
+    x = torch.randn(1, 3, 96, 64)
+    again.eval()
+    with torch.no_grad():
+        for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 MERGED = {

@@ -1,5 +1,7 @@
 """Nothing in a file is executed, nothing broken is loaded, and nothing good is lost."""
 
+import functools
+import http.server
 import json
 import multiprocessing
 import os
@@ -8,11 +10,13 @@ import random
 import resource
 import signal
 import struct
+import threading
 import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import HOSTS
 from mmengine.config import Config
@@ -21,13 +25,14 @@ from mmengine.runner import load_checkpoint
 from test_delta import METHODS, base_file, build, small_config, trained  # noqa: F401
 from test_spt import plan_for
 
-from mona_mm import PeftBackbone, load_delta, save_delta
+from mona_mm import FrozenModel, PeftBackbone, load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
 from mona_mm.config import find_last_checkpoint, resume_from
-from mona_mm.errors import CheckpointMismatchError, PlanError, UserError
+from mona_mm.errors import CheckpointMismatchError, MissingFileError, PlanError, UserError
 from mona_mm.spt import Plan
+from mona_mm.spt.published import _read
 
 DEMO = 'configs/demo/demo_mona_shapes.py'
 
@@ -92,7 +97,8 @@ def test_no_pickle_is_executed_by_the_tools(kind, attacks, tmp_path, tool, demo_
         status, _, err = tool(*command)
         last = err.rstrip().splitlines()[-1]
         assert status == 2 and last.startswith('error: '), (command, err[-500:])
-        assert 'cannot be read as a' in last and 'Traceback' not in err, command
+        refused = 'cannot be read as a' in last or (command[0].startswith('convert') and 'is a delta' in last)
+        assert refused and 'Traceback' not in err, command
 
 
 def test_no_pickle_is_executed_by_the_apis(attacks, detector_config):
@@ -103,6 +109,87 @@ def test_no_pickle_is_executed_by_the_apis(attacks, detector_config):
         for load in (init_detector, DetInferencer):
             with pytest.raises(CheckpointMismatchError, match='cannot be read as a'):
                 load(detector_config.copy(), file, device='cpu')
+
+
+@pytest.fixture
+def served(attacks, monkeypatch, tmp_path):
+    """The address of a server that has the malicious files, on this machine, and an empty cache of downloads."""
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'hub'))
+    for name in ('http_proxy', 'HTTP_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_no_pickle_behind_an_address_is_executed(served, base_file, monkeypatch):  # noqa: F811
+    """mmengine downloads through torch.hub, which executes pickles: not with the package, for any scheme, in whatever
+    loads; what is not there is said to be missing; an honest file loads."""
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)  # the command lines set it
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_torchvision_models', lambda: {'a': f'{served}/attack.pth'})
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'a': f'{served}/attack.raw.pth'})
+    model = build(base_file, METHODS['mona'])
+    for address in (f'{served}/attack.pth', f'{served}/attack.raw.pth', 'torchvision://a', 'openmmlab://a'):
+        pretrained = dict(type='Pretrained', checkpoint=address)
+        base = dict(HOSTS['mmdet-swin'], init_cfg=pretrained)
+        for load in (
+            lambda: load_checkpoint(model, address),  # noqa: B023
+            lambda: read_checkpoint(address),  # noqa: B023
+            build(base_file, METHODS['mona'], init_cfg=pretrained).init_weights,
+            PeftBackbone(base=base).init_weights,
+            FrozenModel(base=dict(type='mmdet.FPN', in_channels=[8], out_channels=8, num_outs=1, init_cfg=pretrained),
+                        trainable='none').init_weights,
+        ):  # fmt: skip
+            with pytest.raises(CheckpointMismatchError, match='cannot be read as a checkpoint'):
+                load()
+    with pytest.raises(MissingFileError, match='Cannot download .*/nothing.pth .*404'):
+        load_checkpoint(model, f'{served}/nothing.pth')
+    torch.save(model.state_dict(), Path(torch.hub.get_dir()).parent / 'good.pth')
+    load_checkpoint(model, f'{served}/good.pth', strict=True)
+    assert os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') is None
+
+
+def test_damaged_checkpoints(tmp_path):
+    """Whatever a damage makes of torch's old format or a compressed .npz, the error is the package's own; so it is of
+    a plan of the published code, and of a file that holds no names."""
+    tensors = {f'layer.{i}.weight': torch.arange(40.0) + i for i in range(4)}
+    torch.save({'state_dict': tensors, 'meta': {'epoch': 1}}, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+    np.savez_compressed(tmp_path / 'a.npz', **{name: t.numpy() for name, t in tensors.items()})
+    rng, kinds = random.Random(1), set()
+    for name in ('a.pth', 'a.npz'):
+        data, bad = (tmp_path / name).read_bytes(), tmp_path / f'bad.{name}'
+        for _ in range(400):
+            damaged = bytearray(data)
+            for _ in range(rng.randrange(1, 4)):
+                damaged[rng.randrange(len(data))] = rng.randrange(256)
+            bad.write_bytes(damaged if rng.random() < 0.8 else damaged[: rng.randrange(len(data))])
+            try:
+                read_checkpoint(str(bad))
+            except CheckpointMismatchError as error:
+                kinds.add(type(error.__cause__).__name__)
+                assert 'bad.a' in str(error)
+            if name == 'a.pth':
+                with pytest.raises(PlanError):
+                    _read(bad)
+    assert len(kinds) > 5, kinds
+    torch.save([1, 2], tmp_path / 'list.pth')
+    with pytest.raises(CheckpointMismatchError, match='holds a list and not tensors by name'):
+        read_checkpoint(str(tmp_path / 'list.pth'))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_plan_of_types_that_numpy_lacks(dtype, tmp_path):
+    """It is refused as any other damaged plan."""
+    safetensors.torch.save_file({'weights/a': torch.ones(3).to(dtype)}, tmp_path / 'a.safetensors', dict(format='x'))
+    with pytest.raises(PlanError, match=r'a\.safetensors'):
+        Plan.load(tmp_path / 'a.safetensors')
 
 
 def test_the_opt_in(tmp_path, tool):

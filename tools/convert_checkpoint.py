@@ -3,6 +3,8 @@
 import argparse
 import io
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_published
+from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_published, unwrap_checkpoint
+from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.checkpoint.formats import recognise
-from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
+from mona_mm.checkpoint.pretrained import UNREADABLE, load_pretrained, read_checkpoint
 from mona_mm.cli import run
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.config import load_config
@@ -25,12 +28,20 @@ def read(args: argparse.Namespace) -> dict:
     """The checkpoint; with --trust-pickle, whatever it executes."""
     if not args.trust_pickle:
         return read_checkpoint(args.src)
+    if args.src.endswith(('.npz', '.safetensors')):
+        return read_checkpoint(args.src)  # there is no pickle in these
     print(f'Executing whatever {args.src} says, as asked.')
     try:
         with weights_only(False):
-            return torch.load(args.src, map_location='cpu', weights_only=False)
+            checkpoint = torch.load(args.src, map_location='cpu', weights_only=False)
     except FileNotFoundError:
         raise MissingFileError(f'There is no checkpoint {args.src}.') from None
+    except UNREADABLE as error:
+        reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+        raise CheckpointMismatchError(f'{args.src} cannot be read as a checkpoint: {reason}.') from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointMismatchError(f'{args.src} is no checkpoint: it holds a {type(checkpoint).__name__}.')
+    return checkpoint
 
 
 def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
@@ -58,41 +69,61 @@ def main() -> None:
     args = parser.parse_args()
     if not args.dst.endswith(('.pth', '.safetensors')) or args.dst.endswith('.delta.safetensors'):
         raise ConfigError(f'{args.dst}: what is converted is written as .pth or .safetensors.')
+    if args.src.endswith(SUFFIX):
+        raise ConfigError(
+            f'{args.src} is a delta, without its base: python tools/delta.py merge CONFIG {args.src} OUT makes a '
+            'checkpoint of it.'
+        )
     if args.config:
         if args.to == 'published' or args.trust_pickle:
             raise ConfigError(
                 '--config is for converting to the names of mm; --to and --trust-pickle do not go with it.'
             )
-        tensors = for_config(args)
+        checkpoint = dict(state_dict=for_config(args))
     else:
-        tensors = without_config(args)
+        checkpoint = without_config(args)
+    tensors = checkpoint['state_dict']
     if args.dst.endswith('.pth'):
         buffer = io.BytesIO()
-        torch.save(dict(state_dict=tensors), buffer)
+        torch.save(checkpoint, buffer)
         data = buffer.getvalue()
     else:
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
     AtomicLocalBackend().put(data, args.dst)
 
 
-def without_config(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The weights by other names."""
+def without_config(args: argparse.Namespace) -> dict:
+    """The weights by other names, or with --trust-pickle those of no known format by their own; and what else of a
+    trusted checkpoint is plain."""
     checkpoint = read(args)
     form = recognise(backbone_tensors(checkpoint))
-    if form is None:
+    if form is None and (not args.trust_pickle or args.to == 'published' or not unwrap_checkpoint(checkpoint)):
         names = ', '.join(list(backbone_tensors(checkpoint))[:3]) or 'no tensors at all'
         raise CheckpointMismatchError(
             f'{args.src}: these names are of no known format ({names}, ...). Known are Swin and SwinV2 (Microsoft, '
             'timm), the published Mona code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, mmseg, '
             'mmpretrain.'
         )
-    if args.to == 'published':
+    if form is None:
+        tensors = unwrap_checkpoint(checkpoint)
+    elif args.to == 'published':
         tensors = to_published(checkpoint)
     else:
         tensors = convert_model(checkpoint)
     parts = sorted({re.sub(r'\..*', '', name) for name in tensors})
-    print(f'{args.src} (names: {form}): {len(tensors)} tensors of {", ".join(parts)}')
-    return tensors
+    print(f'{args.src} (names: {form or "unknown, kept"}): {len(tensors)} tensors of {", ".join(parts)}')
+    meta = plain(checkpoint.get('meta')) if args.trust_pickle else None
+    return dict(state_dict=tensors, **dict(meta=meta) if meta else {})
+
+
+def plain(value: Any) -> Any:
+    """Of a checkpoint's ``meta``, what weights-only loading can read: numbers, texts, and dicts and lists of them."""
+    if isinstance(value, Mapping):
+        kept = {key: plain(each) for key, each in value.items() if isinstance(key, str | int)}
+        return {key: each for key, each in kept.items() if each is not None}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(each) for each in value) if type(value) in (list, tuple) else None
+    return value if type(value) in (str, int, float, bool) else None
 
 
 if __name__ == '__main__':

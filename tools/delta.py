@@ -106,10 +106,10 @@ def merge(args: argparse.Namespace) -> None:
             print(f'{folded} Mona modules are folded for inference; --self-contained keeps them as they are.')
     else:
         state, config = merged_state_dict(model), stock_config(cfg)
-        wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
-        if wrong:
-            raise CheckpointMismatchError(f'The merged weights would not fit the stock model: {wrong}')
         print('A stock checkpoint: the stock config loads it, without mona_mm.')
+    wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
+    if wrong:
+        raise CheckpointMismatchError(f'The merged weights would not fit the model of their config: {wrong}')
     buffer = io.BytesIO()
     torch.save(
         dict(state_dict=state, meta=dict(cfg=config.pretty_text, dataset_meta=delta.header.dataset_meta)), buffer

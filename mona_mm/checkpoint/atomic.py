@@ -5,15 +5,26 @@ from pathlib import Path
 
 from mmengine.fileio import LocalBackend, register_backend
 
+from mona_mm.errors import ConfigError
+
 
 @register_backend('mona_mm_atomic')
 class AtomicLocalBackend(LocalBackend):
     """Local files that appear whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` beside ``filepath``, flush it to the disk, and rename it."""
+        """Write ``obj`` beside ``filepath``, flush it to the disk, and rename it.
+
+        Raises:
+            ConfigError: if there can be no such file, because its folder is a file or it is a folder.
+        """
         path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ConfigError(f'{path} cannot be written: {path.parent} is, or lies in, a file.') from None
+        if path.is_dir():
+            raise ConfigError(f'{path} cannot be written: it is a folder.')
         partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
         try:
             with partial.open('wb') as file:

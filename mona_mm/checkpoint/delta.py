@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
-from mona_mm.checkpoint.fingerprint import differing, fingerprint, same_names
+from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, same_names
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.registry import METHODS
@@ -26,6 +26,7 @@ from mona_mm.version import __version__
 
 # Options of a method that change neither what its weights mean nor, in evaluation, what they do.
 _FREE_OPTIONS = ('dropout', 'plan')
+PLACES = '.indices'  # of a SparseDelta, at the end of their names
 _ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
@@ -116,8 +117,9 @@ def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = Fals
     """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
 
     So one process can serve several tasks on one backbone. Where the weights of the model have not been initialised
-    or loaded yet, its own ``init_weights`` first loads the base that its config names. Before anything is changed it
-    is checked that the delta belongs here.
+    or loaded yet, its own ``init_weights`` first loads the base that its config names; it stays where the delta is
+    refused then, so that the next one finds it. But for that, it is checked that the delta belongs here before anything
+    is changed.
 
     Args:
         model: of the config that the delta was trained with.
@@ -158,7 +160,8 @@ def apply_delta(
     parts = None if header.parts is None else set(header.parts)
     frozen = _frozen(state, set(delta.tensors), parts, header.backbone)
     if not wrong and not same_names(header.base, frozen):
-        lacking = sorted(method_names(model) & frozen.keys()) or sorted(changing(model) & frozen.keys())
+        method, lacking = method_names(model), changing(model) & frozen.keys()
+        lacking = sorted(lacking, key=lambda name: (name not in method, name))
         wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
             f'the model has {len(frozen)} tensors beside it, and had {header.base["count"]} when it was written, or '
             'other names.'
@@ -169,15 +172,19 @@ def apply_delta(
             'width, rules of what trains), or for another number of classes.'
         )
     _check_base(model, delta, frozen, allow_other_base or _ALLOW_OTHER_BASE.get())
-    kept = model.__dict__.setdefault('before_delta', {})  # not an attribute of the module: no state dict has it
+    # Not an attribute of the module: no state dict has it. Each value is what was there before and, in a checksum,
+    # what the delta wrote: where that is no longer so, somebody has loaded or trained since, and theirs stays.
+    kept: dict[str, tuple[Tensor, int]] = model.__dict__.setdefault('before_delta', {})
     with torch.no_grad():
+        for name in [name for name, entry in kept.items() if not _is_ours(state.get(name), *entry)]:
+            del kept[name]
         restored = [name for name in kept if name not in delta.tensors]
         for name in restored:
-            state[name].copy_(kept.pop(name))
+            state[name].copy_(kept.pop(name)[0])
         for name, tensor in delta.tensors.items():
-            if name not in kept:
-                kept[name] = state[name].detach().to('cpu', copy=True)
+            before = kept[name][0].to(state[name].dtype) if name in kept else state[name].detach().to('cpu', copy=True)
             state[name].copy_(tensor)
+            kept[name] = before, checksum(state[name])
     if header.dataset_meta and hasattr(model, 'dataset_meta'):
         model.dataset_meta = dict(header.dataset_meta)
     if header.parts is not None:
@@ -190,9 +197,14 @@ def apply_delta(
         file=delta.file,
         parts=part_sizes(header, delta.tensors),
         restored=len(restored),
-        bytes=sum(tensor.nbytes for tensor in kept.values()),
+        bytes=sum(tensor.nbytes for tensor, _ in kept.values()),
         seconds=time.perf_counter() - start,
     )
+
+
+def _is_ours(tensor: Tensor | None, before: Tensor, written: int) -> bool:
+    """Whether a tensor still is what a delta wrote; one of another type has been converted, and is."""
+    return tensor is not None and (tensor.dtype != before.dtype or checksum(tensor) == written)
 
 
 def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -266,7 +278,10 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         wrong = differing(delta.header.base, frozen)
         if not wrong:
             return
-        before = {name: frozen[name].clone() for name in frozen}
+        # What an earlier delta wrote, which initialising takes away.
+        current = {
+            name: t.clone() for name, t in _tensors(model).items() if name in model.__dict__.get('before_delta', ())
+        }
         if _initialise(model, wrong):
             wrong = differing(delta.header.base, frozen)
             if not wrong:
@@ -279,8 +294,9 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
     )
     if not allow_other_base:
         with torch.no_grad():
-            for name, tensor in before.items():
-                frozen[name].copy_(tensor)
+            for name, tensor in _tensors(model).items():
+                if name in current:
+                    tensor.copy_(current[name])
         raise CheckpointMismatchError(
             f'{message} Load the pretrained weights that it was trained on (the init_cfg or load_from of its config), '
             'or say that you mean it with --allow-other-base (in Python: allow_other_base=True).'
@@ -313,15 +329,18 @@ def changing(model: nn.Module) -> set[str]:
 
     These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
     frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
-    parameters of it or of the innermost module around it that has some, one trains.
+    parameters of it or of the innermost module around it that has some, one trains. The places of single weights
+    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint.
     """
-    names = {name for name, p in model.named_parameters() if p.requires_grad} | method_names(model)
+    method = method_names(model)
+    places = {name for name in method if name.endswith(PLACES)}
+    names = {name for name, p in model.named_parameters() if p.requires_grad} | method - places
     state = _tensors(model)
     modules = dict(model.named_modules())
     for name in state.keys() - names - {n for n, _ in model.named_parameters()}:
         path = name.rpartition('.')[0]
         module = modules[path]
-        if name.endswith(RECOMPUTED):
+        if name in places or name.endswith(RECOMPUTED):
             continue
         if isinstance(module, _NormBase) and not module.affine:
             names.add(name)  # freeze.train leaves these in training mode

@@ -17,7 +17,7 @@ def fingerprint(frozen: Mapping[str, Tensor]) -> dict[str, Any]:
     Swin-B takes 0.1 s on one CPU core.
     """
     names = sorted(frozen)
-    sums = [_checksum(frozen[name]) for name in names]
+    sums = [checksum(frozen[name]) for name in names]
     short = base64.b85encode(struct.pack(f'<{len(sums)}H', *(of & 0xFFFF for of in sums))).decode()
     return dict(count=len(names), names=_names_checksum(names), all=_checksum_of(sums), short=short)
 
@@ -36,7 +36,7 @@ def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list
         ValueError: if the fingerprint is not one of so many tensors.
     """
     names = sorted(frozen)
-    sums = [_checksum(frozen[name]) for name in names]
+    sums = [checksum(frozen[name]) for name in names]
     if _checksum_of(sums) == recorded['all']:
         return []
     short = base64.b85decode(recorded['short'])
@@ -55,7 +55,8 @@ def _names_checksum(names: list[str]) -> int:
     return zlib.crc32('\n'.join(names).encode())
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
+    """A checksum of the values (in float32, or as whole numbers) and the shape of a tensor."""
     # A sum would not notice two values that have changed places.
     plain = tensor.detach().to('cpu', torch.float32 if tensor.is_floating_point() else torch.int64).contiguous()
     return zlib.crc32(plain.numpy(), zlib.crc32(str(tuple(plain.shape)).encode()))

@@ -8,6 +8,7 @@ to be the right one. So the tensors carry the delta as their ``_metadata``, whic
 import os.path as osp
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -16,36 +17,63 @@ import numpy as np
 import safetensors.torch
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseTTAModel, PretrainedInit, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
-from mona_mm.checkpoint.delta import apply_delta
+from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
-from mona_mm.checkpoint.pretrained import UNREADABLE, unreadable
-from mona_mm.errors import UserError
+from mona_mm.checkpoint.pretrained import RECOMPUTED, UNREACHABLE, UNREADABLE, compare, unreachable, unreadable
+from mona_mm.compat.safe_globals import weights_only
+from mona_mm.errors import CheckpointMismatchError, UserError
+from mona_mm.sites import method_names
+
+
+def _checked(read: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """A reader that loads weights only; what it cannot fetch or read, and what holds no names, is a UserError."""
+
+    @wraps(read)
+    def load(filename: str, map_location: Any = None, **options: Any) -> dict[str, Any]:
+        try:
+            with weights_only():
+                checkpoint = read(filename, map_location, **options)
+        except (UserError, FileNotFoundError):
+            raise
+        except UNREACHABLE as error:
+            raise unreachable(filename, error) from error
+        except UNREADABLE as error:
+            raise unreadable(filename, error) from error
+        if not isinstance(checkpoint, Mapping):
+            raise CheckpointMismatchError(
+                f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__} and not tensors by name.'
+            )
+        return checkpoint
+
+    return load
 
 
 def _loader(pattern: str) -> Callable:
-    """Register a reader of local files as mmengine's for paths of this form; what it cannot read is a UserError."""
+    """Register a reader of local files as mmengine's for paths of this form."""
 
     def register(read: Callable[[str, Any], dict[str, Any]]) -> Callable[[str, Any], dict[str, Any]]:
         @wraps(read)
-        def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+        def local(filename: str, map_location: Any = None) -> dict[str, Any]:
             filename = osp.expanduser(filename)
             if not osp.isfile(filename):
                 raise FileNotFoundError(f'{filename} can not be found.')
-            try:
-                return read(filename, map_location)
-            except UserError:
-                raise
-            except UNREADABLE as error:
-                raise unreadable(filename, error) from error
+            return read(filename, map_location)
 
+        load = _checked(local)
         mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, load, force=True)
         return load
 
     return register
+
+
+# mmengine's for addresses (http, openmmlab, torchvision, ...), most of which go through torch.hub: it asks torch.load
+# for everything.
+for _scheme, _read in list(mmengine_checkpoint.CheckpointLoader._schemes.items()):
+    mmengine_checkpoint.CheckpointLoader.register_scheme(_scheme, _checked(_read), force=True)
 
 
 @_loader('')
@@ -132,6 +160,8 @@ _load_state_dict = mmengine_checkpoint.load_state_dict
 @wraps(_load_state_dict)
 def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
     if not is_delta(state_dict):
+        if _PRETRAINED.get() is not None:
+            _check_frozen(module, state_dict, _PRETRAINED.get())
         return _load_state_dict(module, state_dict, strict, logger)
     while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
         module = module.module
@@ -144,3 +174,34 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 
 
 mmengine_checkpoint.load_state_dict = load_state_dict
+
+
+_PRETRAINED: ContextVar[str | None] = ContextVar('pretrained', default=None)
+_pretrained_init = PretrainedInit.__call__
+
+
+@wraps(_pretrained_init)
+def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
+    token = _PRETRAINED.set(self.checkpoint)
+    try:
+        _pretrained_init(self, module)
+    finally:
+        _PRETRAINED.reset(token)
+
+
+PretrainedInit.__call__ = pretrained_init
+
+
+def _check_frozen(module: nn.Module, state_dict: Mapping, file: str) -> None:
+    """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
+    if all(p.requires_grad for p in module.parameters()):
+        return
+    trains = changing(module) | method_names(module)
+    current = {name: tensor for name, tensor in module.state_dict().items() if name not in trains}
+    given = {name: tensor for name, tensor in state_dict.items() if name in current}
+    wrong = compare(current, given, lambda name: name.endswith((*RECOMPUTED, 'num_batches_tracked')))
+    if wrong:
+        raise CheckpointMismatchError(
+            f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: {wrong} '
+            'Name the checkpoint of the same architecture in init_cfg, or let these train.'
+        )

@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mona_mm.methods.folded_mona import folded_options
+from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
 
 _WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
@@ -100,7 +100,7 @@ def _forget_pretrained(node: Any) -> None:
 
 def _fold(node: Any) -> None:
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == 'peft' and isinstance(value, dict) and value.get('type') == 'Mona':
+        if key == 'peft' and isinstance(value, dict) and can_fold(value):
             node[key] = folded_options(value)
         else:
             _fold(value)

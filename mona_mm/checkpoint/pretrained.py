@@ -1,7 +1,11 @@
 """Load the pretrained base: any known format, into any host, with nothing skipped in silence."""
 
+import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
+from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
 from urllib.error import URLError
@@ -16,17 +20,18 @@ from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
 from mona_mm.checkpoint.formats import recognise
-from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
 _CLASSIFIER = ('norm.', 'head.')
+# What torch, numpy, zipfile and safetensors raise of a file that is damaged.
 UNREADABLE = (
-    UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, ValueError, KeyError, TypeError,
-    IndexError, AttributeError,
+    UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
+    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, ImportError,
 )  # fmt: skip
+UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
@@ -137,30 +142,30 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
 
 
 def read_checkpoint(file: str) -> dict:
-    """Read a checkpoint with mmengine's file backends, weights only, onto the CPU.
+    """Read a checkpoint with mmengine's loaders, as :mod:`mona_mm.checkpoint.loading` guards them, onto the CPU.
 
     Raises:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
         CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
     """
     try:
-        with weights_only():
-            return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+        return CheckpointLoader.load_checkpoint(file, map_location='cpu')
     except UserError:
         raise
-    except (URLError, TimeoutError, ConnectionError) as error:
-        cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
-        raise MissingFileError(
-            f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at {cached}, '
-            f'where the next run finds it, or name its path in init_cfg: {_OPTION}'
-        ) from error
     except FileNotFoundError as error:
         raise MissingFileError(
             f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
             'model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
-    except UNREADABLE as error:
-        raise unreadable(file, error) from error
+
+
+def unreachable(file: str, error: Exception) -> MissingFileError:
+    """What to tell of an address that could not be downloaded: why, and where to put the file."""
+    cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
+    return MissingFileError(
+        f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at {cached}, '
+        f'where the next run finds it, or name its path in init_cfg: {_OPTION}'
+    )
 
 
 def unreadable(file: str, error: Exception) -> CheckpointMismatchError:

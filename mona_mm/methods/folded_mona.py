@@ -1,6 +1,7 @@
 """Mona as it is deployed: with fewer operations, for the same outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,14 +115,25 @@ def _is_scaled(norm: nn.Module) -> bool:
     return isinstance(norm, ScaledLayerNorm)
 
 
+def can_fold(options: Mapping[str, Any] | None) -> bool:
+    """Whether the ``peft`` config of a backbone is Mona's, so that :func:`folded_options` can say its folded form.
+
+    SPT with Mona modules is not: its plan says what is where.
+    """
+    type_ = (options or {}).get('type')
+    return (METHODS.get(type_) if isinstance(type_, str) else type_) is Mona
+
+
 def fold_mona(model: nn.Module) -> int:
-    """Replace every Mona in ``model`` by its :class:`FoldedMona`, in place; returns how many there were."""
+    """Replace every Mona by its :class:`FoldedMona`, in place, in the backbones of ``model`` whose config can say so
+    (:func:`can_fold`); returns how many there were."""
     count = 0
-    for block in [m for m in model.modules() if isinstance(m, PeftBlock)]:
-        for site, module in list(block.peft.items()):
-            if isinstance(module, Mona):
-                block.peft[site] = FoldedMona.of(module)
-                count += 1
+    for backbone in [m for m in model.modules() if can_fold(getattr(m, 'peft_config', None))]:
+        for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
+            for site, module in list(block.peft.items()):
+                if isinstance(module, Mona):
+                    block.peft[site] = FoldedMona.of(module)
+                    count += 1
     return count
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture
 from mona_mm.version import __version__
@@ -287,15 +288,16 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors' own class, and whatever a damaged header makes of it
+        stated = metadata.pop('checksum', None)
+        actual = _checksum(tensors, metadata)
+    except UNREADABLE as error:
         raise PlanError(
             f'{path} cannot be read as a {what}: it is damaged or something else ({type(error).__name__}: {error}). '
             'Published plans (.pth) are read by mona_mm.spt.load_published_plan.'
         ) from error
     if metadata.get('format') != kind:
         raise PlanError(f'{path} is not a {what}: its format is {metadata.get("format")!r} and not {kind!r}.')
-    stated = metadata.pop('checksum', None)
-    if stated != _checksum(tensors, metadata):
+    if stated != actual:
         raise PlanError(f'{path} is damaged: its contents do not have the checksum that it states.')
     return tensors, metadata
 

@@ -1,14 +1,13 @@
 """The names and the pickled plans of the published SPT code, for a ViT."""
 
 import os
-import pickle
-import zipfile
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.compat.safe_globals import only_safe
 from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
@@ -118,7 +117,7 @@ def _read(path: str | os.PathLike) -> dict:
     try:
         with only_safe(_numpy_scalars()):
             published = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise PlanError(
             f'{path} cannot be read as a published plan: it is damaged, something else, or holds more than numbers, '
             f'names and tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'

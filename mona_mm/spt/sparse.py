@@ -44,8 +44,8 @@ warnings.filterwarnings('ignore', message='Sparse (CSR tensor support is in beta
 class SparseDelta(nn.Module):
     """Changes of ``K`` single elements of one parameter.
 
-    Both tensors are in the state dict: values without their places mean nothing, so a delta file without the indices
-    could only be used beside the very plan file that it was trained with.
+    Both tensors are in the state dict: values without their places mean nothing. A delta holds the values, and of the
+    places, which the plan brings, a fingerprint.
 
     Attributes:
         values: what is added to the elements, ``(K,)``, the parameter.
