@@ -32,6 +32,12 @@ Rules = str | Sequence[str]
 METHOD_RULES = dict(full='all', fixed='none', bitfit='bias', norm_tuning='norm', partial_1='last_block')
 """The methods that are only a choice of the base's own parameters: published name to rule."""
 
+
+def published_name(rule: str) -> str:
+    """The name in the tables of what a rule is, by whichever name it is given; any other rule itself."""
+    return next((name for name, meant in METHOD_RULES.items() if rule == meant), rule)
+
+
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
@@ -249,8 +255,7 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
     parts = [_count('backbone base', (p for p in backbone.parameters() if id(p) not in method))]
     record = getattr(backbone, 'freeze_record', None)
-    published = {rule: name for name, rule in METHOD_RULES.items()}
-    name = '+'.join(published.get(rule, rule) for rule in record.rules) if record else None
+    name = '+'.join(map(published_name, record.rules)) if record else None
     if method:
         name = getattr(backbone, 'peft_name', type(method_modules(backbone)[0]).__name__)
         parts.append(_count(f'method ({name})', method.values()))

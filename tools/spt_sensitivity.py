@@ -11,6 +11,7 @@ import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import join_process_group, read_run_config, run, run_parser
 from mona_mm.data import check_data, sensitivity_split
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
+from mona_mm.spt.planning import PLAN_FILE
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.sensitivity import Sensitivity, measure
 
@@ -62,7 +63,7 @@ def main() -> None:
         structured_vectors=not args.no_structured_vectors,
         structured_only=args.structured_only,
     )
-    out = args.out or osp.join(cfg.work_dir, 'plan.safetensors')
+    out = args.out or osp.join(cfg.work_dir, PLAN_FILE)
     plan.save(out)
     print(f'{plan.describe()} (budget: {plan.info["budget_parameters"]:,})\nPlan: {out}')
     if args.plot:

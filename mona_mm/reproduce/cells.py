@@ -11,7 +11,7 @@ from typing import Any
 
 from mona_mm.config import load_config
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.freeze import METHOD_RULES
+from mona_mm.freeze import METHOD_RULES, published_name
 from mona_mm.registry import METHODS as METHOD_CLASSES
 from mona_mm.reproduce.logs import Log, planned
 
@@ -19,7 +19,6 @@ METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
     *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
 )
-_RULES = {rule: name for name, rule in METHOD_RULES.items()}
 
 SIZES = {  # embed_dims, depths, num_heads
     'swin_t': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -130,9 +129,8 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
-        if len(rules) != 1:
-            return None
-        return rules[0] if rules[0] in METHOD_RULES else _RULES.get(rules[0])
+        name = published_name(rules[0])
+        return name if len(rules) == 1 and name in METHOD_RULES else None
     if is_mmengine(config):
         hooks = [_dict(hook) for hook in config.get('custom_hooks') or []]
         freezes = any(_type(hook) == 'ParamFreezeHook' and hook.get('trainable') for hook in hooks)

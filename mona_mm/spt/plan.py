@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture
@@ -260,18 +261,10 @@ def base_digest(backbone: nn.Module, architecture: Architecture) -> str:
 
 
 def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with a checksum in its metadata, beside its place, and rename it."""
+    """Write a safetensors file with a checksum in its metadata; it appears whole or not at all."""
     metadata = {'format': kind, 'mona_mm_version': __version__, **metadata}
     metadata['checksum'] = _checksum(tensors, metadata)
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        save_file(dict(tensors), temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    AtomicLocalBackend().put(save(dict(tensors), metadata), path)
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
