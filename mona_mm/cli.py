@@ -5,6 +5,7 @@ import os
 import os.path as osp
 import sys
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import NoReturn
 
 import torch
@@ -104,7 +105,7 @@ def _join_gloo(cfg: Config) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a command; what the user can mend ends it with one line and exit status 2, not with a traceback."""
     try:
-        main()
+        copy_context().run(main)  # allow_other_base() and the like end with the command
     except UserError as error:
         _fail(error)
     except TypeError as error:

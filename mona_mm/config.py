@@ -180,14 +180,22 @@ def whole_model_base(cfg: Config) -> str | None:
     Raises:
         MissingFileError: if the file is not there.
     """
-    key = 'base_checkpoint' if cfg.get('resume') else 'load_from'
-    file = cfg.get(key)
+    key, file = _base_key(cfg), base_file(cfg)
     if file and '://' not in file and not osp.isfile(file):
         raise MissingFileError(
             f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
             f'where it is now with --cfg-options {key}=/path/to/it'
         )
-    return file or None
+    return file
+
+
+def base_file(cfg: Config) -> str | None:
+    """What :func:`whole_model_base` is, wherever it is by now."""
+    return cfg.get(_base_key(cfg)) or None
+
+
+def _base_key(cfg: Config) -> str:
+    return 'base_checkpoint' if cfg.get('resume') else 'load_from'
 
 
 def fine_tune_from(cfg: Config, checkpoint: str) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import mona_mm
 from mona_mm import load_delta, save_delta
-from mona_mm.checkpoint.delta import allow_other_base, changing
+from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
@@ -263,6 +263,47 @@ def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
     torch.save({name: t + 1e-3 if t.is_floating_point() else t for name, t in state.items()}, tmp_path / 'other.pth')
     with pytest.raises(CheckpointMismatchError, match='trained on another frozen base'):
         load_delta(build(tmp_path / 'other.pth', METHODS['lora']), tmp_path / 'a.delta.safetensors')
+
+
+def test_the_whole_model_that_a_run_started_from(base_file, tmp_path):
+    """A delta names the whole model below it, itself on a delta or not. It is found at its place or beside the delta,
+    and loaded into a fresh model; where it is gone or another one, the refusal names it and the model stays as it was.
+    """
+    frozen = dict(METHODS['mona'], trainable='stages.1')
+    start, whole, delta, second = (
+        tmp_path / name for name in ('start/whole.pth', 'start/moved.pth', 'a.delta.safetensors', 'b.delta.safetensors')
+    )
+    start.parent.mkdir()
+    model = trained(base_file, dict(trainable='full'))  # no frozen tensor in it is that of init_cfg
+    torch.save(dict(state_dict=model.state_dict(), meta={}), start)
+    tuned = trained(base_file, frozen)
+    tuned.load_state_dict(torch.load(start)['state_dict'], strict=False)
+    save_delta(tuned, delta, base_file=str(start))
+    with torch.no_grad():
+        for name in changing(tuned):
+            tuned.state_dict()[name].mul_(2)
+    save_delta(tuned, second, base_file=str(delta))  # a run from load_from=a.delta.safetensors
+
+    def same(model):
+        return all(torch.equal(t, tuned.state_dict()[name]) for name, t in model.state_dict().items())
+
+    loaded = build(base_file, frozen)
+    load_delta(loaded, second)
+    assert same(loaded)
+    start.rename(tmp_path / start.name)  # beside the deltas
+    loaded = build(base_file, frozen)
+    load_delta(loaded, second)
+    assert same(loaded)
+
+    torch.save(build(base_file, frozen).state_dict(), tmp_path / start.name)
+    for _ in ('another one', 'gone'):
+        loaded = build(base_file, frozen)
+        loaded.init_weights()
+        before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+        with pytest.raises(CheckpointMismatchError, match='Its run started from .*whole.pth: put that file there, or'):
+            load_delta(loaded, delta)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+        (tmp_path / start.name).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize('top', [False, True], ids=['of the backbone', 'of the model'])
@@ -521,7 +562,7 @@ def test_the_tools(detector, tmp_path, tool):
     assert re.search(r'error: .*trained on another frozen base.*--allow-other-base', err.splitlines()[-1])
     status, out, err = tool(*arguments, '--allow-other-base')
     assert status == 0 and re.search('WARNING.*trained on another frozen base', out + err)
-    allow_other_base(False)
+    assert tool(*arguments)[0] == 2, 'the option ends with its command'
 
 
 def test_deltas_of_a_resumed_run(base_file, tmp_path):
@@ -570,20 +611,36 @@ def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
 
 @pytest.mark.slow
 def test_a_base_that_is_a_whole_model(detector, tmp_path, tool):
-    """A detector from load_from, of which only the box and mask heads train: its delta holds nothing else but the Mona,
-    and tools/test.py, which would otherwise evaluate it on random weights, first loads what load_from names."""
+    """A detector from load_from, of whose base only the heads train: its delta holds those and the Mona.
+    tools/test.py, --resume, init_detector and the inferencer first load what load_from names, which gives the model of
+    the whole checkpoint."""
+    from mmdet.apis import DetInferencer, init_detector
+
     detector.custom_hooks.pop()
     detector.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=9)
     init_default_scope('mmdet')
     source = MODELS.build(detector.model)
     torch.save(dict(state_dict=source.state_dict(), meta={}), tmp_path / 'whole.pth')
-    detector.model = dict(type='mona_mm.FrozenModel', base=detector.model, trainable=['roi_head'])
+    detector.model.neck = dict(type='mona_mm.FrozenModel', base=detector.model.neck, trainable='none')
     detector.load_from = str(tmp_path / 'whole.pth')
     start(detector).train()
     file = Path(detector.work_dir, 'epoch_1.delta.safetensors')
     delta = read_delta(file)
-    assert {delta.header.part(name) for name in delta.tensors} == {'roi_head', 'method'}  # the Mona in the backbone
+    assert {delta.header.part(name) for name in delta.tensors} == {'rpn_head', 'roi_head', 'method'}
     detector.dump(tmp_path / 'config.py')
+    expected = torch.load(Path(detector.work_dir, 'epoch_1.pth'), weights_only=False)['state_dict']
+    for model in (
+        init_detector(detector.copy(), str(file), device='cpu'),
+        DetInferencer(detector.copy(), str(file), device='cpu', show_progress=False).model,
+    ):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    resumed = detector.copy()
+    resume_from(resumed, str(file))
+    runner = start(resumed, work_dir=str(tmp_path / 'resumed'), **{'train_cfg.max_epochs': 2})
+    runner.train()
+    assert runner.epoch == 2
+    frozen = {name for name, p in runner.model.named_parameters() if not p.requires_grad}
+    assert len(frozen) > 50 and all(torch.equal(runner.model.state_dict()[name], expected[name]) for name in frozen)
     arguments = 'test.py', str(tmp_path / 'config.py'), str(file), '--work-dir', str(tmp_path / 'test')
     assert tool(*arguments)[0] == 0
     torch.save(dict(state_dict=MODELS.build(detector.model).state_dict(), meta={}), tmp_path / 'whole.pth')

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
+from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta, set_base_file
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.merge import merged_state_dict, self_contained_config, stock_config, unmergeable
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
 from mona_mm.cli import add_cfg_options, run, work_dir
-from mona_mm.config import adapt_to_device, load_config, whole_model_base
+from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_base
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
 from mona_mm.methods import fold_mona
@@ -41,7 +41,7 @@ def info(args: argparse.Namespace) -> None:
     width = max(map(len, sizes))
     for part, count in sizes.items():
         print(f'  {part.ljust(width)}  {count:>13,} values  {stored[part]:>13,} bytes')
-    print(f'frozen base: {header.base["count"]} tensors')
+    print(f'frozen base: {header.base["count"]} tensors' + (f' of {header.base_file}' if header.base_file else ''))
     for label, entries in (('metrics', header.metrics), ('versions', header.versions)):
         if entries:
             print(f'{label}: {", ".join(f"{name} {value}" for name, value in entries.items())}')
@@ -75,7 +75,8 @@ def extract(args: argparse.Namespace) -> None:
     model.load_state_dict(state, strict=False)  # SwinV2 leaves out by itself what it recomputes
     meta = checkpoint.get('meta', {})
     save_delta(
-        model, args.out, args.parts, args.half, config=cfg.pretty_text, dataset_meta=meta.get('dataset_meta'),
+        model, args.out, args.parts, args.half, config=cfg.pretty_text, base_file=base_file(cfg),
+        dataset_meta=meta.get('dataset_meta'),
         progress={key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta},
     )  # fmt: skip
     print(f'{args.out}: {osp.getsize(args.out):,} bytes of {osp.getsize(args.checkpoint):,}')
@@ -90,9 +91,7 @@ def merge(args: argparse.Namespace) -> None:
         raise ConfigError(f'{args.delta} holds only {", ".join(delta.header.parts)}: that makes no whole model.')
     cfg, model = build(args, args.delta)
     base = whole_model_base(cfg)
-    if base:
-        checkpoint = read_checkpoint(base)
-        model.load_state_dict(checkpoint.get('state_dict', checkpoint), strict=False)  # the fingerprint checks it
+    set_base_file(base)
     apply_delta(model, delta, args.allow_other_base)
     if cfg.get('resume'):  # who takes the merged config resumes nothing
         cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
@@ -132,7 +131,7 @@ def diff(args: argparse.Namespace) -> None:
 def header_differences(first: Delta, second: Delta) -> list[str]:
     """A line for each difference in what two deltas say of themselves."""
     lines = []
-    for key in ('methods', 'parts', 'half', 'base', 'versions', 'metrics', 'dataset_meta', 'config'):
+    for key in ('methods', 'parts', 'half', 'base', 'base_file', 'versions', 'metrics', 'dataset_meta', 'config'):
         a, b = getattr(first.header, key), getattr(second.header, key)
         if a != b:
             lines.append(f'{key} differs' + ('' if key in ('base', 'config', 'dataset_meta') else f': {a} / {b}'))

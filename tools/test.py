@@ -5,9 +5,9 @@ import os.path as osp
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 from mmengine.registry import DefaultScope
-from mmengine.runner import load_checkpoint
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.config import whole_model_base
@@ -50,13 +50,12 @@ def main() -> None:
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
-    base = whole_model_base(cfg) if args.checkpoint.endswith(SUFFIX) else None
+    if args.checkpoint.endswith(SUFFIX):
+        set_base_file(whole_model_base(cfg))
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
     runner = build_runner(cfg)
-    if base:  # what the delta was trained on
-        load_checkpoint(runner.model, base, map_location='cpu')
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(args.out))
     runner.test()

@@ -1,8 +1,10 @@
 """Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]"""
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.delta import set_base_file
+from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.cli import build_runner, join_process_group, read_run_config, run, run_parser
-from mona_mm.config import fine_tune_from, resume_from
+from mona_mm.config import fine_tune_from, resume_from, whole_model_base
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError
 from mona_mm.spt.planning import make_plan
@@ -34,6 +36,8 @@ def main() -> None:
             raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')
         fine_tune_from(cfg, args.fine_tune)
     resume_from(cfg, args.resume)
+    if cfg.get('resume') and cfg.load_from.endswith(SUFFIX):
+        set_base_file(whole_model_base(cfg))
     join_process_group(cfg)
     make_plan(cfg)
     if args.auto_scale_lr:

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
 from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, same_names
-from mona_mm.checkpoint.pretrained import RECOMPUTED, compare
-from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
+from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 from mona_mm.registry import METHODS
 from mona_mm.sites import method_names
 from mona_mm.version import __version__
@@ -28,6 +28,7 @@ from mona_mm.version import __version__
 _FREE_OPTIONS = ('dropout', 'plan')
 PLACES = '.indices'  # of a SparseDelta, at the end of their names
 _ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
+_BASE_FILE: ContextVar[str | None] = ContextVar('base_file', default=None)
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
@@ -57,6 +58,7 @@ def save_delta(
     half: bool = False,
     *,
     config: str = '',
+    base_file: str | None = None,
     metrics: Mapping[str, float] | None = None,
     dataset_meta: Mapping[str, Any] | None = None,
     progress: Mapping[str, Any] | None = None,
@@ -75,6 +77,8 @@ def save_delta(
             ``'roi_head'``). None writes all.
         half: round trained values to float16, where they fit into it; statistics stay float32.
         config: the text of the config, for people to read.
+        base_file: the whole model that training started from, if it did from one: where the delta is loaded into a
+            model without that base, it is looked for there, and beside the delta.
         metrics: of the last evaluation, by name.
         dataset_meta: names (and colours) of the classes.
         progress: see :class:`~mona_mm.hooks.DeltaCheckpointHook`, which can be resumed from.
@@ -105,6 +109,7 @@ def save_delta(
         half=half,
         base=fingerprint(_frozen(state, names, None if parts is None else set(parts), backbone)),
         versions=versions(),
+        base_file=base_file or '',
         config=config,
         metrics=dict(metrics or {}),
         dataset_meta=dict(dataset_meta or {}),
@@ -118,8 +123,9 @@ def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = Fals
 
     So one process can serve several tasks on one backbone. Where the weights of the model have not been initialised
     or loaded yet, its own ``init_weights`` first loads the base that its config names; it stays where the delta is
-    refused then, so that the next one finds it. But for that, it is checked that the delta belongs here before anything
-    is changed.
+    refused then, so that the next one finds it. Where that is not the base, and the run started from a whole model (its
+    ``load_from``) that is still there, or beside the delta, that one is loaded first. But for that, it is checked that
+    the delta belongs here before anything is changed.
 
     Args:
         model: of the config that the delta was trained with.
@@ -147,6 +153,11 @@ def allow_other_base(allow: bool = True) -> None:
     _ALLOW_OTHER_BASE.set(allow)
 
 
+def set_base_file(file: str | None) -> None:
+    """Name the whole model that every later delta is put on, whatever it says itself: the tools', from the config."""
+    _BASE_FILE.set(file)
+
+
 def apply_delta(
     model: nn.Module, delta: Delta, allow_other_base: bool = False, start: float | None = None
 ) -> LoadedDelta:
@@ -155,6 +166,10 @@ def apply_delta(
     model, header = unwrap(model), delta.header
     state = _tensors(model)
     _check_method(model, delta)
+    base = _BASE_FILE.get()
+    if base and model.__dict__.get('base_file') != base:
+        model.__dict__['base_file'] = base
+        _load_whole(model, base)
     given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
     wrong = compare(given, delta.tensors, optional=lambda name: False)
     parts = None if header.parts is None else set(header.parts)
@@ -284,8 +299,10 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         }
         if _initialise(model, wrong):
             wrong = differing(delta.header.base, frozen)
-            if not wrong:
-                return
+        if wrong:
+            wrong = _try_base_file(model, delta, frozen, wrong)
+        if not wrong:
+            return
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointMismatchError(f'{delta.file}: its fingerprint of the base cannot be read ({error}).') from None
     message = (
@@ -297,9 +314,13 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
             for name, tensor in _tensors(model).items():
                 if name in current:
                     tensor.copy_(current[name])
+        named = (
+            f'Its run started from {delta.header.base_file}: put that file there, or beside the delta, or load it first'
+            if delta.header.base_file
+            else 'Load the pretrained weights that it was trained on (the init_cfg of its config)'
+        )
         raise CheckpointMismatchError(
-            f'{message} Load the pretrained weights that it was trained on (the init_cfg or load_from of its config), '
-            'or say that you mean it with --allow-other-base (in Python: allow_other_base=True).'
+            f'{message} {named}, or say that you mean it with --allow-other-base (in Python: allow_other_base=True).'
         )
     print_log(
         f'{message} It is loaded all the same, as asked: expect other, most likely worse predictions than those of '
@@ -322,6 +343,42 @@ def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
             if hasattr(module, 'init_weights'):
                 module.init_weights()
     return True
+
+
+def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], wrong: Sequence[str]) -> Sequence[str]:
+    """Load the whole model that a delta names into ``model``, if it is that; return which frozen tensors then differ.
+
+    From the disk alone: nothing is fetched because a file says so.
+    """
+    named = Path(delta.header.base_file)
+    for file in dict.fromkeys((named, Path(delta.file).parent / named.name)):
+        if not delta.header.base_file or not file.is_file():
+            continue
+        before = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+        try:
+            _load_whole(model, str(file))
+            left = differing(delta.header.base, frozen)
+        except UserError:
+            left = wrong
+        if not left:
+            print_log(f'Loaded {file}, on which {delta.file} was trained.', logger='current')
+            return left
+        with torch.no_grad():
+            for name, tensor in _tensors(model).items():
+                tensor.copy_(before[name])
+    return wrong
+
+
+def _load_whole(model: nn.Module, file: str) -> None:
+    """Put what of a whole model fits into ``model``, as far as it does: fingerprints are compared afterwards."""
+    if file.endswith(SUFFIX):
+        apply_delta(model, read_delta(file))
+        return
+    checkpoint = read_checkpoint(file)
+    given = {name.removeprefix('module.'): t for name, t in checkpoint.get('state_dict', checkpoint).items()}
+    state = _tensors(model)
+    fitting = {name: t for name, t in given.items() if name in state and state[name].shape == t.shape}
+    model.load_state_dict(fitting, strict=False)
 
 
 def changing(model: nn.Module) -> set[str]:

@@ -39,6 +39,8 @@ class DeltaHeader:
         parts: of the model, that it holds; None for all. ``'method'`` is what trains in the backbone.
         half: whether trained values were rounded to float16.
         base: the fingerprint of the frozen tensors; see :mod:`mona_mm.checkpoint.fingerprint`.
+        base_file: the whole model that the run started from (its ``load_from``), as the config named it; empty where
+            the base is what the ``init_cfg`` loads.
         versions: of the packages that wrote it.
         config: the config of the run, as text; it is shown, never executed.
         metrics: the last validation's at the time.
@@ -53,6 +55,7 @@ class DeltaHeader:
     half: bool
     base: dict[str, Any]
     versions: dict[str, str]
+    base_file: str = ''
     config: str = ''
     metrics: dict[str, float] = field(default_factory=dict)
     dataset_meta: dict[str, Any] = field(default_factory=dict)
@@ -60,8 +63,8 @@ class DeltaHeader:
     packed: dict[str, list] = field(default_factory=dict)
 
     _TYPES = dict(
-        methods=dict, backbone=str, parts=(list, type(None)), half=bool, base=dict, versions=dict, config=str,
-        metrics=dict, dataset_meta=dict, progress=dict, packed=dict,
+        methods=dict, backbone=str, parts=(list, type(None)), half=bool, base=dict, versions=dict, base_file=str,
+        config=str, metrics=dict, dataset_meta=dict, progress=dict, packed=dict,
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mona_mm.checkpoint.delta import save_delta, unwrap
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta, write_delta
+from mona_mm.config import base_file
 from mona_mm.registry import HOOKS
 
 # What a scheduler needs to go on; the rest of its state comes from the config.
@@ -103,6 +104,7 @@ class DeltaCheckpointHook(Hook):
             parts=self.parts,
             half=self.half,
             config=meta.get('cfg', ''),
+            base_file=base_file(runner.cfg),
             metrics=metrics,
             dataset_meta=meta.get('dataset_meta'),
             progress=_progress(checkpoint),
