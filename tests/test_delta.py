@@ -22,6 +22,7 @@ import mona_mm
 from mona_mm import load_delta, save_delta
 from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.delta_file import read_delta
+from mona_mm.checkpoint.merge import stock_config, types_left
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.cli import build_runner
 from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from, whole_model_base
@@ -672,8 +673,8 @@ def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
 
 @pytest.mark.parametrize('kind', ['by scope', 'spt'])
 def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
-    """Mona under its full name is folded, Mona modules of SPT, which only a plan describes, are not: either merged
-    checkpoint loads into the model of the config in it and has the same outputs."""
+    """Mona under its full name is folded, Mona modules of SPT are not, but the config then says where they are: either
+    merged checkpoint loads into the model of the config in it, without the plan's file, with the same outputs."""
     if kind == 'spt':
         base = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py')).model.backbone.base
         plan = plan_for({**base, 'type': 'mmdet.SwinTransformer', 'init_cfg': None}, dict(type='Mona', bottleneck=4))
@@ -686,7 +687,10 @@ def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
     merged = tmp_path / 'merged.pth'
     status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'a.delta.safetensors'), str(merged))
     assert status == 0 and ('are folded' in out) == (kind == 'by scope'), err
+    for file in ('plan.safetensors', 'base.pth'):
+        (tmp_path / file).unlink(missing_ok=True)
     checkpoint = torch.load(merged, weights_only=True)
+    assert 'dataset_meta' not in checkpoint['meta']  # there were no names in the delta
     cfg = Config.fromstring(checkpoint['meta']['cfg'], '.py')
     adapt_to_device(cfg)
     again = MODELS.build(cfg.model)
@@ -696,6 +700,21 @@ def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
     with torch.no_grad():
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('config', ['lora_cascade_swin_b_coco', 'spt_lora_vit_b_vtab', 'spt_lora_vit_b_fgvc'])
+def test_a_stock_config_has_nothing_of_ours(config):
+    """Hooks, wrappers, schedules and constructors of a merged model's config are mmengine's, the schedule with the
+    steps that it had; only the lists of FGVC have no reader in the libraries, which the tool says."""
+    cfg = load_config(str(ROOT / f'configs/{"spt_" * ("spt" in config)}lora/{config}.py'))
+    stock = stock_config(cfg)
+    left = types_left(stock)
+    assert left == (['mona_mm.FGVCJson'] if 'fgvc' in config else [])
+    assert set(re.findall(r'mona_mm[.\w]*', stock.pretty_text)) == set(left)
+    if 'spt' in config:
+        (ours,), (warmup, cosine) = cfg.param_scheduler, stock.param_scheduler
+        assert (warmup.begin, warmup.end, warmup.start_factor) == (0, ours.warmup, ours.start_ratio)
+        assert (cosine.begin, cosine.get('end'), cosine.eta_min_ratio) == (ours.warmup, ours.get('end'), ours.end_ratio)
 
 
 MERGED = {

@@ -15,7 +15,14 @@ import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta, set_base_file
 from mona_mm.checkpoint.delta_file import Delta, read_delta
-from mona_mm.checkpoint.merge import merged_state_dict, self_contained_config, stock_config, unmergeable
+from mona_mm.checkpoint.merge import (
+    merged_state_dict,
+    self_contained_config,
+    self_contained_state_dict,
+    stock_config,
+    types_left,
+    unmergeable,
+)
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
 from mona_mm.cli import add_cfg_options, run, work_dir
 from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_base
@@ -98,7 +105,7 @@ def merge(args: argparse.Namespace) -> None:
     left = unmergeable(model)
     if left or args.self_contained:
         folded = 0 if args.self_contained else fold_mona(model)
-        state, config = model.state_dict(), self_contained_config(cfg, folded > 0)
+        state, config = self_contained_state_dict(model), self_contained_config(cfg, folded > 0)
         reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'
         print(f'One self-contained checkpoint with a config of its own in it ({reason}).')
         if folded:
@@ -106,13 +113,16 @@ def merge(args: argparse.Namespace) -> None:
     else:
         state, config = merged_state_dict(model), stock_config(cfg)
         print('A stock checkpoint: the stock config loads it, without mona_mm.')
+        if types_left(config):
+            print(f'Only the data of the config in it are read by mona_mm: {", ".join(types_left(config))}.')
     wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
     if wrong:
         raise CheckpointMismatchError(f'The merged weights would not fit the model of their config: {wrong}')
     buffer = io.BytesIO()
-    torch.save(
-        dict(state_dict=state, meta=dict(cfg=config.pretty_text, dataset_meta=delta.header.dataset_meta)), buffer
-    )
+    meta = dict(cfg=config.pretty_text)
+    if delta.header.dataset_meta:  # without it the libraries' calls take the names from the config
+        meta['dataset_meta'] = delta.header.dataset_meta
+    torch.save(dict(state_dict=state, meta=meta), buffer)
     AtomicLocalBackend().put(buffer.getvalue(), args.out)
     if args.config_out:
         AtomicLocalBackend().put_text(config.pretty_text, args.config_out)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
+from mona_mm.spt.plan import Plan
+from mona_mm.spt.planning import spt_config
 
 _WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
 
@@ -36,14 +38,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if left:
         raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
     own = method_names(model)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in own}
+    state = {name: tensor for name, tensor in self_contained_state_dict(model).items() if name not in own}
     with torch.no_grad():
-        for path, module in model.named_modules():
-            # Single weights: a module of its own beside a parameter, which maps it to what the forward computes with.
-            inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
-            for name, change in inner.items() if isinstance(inner, PeftModules) else ():
-                name = f'{path}.{name}' if path else name
-                state[name] = change(state[name])
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
@@ -53,12 +49,29 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``model``, which is not changed, with its single weights (SPT) in those of the base."""
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            # A module of its own beside a parameter, which maps it to what the forward computes with.
+            inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
+            if not isinstance(inner, PeftModules):
+                continue
+            prefix = f'{path}.' if path else ''
+            for name, change in inner.items():
+                state[prefix + name] = change(state[prefix + name])
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(f'{prefix}peft.')}
+    return state
+
+
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, PeftBlock)]
 
 
 def stock_config(cfg: Config) -> Config:
-    """A config without anything of mona_mm: every ``base`` in the place of what is built around it."""
+    """A config without anything of mona_mm: every ``base`` in the place of what is built around it, mmengine's classes
+    for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`."""
     plain = _stock(cfg.to_dict())
     plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
     plain['custom_imports'] = None
@@ -67,14 +80,50 @@ def stock_config(cfg: Config) -> Config:
             hook['type'] = 'CheckpointHook'
     if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
         del plain['optim_wrapper']['constructor']
+    schedulers = plain.get('param_scheduler')
+    if isinstance(schedulers, list):
+        plain['param_scheduler'] = [stock for each in schedulers for stock in _stock_schedulers(each)]
     return Config(plain)
 
 
+def types_left(cfg: Config) -> list[str]:
+    """The types of mona_mm that a config names."""
+    found: set[str] = set()
+
+    def look(node: Any) -> None:
+        if isinstance(node, dict) and _ours(node):
+            found.add(node['type'])
+        for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+            look(value)
+
+    look(cfg.to_dict())
+    return sorted(found)
+
+
+def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
+    """mmengine's nearest to a scheduler: its cosine begins after the warm-up."""
+    if scheduler['type'] != 'mona_mm.WarmupCosineLR':
+        return [scheduler]
+    options = {key: scheduler[key] for key in ('by_epoch', 'end', 'verbose') if key in scheduler}
+    begin = scheduler.get('begin', 0)
+    middle = begin + scheduler['warmup']
+    warmup = dict(type='LinearLR', start_factor=scheduler['start_ratio'], **{**options, 'begin': begin, 'end': middle})
+    return [warmup, dict(type='CosineAnnealingLR', eta_min_ratio=scheduler['end_ratio'], begin=middle, **options)]
+
+
 def self_contained_config(cfg: Config, folded: bool = False) -> Config:
-    """A config that needs no pretrained file: every weight is in the checkpoint. ``folded`` makes every Mona a
-    :class:`~mona_mm.methods.FoldedMona`."""
+    """A config for a :func:`self_contained_state_dict`, which needs neither a pretrained file nor SPT's plan.
+
+    ``folded`` makes every Mona a :class:`~mona_mm.methods.FoldedMona`.
+    """
     plain = cfg.to_dict()
     _forget_pretrained(plain['model'])
+    spt = spt_config(plain)
+    if spt is not None:
+        plan = Plan.load(spt['plan'])
+        structured = {**(spt.get('structured') or {}), **(plan.structured_config or {})}
+        spt.clear()
+        spt.update(type='SPT', structured=structured or None, plan={b: list(s) for b, s in plan.structured.items()})
     if folded:
         _fold(plain['model'])
     return Config({**plain, 'load_from': None})

@@ -1,6 +1,6 @@
 """SPT: structured modules, whole vectors and single weights where the task is sensitive."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from mona_mm.methods.base import Method, check_option_names
 from mona_mm.methods.mona import Mona
 from mona_mm.registry import METHODS
 from mona_mm.sites import Host
+from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sparse import attach_sparse
 from mona_mm.spt.structured import StructuredAdapter, StructuredLoRA
@@ -30,7 +31,8 @@ class SPT(Method):
     published code.
 
     Args:
-        plan: file of a :class:`mona_mm.spt.Plan`. ``tools/train.py`` makes it where there is none.
+        plan: file of a :class:`mona_mm.spt.Plan`. ``tools/train.py`` makes it where there is none. Or structured
+            modules alone, whatever the architecture: the sites by path of a block, with ``structured`` said.
         structured: the structured module, ``dict(type='LoRA', rank=8)``, ``dict(type='Adapter', bottleneck=8)``,
             ``dict(type='Mona', bottleneck=64)`` or None, with its other options: for LoRA and Adapter ``dropout=0.1``
             (never at ``proj``), ``drop_path=0.1`` (neither where a host's linear is reached through its weight) and
@@ -46,7 +48,7 @@ class SPT(Method):
 
     def __init__(
         self,
-        plan: str | None = None,
+        plan: str | Mapping[str, Sequence[str]] | None = None,
         structured: Mapping[str, Any] | None = None,
         budget: str | int | None = None,
         num_batches: int = 16,
@@ -63,6 +65,10 @@ class SPT(Method):
                 'tools/spt_sensitivity.py CONFIG --budget 0.5% --out FILE does, and peft=dict(plan=FILE) takes it.'
             )
         check_structured(structured)
+        if isinstance(plan, Mapping):
+            self.plan, self.structured = None, structured and dict(structured)
+            self._sites = {block: tuple(sites) for block, sites in plan.items()}
+            return
         self.plan = Plan.load(plan)
         self.structured = self.plan.structured_config
         if structured is not None:
@@ -80,6 +86,8 @@ class SPT(Method):
 
     def attach(self, backbone: nn.Module) -> None:
         """Put structured modules and the deltas of single weights into a backbone of the plan's architecture."""
+        if self.plan is None:
+            self.plan = Plan(Architecture.of(backbone), self.structured, self._sites, (), {})
         self.plan.check(backbone)
         super().attach(backbone)
         for name, indices in self._single_weights(backbone).items():

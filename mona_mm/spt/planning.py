@@ -1,6 +1,7 @@
 """The plan of a config: found, or made before training."""
 
 import os.path as osp
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -17,8 +18,8 @@ PLAN_FILE = 'plan.safetensors'
 _ALLOCATION = ('rule', 'alpha', 'beta', 'structured_vectors', 'structured_only')
 
 
-def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | None:
-    """The file of an SPT config's plan, None if there is none.
+def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | Mapping[str, Any] | None:
+    """The file of an SPT config's plan, or the plan that is in it; None if there is none.
 
     Args:
         cfg: a config; one without SPT needs no plan.
@@ -28,6 +29,8 @@ def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | None:
     peft = spt_config(cfg)
     if peft is None:
         return None
+    if isinstance(peft.get('plan'), Mapping):  # its modules, in the config itself
+        return peft['plan']
     files = [peft.get('plan'), *(osp.join(folder, PLAN_FILE) for folder in folders)]
     return next((file for file in files if file and osp.isfile(file)), None)
 
@@ -69,7 +72,7 @@ def make_plan(cfg: Config) -> None:
     if found:
         if found != named and not cfg.get('resume'):  # what is resumed has its plan, whatever the options say now
             _check_same_request(cfg, Plan.load(found), found)
-        _say(f'Plan: {found}')
+        _say(f'Plan: {found if isinstance(found, str) else "in the config"}')
         peft.plan = found
         return
     if peft.get('budget') is None:
@@ -101,7 +104,7 @@ def make_plan(cfg: Config) -> None:
     peft.plan = file
 
 
-def spt_config(cfg: Config) -> dict | None:
+def spt_config(cfg: Mapping[str, Any]) -> dict | None:
     """The ``peft=dict(type='SPT', ...)`` of a PeftBackbone anywhere in a config's model, or None."""
     pending = [cfg.get('model')]
     while pending:
