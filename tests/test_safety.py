@@ -21,7 +21,7 @@ import torch
 from conftest import HOSTS
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from test_delta import METHODS, base_file, build, small_config, trained  # noqa: F401
 from test_spt import plan_for
 
@@ -101,11 +101,11 @@ def test_no_pickle_is_executed_by_the_tools(kind, attacks, tmp_path, tool, demo_
         assert refused and 'Traceback' not in err, command
 
 
-def test_no_pickle_is_executed_by_the_apis(attacks, detector_config):
-    """mmdet's init_detector and inferencer, in a process that has imported the package."""
+def test_no_pickle_is_executed_by_the_apis(attacks, served, detector_config):
+    """mmdet's init_detector and inferencer, of a file and of an address, in a process that has imported the package."""
     from mmdet.apis import DetInferencer, init_detector
 
-    for file in attacks.values():
+    for file in (*attacks.values(), f'{served}/attack.pth', f'{served}/attack.npz'):
         for load in (init_detector, DetInferencer):
             with pytest.raises(CheckpointMismatchError, match='cannot be read as a'):
                 load(detector_config.copy(), file, device='cpu')
@@ -130,13 +130,16 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def test_no_pickle_behind_an_address_is_executed(served, base_file, monkeypatch):  # noqa: F811
-    """mmengine downloads through torch.hub, which executes pickles: not with the package, for any scheme, in whatever
-    loads; what is not there is said to be missing; an honest file loads."""
+    """mmengine downloads through torch.hub, which executes pickles: not with the package, for any scheme (one that was
+    registered since, too), in whatever loads; what is not there is said to be missing; an honest file of any format
+    loads."""
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)  # the command lines set it
     monkeypatch.setattr('mmengine.runner.checkpoint.get_torchvision_models', lambda: {'a': f'{served}/attack.pth'})
     monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'a': f'{served}/attack.raw.pth'})
-    model = build(base_file, METHODS['mona'])
-    for address in (f'{served}/attack.pth', f'{served}/attack.raw.pth', 'torchvision://a', 'openmmlab://a'):
+    model, file = build(base_file, METHODS['mona']), Path(torch.hub.get_dir()).parent / 'attack.raw.pth'
+    CheckpointLoader.register_scheme('mine://', lambda name, map_location: torch.load(file, weights_only=False))
+    names = ('.pth', '.raw.pth', '.npz', '.delta.safetensors')
+    for address in (*(f'{served}/attack{name}' for name in names), 'torchvision://a', 'openmmlab://a', 'mine://a'):
         pretrained = dict(type='Pretrained', checkpoint=address)
         base = dict(HOSTS['mmdet-swin'], init_cfg=pretrained)
         for load in (
@@ -147,12 +150,21 @@ def test_no_pickle_behind_an_address_is_executed(served, base_file, monkeypatch)
             FrozenModel(base=dict(type='mmdet.FPN', in_channels=[8], out_channels=8, num_outs=1, init_cfg=pretrained),
                         trainable='none').init_weights,
         ):  # fmt: skip
-            with pytest.raises(CheckpointMismatchError, match='cannot be read as a checkpoint'):
+            with pytest.raises(CheckpointMismatchError, match='cannot be read as a'):
                 load()
+    del CheckpointLoader._schemes['mine://']
     with pytest.raises(MissingFileError, match='Cannot download .*/nothing.pth .*404'):
         load_checkpoint(model, f'{served}/nothing.pth')
-    torch.save(model.state_dict(), Path(torch.hub.get_dir()).parent / 'good.pth')
-    load_checkpoint(model, f'{served}/good.pth', strict=True)
+    trained_model = trained(base_file, METHODS['mona'])
+    state = trained_model.state_dict()
+    torch.save(state, file.with_name('good.pth'))
+    safetensors.torch.save_file(state, file.with_name('good.safetensors'))
+    np.savez(file.with_name('good.npz'), **{name: tensor.numpy() for name, tensor in state.items()})
+    save_delta(trained_model, file.with_name('good.delta.safetensors'))
+    for name in ('good.pth', 'good.safetensors?download=true', 'good.npz', 'good.delta.safetensors'):
+        model = build(base_file, METHODS['mona'])
+        load_checkpoint(model, f'{served}/{name}')
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') is None
 
 

@@ -5,6 +5,7 @@ mmengine reads a file (:class:`CheckpointLoader`, by the form of its path) and p
 to be the right one. So the tensors carry the delta as their ``_metadata``, which mmengine hands on.
 """
 
+import os
 import os.path as osp
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -12,10 +13,12 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import safetensors.torch
 import torch
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, PretrainedInit, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -28,28 +31,43 @@ from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.sites import method_names
 
+_load_checkpoint = mmengine_checkpoint.CheckpointLoader.load_checkpoint.__func__
 
-def _checked(read: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """A reader that loads weights only; what it cannot fetch or read, and what holds no names, is a UserError."""
 
-    @wraps(read)
-    def load(filename: str, map_location: Any = None, **options: Any) -> dict[str, Any]:
-        try:
-            with weights_only():
-                checkpoint = read(filename, map_location, **options)
-        except (UserError, FileNotFoundError):
-            raise
-        except UNREACHABLE as error:
-            raise unreachable(filename, error) from error
-        except UNREADABLE as error:
-            raise unreadable(filename, error) from error
-        if not isinstance(checkpoint, Mapping):
-            raise CheckpointMismatchError(
-                f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__} and not tensors by name.'
-            )
-        return checkpoint
+@wraps(_load_checkpoint)
+def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: Any = 'current') -> dict[str, Any]:
+    """mmengine's, but whichever reader the path is for, whoever registered it, loads weights only: torch.hub, which
+    fetches most addresses, asks torch.load for everything. What cannot be fetched or read is a UserError."""
+    try:
+        with weights_only():
+            checkpoint = _load_checkpoint(cls, _fetched(filename), map_location, logger)
+    except (UserError, FileNotFoundError):
+        raise
+    except UNREACHABLE as error:
+        raise unreachable(filename, error) from error
+    except UNREADABLE as error:
+        raise unreadable(filename, error) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointMismatchError(
+            f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__} and not tensors by name.'
+        )
+    return checkpoint
 
-    return load
+
+mmengine_checkpoint.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+
+
+def _fetched(filename: str) -> str:
+    """The file itself, or, of an address of a format that torch.hub does not read, where it has been downloaded to."""
+    address = urlparse(str(filename))
+    if address.scheme not in ('http', 'https') or not address.path.endswith(('.safetensors', '.npz')):
+        return filename
+    file = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(address.path))
+    if is_main_process() and not osp.isfile(file):
+        os.makedirs(osp.dirname(file), exist_ok=True)
+        torch.hub.download_url_to_file(filename, file, progress=False)  # it appears whole or not at all
+    barrier()
+    return file
 
 
 def _loader(pattern: str) -> Callable:
@@ -63,17 +81,10 @@ def _loader(pattern: str) -> Callable:
                 raise FileNotFoundError(f'{filename} can not be found.')
             return read(filename, map_location)
 
-        load = _checked(local)
-        mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, load, force=True)
-        return load
+        mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, local, force=True)
+        return local
 
     return register
-
-
-# mmengine's for addresses (http, openmmlab, torchvision, ...), most of which go through torch.hub: it asks torch.load
-# for everything.
-for _scheme, _read in list(mmengine_checkpoint.CheckpointLoader._schemes.items()):
-    mmengine_checkpoint.CheckpointLoader.register_scheme(_scheme, _checked(_read), force=True)
 
 
 @_loader('')
