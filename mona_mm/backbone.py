@@ -86,8 +86,9 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     module = _build(base)
     freeze(module, trainable)
     # Some hosts' own loading skips in silence what does not fit; a PeftBackbone's does not.
-    if pretrained_file(module) and is_host(module) and 'init_weights' not in vars(module):
-        module.init_weights = partial(init_weights, module)
+    for each in module.modules():
+        if pretrained_file(each) and is_host(each) and 'init_weights' not in vars(each):
+            each.init_weights = partial(init_weights, each)
     return module
 
 

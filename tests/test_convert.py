@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
+from test_delta import SmallModel  # noqa: F401  registered
 from test_pretrained import to_microsoft
 
 from mona_mm import FrozenModel, PeftBackbone, save_delta
@@ -318,17 +319,21 @@ def test_less_than_everything_is_an_error(lost, tmp_path):
         assert_loads('mmpretrain-vit', tmp_path / 'vit.pth', None)
 
 
-@pytest.mark.parametrize('kind', ['host', 'other', 'prefix', 'model'])
+@pytest.mark.parametrize('kind', ['host', 'inside', 'other', 'prefix', 'model'])
 def test_what_is_frozen_is_loaded_in_full(kind, tmp_path):
-    """A Pretrained init_cfg of a FrozenModel (of a host, which loads by itself, of another module, under a prefix), or
-    of a model with a frozen backbone, is an error where it lacks something frozen, and fine where it lacks what
-    trains."""
+    """A Pretrained init_cfg of a FrozenModel (of a host, which loads by itself, of a host inside, of another module,
+    under a prefix), or of a model with a frozen backbone, is an error where it lacks something frozen, and fine where
+    it lacks what trains."""
     file = str(tmp_path / 'a.pth')
     init_cfg = dict(type='Pretrained', checkpoint=file, **dict(prefix='neck.') if kind == 'prefix' else {})
     neck = dict(type='mmdet.FPN', in_channels=[8, 8], out_channels=8, num_outs=2)
     if kind == 'host':
         config, lost, new = HOSTS['mmdet-swin'], 'stages.1.blocks.0.attn.w_msa.qkv.weight', 'norm1.weight'
         build = lambda: FrozenModel(base=dict(config, init_cfg=init_cfg), trainable=['norm1'])  # noqa: E731
+    elif kind == 'inside':
+        config, lost, new = HOSTS['mmdet-swin'], 'stages.1.blocks.0.attn.w_msa.qkv.weight', 'norm1.weight'
+        whole = dict(type='SmallModel', backbone=dict(config, init_cfg=init_cfg))
+        build = lambda: FrozenModel(base=whole, trainable=['head', 'backbone.norm1'])  # noqa: E731
     elif kind == 'model':
         base = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=4))
         lost, new = 'backbone.patch_embed.projection.bias', 'head.bias'
@@ -340,17 +345,20 @@ def test_what_is_frozen_is_loaded_in_full(kind, tmp_path):
     else:
         lost, new = 'lateral_convs.1.conv.weight', 'fpn_convs.0.conv.weight'
         build = lambda: FrozenModel(base=dict(neck, init_cfg=init_cfg), trainable=['fpn_convs'])  # noqa: E731
-    state = {name: torch.randn_like(t.float()).to(t.dtype) for name, t in build().state_dict().items()}
+    within = 'backbone.' if kind == 'inside' else ''
+    state = build().state_dict()
+    state = {name: torch.randn_like(t.float()).to(t.dtype) for name, t in state.items() if name.startswith(within)}
     start = 'neck.' if kind == 'prefix' else ''
     for left_out in (new, lost):
-        torch.save({f'{start}{name}': t for name, t in state.items() if name != left_out}, file)
+        left_out = within + left_out
+        torch.save({start + n.removeprefix(within): t for n, t in state.items() if n != left_out}, file)
         model = build()
-        if left_out == lost:
+        if left_out == within + lost:
             with pytest.raises(CheckpointMismatchError, match=f'a.pth does not hold .*missing: {lost}'):
                 model.init_weights()
         else:
             model.init_weights()
-            assert torch.equal(model.state_dict()[lost], state[lost])
+            assert torch.equal(model.state_dict()[within + lost], state[within + lost])
 
 
 def test_the_tool(tmp_path, tool):

@@ -384,6 +384,10 @@ def test_command_line(tool, demo_data, tmp_path):
     plan = Plan.load(tmp_path / 'work/plan.safetensors')
     assert plan.structured_config['type'] == 'Mona'
     assert plan.counts.total <= 0.03 * plan.architecture.parameters
+    status, _, err = tool(
+        DEMO, '--budget', '1%', '--sensitivity', tmp_path / 's.safetensors', '--work-dir', tmp_path / 'work'
+    )
+    assert status == 2 and 'plan.safetensors is there already' in err, 'a plan that a run may have left stays'
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from mmengine.dist import is_main_process
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.cli import join_process_group, read_run_config, run, run_parser
 from mona_mm.data import check_data, sensitivity_split
+from mona_mm.errors import ConfigError
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.planning import PLAN_FILE
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
@@ -41,6 +42,9 @@ def main() -> None:
     if args.structured not in (None, (structured or {}).get('type', 'none')):
         structured = None if args.structured == 'none' else dict(type=args.structured)
 
+    out = args.out or osp.join(cfg.work_dir, PLAN_FILE)
+    if not args.out and osp.exists(out):
+        raise ConfigError(f'{out} is there already, and a run may belong to it. Name where to write with --out FILE.')
     if args.sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     else:
@@ -63,7 +67,6 @@ def main() -> None:
         structured_vectors=not args.no_structured_vectors,
         structured_only=args.structured_only,
     )
-    out = args.out or osp.join(cfg.work_dir, PLAN_FILE)
     plan.save(out)
     print(f'{plan.describe()} (budget: {plan.info["budget_parameters"]:,})\nPlan: {out}')
     if args.plot:
