@@ -41,9 +41,11 @@ from mona_mm.errors import ConfigError
 from mona_mm.freeze import METHOD_RULES
 from mona_mm.meta import meta_device
 from mona_mm.methods.folded_mona import fold_mona
+from mona_mm.methods.lora import LoRA
 from mona_mm.sites import method_modules
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
+from mona_mm.spt.sparse import SparseDelta
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7),
@@ -101,9 +103,7 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
         return model
     if way in DEPLOYED:
         tuned = build_backbone(DEPLOYED[way], base)
-        for module in method_modules(tuned):
-            if hasattr(module, 'up'):  # begins as zero
-                nn.init.normal_(module.up.weight, std=0.02)
+        randomise(tuned)
         model = build_backbone('stock', base)
         model.load_state_dict(merged_state_dict(tuned))
         return model
@@ -121,6 +121,15 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
     if way in PEFT:
         return PeftBackbone(base, dict(type=PEFT[way]), fast=fast)
     return PeftBackbone(base, trainable=way, fast=fast)
+
+
+def randomise(model: nn.Module) -> None:
+    """Give a method that begins as zero, LoRA or single weights, something to merge."""
+    for module in model.modules():
+        if isinstance(module, LoRA):
+            nn.init.normal_(module.up.weight, std=0.02)
+        elif isinstance(module, SparseDelta):
+            nn.init.normal_(module.values, std=0.02)
 
 
 def small_plan(base: dict[str, Any]) -> Plan:

@@ -11,17 +11,23 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mona_mm.benchmark.backbone import WAYS, Row, reference
 
-_COLOURS = (
-    '#4477aa',
-    '#cc6677',
-    '#44aa77',
-    '#ee8866',
-    '#aa4499',
-    '#999933',
-    '#88ccee',
-    '#777777',
-    '#332288',
-    '#000000',
+_COLOURS = dict(
+    stock='#999999',
+    full='#000000',
+    published_mona='#ee8866',
+    mona='#cc3311',
+    adapter='#4477aa',
+    adaptformer='#88ccee',
+    lora='#228833',
+    lorand='#aa4499',
+    spt='#999933',
+    fixed='#ddaa33',
+    bitfit='#332288',
+    norm_tuning='#44bbaa',
+    partial_1='#885533',
+    mona_folded='#ff99aa',
+    lora_merged='#99cc77',
+    spt_merged='#cccc88',
 )
 _ARCHS = dict(t=('T', 'o', ':'), b=('B', 's', '--'), l=('L', '^', '-'))
 """Letter, marker and line of a Swin."""
@@ -59,11 +65,12 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
     for (arch, way), line in lines.items():
         sides = [_side(row) for row in line]
         _, marker, linestyle = _ARCHS[arch]
-        style = dict(color=_colour(way), marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
+        style = dict(color=_COLOURS[way], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
         for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
             middle = [scale * t for t, _ in times]
-            bars = [[scale * (t - low) for t, (low, _) in times], [scale * (high - t) for t, (_, high) in times]]
-            axis.errorbar(sides, middle, yerr=bars, capsize=2, elinewidth=0.8, **style)
+            # A quartile can lie a rounding error on the other side.
+            low, high = ([max(0.0, sign * scale * (s[i] - t)) for t, s in times] for i, sign in ((0, -1), (1, 1)))
+            axis.errorbar(sides, middle, yerr=(low, high), capsize=2, elinewidth=0.8, **style)
         memory.plot(sides, [row.memory / 1024 for row in line], **style)
         memory_ratio.plot(sides, [row.memory_ratio for row in line], **style)
     other = reference(inference)
@@ -103,14 +110,10 @@ def _ticks(axis: Axes, rows: list[Row]) -> None:
 def _legend(rows: list[Row]) -> list[Line2D]:
     ways = [way for way in WAYS if way in {row.way for row in rows}]
     archs = [arch for arch in _ARCHS if arch in {row.arch for row in rows}]
-    found = [Line2D([], [], color=_colour(way), linewidth=3, label=way) for way in ways]
+    found = [Line2D([], [], color=_COLOURS[way], linewidth=3, label=way) for way in ways]
     for name, marker, linestyle in (_ARCHS[arch] for arch in archs):
-        found.append(Line2D([], [], color='black', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
+        found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
     return found
-
-
-def _colour(way: str) -> str:
-    return _COLOURS[WAYS.index(way) % len(_COLOURS)]
 
 
 def _side(row: Row) -> float:
