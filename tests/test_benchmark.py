@@ -127,7 +127,7 @@ def losses(case, x):
 def test_shared_weights_change_nothing():
     """Cases that share what is equal give the losses and gradients of cases that share nothing, merged forms with other
     weights included; the frozen base is there once, and steps of full tuning do not reach it."""
-    ways = ['full', 'mona', 'adapter', 'lora', 'partial_1']
+    ways = ['full', 'mona', 'adapter', 'lora', 'spt', 'partial_1']
     x = torch.randn(1, 3, 64, 64)
     build = partial(build_backbone, base=BASE)
     shared = build_cases([*ways, 'stock', 'lora_merged'], build, 'cpu', torch.float32)
