@@ -35,7 +35,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mona_mm.backbone import PeftBackbone
 from mona_mm.benchmark.module import PublishedMona, rates
-from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, wait, with_spread
+from mona_mm.benchmark.timing import (
+    cells,
+    heading,
+    return_freed_memory,
+    seconds,
+    take_turns,
+    times,
+    times_floor,
+    wait,
+    with_spread,
+)
 from mona_mm.checkpoint.merge import merged_state_dict
 from mona_mm.errors import ConfigError
 from mona_mm.freeze import METHOD_RULES
@@ -358,6 +368,7 @@ def measure(
     """
     for case in cases.values():
         case.model.train(not inference)
+    return_freed_memory()  # of building and of other sizes
     taken = take_turns({way: partial(case.seconds, inference, clock) for way, case in cases.items()}, repeats)
     forwards = {way: [forward for forward, _ in each] for way, each in taken.items()}
     steps = {way: [forward + backward for forward, backward in each] for way, each in taken.items()}

@@ -1,5 +1,7 @@
 """What the suites share: rounds in which the ways take turns, a call's time, medians with their spread."""
 
+import ctypes
+import gc
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,14 @@ def wait(device: str) -> None:
     """Until the device has done what it was given."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
+
+
+def return_freed_memory() -> None:
+    """To the system, where the C library keeps it (glibc). Not between two times, since taking it again takes time."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim:
+        trim(0)
 
 
 def times(
