@@ -3,6 +3,7 @@
 import argparse
 import os
 import os.path as osp
+import select
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
@@ -103,9 +104,21 @@ def _join_gloo(cfg: Config) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what the user can mend ends it with one line and exit status 2, not with a traceback."""
+    """Run a command; what the user can mend ends it with one line and exit status 2, not with a traceback.
+
+    A reader that closes the pipe before the command has said all (``| head``) ends it quietly, with exit status 1.
+    """
     try:
-        copy_context().run(main)  # allow_other_base() and the like end with the command
+        try:
+            copy_context().run(main)  # allow_other_base() and the like end with the command
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # another pipe, of a worker process
+        # As Python's documentation has it: what is still to be written at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         _fail(error)
     except TypeError as error:
@@ -113,6 +126,12 @@ def run(main: Callable[[], None]) -> None:
         if 'unexpected keyword argument' not in str(error):
             raise
         _fail(error)
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -1,17 +1,24 @@
 """The benchmark measures what it says, on backbones too small to tell anything else."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT
 
 from mona_mm.benchmark import backbone
-from mona_mm.benchmark.backbone import Case, build_backbone, count_operations
+from mona_mm.benchmark.backbone import DEPLOYED, WAYS, Case, build_backbone, build_cases, choose_ways, count_operations
 from mona_mm.benchmark.plot import plot_cost
+from mona_mm.benchmark.records import read_records, write_record
+from mona_mm.cli import run
+from mona_mm.errors import ConfigError, MissingFileError
 
 TINY = dict(t=dict(embed_dims=64, depths=(1, 2), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1), window_size=7))
 BASE = dict(type='mmdet.SwinTransformer', **TINY['t'])
@@ -19,19 +26,25 @@ BASE = dict(type='mmdet.SwinTransformer', **TINY['t'])
 
 def rows(**options):
     arguments = dict(repeats=2, archs='t', sizes=[(64, 64), (64, 96)], bases=TINY) | options
-    return list(backbone.run(**arguments))
+    with mock.patch.object(backbone, 'rates', return_value=(1e11, 1e10)):  # measuring them takes longest
+        return list(backbone.run(**arguments))
 
 
 @pytest.fixture(scope='module')
 def measured():
-    return rows(methods=['mona', 'adapter', 'fixed', 'partial_1'], repeats=1)
+    return rows(methods=['stock', 'mona', 'adapter', 'fixed', 'partial_1'], repeats=1)
 
 
-def test_every_way_is_measured(measured):
-    """References and methods at every size; ratios are to full tuning; what trains less needs less memory."""
-    assert len(measured) == 2 * 7
+def table(measured):
+    lines = [backbone.header(measured[0]), *map(backbone.line, measured)]
+    return '\n'.join(lines).splitlines()
+
+
+def test_ways_asked_for_are_measured(measured):
+    """Exactly these and the reference, at every size; ratios are to it; what trains less needs less memory."""
+    asked = ['stock', 'full', 'mona', 'adapter', 'fixed', 'partial_1']
+    assert [(row.size, row.way) for row in measured] == [(size, way) for size in ((64, 64), (64, 96)) for way in asked]
     ways = {row.way: row for row in measured if row.size == (64, 96)}
-    assert set(ways) == {*backbone.REFERENCES, 'mona', 'adapter', 'fixed', 'partial_1'}
     assert ways['full'].step_ratio == ways['full'].memory_ratio == 1
     for row in measured:
         assert 0 < row.forward <= row.step
@@ -44,25 +57,122 @@ def test_every_way_is_measured(measured):
     assert ways['fixed'].floor < ways['adapter'].floor < ways['full'].floor
 
 
+def test_which_ways():
+    """All by default; those asked for and no other reference than the ratios need; deployed forms do not train."""
+    assert choose_ways(None, True) == list(WAYS)
+    assert choose_ways(None, False) == [way for way in WAYS if way not in DEPLOYED]
+    assert choose_ways(['mona'], False) == ['full', 'mona']
+    assert choose_ways(['mona', 'full', 'adapter'], False) == ['full', 'mona', 'adapter']
+    assert choose_ways(['lora_merged', 'lora'], True) == ['stock', 'lora', 'lora_merged']
+    with pytest.raises(ConfigError, match='lora_merged: a deployed form does not train; add --inference'):
+        choose_ways(['mona', 'lora_merged'], False)
+
+
 def test_table_targets_and_picture(measured, tmp_path):
-    """A line of the table for every row, three sentences for every size, and a PNG."""
-    assert len(backbone.table(measured).splitlines()) == 2 + len(measured)
+    """A line of the table for every row, three sentences for every size, and a PNG of several Swins and batches."""
+    lines = table(measured)
+    assert len(lines) == 2 + len(measured)
+    assert {line.count('|') for line in lines} == {12}
+    assert 'ratio to full' in lines[0]
     sentences = backbone.targets(measured)
     assert len(sentences) == 6
     assert 'mona takes' in sentences[0] and 'target 1.10' in sentences[0]
-    plot_cost(measured, str(tmp_path / 'new' / 'cost.png'))
+    others = [replace(row, arch='l', batch=batch) for row in measured for batch in (1, 2)]
+    plot_cost([*measured, *others], str(tmp_path / 'new' / 'cost.png'))
     assert (tmp_path / 'new' / 'cost.png').read_bytes()[:4] == b'\x89PNG'
 
 
 def test_inference():
-    """Forwards alone, without gradients, against the stock backbone; nothing is kept."""
-    measured = rows(inference=True, methods=['mona'], sizes=[(64, 64)])
+    """Forwards alone, without gradients, against the stock backbone; nothing is kept, and merged forms are of its size
+    and operations."""
+    measured = rows(inference=True, sizes=[(64, 64)], repeats=1)
     ways = {row.way: row for row in measured}
-    assert set(ways) == {*backbone.REFERENCES, 'mona', backbone.FOLDED}
+    assert list(ways) == list(WAYS)
     assert ways['stock'].forward_ratio == 1
     assert all(row.step is None and row.kept == 0 for row in measured)
-    assert ways['mona'].memory > ways['stock'].memory
-    assert len(backbone.table(measured).splitlines()) == 7
+    assert ways['mona'].memory > ways['mona_folded'].memory > ways['stock'].memory
+    for way in ('lora_merged', 'spt_merged'):
+        assert ways[way].memory == ways['stock'].memory < ways[DEPLOYED[way]].memory
+        assert ways[way].floor == ways['stock'].floor
+    lines = table(measured)
+    assert len(lines) == 2 + len(WAYS)
+    assert 'ratio to stock' in lines[0]
+    assert any('lora_merged takes' in sentence for sentence in backbone.targets(measured))
+
+
+def test_records(measured, tmp_path):
+    """What is written is read; of two files' rows all are there, and of what both measured the later file's."""
+    for i, part in enumerate((measured[:7], [replace(measured[6], step=123.0), *measured[7:]])):
+        write_record(str(tmp_path / f'{i}.json'), dict(threads=str(i)), dict(backbone=part))
+    first, second = (str(tmp_path / f'{i}.json') for i in (0, 1))
+    assert read_records([first]) == ([dict(threads='0')], dict(backbone=measured[:7]))
+    expected = [*measured[:6], replace(measured[6], step=123.0), *measured[7:]]
+    assert read_records([first, second]) == ([dict(threads='0'), dict(threads='1')], dict(backbone=expected))
+    with pytest.raises(MissingFileError, match='there is no such file'):
+        read_records([str(tmp_path / 'none.json')])
+    for text in ('{', '[]', '{"backbone": []}', '{"machine": {}, "other": [1]}', '{"machine": {}, "backbone": [{}]}'):
+        (tmp_path / 'bad.json').write_text(text)
+        with pytest.raises(ConfigError, match='bad.json was not written by --json of this version'):
+            read_records([str(tmp_path / 'bad.json')])
+
+
+def losses(case, x):
+    case.outputs = lambda model: model(x)
+    case.model.eval()
+    loss = sum(out.square().mean() for out in case.forward())
+    gradients = torch.autograd.grad(loss, [p for p in case.model.parameters() if p.requires_grad], allow_unused=True)
+    return [loss.detach(), *(g for g in gradients if g is not None)]
+
+
+def test_shared_weights_change_nothing():
+    """Cases that share what is equal give the losses and gradients of cases that share nothing, merged forms with other
+    weights included; the frozen base is there once, and steps of full tuning do not reach it."""
+    ways = ['full', 'mona', 'adapter', 'lora', 'spt', 'partial_1']
+    x = torch.randn(1, 3, 64, 64)
+    build = partial(build_backbone, base=BASE)
+    shared = build_cases([*ways, 'stock', 'lora_merged'], build, 'cpu', torch.float32)
+    for way, case in shared.items():
+        torch.manual_seed(0)
+        alone = Case(build(way), None, 'cpu', torch.float32)
+        names = [name for name, _ in alone.model.named_parameters()]
+        assert [name for name, _ in case.model.named_parameters()] == names
+        assert case.state() == alone.state()
+        if way != 'lora_merged':  # its own weights are drawn anew
+            for a, b in zip(losses(case, x), losses(alone, x), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+    pointers = {way: {p.data_ptr() for p in case.model.parameters()} for way, case in shared.items()}
+    assert pointers['full'] == pointers['stock']
+    frozen = {p.data_ptr() for p in shared['mona'].model.parameters() if not p.requires_grad}
+    assert frozen == {p.data_ptr() for p in shared['adapter'].model.parameters() if not p.requires_grad}
+    assert not frozen & pointers['full']
+    assert 0 < len(pointers['lora_merged'] - pointers['stock']) < len(pointers['stock'])
+    merged, lora = shared['lora_merged'].model.stages[0].blocks[0], shared['lora'].model.stages[0].blocks[0]
+    assert not torch.equal(merged.attn.w_msa.qkv.weight, lora.attn.w_msa.qkv.weight)
+    before = losses(shared['mona'], x)[0]
+    full = losses(shared['full'], x)[0]
+    for _ in range(3):
+        shared['full'].step()
+    assert losses(shared['mona'], x)[0] == before
+    assert losses(shared['full'], x)[0] != full
+    moments = {id(p): state for p, state in shared['full'].optimizer.state.items() if state}
+    shared['stock'].step()
+    assert {id(p) for p in shared['stock'].optimizer.state} == set(moments)  # AdamW's moments are there once
+
+
+def test_merged_forms_compute_what_they_merge():
+    """The merged form has the tuned one's outputs and no module of a method."""
+    x = torch.randn(1, 3, 64, 96)
+    for way in ('lora_merged', 'spt_merged'):
+        torch.manual_seed(0)
+        merged = build_backbone(way, BASE)
+        stock = build_backbone('stock', BASE)
+        assert list(merged.state_dict()) == list(stock.state_dict())
+        torch.manual_seed(0)
+        tuned = build_backbone(DEPLOYED[way], BASE)
+        backbone.randomise(tuned)
+        merged.eval(), tuned.eval()
+        for a, b in zip(merged(x), tuned(x), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_published_formula_is_mona():
@@ -108,22 +218,104 @@ def test_memory_is_counted():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--sizes', '224by224'], '--sizes 224by224: a size is'),
-        (['--sizes', '0'], '--sizes 0: a size is'),
-        (['--repeats', '0'], '--repeats 0'),
-        (['--suite', 'module', '--arch', 't'], 'module has the Swins b and l'),
-        (['--processor-time'], 'give --threads 1'),
-        (['--suite', 'spt', '--plot', 'x.png'], '--plot is of the suites'),
+        ('--sizes 224by224', '--sizes 224by224: a size is'),
+        ('--sizes 0', '--sizes 0: a size is'),
+        ('--repeats 0', '--repeats 0 must'),
+        ('--threads -1', '--threads -1 must'),
+        ('--processor-time', 'give --threads 1'),
+        ('--processor-time --threads 2', 'give --threads 1'),
+        ('--suite spt --plot x.png', '--plot is of the suites backbone, detector'),
+        ('--suite spt --sizes 224', '--sizes is of the suites module, backbone, detector'),
+        ('--suite spt --precision bf16', '--precision is of the suites'),
+        ('--suite module --methods mona', '--methods is of the suites'),
+        ('--suite module --inference', '--inference is of the suites'),
+        ('--counts 10', '--counts is of the suites spt'),
+        ('--suite spt --counts 0', '--counts must be from 1 to'),
+        ('--methods spt_merged', 'spt_merged: a deployed form does not train'),
+        ('--plot cost.pdf', '--plot cost.pdf: the picture is a file whose name ends in .png'),
+        ('--json tests', 'tests cannot be written: it is a folder'),
+        ('--device gpu', '--device gpu: torch knows no such device'),
+        ('--device cuda:99', '--device cuda:99: torch finds no such CUDA device'),
+        ('--from-json none.json', '--from-json none.json: there is no such file'),
+        ('--from-json a.json --repeats 3', '--from-json measures nothing: leave out --repeats'),
     ],
 )
 def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     """One line, and exit status 2."""
-    monkeypatch.setattr('sys.argv', ['benchmark.py', *arguments, '--device', 'cpu'])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('mona_mm.benchmark.module.rates', lambda *args: (1.0, 1.0))
+    device = [] if '--device' in arguments or '--from-json' in arguments else ['--device', 'cpu']
+    monkeypatch.setattr('sys.argv', ['benchmark.py', *arguments.split(), *device])
     with pytest.raises(SystemExit, match='2'):
         runpy.run_path(str(ROOT / 'tools/benchmark.py'), run_name='__main__')
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
+    """What was measured before a run ends is in the file, and a picture can be drawn of it."""
+
+    def rows(size):
+        common = ((1.0, 1.0), 1.0, (1.0, 1.0))
+        values = dict(kept=1.0, state=1.0, memory=2.0, memory_ratio=1.0, floor=1.0)
+        return backbone.Row(
+            'backbone',
+            't',
+            size,
+            1,
+            'float32',
+            'full',
+            2.0,
+            (2.0, 2.0),
+            *common[1:],
+            3.0,
+            (3.0, 3.0),
+            *common[1:],
+            **values,
+        )
+
+    def stopped(**options):
+        yield rows((64, 64))
+        yield rows((128, 128))
+        raise KeyboardInterrupt
+
+    file, picture = tmp_path / 'figures.json', tmp_path / 'cost.png'
+    monkeypatch.setattr(backbone, 'run', stopped)
+    monkeypatch.setattr('mona_mm.benchmark.module.rates', lambda *args: (1.0, 1.0))
+    tool = str(ROOT / 'tools/benchmark.py')
+    monkeypatch.setattr('sys.argv', ['benchmark.py', '--device', 'cpu', '--json', str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        runpy.run_path(tool, run_name='__main__')
+    assert [row['size'] for row in json.loads(file.read_text())['backbone']] == [[64, 64], [128, 128]]
+    monkeypatch.setattr('sys.argv', ['benchmark.py', '--from-json', str(file), '--plot', str(picture)])
+    runpy.run_path(tool, run_name='__main__')
+    assert picture.stat().st_size > 10_000
+    assert '| Swin-T | 128x128 |' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_closed_pipe(unbuffered):
+    """A tool whose reader has gone ends quietly; a broken pipe elsewhere is an error as before."""
+    code = "import mona_mm.cli; mona_mm.cli.run(lambda: print('x' * 100_000))"
+    env = {**os.environ, 'PYTHONUNBUFFERED': unbuffered, 'PYTHONPATH': str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b''
+    assert process.wait() == 1
+
+
+def test_other_broken_pipes_are_errors(monkeypatch, tmp_path):
+    """The pipe of a worker is not the reader's."""
+
+    def fail():
+        raise BrokenPipeError('of a worker')
+
+    with (tmp_path / 'out').open('w') as out, pytest.raises(BrokenPipeError, match='of a worker'):
+        monkeypatch.setattr('sys.stdout', out)
+        run(fail)
 
 
 @pytest.mark.slow
@@ -138,6 +330,6 @@ def test_tool(tmp_path):
     record = json.loads(file.read_text())
     assert set(record) == {'machine', 'backbone', 'detector'}
     for suite in ('backbone', 'detector'):
-        assert [row['way'] for row in record[suite]] == [*backbone.REFERENCES, 'mona']
+        assert [row['way'] for row in record[suite]] == ['full', 'mona']
     assert picture.stat().st_size > 10_000
     assert 'mona takes' in result.stdout

@@ -480,15 +480,17 @@ def test_benchmark(monkeypatch):
     delta, with a mask of the size of the layer."""
     monkeypatch.setattr(benchmark, '_peak', lambda *args: 0.0)  # a process each
     monkeypatch.setattr(benchmark, '_PRODUCT_LIMIT', 4 * 500**2)
-    rows = benchmark.run(repeats=2, counts=(64, 1000), shape=(60, 40), tokens=30)
+    rows = list(benchmark.run(repeats=2, counts=(64, 1000), shape=(60, 40), tokens=30))
     assert [(r.count, r.way) for r in rows] == [(k, way) for k in (64, 1000) for way in benchmark.WAYS]
     assert [(r.count, r.way) for r in rows if r.estimated] == [(1000, 'published')]
     for row in rows:
         assert row.gradient > 0 and row.step > 0 and row.gradient_ratio > 0
+        assert 0 < row.gradient_floor < row.step_floor
         assert row.kept * 2**20 == pytest.approx(20 * (2400 if row.way == 'mask' else row.count), abs=8)
         if row.way == 'ours':
             assert row.gradient_ratio == row.step_ratio == 1
-    assert len(benchmark.table(rows).splitlines()) == 2 + len(rows)
+    lines = [*benchmark.header(rows[0]).splitlines(), *map(benchmark.line, rows)]
+    assert {line.count('|') for line in lines} == {11}
 
 
 @pytest.mark.slow

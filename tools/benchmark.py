@@ -5,89 +5,141 @@ quartiles, and the time that the operations and bytes would take at this machine
 """
 
 import argparse
-import json
 import os.path as osp
 import platform
 import re
+import resource
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.benchmark import backbone, detector, module, spt
+from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.cli import run
 from mona_mm.errors import ConfigError
 
-SUITES = ('module', 'backbone', 'detector', 'spt')
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
+WHOLE = {'backbone', 'detector'}
+# Options that only some suites have: without them their default is None, to tell whether they were given.
+OF_SUITES = dict(
+    sizes={'module', *WHOLE},
+    arch={'module', *WHOLE},
+    methods=WHOLE,
+    precision={'module', *WHOLE},
+    inference=WHOLE,
+    plot=WHOLE,
+    counts={'spt'},
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Measure speed and memory, as ratios, in one run')
-    parser.add_argument('--suite', nargs='+', choices=SUITES, default=['backbone'], help='default: backbone')
+    parser.add_argument('--suite', nargs='+', choices=SUITES, help='default: backbone')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument(
-        '--sizes', nargs='+', default=['224', '512'], metavar='SIZE', help='of images: 224, 800x1216 (default: 224 512)'
-    )
-    parser.add_argument('--arch', nargs='+', choices=('t', 'b', 'l'), default=['b'], help='of the Swin (default: b)')
+    parser.add_argument('--sizes', nargs='+', metavar='SIZE', help='of images: 224, 800x1216 (default: 224 512)')
+    parser.add_argument('--arch', nargs='+', choices=backbone.ARCHS, help='of the Swin (default: b)')
     parser.add_argument(
         '--methods',
         nargs='+',
-        choices=backbone.METHODS,
-        default=backbone.METHODS,
+        choices=backbone.WAYS,
         metavar='METHOD',
-        help='default: all',
+        help='suites backbone and detector: these, and the one that ratios are to (full; under --inference stock), of '
+        f'{", ".join(backbone.WAYS)} (default: all)',
     )
-    parser.add_argument('--batch', type=int, default=1, help='images (default: 1)')
-    parser.add_argument('--repeats', type=int, default=9, help='rounds (default: 9)')
-    parser.add_argument('--precision', choices=('fp32', 'bf16'), default='fp32', help='bf16: by autocast')
+    parser.add_argument('--batch', type=int, help='images (default: 1; suite spt: 8)')
     parser.add_argument(
-        '--inference', action='store_true', help='suites backbone and detector: inference, not training'
+        '--counts', nargs='+', type=int, metavar='K', help='suite spt: of single weights (default: 1024 16384 131072)'
+    )
+    parser.add_argument('--repeats', type=int, help='rounds, after one that does not count (default: 9)')
+    parser.add_argument('--precision', choices=('fp32', 'bf16'), help='bf16: by autocast (default: fp32)')
+    parser.add_argument(
+        '--inference', action='store_true', default=None, help='suites backbone and detector: inference, not training'
     )
     parser.add_argument('--threads', type=int, help='of torch on a CPU')
-    parser.add_argument('--processor-time', action='store_true', help='of the one thread, instead of wall-clock time')
-    parser.add_argument('--json', metavar='FILE', help='write all figures here')
-    parser.add_argument('--plot', metavar='FILE', help='suites backbone and detector: cost against size, as a PNG')
+    parser.add_argument(
+        '--processor-time', action='store_true', help='of the one thread, instead of wall-clock time (--threads 1)'
+    )
+    parser.add_argument('--json', metavar='FILE', help='write all figures here, again after every row')
+    parser.add_argument('--plot', metavar='FILE.png', help='suites backbone and detector: cost against size')
+    parser.add_argument(
+        '--from-json',
+        nargs='+',
+        metavar='FILE',
+        help='measure nothing: table and --plot of what --json wrote, of several runs together',
+    )
     args = parser.parse_args()
-    sizes = [parse_size(text) for text in args.sizes]
     check(args)
+    if args.from_json:
+        machines, results = read_records(args.from_json)
+        if args.plot and not WHOLE.intersection(results):
+            raise ConfigError(f'--plot is of the suites backbone and detector; the files have {", ".join(results)}.')
+        for file, machine in zip(args.from_json, machines, strict=True):
+            print(f'{file}: {describe(machine)}')
+        for suite, rows in results.items():
+            show(suite, iter(rows))
+    else:
+        results = measure(args)
+    if args.plot:
+        from mona_mm.benchmark.plot import plot_cost  # here, because matplotlib takes its time
+
+        plot_cost([row for suite, rows in results.items() if suite in WHOLE for row in rows], args.plot)
+        print(f'\nPicture: {args.plot}')
+
+
+def measure(args: argparse.Namespace) -> dict[str, list]:
+    """The rows of every suite, printed and written as they come."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.precision]
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.precision or 'fp32']
     clock = time.thread_time if args.processor_time else time.perf_counter
-
-    machine = describe(args.device, dtype, clock)
-    print(', '.join(f'{key} {value}' for key, value in machine.items()))
-    print('Medians, and first to third quartile.', flush=True)
+    machine = measure_machine(args, dtype, clock)
+    print(describe(machine))
     results: dict[str, list] = {}
-    options = dict(repeats=args.repeats, batch=args.batch, dtype=dtype, clock=clock)
-    for suite in args.suite:
-        if suite == 'module':
-            hosts = [f'swin_{arch}' for arch in args.arch]
-            rows = module.run(args.device, hosts=hosts, sizes=sizes, **options)
-            tables = [module.table(rows)]
-        elif suite == 'spt':
-            rows = spt.run(args.device, args.repeats)
-            tables = [spt.table(rows)]
-        else:
-            options_ = dict(options, archs=args.arch, sizes=sizes, methods=args.methods, inference=args.inference)
-            if suite == 'backbone':
-                rows = list(backbone.run(args.device, **options_))
-            else:
-                rows = list(detector.run(CONFIGS, args.device, **options_))
-            tables = [backbone.table(rows), '\n'.join(backbone.targets(rows))]
-        results[suite] = rows
-        print(f'\n{suite}')
-        print('\n\n'.join(text for text in tables if text), flush=True)
-    if args.json:
-        record = dict(machine=machine, **{suite: [asdict(row) for row in rows] for suite, rows in results.items()})
-        with open(args.json, 'w') as file:
-            json.dump(record, file, indent=1)
-    if args.plot:
-        from mona_mm.benchmark.plot import plot_cost
 
-        plot_cost([row for suite in ('backbone', 'detector') for row in results.get(suite, [])], args.plot)
+    def keep(rows: Iterator[Any], suite: str) -> Iterator[Any]:
+        results[suite] = []
+        for row in rows:
+            results[suite].append(row)
+            if args.json:
+                write_record(args.json, machine, results)
+            yield row
+
+    if args.json:
+        write_record(args.json, machine, results)  # what cannot be written is better known before than after
+    archs, batch = args.arch or ['b'], args.batch or 1
+    sizes = [parse_size(text) for text in args.sizes or ('224', '512')]
+    for suite in dict.fromkeys(args.suite or ['backbone']):
+        options = dict(device=args.device, repeats=args.repeats or 9, clock=clock)
+        if suite == 'spt':
+            rows = spt.run(**options, counts=args.counts or spt.COUNTS, tokens=(args.batch or 8) * spt.IMAGE)
+        elif suite == 'module':
+            hosts = [f'swin_{arch}' for arch in archs]
+            rows = module.run(**options, hosts=hosts, sizes=sizes, batch=batch, dtype=dtype)
+        else:
+            options |= dict(archs=archs, sizes=sizes, batch=batch, dtype=dtype)
+            options |= dict(methods=args.methods, inference=bool(args.inference))
+            rows = backbone.run(**options) if suite == 'backbone' else detector.run(CONFIGS, **options)
+        show(suite, keep(rows, suite))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f'\nThe process used {peak:.1f} GiB of memory at most.')
+    return results
+
+
+def show(suite: str, rows: Iterator[Any]) -> None:
+    """Print the table of a suite row by row, and what was to be reached."""
+    print(f'\n{suite}: medians (first to third quartile)\n', flush=True)
+    seen: list[Any] = []
+    for row in rows:
+        head = SUITES[suite].header(row)
+        if not seen or head != SUITES[suite].header(seen[-1]):
+            print(head)
+        print(SUITES[suite].line(row), flush=True)
+        seen.append(row)
+    if suite in WHOLE:
+        print('\n' + '\n'.join(backbone.targets(seen)))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -98,29 +150,61 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def check(args: argparse.Namespace) -> None:
-    if args.repeats < 1 or args.batch < 1:
-        raise ConfigError(f'--repeats {args.repeats} and --batch {args.batch} must be at least 1.')
-    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
-        raise ConfigError(f'--device {args.device}: torch finds no CUDA device here; use --device cpu.')
-    if args.processor_time and (args.threads != 1 or torch.device(args.device).type != 'cpu'):
+    """Of all options, before anything takes time."""
+    if args.plot and not (args.plot.endswith('.png') and not osp.isdir(args.plot)):
+        raise ConfigError(f'--plot {args.plot}: the picture is a file whose name ends in .png.')
+    if args.from_json:
+        names = ('suite', 'sizes', 'arch', 'methods', 'batch', 'counts', 'repeats', 'precision', 'inference')
+        given = [n for n in (*names, 'threads', 'processor_time', 'json') if getattr(args, n) not in (None, False)]
+        if given:
+            raise ConfigError(f'--from-json measures nothing: leave out --{given[0].replace("_", "-")}.')
+        return
+    for text in args.sizes or ():
+        parse_size(text)
+    for name in ('repeats', 'batch', 'threads'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f'--{name} {getattr(args, name)} must be at least 1.')
+    if args.counts and not all(1 <= count <= spt.VIT_B[0] * spt.VIT_B[1] for count in args.counts):
+        raise ConfigError(f'--counts must be from 1 to {spt.VIT_B[0] * spt.VIT_B[1]}, all weights of the layer.')
+    suites = args.suite or ['backbone']
+    for name, of in OF_SUITES.items():
+        if getattr(args, name) is not None and not of.intersection(suites):
+            raise ConfigError(f'--{name} is of the suites {", ".join(s for s in SUITES if s in of)}; give --suite.')
+    device = check_device(args.device)
+    if args.processor_time and (args.threads != 1 or device.type != 'cpu'):
         raise ConfigError('--processor-time is that of one thread: give --threads 1, on a CPU.')
-    if 'module' in args.suite and 't' in args.arch:
-        raise ConfigError('--suite module has the Swins b and l; leave out --arch t.')
-    if args.plot and not {'backbone', 'detector'}.intersection(args.suite):
-        raise ConfigError('--plot is of the suites backbone and detector.')
+    backbone.choose_ways(args.methods, bool(args.inference))
 
 
-def describe(device: str, dtype: torch.dtype, clock) -> dict[str, str]:
+def check_device(name: str) -> torch.device:
+    """The device of that name, which this machine has."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f'--device {name}: torch knows no such device; use cpu or cuda.') from None
+    if device.type not in ('cpu', 'cuda'):
+        raise ConfigError(f'--device {name}: measured are cpu and cuda.')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f'--device {name}: torch finds no such CUDA device here; use --device cpu.')
+    return device
+
+
+def measure_machine(args: argparse.Namespace, dtype: torch.dtype, clock) -> dict[str, str]:
     """What the figures were measured on."""
-    operations, moved = module.rates(device, dtype, clock)
-    cuda = torch.device(device).type == 'cuda'
+    operations, moved = module.rates(args.device, dtype, clock)
+    cuda = torch.device(args.device).type == 'cuda'
     return dict(
-        device=torch.cuda.get_device_name(device) if cuda else f'{platform.machine()} CPU',
+        device=torch.cuda.get_device_name(args.device) if cuda else f'{platform.machine()} CPU',
         threads=str(torch.get_num_threads()),
+        clock='processor time' if args.processor_time else 'wall-clock time',
         torch=torch.__version__,
         products=f'{operations / 1e9:,.0f} GFLOP/s',
         copies=f'{moved / 1e9:,.1f} GB/s',
     )
+
+
+def describe(machine: dict[str, str]) -> str:
+    return ', '.join(f'{key} {value}' for key, value in machine.items())
 
 
 if __name__ == '__main__':

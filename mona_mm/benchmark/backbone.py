@@ -6,16 +6,26 @@ A step is forward, backward and AdamW. The ways, beside the methods by their pub
 ``stock``            mmdet's backbone, all of it trained
 ``full``             the same on the fast path: what the methods are compared with
 ``published_mona``   mmdet's blocks and the operations of Mona's published code, one by one
+``spt``              SPT with LoRA of rank 8 on every q and v, and as many single weights of every fc1
 ===================  ==================================================================================================
 
 Inference is a forward without gradients, in eval mode: of all ways, so that the overhead of what a method leaves in the
-backbone shows. LoRA that has been merged into its weights is ``stock``.
+backbone shows, and of what is left of it when the model is deployed:
+
+===================  ==================================================================================================
+``mona_folded``      what of Mona does not depend on the input computed once
+``lora_merged``      mmdet's backbone with LoRA in its weights
+``spt_merged``       mmdet's backbone with the structured LoRA and the single weights of ``spt`` in its weights
+===================  ==================================================================================================
 """
 
-import random
+import os.path as osp
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +35,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mona_mm.backbone import PeftBackbone
 from mona_mm.benchmark.module import PublishedMona, rates
-from mona_mm.benchmark.timing import median, seconds, wait, with_spread
+from mona_mm.benchmark.timing import (
+    cells,
+    heading,
+    return_freed_memory,
+    seconds,
+    take_turns,
+    times,
+    times_floor,
+    wait,
+    with_spread,
+)
+from mona_mm.checkpoint.merge import merged_state_dict
+from mona_mm.errors import ConfigError
 from mona_mm.freeze import METHOD_RULES
 from mona_mm.meta import meta_device
 from mona_mm.methods.folded_mona import fold_mona
+from mona_mm.methods.lora import LoRA
 from mona_mm.sites import method_modules
+from mona_mm.spt import Plan
+from mona_mm.spt.parts import Architecture
+from mona_mm.spt.sparse import SparseDelta
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7),
@@ -39,12 +65,10 @@ ARCHS: dict[str, dict[str, Any]] = {
 """The Swins of the published settings, by size."""
 
 PEFT = dict(mona='Mona', adapter='Adapter', adaptformer='AdaptFormer', lora='LoRA', lorand='LoRand')
-METHODS = (*PEFT, *METHOD_RULES)
-REFERENCES = ('stock', 'full', 'published_mona')
-"""Measured in every run."""
+DEPLOYED = dict(mona_folded='mona', lora_merged='lora', spt_merged='spt')
+"""Of inference alone, by the way that is deployed."""
 
-FOLDED = 'mona_folded'
-"""Measured under inference, where Mona is: what of it does not depend on the input computed once."""
+WAYS = ('stock', 'full', 'published_mona', *PEFT, 'spt', *(m for m in METHOD_RULES if m != 'full'), *DEPLOYED)
 
 
 @dataclass(frozen=True)
@@ -83,9 +107,15 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
     """The backbone of a way; ``fast`` overrides whether it takes the fast path."""
     if way == 'stock':
         return MODELS.build(base)
-    if way == FOLDED:
+    if way == 'mona_folded':
         model = build_backbone('mona', base, fast)
         fold_mona(model)
+        return model
+    if way in DEPLOYED:
+        tuned = build_backbone(DEPLOYED[way], base)
+        randomise(tuned)
+        model = build_backbone('stock', base)
+        model.load_state_dict(merged_state_dict(tuned))
         return model
     if way == 'published_mona':
         model = PeftBackbone(base, dict(type='Mona'), fast=False)
@@ -93,9 +123,58 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
             module.forward = PublishedMona(module).forward
         return model
     fast = fast is not False
+    if way == 'spt':
+        with tempfile.TemporaryDirectory() as folder:
+            file = osp.join(folder, 'plan.safetensors')
+            small_plan(base).save(file)
+            return PeftBackbone(base, dict(type='SPT', plan=file), fast=fast)
     if way in PEFT:
         return PeftBackbone(base, dict(type=PEFT[way]), fast=fast)
     return PeftBackbone(base, trainable=way, fast=fast)
+
+
+def randomise(model: nn.Module) -> None:
+    """Give a method that begins as zero, LoRA or single weights, something to merge."""
+    for module in model.modules():
+        if isinstance(module, LoRA):
+            nn.init.normal_(module.up.weight, std=0.02)
+        elif isinstance(module, SparseDelta):
+            nn.init.normal_(module.values, std=0.02)
+
+
+def small_plan(base: dict[str, Any]) -> Plan:
+    """What ``spt`` trains: LoRA on every q and v, and single weights of every fc1, as many as a LoRA there has."""
+    with meta_device():
+        architecture = Architecture.of(build_backbone('stock', base))
+    generator = torch.Generator('cpu').manual_seed(0)
+    matrices = [architecture.matrices[block, 'fc1'] for block in architecture.blocks]
+    weights = {
+        part.name: torch.randperm(part.numel, generator=generator, device='cpu')[: 8 * sum(part.shape)].sort().values
+        for part in matrices
+    }
+    lora = dict.fromkeys(architecture.blocks, ('q', 'v'))
+    return Plan(architecture, dict(type='LoRA', rank=8), lora, (), weights)
+
+
+class Shared:
+    """What several models have in common, once in memory: parameters, and AdamW's moments of those that train.
+
+    Models share a parameter of one name that has the same values in them and trains, or is frozen, in all of them, so
+    that none computes anything else than before. What steps change then changes in all that train it, and in no other.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: dict[tuple, nn.Parameter] = {}
+        self.state: defaultdict[nn.Parameter, dict] = defaultdict(dict)
+
+    def tie(self, model: nn.Module) -> None:
+        """Replace the parameters of a model by those of the models before it."""
+        for path, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                key = path, name, parameter.requires_grad, parameter.shape
+                other = self.parameters.setdefault(key, parameter)
+                if other is not parameter and torch.equal(other, parameter):
+                    setattr(module, name, other)
 
 
 class Case:
@@ -106,16 +185,26 @@ class Case:
         outputs: its forward, to the tensors that the backward starts from.
         device: where.
         dtype: float32, or the autocast's type.
+        shared: with other cases, none of which has made a step yet.
     """
 
     def __init__(
-        self, model: nn.Module, outputs: Callable[[nn.Module], Sequence[Tensor]], device: str, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        outputs: Callable[[nn.Module], Sequence[Tensor]] | None,
+        device: str,
+        dtype: torch.dtype,
+        shared: Shared | None = None,
     ) -> None:
         self.model = model.to(device)
+        if shared:
+            shared.tie(model)
         self.model.train()
         self.outputs = outputs
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
+        if self.optimizer and shared:
+            self.optimizer.state = shared.state
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
         self.device = device
 
@@ -184,10 +273,23 @@ class Case:
         return torch.cuda.max_memory_allocated(self.device) - others
 
 
-def all_ways(methods: Sequence[str], inference: bool) -> list[str]:
-    """The references and the methods asked for, in one order."""
-    ways = [*REFERENCES, *(m for m in METHODS if m in methods and m not in REFERENCES)]
-    return [*ways, FOLDED] if inference and 'mona' in ways else ways
+def choose_ways(methods: Sequence[str] | None, inference: bool) -> list[str]:
+    """The ways asked for, and the one that ratios are to, in the order of :data:`WAYS`; by default all.
+
+    Raises:
+        ConfigError: if one is of inference alone.
+    """
+    if methods is None:
+        return [way for way in WAYS if inference or way not in DEPLOYED]
+    deployed = [way for way in methods if way in DEPLOYED]
+    if deployed and not inference:
+        raise ConfigError(f'--methods {" ".join(deployed)}: a deployed form does not train; add --inference.')
+    return [way for way in WAYS if way in methods or way == reference(inference)]
+
+
+def reference(inference: bool) -> str:
+    """The way that ratios are to."""
+    return 'stock' if inference else 'full'
 
 
 def run(
@@ -195,35 +297,33 @@ def run(
     repeats: int = 9,
     archs: Sequence[str] = ('t', 'b'),
     sizes: Sequence[tuple[int, int]] = ((224, 224), (512, 512)),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     inference: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     bases: dict[str, dict[str, Any]] = ARCHS,
 ) -> Iterator[Row]:
-    """Measure every way on every Swin at every size; rows come as they are measured.
-
-    The ways take turns, round by round in another order, so that what else the machine does meets all of them; a ratio
-    is of two times of one round.
+    """Measure every way on every Swin at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows come
+    as they are measured.
 
     Args:
         device: where.
         repeats: rounds, after one that is not counted.
         archs: names in ``bases``.
         sizes: ``(height, width)`` of the images.
-        methods: of :data:`METHODS`, beside the :data:`REFERENCES`.
+        methods: of :data:`WAYS`: see :func:`choose_ways`.
         batch: images.
         dtype: float32, or the autocast's type.
         inference: measure inference in place of training.
         clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
         bases: arguments of mmdet's Swin.
     """
+    ways = choose_ways(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
         base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2, **bases[arch])
-        ways = all_ways(methods, inference)
-        cases = {way: Case(build_backbone(way, base), None, device, dtype) for way in ways}
+        cases = build_cases(ways, partial(build_backbone, base=base), device, dtype)
         for size in sizes:
             images = torch.randn(batch, 3, *size, device=device)
             for case in cases.values():
@@ -232,6 +332,18 @@ def run(
             label = ('backbone', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
         del cases, case  # before the next one's are built
+
+
+def build_cases(
+    ways: Sequence[str], build: Callable[[str], nn.Module], device: str, dtype: torch.dtype
+) -> dict[str, Case]:
+    """A case of every way, of equal weights, which they share."""
+    shared = Shared()
+    cases = {}
+    for way in ways:
+        torch.manual_seed(0)
+        cases[way] = Case(build(way), None, device, dtype, shared)
+    return cases
 
 
 def measure(
@@ -246,7 +358,7 @@ def measure(
     """Rows of the cases, by way.
 
     Args:
-        cases: with the references among them.
+        cases: with the :func:`reference` among them.
         label: the first fields of a :class:`Row`.
         operations: floating-point operations of a step, by way.
         speed: what :func:`mona_mm.benchmark.module.rates` measured.
@@ -254,30 +366,25 @@ def measure(
         inference: whether inference is measured.
         clock: in seconds.
     """
-    forwards: dict[str, list[float]] = {way: [] for way in cases}
-    steps: dict[str, list[float]] = {way: [] for way in cases}
-    order = random.Random(0)
     for case in cases.values():
         case.model.train(not inference)
-    for round_ in range(repeats + 1):
-        for way in order.sample(list(cases), len(cases)):
-            forward, backward = cases[way].seconds(inference, clock)
-            if round_:
-                forwards[way].append(forward)
-                steps[way].append(forward + backward)
+    return_freed_memory()  # of building and of other sizes
+    taken = take_turns({way: partial(case.seconds, inference, clock) for way, case in cases.items()}, repeats)
+    forwards = {way: [forward for forward, _ in each] for way, each in taken.items()}
+    steps = {way: [forward + backward for forward, backward in each] for way, each in taken.items()}
     kept = {way: 0 if inference else case.kept() for way, case in cases.items()}
     memory = {}
     for way, case in cases.items():
         peak = None if inference else case.peak()
         memory[way] = peak or kept[way] + (case.state() - 3 * case.trained() * inference)
-    reference = 'stock' if inference else 'full'
+    other = reference(inference)
     for way, case in cases.items():
         every, trained = case.state() - 3 * case.trained(), case.trained()
         # Kept activations written and read; parameters read in both passes; of what trains the gradient written and
         # read, two moments read and written, the parameter written.
         moved = every if inference else 2 * kept[way] + 2 * every + 7 * trained
-        forward = _times(forwards[way], forwards[reference])
-        step = (None,) * 4 if inference else _times(steps[way], steps[reference])
+        forward = times(forwards[way], forwards[other])
+        step = (None,) * 4 if inference else times(steps[way], steps[other])
         yield Row(
             *label,
             way,
@@ -286,7 +393,7 @@ def measure(
             kept=kept[way] / 2**20,
             state=(every if inference else case.state()) / 2**20,
             memory=memory[way] / 2**20,
-            memory_ratio=memory[way] / memory[reference],
+            memory_ratio=memory[way] / memory[other],
             floor=1e3 * max(operations[way] / speed[0], moved / speed[1]),
         )
 
@@ -296,8 +403,9 @@ def count_operations(way: str, base: dict[str, Any], shape: tuple[int, ...], inf
 
     Of the plain forms, whose operations torch's counter knows.
     """
+    plain = dict(mona_folded='mona', lora_merged='stock', spt_merged='stock').get(way, way)
     with meta_device():
-        model = build_backbone('mona' if way == FOLDED else way, base, fast=False)
+        model = build_backbone(plain, base, fast=False)
         model.train(not inference)  # some hosts' returns None
         images = torch.empty(shape)
     with FlopCounterMode(display=False) as counter:
@@ -307,49 +415,58 @@ def count_operations(way: str, base: dict[str, Any], shape: tuple[int, ...], inf
     return float(counter.get_total_flops())
 
 
-def _times(seconds: list[float], others: list[float]) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
-    """In milliseconds and as ratios, each as median and spread."""
-    return *median([1e3 * t for t in seconds]), *median([t / o for t, o in zip(seconds, others, strict=True)])
+def header(row: Row) -> str:
+    """The head of the table of such rows, in Markdown. Ratios below 1 are faster or smaller than the reference."""
+    inference = row.step is None
+    ratio = f'ratio to {reference(inference)}'
+    what = ['forward, ms'] if inference else ['forward, ms', 'step, ms']
+    return heading(('backbone', 'image', 'batch', 'type', 'way', *what, ratio, 'times the floor', 'memory, MiB', ratio))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a table in Markdown. Ratios below 1 are faster or smaller than the reference."""
-    inference = rows[0].step is None
-    what = 'forward, ms' if inference else 'forward, ms | step, ms'
-    lines = [
-        f'| backbone | image | batch | type | way | {what} | ratio | memory, MiB | ratio | times the floor |',
-        '|' + '---|' * (10 if inference else 11),
-    ]
-    for r in rows:
-        name = f'Swin-{r.arch.upper()} | {r.size[0]}x{r.size[1]} | {r.batch} | {r.dtype} | {r.way}'
-        times = with_spread(r.forward, r.forward_spread)
-        ratio, time_ = with_spread(r.forward_ratio, r.forward_ratio_spread), r.forward
-        if not inference:
-            times += f' | {with_spread(r.step, r.step_spread)}'
-            ratio, time_ = with_spread(r.step_ratio, r.step_ratio_spread), r.step
-        floor = f'{time_ / r.floor:.1f} of {r.floor:,.0f} ms'
-        lines.append(f'| {name} | {times} | {ratio} | {r.memory:,.0f} | {r.memory_ratio:.2f} | {floor} |')
-    return '\n'.join(lines)
+def line(row: Row) -> str:
+    """Of the table."""
+    values = [with_spread(row.forward, row.forward_spread)]
+    time_, ratio, spread = row.forward, row.forward_ratio, row.forward_ratio_spread
+    if row.step is not None:
+        values.append(with_spread(row.step, row.step_spread))
+        time_, ratio, spread = row.step, row.step_ratio, row.step_ratio_spread
+    return cells(
+        (
+            f'Swin-{row.arch.upper()}',
+            f'{row.size[0]}x{row.size[1]}',
+            f'{row.batch}',
+            row.dtype,
+            row.way,
+            *values,
+            with_spread(ratio, spread),
+            times_floor(time_, row.floor),
+            f'{row.memory:,.0f}',
+            f'{row.memory_ratio:.2f}',
+        )
+    )
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
     """What was to be reached, and what was, for every backbone and size: a sentence each."""
     sentences = []
-    by = {(r.suite, r.arch, r.size, r.way): r for r in rows if r.step is not None}
-    for suite, arch, size in dict.fromkeys((key[:3]) for key in by):
-        found = {way: by.get((suite, arch, size, way)) for way in (*REFERENCES, 'mona', 'adapter', 'fixed')}
-        checks = [
-            ('mona', 'adapter', 1.10, 1.10),
-            ('mona', 'full', 0.75, 0.50),
-            ('full', 'stock', 1.00, None),
-        ]
-        for way, other, time_limit, memory_limit in checks:
-            a, b = found[way], found[other]
+    by = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.way): r for r in rows}
+    for group in dict.fromkeys(key[:-1] for key in by):
+        suite, arch, size, batch, dtype, inference = group
+        place = f'{suite}, Swin-{arch.upper()} {size[0]}x{size[1]}, batch {batch}, {dtype}'
+        for way, other, time_limit, memory_limit in _DEPLOYMENT if inference else _TARGETS:
+            a, b = by.get((*group, way)), by.get((*group, other))
             if a is None or b is None:
                 continue
-            parts = [f'{a.step_ratio / b.step_ratio:.2f} of the time (target {time_limit:.2f})']
+            ratio = a.forward_ratio / b.forward_ratio if inference else a.step_ratio / b.step_ratio
+            parts = [f'{ratio:.2f} of the time' + (f' (target {time_limit:.2f})' if time_limit else '')]
             if memory_limit:
                 parts.append(f'{a.memory / b.memory:.2f} of the memory (target {memory_limit:.2f})')
-            place = f'Swin-{arch.upper()} {size[0]}x{size[1]}'
-            sentences.append(f'{suite}, {place}: {way} takes {" and ".join(parts)} of {other}.')
+            sentences.append(f'{place}: {way} takes {" and ".join(parts)} of {other}.')
     return sentences
+
+
+_TARGETS = (('mona', 'adapter', 1.10, 1.10), ('mona', 'full', 0.75, 0.50), ('full', 'stock', 1.00, None))
+_DEPLOYMENT = tuple((way, 'stock', None, None) for way in ('mona', 'mona_folded')) + tuple(
+    (way, 'stock', 1.00, None) for way in ('lora_merged', 'spt_merged')
+)
+"""Way, reference, and the most of its time and of its memory."""

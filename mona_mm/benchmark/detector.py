@@ -14,7 +14,15 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mona_mm.benchmark.backbone import METHODS, Case, Row, all_ways, build_backbone, count_operations, measure
+from mona_mm.benchmark.backbone import (
+    Case,
+    Row,
+    build_backbone,
+    build_cases,
+    choose_ways,
+    count_operations,
+    measure,
+)
 from mona_mm.benchmark.module import rates
 from mona_mm.config import adapt_to_device, load_config
 
@@ -32,7 +40,7 @@ def run(
     repeats: int = 9,
     archs: Sequence[str] = ('t',),
     sizes: Sequence[tuple[int, int]] = ((512, 512),),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     inference: bool = False,
@@ -43,20 +51,23 @@ def run(
     Args:
         configs: the folder of the shipped configs, or of others by the names in :data:`CONFIGS`.
     """
+    ways = choose_ways(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
         cfg = load_config(f'{configs}/{CONFIGS[arch]}')
         adapt_to_device(cfg)
         init_default_scope('mmdet')
-        ways = all_ways(methods, inference)
-        cases = {way: Case(build_detector(way, cfg), None, device, dtype) for way in ways}
+        cases = build_cases(ways, partial(build_detector, cfg=cfg), device, dtype)
         for size in sizes:
             data = _data(cfg, size, batch)
             for case in cases.values():
                 case.outputs = partial(_outputs, data=data)
             base, shape = cfg.model.backbone, (batch, 3, *size)
-            with FlopCounterMode(display=False) as counter:
-                cases['stock'].infer() if inference else cases['stock'].step()
+            stock = Case(build_detector('stock', cfg), partial(_outputs, data=data), device, dtype)
+            stock.model.train(not inference)
+            with FlopCounterMode(display=False) as counter:  # it knows the operations of the plain forms alone
+                stock.infer() if inference else sum(stock.forward()).backward()
+            del stock
             rest = counter.get_total_flops() - count_operations('stock', base, shape, inference)
             operations = {way: rest + count_operations(way, base, shape, inference) for way in ways}
             label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))

@@ -9,25 +9,22 @@ ways:
 ``published``  the operations of Mona's published code, one by one: three convolutions of a channels-last view
 ``adapter``    :class:`mona_mm.methods.Adapter` of the same width, which has no convolutions and no norm: for comparison
 =============  ========================================================================================================
-
-``python -m mona_mm.benchmark.module`` prints the table of ``docs/benchmarks.md``.
 """
 
-import argparse
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.benchmark.timing import median, seconds, with_spread
+from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, with_spread
 from mona_mm.methods import Adapter, Mona
 from mona_mm.ops.mona import linear
 
-SWINS = {'swin_b': (128, (2, 2, 18, 2)), 'swin_l': (192, (2, 2, 18, 2))}
+SWINS = {'swin_t': (96, (2, 2, 6, 2)), 'swin_b': (128, (2, 2, 18, 2)), 'swin_l': (192, (2, 2, 18, 2))}
 """Width of the first stage, and blocks of each."""
 
 SIZES = ((224, 224), (512, 512), (800, 1216))
@@ -179,11 +176,9 @@ def run(
     batch: int = 1,
     dtype: torch.dtype = torch.float32,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Row]:
-    """Measure every way on every backbone at every size.
-
-    The ways take turns, round by round in another order, so that what else the machine does meets all of them; a ratio
-    is of two times of one round.
+) -> Iterator[Row]:
+    """Measure every way on every backbone at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
+    come as they are measured.
 
     Args:
         device: where.
@@ -195,12 +190,9 @@ def run(
         clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
     """
     speed = rates(device, dtype, clock)
-    return [
-        row
-        for host in hosts
-        for size in sizes
-        for row in _rows(device, repeats, host, size, batch, dtype, clock, speed)
-    ]
+    for host in hosts:
+        for size in sizes:
+            yield from _rows(device, repeats, host, size, batch, dtype, clock, speed)
 
 
 def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[Row]:
@@ -208,7 +200,6 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
     totals = {way: [0.0] * repeats for way in WAYS}
     kept, peaks, differences = dict.fromkeys(WAYS, 0), {}, dict.fromkeys(WAYS, 0.0)
     floor = [0.0, 0.0]
-    order = random.Random(0)
     for stage, depth in enumerate(depths):
         channels, hw = width << stage, tuple(-(-side // (4 << stage)) for side in size)
         count = 2 * depth
@@ -218,15 +209,14 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
                 differences[way] = max(differences[way], _difference(case, cases['published']))
             kept[way] += count * case.kept()
             peaks.setdefault(way, case.peak())
-            case.step()
-        for i in range(repeats):
-            for way in order.sample(WAYS, len(WAYS)):
-                totals[way][i] += count * seconds(cases[way].step, device, clock)
+        turns = {way: partial(seconds, case.step, device, clock) for way, case in cases.items()}
+        for way, taken in take_turns(turns, repeats).items():
+            totals[way] = [total + count * t for total, t in zip(totals[way], taken, strict=True)]
         for i, amount in enumerate(work(batch, channels, hw, dtype.itemsize)):
             floor[i] += count * amount / speed[i]
     for way in WAYS:
-        step, spread = median([1e3 * t for t in totals[way]])
         mona = way != 'adapter'
+        step, *others = times(totals[way], totals['ours'])
         yield Row(
             host,
             tuple(size),
@@ -234,8 +224,7 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
             str(dtype).removeprefix('torch.'),
             way,
             step,
-            spread,
-            *median([t / o for t, o in zip(totals[way], totals['ours'], strict=True)]),
+            *others,
             kept=kept[way] / 2**20,
             peak=None if peaks[way] is None else peaks[way] / 2**20,
             difference=differences[way] if mona else None,
@@ -244,48 +233,37 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
         )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a table in Markdown. A ratio above 1 is so many times slower than ``ours``."""
-    lines = [
-        '| backbone | image | batch | type | way | step, ms | ratio | kept, MiB | times the floor | difference |',
-        '|---|---|---|---|---|---|---|---|---|---|',
-    ]
-    for r in rows:
-        what = f'{r.host} | {r.size[0]}x{r.size[1]} | {r.batch} | {r.dtype} | {r.way}'
-        times = f'{with_spread(r.step, r.step_spread)} | {with_spread(r.ratio, r.ratio_spread)} | {r.kept:,.1f}'
-        floor = '' if r.floor is None else f'{r.floor_ratio:.1f} of {r.floor:,.1f} ms'
-        difference = '' if r.difference is None else f'{r.difference:.0e}'
-        lines.append(f'| {what} | {times} | {floor} | {difference} |')
-    return '\n'.join(lines)
+def header(row: Row) -> str:
+    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``ours``."""
+    return heading(
+        (
+            'backbone',
+            'image',
+            'batch',
+            'type',
+            'way',
+            'forward and backward, ms',
+            'ratio to ours',
+            'kept, MiB',
+            'times the floor',
+            'difference to published',
+        )
+    )
 
 
-def _size(text: str) -> tuple[int, int]:
-    height, width = text.split('x')
-    return int(height), int(width)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--repeats', type=int, default=9)
-    parser.add_argument('--hosts', nargs='+', choices=SWINS, default=list(SWINS))
-    parser.add_argument('--sizes', nargs='+', type=_size, default=SIZES, metavar='HxW')
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
-    parser.add_argument('--threads', type=int, help='of torch on a CPU')
-    parser.add_argument('--processor-time', action='store_true', help='of the one thread, instead of wall-clock time')
-    args = parser.parse_args()
-    if args.processor_time and (args.threads != 1 or torch.device(args.device).type != 'cpu'):
-        parser.error('--processor-time is that of one thread: give --threads 1, on a CPU')
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    clock = time.thread_time if args.processor_time else time.perf_counter
-    operations, moved = rates(args.device, dtype, clock)
-    print(f'Products: {operations / 1e9:,.0f} G operations/s; copies: {moved / 1e9:,.1f} GB/s, read and written.')
-    print('Medians, and first to third quartile. Ratios are to `ours`.')
-    print(table(run(args.device, args.repeats, args.hosts, args.sizes, args.batch, dtype, clock)), flush=True)
-
-
-if __name__ == '__main__':
-    main()
+def line(row: Row) -> str:
+    """Of the table."""
+    return cells(
+        (
+            f'Swin-{row.host[-1].upper()}',
+            f'{row.size[0]}x{row.size[1]}',
+            f'{row.batch}',
+            row.dtype,
+            row.way,
+            with_spread(row.step, row.step_spread),
+            with_spread(row.ratio, row.ratio_spread),
+            f'{row.kept:,.1f}',
+            '' if row.floor is None else times_floor(row.step, row.floor),
+            '' if row.difference is None else f'{row.difference:.0e}',
+        )
+    )

@@ -3,60 +3,129 @@
 import os
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mona_mm.benchmark.backbone import Row
+from mona_mm.benchmark.backbone import WAYS, Row, reference
 
-_COLOURS = (
-    '#4477aa',
-    '#cc6677',
-    '#44aa77',
-    '#ee8866',
-    '#aa4499',
-    '#999933',
-    '#88ccee',
-    '#777777',
-    '#332288',
-    '#000000',
+_COLOURS = dict(
+    stock='#999999',
+    full='#000000',
+    published_mona='#ee8866',
+    mona='#cc3311',
+    adapter='#4477aa',
+    adaptformer='#88ccee',
+    lora='#228833',
+    lorand='#aa4499',
+    spt='#999933',
+    fixed='#ddaa33',
+    bitfit='#332288',
+    norm_tuning='#44bbaa',
+    partial_1='#885533',
+    mona_folded='#ff99aa',
+    lora_merged='#99cc77',
+    spt_merged='#cccc88',
 )
+_ARCHS = dict(t=('T', 'o', ':'), b=('B', 's', '--'), l=('L', '^', '-'))
+"""Letter, marker and line of a Swin."""
 
 
 def plot_cost(rows: Sequence[Row], path: str) -> None:
     """Time and memory of a step (of a forward, for inference) against the side of a square of as many pixels.
 
-    One row of panels for every backbone, one line for every way; bars are quartiles.
+    Four panels for every suite, batch and type: time, memory, and both as ratios to the reference. Colours are ways,
+    markers and lines Swins, bars quartiles.
 
     Args:
         rows: of :mod:`mona_mm.benchmark.backbone` or :mod:`mona_mm.benchmark.detector`.
         path: of the PNG file; its folder is made.
     """
-    panels = list(dict.fromkeys((row.suite, row.arch) for row in rows))
-    ways = list(dict.fromkeys(row.way for row in rows))
-    figure = Figure(figsize=(11, 4.2 * len(panels)), layout='constrained')
-    axes = figure.subplots(len(panels), 2, squeeze=False)
-    for (suite, arch), (left, right) in zip(panels, axes, strict=True):
-        for way in ways:
-            line = sorted(
-                (r for r in rows if (r.suite, r.arch, r.way) == (suite, arch, way)), key=lambda r: r.size[0] * r.size[1]
-            )
-            sides = [(r.size[0] * r.size[1]) ** 0.5 for r in line]
-            times = [(r.forward, r.forward_spread) if r.step is None else (r.step, r.step_spread) for r in line]
-            bars = [[t - s[0] for t, s in times], [s[1] - t for t, s in times]]
-            turn, colour = divmod(ways.index(way), len(_COLOURS))
-            style = dict(color=_COLOURS[colour], linestyle=('-', '--')[turn % 2], marker='o', markersize=4, label=way)
-            left.errorbar(sides, [t for t, _ in times], yerr=bars, capsize=2, **style)
-            right.plot(sides, [r.memory for r in line], **style)
-        what = 'forward, inference' if line[0].step is None else 'training step'
-        first = line[0]
-        left.set_title(f'Swin-{arch.upper()}, {suite}: {what}, batch {first.batch}, {first.dtype}')
-        right.set_title('memory')
-        left.set_ylabel('ms')
-        right.set_ylabel('MiB')
-        for axis in (left, right):
-            axis.set_xlabel('side of the image, pixels (of a square of its area)')
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-        right.legend(fontsize='small', loc='center left', bbox_to_anchor=(1.02, 0.5))
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.suite, row.step is None, row.batch, row.dtype), []).append(row)
+    figure = Figure(figsize=(13, 8.5 * len(groups)), layout='constrained')
+    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+    for ((suite, inference, batch, dtype), group), part in zip(groups.items(), parts, strict=True):
+        what = 'inference (a forward)' if inference else 'training step (forward, backward, AdamW)'
+        part.suptitle(f'{suite}, {what}: batch {batch}, {dtype}')
+        _panels(group, part.subplots(2, 2), inference)
+        part.legend(handles=_legend(group), loc='outside right center', fontsize='small')
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     FigureCanvasAgg(figure).print_figure(path, dpi=130)
+
+
+def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) -> None:
+    (time, memory), (time_ratio, memory_ratio) = axes
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in sorted(rows, key=_side):
+        lines.setdefault((row.arch, row.way), []).append(row)
+    for (arch, way), line in lines.items():
+        sides = [_side(row) for row in line]
+        _, marker, linestyle = _ARCHS[arch]
+        style = dict(color=_COLOURS[way], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
+        for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
+            middle = [scale * t for t, _ in times]
+            # A quartile can lie a rounding error on the other side.
+            low, high = ([max(0.0, sign * scale * (s[i] - t)) for t, s in times] for i, sign in ((0, -1), (1, 1)))
+            axis.errorbar(sides, middle, yerr=(low, high), capsize=2, elinewidth=0.8, **style)
+        memory.plot(sides, [row.memory / 1024 for row in line], **style)
+        memory_ratio.plot(sides, [row.memory_ratio for row in line], **style)
+    other = reference(inference)
+    for axis, label in (
+        (time, 'time, s'),
+        (memory, 'memory, GiB'),
+        (time_ratio, f'time / time of {other}'),
+        (memory_ratio, f'memory / memory of {other}'),
+    ):
+        axis.set_ylabel(label)
+        axis.set_xlabel('image, pixels (its place: the side of a square of its area)')
+        axis.set_xscale('log')
+        _ticks(axis, rows)
+        axis.grid(alpha=0.3)
+    for axis in (time, memory):
+        axis.set_yscale('log')
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    for axis in (time_ratio, memory_ratio):
+        axis.set_ylim(bottom=0)
+
+
+def _ticks(axis: Axes, rows: list[Row]) -> None:
+    """At the sizes that were measured; where two would touch, at the larger."""
+    names = {
+        _side(row): f'{row.size[0]}' if row.size[0] == row.size[1] else 'x'.join(map(str, row.size)) for row in rows
+    }
+    ticks: list[float] = []
+    for side in sorted(names, reverse=True):
+        if not ticks or side < 0.88 * ticks[-1]:
+            ticks.append(side)
+    axis.set_xticks(ticks, [names[side] for side in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _legend(rows: list[Row]) -> list[Line2D]:
+    ways = [way for way in WAYS if way in {row.way for row in rows}]
+    archs = [arch for arch in _ARCHS if arch in {row.arch for row in rows}]
+    found = [Line2D([], [], color=_COLOURS[way], linewidth=3, label=way) for way in ways]
+    for name, marker, linestyle in (_ARCHS[arch] for arch in archs):
+        found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
+    return found
+
+
+def _side(row: Row) -> float:
+    return (row.size[0] * row.size[1]) ** 0.5
+
+
+def _times(line: list[Row]) -> list[tuple[float, tuple[float, float]]]:
+    return [(r.forward, r.forward_spread) if r.step is None else (r.step, r.step_spread) for r in line]
+
+
+def _ratios(line: list[Row]) -> list[tuple[float, tuple[float, float]]]:
+    return [
+        (r.forward_ratio, r.forward_ratio_spread) if r.step is None else (r.step_ratio, r.step_ratio_spread)
+        for r in line
+    ]

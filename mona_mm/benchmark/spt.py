@@ -11,35 +11,37 @@ the weights is also timed alone. The ways:
 ``published``        the formula of SPT's published code: a ``K x K`` product, of which it takes the diagonal
 ``mask``             the layer's whole weight trains, and its gradient is multiplied by a mask
 ===================  ==================================================================================================
-
-``python -m mona_mm.benchmark.spt`` prints the table of ``docs/benchmarks.md``.
 """
 
-import argparse
 import gc
 import multiprocessing
 import os
-import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from mona_mm.benchmark.timing import median, seconds, wait, with_spread
+from mona_mm.benchmark.module import rates
+from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, wait, with_spread
 from mona_mm.spt import sparse
 
 VIT_B = (3072, 768)
 """``(out, in)`` of fc1 of a ViT-B."""
 
-TOKENS = 8 * 197
-"""Of 8 images of 224 x 224, so that a CPU can do it; the published batch is 64. The gradients' costs grow with it
-alike."""
+IMAGE = 197
+"""Tokens of an image of 224 x 224."""
+
+TOKENS = 8 * IMAGE
+"""Of 8 images, so that a CPU can do it; the published batch is 64. The gradients' costs grow with it alike."""
+
+COUNTS = (1 << 10, 1 << 14, 1 << 17)
 
 _PRODUCT_LIMIT = 2 << 30
 """Bytes of the published formula's ``K x K`` product beyond which a slice of it is timed instead of the whole."""
@@ -52,7 +54,9 @@ class Row:
     ``gradient`` is the weight's gradient alone, ``step`` all of a step. Ratios are to ``ours`` in the same round.
     ``peak`` is what a step needs at most beyond what was there before it; ``kept`` is what training keeps: trained
     values, their gradients, AdamW's state, and indices or mask. ``estimated`` says that the published product did not
-    fit, its time is that of a slice multiplied, and the peak is the sizes of its tensors.
+    fit, its time is that of a slice multiplied, and the peak is the sizes of its tensors. The floors are the times that
+    the operations and the bytes that no way can do without would take at this machine's measured rates, whichever is
+    longer.
     """
 
     count: int
@@ -65,6 +69,8 @@ class Row:
     step_spread: tuple[float, float]
     step_ratio: float
     step_ratio_spread: tuple[float, float]
+    gradient_floor: float
+    step_floor: float
     peak: float
     kept: float
     estimated: bool = False
@@ -135,34 +141,47 @@ class _SlicedPublished:
         self.device, self.count = device, count
         self.rows = max(1, _PRODUCT_LIMIT // 16 // count)
 
-    def seconds(self) -> float:
+    def seconds(self, clock: Callable[[], float]) -> float:
         """Of the whole gradient, were there the memory."""
         wait(self.device)
-        start = time.perf_counter()
+        start = clock()
         rows, columns = sparse._places(self.case.places, self.case.x.shape[1])
         grad, x = self.case.grad[:, rows].t(), self.case.x.detach()[:, columns]
         wait(self.device)
-        gathered = time.perf_counter()
+        gathered = clock()
         grad[: self.rows] @ x
         wait(self.device)
-        return gathered - start + (time.perf_counter() - gathered) * self.count / self.rows
+        return gathered - start + (clock() - gathered) * self.count / self.rows
 
     def peak(self) -> int:
         """Bytes."""
         return 4 * self.count * (self.count + 2 * len(self.case.x))
 
 
+def work(count: int, shape: tuple[int, int], tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Operations and bytes that no way can do without, of the gradient alone and of a step, in single precision.
+
+    The gradient: a product of ``tokens`` numbers for each of the ``count`` weights; dy, x and the indices read, the
+    gradient written. A step adds the forward and the input's gradient: the weight read in each, x read and y written,
+    dy read and dx written; and AdamW, which reads and writes the values and two moments.
+    """
+    weights, io = shape[0] * shape[1], tokens * (shape[0] + shape[1])
+    gradient = 2.0 * count * tokens, 4.0 * (io + 3 * count)  # an index has the size of two numbers
+    return gradient, (gradient[0] + 4 * tokens * weights, gradient[1] + 4.0 * (2 * weights + 2 * io + 7 * count))
+
+
 def run(
     device: str = 'cpu',
     repeats: int = 9,
-    counts: Sequence[int] = (1 << 10, 1 << 14, 1 << 17),
+    counts: Sequence[int] = COUNTS,
     shape: tuple[int, int] = VIT_B,
     tokens: int = TOKENS,
-) -> list[Row]:
-    """Measure every way at every number of weights, in single precision.
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[Row]:
+    """Measure every way at every number of weights, in single precision, as
+    :func:`~mona_mm.benchmark.timing.take_turns` does; rows come as they are measured.
 
-    The ways take turns, round by round in another order, so that what else the machine does meets all of them; a ratio
-    is of two times of one round. Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
+    Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
 
     Args:
         device: where.
@@ -170,27 +189,30 @@ def run(
         counts: numbers of tuned weights.
         shape: ``(out, in)`` of the layer.
         tokens: ``N``.
+        clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
     """
-    return [row for count in counts for row in _rows(device, repeats, count, shape, tokens)]
+    speed = rates(device, torch.float32, clock)
+    for count in counts:
+        floors = [1e3 * max(o / speed[0], b / speed[1]) for o, b in work(count, shape, tokens)]
+        yield from _rows(device, repeats, clock, floors, count, shape, tokens)
 
 
-def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
-    sliced = None
-    if 4 * count**2 > _PRODUCT_LIMIT:
-        sliced = _SlicedPublished(device, *size, count)
+def _rows(device: str, repeats: int, clock: Callable[[], float], floors: list[float], count: int, *size):
+    size = (*size, count)
+    sliced = _SlicedPublished(device, *size) if 4 * count**2 > _PRODUCT_LIMIT else None
     # CUDA's sampled product is another library's, and sparse_weight_grad does not take it there.
     without = {'sampled product'} if torch.device(device).type != 'cpu' else set()
-    cases = {way: _Case(way, device, *size, count) for way in WAYS if way not in without}
-    gradients: dict[str, list[float]] = {way: [] for way in cases}
-    steps: dict[str, list[float]] = {way: [] for way in cases}
-    order = random.Random(0)
-    for _ in range(repeats + 1):
-        for way in order.sample(list(cases), len(cases)):
-            if way == 'published' and sliced:
-                gradients[way].append(sliced.seconds())
-            else:
-                gradients[way].append(seconds(cases[way].gradient, device))
-                steps[way].append(seconds(cases[way].step, device))
+    cases = {way: _Case(way, device, *size) for way in WAYS if way not in without}
+
+    def turn(way: str) -> tuple[float, float | None]:
+        """Seconds of the gradient and of a step."""
+        if way == 'published' and sliced:
+            return sliced.seconds(clock), None
+        return seconds(cases[way].gradient, device, clock), seconds(cases[way].step, device, clock)
+
+    taken = take_turns({way: partial(turn, way) for way in cases}, repeats)
+    gradients = {way: [gradient for gradient, _ in each] for way, each in taken.items()}
+    steps = {way: [step for _, step in each] for way, each in taken.items()}
     if sliced:
         parts = zip(steps['ours'], gradients['ours'], gradients['published'], strict=True)
         steps['published'] = [step - ours + published for step, ours, published in parts]
@@ -199,18 +221,13 @@ def _rows(device: str, repeats: int, count: int, *size) -> Iterator[Row]:
         yield Row(
             count,
             way,
-            *_times(gradients[way], gradients['ours']),
-            *_times(steps[way], steps['ours']),
-            peak=(sliced.peak() if estimated else _peak(way, device, *size, count)) / 2**20,
+            *times(gradients[way], gradients['ours']),
+            *times(steps[way], steps['ours']),
+            *floors,
+            peak=(sliced.peak() if estimated else _peak(way, device, *size)) / 2**20,
             kept=cases['ours' if estimated else way].kept() / 2**20,
             estimated=estimated,
         )
-
-
-def _times(seconds: list[float], ours: list[float]) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
-    """In milliseconds and as ratios, each as median and spread, without the first round."""
-    ratios = [t / o for t, o in zip(seconds, ours, strict=True)]
-    return *median([1e3 * t for t in seconds[1:]]), *median(ratios[1:])
 
 
 def _peak(way: str, *args) -> float:
@@ -266,34 +283,26 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text()).group(1))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a table in Markdown. A ratio above 1 is so many times slower than ``ours``."""
-    lines = [
-        '| K | way | gradient, ms | ratio | step, ms | ratio | peak of a step, MiB | kept for training, MiB |',
-        '|---|---|---|---|---|---|---|---|',
-    ]
-    for r in rows:
-        times = (
-            with_spread(r.gradient, r.gradient_spread),
-            with_spread(r.gradient_ratio, r.gradient_ratio_spread),
-            with_spread(r.step, r.step_spread),
-            with_spread(r.step_ratio, r.step_ratio_spread),
+def header(row: Row) -> str:
+    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``ours``."""
+    ratios = 'ratio to ours', 'times the floor'
+    memory = 'peak of a step, MiB', 'kept for training, MiB'
+    return heading(('K', 'way', 'gradient, ms', *ratios, 'step, ms', *ratios, *memory))
+
+
+def line(row: Row) -> str:
+    """Of the table."""
+    return cells(
+        (
+            f'{row.count:,}',
+            f'{row.way} (estimated)' if row.estimated else row.way,
+            with_spread(row.gradient, row.gradient_spread),
+            with_spread(row.gradient_ratio, row.gradient_ratio_spread),
+            times_floor(row.gradient, row.gradient_floor),
+            with_spread(row.step, row.step_spread),
+            with_spread(row.step_ratio, row.step_ratio_spread),
+            times_floor(row.step, row.step_floor),
+            f'{row.peak:,.0f}',
+            f'{row.kept:.2f}',
         )
-        way = f'{r.way} (estimated)' if r.estimated else r.way
-        lines.append(f'| {r.count:,} | {way} | {" | ".join(times)} | {r.peak:,.0f} | {r.kept:.2f} |')
-    return '\n'.join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--repeats', type=int, default=9)
-    parser.add_argument('--tokens', type=int, default=TOKENS, help='N (default: 8 images of 197 tokens)')
-    parser.add_argument('--shape', type=int, nargs=2, default=VIT_B, metavar=('OUT', 'IN'))
-    args = parser.parse_args()
-    print('Medians, and first to third quartile. Ratios are to `ours`.')
-    print(table(run(args.device, args.repeats, shape=tuple(args.shape), tokens=args.tokens)))
-
-
-if __name__ == '__main__':
-    main()
+    )

@@ -1,9 +1,31 @@
-"""What the suites share: a call's time, medians with their spread."""
+"""What the suites share: rounds in which the ways take turns, a call's time, medians with their spread."""
 
+import ctypes
+import gc
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
+
+T = TypeVar('T')
+
+
+def take_turns(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """What every way returns in every round.
+
+    The ways take turns, round by round in another order, so that what else the machine does meets all of them. The
+    first round is not counted.
+    """
+    results: dict[str, list[T]] = {way: [] for way in ways}
+    order = random.Random(0)
+    for round_ in range(repeats + 1):
+        for way in order.sample(list(ways), len(ways)):
+            result = ways[way]()
+            if round_:
+                results[way].append(result)
+    return results
 
 
 def seconds(function: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -21,6 +43,21 @@ def wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def return_freed_memory() -> None:
+    """To the system, where the C library keeps it (glibc). Not between two times, since taking it again takes time."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim:
+        trim(0)
+
+
+def times(
+    seconds: Sequence[float], reference: Sequence[float]
+) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
+    """In milliseconds, and as ratios to the reference of the same round: each as median and quartiles."""
+    return *median([1e3 * t for t in seconds]), *median([t / r for t, r in zip(seconds, reference, strict=True)])
+
+
 def median(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """And the first and third quartile."""
     first, middle, third = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
@@ -31,3 +68,18 @@ def with_spread(middle: float, spread: tuple[float, float]) -> str:
     """``median (first-third quartile)``, in about three digits."""
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
     return f'{middle:,.{digits}f} ({spread[0]:,.{digits}f}-{spread[1]:,.{digits}f})'
+
+
+def times_floor(time: float, floor: float) -> str:
+    """How many times the floor a time is, both in milliseconds."""
+    return f'{time / floor:.1f} of {floor:,.{0 if floor >= 10 else 1 if floor >= 1 else 2}f} ms'
+
+
+def heading(columns: Sequence[str]) -> str:
+    """The first two lines of a table in Markdown."""
+    return f'{cells(columns)}\n|{"---|" * len(columns)}'
+
+
+def cells(values: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
+    return f'| {" | ".join(values)} |'
