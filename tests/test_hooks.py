@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, needs_gpu
 from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -96,9 +96,6 @@ def log_of(runner: Runner) -> str:
         if isinstance(handler, logging.FileHandler):
             handler.flush()
     return Path(runner.logger.handlers[-1].baseFilename).read_text()
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
 @pytest.mark.parametrize(
