@@ -9,6 +9,7 @@ from torch import nn
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
 from mona_mm.fast.attention import make_fast
+from mona_mm.fast.frozen_weights import in_float32, keep_frozen
 from mona_mm.freeze import Rules, as_rules, freeze
 from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
@@ -22,6 +23,7 @@ def PeftBackbone(
     trainable: Rules | None = None,
     fast: bool = True,
     compile: bool | dict[str, Any] = False,
+    frozen_dtype: str | None = None,
 ) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
@@ -39,11 +41,14 @@ def PeftBackbone(
         compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
             it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
             on a CPU. Copies are not compiled.
+        frozen_dtype: ``'bfloat16'`` or ``'float16'`` keeps the frozen weights of linear layers and convolutions in that
+            type; what trains stays in float32: see :mod:`mona_mm.fast.frozen_weights`. Forward and backward are in
+            mixed precision then, with or without an AmpOptimWrapper; float16 needs the loss scaling of one.
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
         ConfigError: unknown base or method, a method that this host has no sites for or that is wider than its blocks,
-            a rule that matches nothing, or ``frozen_stages`` under a method.
+            a rule that matches nothing, ``frozen_stages`` under a method, or ``frozen_dtype`` where nothing is frozen.
         UnknownOptionError: an option that the method does not have.
     """
     method = None if peft is None else build_method(peft)
@@ -63,6 +68,8 @@ def PeftBackbone(
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone, method)
+    if frozen_dtype is not None:
+        keep_frozen(backbone, frozen_dtype)
     if compile:
         backbone.compile(**(compile if isinstance(compile, dict) else {}))
     return backbone
@@ -110,11 +117,12 @@ def init_weights(self: nn.Module, method: Method | None = None) -> None:
     the libraries the host is from. The method comes last, because some hosts re-randomise every linear layer.
     """
     pretrained = pretrained_file(self)
-    if pretrained is not None:
-        load_pretrained(self, **pretrained)
-    else:
-        type(self).init_weights(self)
-    if method is not None:
-        method.check_base(self)
+    with in_float32(self):
+        if pretrained is not None:
+            load_pretrained(self, **pretrained)
+        else:
+            type(self).init_weights(self)
+        if method is not None:
+            method.check_base(self)
     for module in method_modules(self):
         module.reset_parameters()

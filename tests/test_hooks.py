@@ -99,7 +99,8 @@ def log_of(runner: Runner) -> str:
 
 
 @pytest.mark.parametrize(
-    'options', ['plain', 'ema', 'accumulate', 'with_cp', 'amp-bf16-cpu', pytest.param('amp', marks=needs_gpu)]
+    'options',
+    ['plain', 'ema', 'accumulate', 'with_cp', 'frozen-bf16', 'amp-bf16-cpu', pytest.param('amp', marks=needs_gpu)],
 )
 def test_only_what_should_train_moves(make_runner, options, monkeypatch):
     """Training moves the method and the head, no base weight, under EMA, accumulation and checkpointing too; the log
@@ -123,6 +124,8 @@ def test_only_what_should_train_moves(make_runner, options, monkeypatch):
             constructor='mona_mm.PeftOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
         )
+    elif options == 'frozen-bf16':
+        backbone = mona_swin(frozen_dtype='bfloat16')
     elif options == 'with_cp':
         backbone = PeftBackbone(base=dict(HOSTS['mmdet-swin'], with_cp=True), peft=dict(type='Mona', bottleneck=8))
     runner = make_runner(backbone, hooks, epochs=2, **kwargs)

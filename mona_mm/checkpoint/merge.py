@@ -27,7 +27,8 @@ def unmergeable(model: nn.Module) -> list[str]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
 
-    ``model`` itself is not changed. The sum is computed in float64.
+    ``model`` itself is not changed. The sum is computed in float64. Weights in half precision (``frozen_dtype``) come
+    out in float32: there they would round small additions away.
 
     Raises:
         ValueError: if something in the model is :func:`unmergeable`.
@@ -36,7 +37,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if left:
         raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
     own = method_names(model)
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items() if name not in own}
+    state = {name: _single(tensor.detach()) for name, tensor in model.state_dict().items() if name not in own}
     with torch.no_grad():
         for path, module in model.named_modules():
             # Single weights: a module of its own beside a parameter, which maps it to what the forward computes with.
@@ -51,6 +52,11 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 rows = weight[linear.rows(weight)]
                 rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
     return state
+
+
+def _single(tensor: Tensor) -> Tensor:
+    halves = (torch.float16, torch.bfloat16)
+    return tensor.to(torch.float32 if tensor.dtype in halves else tensor.dtype, copy=True)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
