@@ -7,8 +7,8 @@ makes other images, which are computed. What was computed in a batch may differ 
 would give; in batches of one, on a CPU, nothing differs.
 
 Features are kept in CPU memory, until it is used up, and then those there are stay: of a data set larger than the
-memory, throwing out the oldest would find nothing again. Every process of a distributed run has its own, of the images
-that it has seen.
+memory, throwing out the oldest would find nothing again. Those of validation are kept as well. Every process of a
+distributed run has its own, of the images that it has seen. Hooks on modules whose features are found do not run.
 
 They belong to the weights. Weights that were loaded, initialised or changed in place are found by their addresses and
 version counters at the next image, those exchanged without a trace (mmengine's EMAHook does so between training and
@@ -52,12 +52,9 @@ class Features(NamedTuple):
     hw: tuple[int, int] | None = None
 
     def copy(self) -> 'Features':
-        """In memory of its own on the CPU, fit for training wherever it was made."""
-        with torch.inference_mode(False), torch.no_grad():
-            outputs = tuple(out.to('cpu', copy=True) for out in self.outputs)
-            return self._replace(
-                outputs=outputs, tokens=None if self.tokens is None else self.tokens.to('cpu', copy=True)
-            )
+        """In memory of its own on the CPU."""
+        outputs = tuple(out.to('cpu', copy=True) for out in self.outputs)
+        return self._replace(outputs=outputs, tokens=None if self.tokens is None else self.tokens.to('cpu', copy=True))
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +75,8 @@ class FeatureCache:
         self.asked = self.found = 0  # images, since they were last reported
         self.switched = True  # whether train() or eval() has been called since the weights were looked at
         self._is_full = False
-        self._weights: tuple[list, dict] = [], {}
+        # Their marks, fingerprint and, so that their addresses can be no others', storages.
+        self._weights: tuple[list, dict, list[Tensor]] = [], {}, []
 
     def __reduce__(self) -> tuple:
         return FeatureCache, (self.gib,)
@@ -107,7 +105,8 @@ class FeatureCache:
                 print_log('The frozen weights have changed: the features kept are dropped.', logger='current')
             self.features.clear()
             self.bytes, self._is_full = 0, False
-        self._weights, self.switched = (marks, current), False
+        self._weights = marks, current, [t.detach() for _, t in tensors]
+        self.switched = False
 
     def report(self) -> None:
         """Say how many images were found since the last report."""
