@@ -261,7 +261,7 @@ def test_an_error_leaves_no_autocast_on():
     assert not torch.is_autocast_enabled('cpu')
 
 
-@pytest.mark.parametrize('dtype', ['half', 'float32', torch.bfloat16, 16])
+@pytest.mark.parametrize('dtype', ['half', 'float32', torch.bfloat16, 16, ['bfloat16']])
 def test_other_types_are_refused(dtype):
     with pytest.raises(ConfigError, match=r"frozen_dtype=.* must be 'bfloat16', 'float16' or None"):
         PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'), frozen_dtype=dtype)

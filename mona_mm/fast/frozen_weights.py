@@ -34,7 +34,7 @@ def keep_frozen(backbone: nn.Module, dtype: str) -> None:
     Raises:
         ConfigError: if it is another, or nothing that could be kept so is frozen.
     """
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(
             f"frozen_dtype={dtype!r} must be 'bfloat16', 'float16' or None (the frozen weights stay in float32)."
         )
