@@ -9,6 +9,8 @@ from torch import nn
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
 from mona_mm.fast.attention import make_fast
+from mona_mm.fast.feature_cache import cache_features as keep_features
+from mona_mm.fast.frozen_weights import in_float32, keep_frozen
 from mona_mm.freeze import Rules, as_rules, freeze
 from mona_mm.methods import Method, build_method
 from mona_mm.registry import MODELS
@@ -22,6 +24,8 @@ def PeftBackbone(
     trainable: Rules | None = None,
     fast: bool = True,
     compile: bool | dict[str, Any] = False,
+    frozen_dtype: str | None = None,
+    cache_features: float | None = None,
 ) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
@@ -39,11 +43,18 @@ def PeftBackbone(
         compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
             it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
             on a CPU. Copies are not compiled.
+        frozen_dtype: ``'bfloat16'`` or ``'float16'`` keeps the frozen weights of linear layers and convolutions in that
+            type; what trains stays in float32: see :mod:`mona_mm.fast.frozen_weights`. Forward and backward are in
+            mixed precision then, with or without an AmpOptimWrapper; float16 needs the loss scaling of one.
+        cache_features: GiB of memory in which to keep what the frozen part makes of every image, for the next epoch;
+            with ``trainable`` ``'fixed'`` or ``'partial_1'`` and a pipeline that is not random: see
+            :mod:`mona_mm.fast.feature_cache`.
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
         ConfigError: unknown base or method, a method that this host has no sites for or that is wider than its blocks,
-            a rule that matches nothing, or ``frozen_stages`` under a method.
+            a rule that matches nothing, ``frozen_stages`` under a method, or ``frozen_dtype`` where nothing is frozen;
+            ``cache_features`` where the features of an image change, or with ``compile``.
         UnknownOptionError: an option that the method does not have.
     """
     method = None if peft is None else build_method(peft)
@@ -63,6 +74,12 @@ def PeftBackbone(
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
     # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
     backbone.init_weights = partial(init_weights, backbone, method)
+    if cache_features is not None:
+        if compile:
+            raise ConfigError('cache_features and compile exclude each other: what is compiled asks no cache.')
+        keep_features(backbone, cache_features)
+    if frozen_dtype is not None:  # last: within its autocast everything else is computed
+        keep_frozen(backbone, frozen_dtype)
     if compile:
         backbone.compile(**(compile if isinstance(compile, dict) else {}))
     return backbone
@@ -111,11 +128,12 @@ def init_weights(self: nn.Module, method: Method | None = None) -> None:
     the libraries the host is from. The method comes last, because some hosts re-randomise every linear layer.
     """
     pretrained = pretrained_file(self)
-    if pretrained is not None:
-        load_pretrained(self, **pretrained)
-    else:
-        type(self).init_weights(self)
-    if method is not None:
-        method.check_base(self)
+    with in_float32(self):
+        if pretrained is not None:
+            load_pretrained(self, **pretrained)
+        else:
+            type(self).init_weights(self)
+        if method is not None:
+            method.check_base(self)
     for module in method_modules(self):
         module.reset_parameters()

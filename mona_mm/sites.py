@@ -33,7 +33,7 @@ names of the base's parameters stay, the backbone's own class stays, and with mo
 what the stock one does, bit for bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -202,6 +202,7 @@ class Host:
         output_norms: prefixes of the norms of the backbone's outputs, which pretraining checkpoints do not hold.
         uncalled: modules of a block's attention that are never called, only their parameters read.
         grid_source: the child that returns ``(tokens, (H, W))``, where blocks of tokens are not handed ``(H, W)``.
+        end: what the backbone makes of its last block's ``(B, N, C)`` and their ``(H, W)``: its last output.
     """
 
     block: str
@@ -211,6 +212,7 @@ class Host:
     output_norms: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
     grid_source: str | None = None
+    end: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor] | None = None
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -220,6 +222,10 @@ class Host:
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
         """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
         return {path: m for path, m in backbone.named_modules() if qualified_name(stock_class(m)) == self.block}
+
+    def ends_with_last_block(self, backbone: nn.Module) -> bool:
+        """Whether the last block is behind one of the outputs."""
+        return len(getattr(backbone, 'stages', None) or backbone.layers) - 1 in backbone.out_indices
 
 
 def _fused(module: str, called: bool = True) -> dict[str, Linear]:
@@ -235,6 +241,15 @@ _FFN = _linears(fc1='ffn.layers.0.0', fc2='ffn.layers.1')
 _FFN_END = ('ffn.dropout_layer', 'ffn.dropout_layer')
 
 
+def _end_of_swin(backbone: nn.Module, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    x = getattr(backbone, f'norm{len(backbone.stages) - 1}')(x)
+    return x.view(-1, *hw, x.shape[-1]).permute(0, 3, 1, 2).contiguous()
+
+
+def _end_of_vit(backbone: nn.Module, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    return backbone._format_output(backbone.ln1(x) if backbone.final_norm else x, hw)
+
+
 def _swin(path: str) -> dict[str, Host]:
     host = Host(
         block=f'{path}.SwinBlock',
@@ -242,6 +257,7 @@ def _swin(path: str) -> dict[str, Host]:
         linears={**_fused('attn.w_msa.qkv'), **_linears(proj='attn.w_msa.proj'), **_FFN},
         ends=dict(attn=('attn.drop', 'attn.drop'), ffn=_FFN_END),
         output_norms=_OUTPUT_NORMS,
+        end=_end_of_swin,
     )
     return {f'{path}.SwinTransformer': host}
 
@@ -270,6 +286,7 @@ HOSTS: dict[str, Host] = {
         linears={**_fused('attn.qkv'), **_linears(proj='attn.proj'), **_FFN},
         ends=dict(attn=('attn.out_drop', 'attn.out_drop'), ffn=_FFN_END),
         grid_source='patch_embed',
+        end=_end_of_vit,
     ),
     'mmpretrain.models.backbones.convnext.ConvNeXt': Host(
         block='mmpretrain.models.backbones.convnext.ConvNeXtBlock',

@@ -31,7 +31,11 @@ from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 
 RULES = {rule: dict(trainable=rule) for rule in ('bitfit', 'norm_tuning', 'partial_1', 'fixed', 'full')}
-METHODS = {**{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items()}, **RULES}
+IN_BFLOAT16 = {  # the frozen weights
+    'lora-bfloat16': dict(peft=METHOD_CONFIGS['lora'], frozen_dtype='bfloat16'),
+    'bitfit-bfloat16': dict(trainable='bitfit', frozen_dtype='bfloat16'),
+}
+METHODS = {**{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items()}, **RULES, **IN_BFLOAT16}
 
 
 @MODELS.register_module()
@@ -144,7 +148,9 @@ def test_train_save_load_is_bit_identical(method, ema, base_file, tmp_path):
         assert not torch.equal(predict(runner.model), predict(whole)), 'the averaged weights are others'
     expected, actual = whole.state_dict(), fresh.state_dict()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    names = set(read_delta(file).tensors)
+    held = read_delta(file).tensors
+    assert {t.dtype for t in held.values() if t.is_floating_point()} == {torch.float32}
+    names = set(held)
     statistics = {f'head.1.{name}' for name in ('running_mean', 'running_var', 'num_batches_tracked')}
     assert names == {name for name, p in whole.named_parameters() if p.requires_grad} | statistics
 
@@ -250,6 +256,26 @@ def test_another_base_is_refused(base_file, tmp_path, caplog):
     load_delta(model, file, allow_other_base=True)
     assert torch.equal(model.state_dict()[name], other)
     assert torch.equal(model.head[0].weight, source.head[0].weight)
+
+
+@pytest.mark.parametrize('trained_on', ['bfloat16', None])
+def test_frozen_weights_of_another_type_are_refused(trained_on, base_file, tmp_path, monkeypatch):
+    """A delta trained on frozen weights in bfloat16 is refused where they are in float32, and the other way round, with
+    both types and the option; it loads where that is meant."""
+    file, other = tmp_path / 'a.delta.safetensors', None if trained_on else 'bfloat16'
+    methods = {of: dict(**METHODS['lora'], frozen_dtype=of) for of in (trained_on, other)}
+    source = trained(base_file, methods[trained_on])
+    save_delta(source, file)
+    said = [str(of or 'float32') for of in (trained_on, other)]
+    message = rf'of backbone were kept in {said[0]}, and here are in {said[1]}: frozen_dtype={trained_on!r} in its Peft'
+    for load in (load_delta, load_checkpoint):
+        with pytest.raises(CheckpointMismatchError, match=rf'(?s)tensors differ.*{message}.*--allow-other-base'):
+            load(build(base_file, methods[other]), str(file))
+    model = build(base_file, methods[other])
+    load_delta(model, file, allow_other_base=True)
+    assert torch.equal(model.head[0].weight, source.head[0].weight)
+    near, exact = predict(model), predict(source)
+    assert not torch.equal(near, exact) and (near - exact).norm() < 0.1 * exact.norm()
 
 
 def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
@@ -649,14 +675,14 @@ def test_a_base_that_is_a_whole_model(detector, tmp_path, tool):
     assert status == 2 and 'trained on another frozen base' in err
 
 
-def cascade(tmp_path, peft, trainable=None) -> tuple[str, nn.Module]:
+def cascade(tmp_path, peft, **options) -> tuple[str, nn.Module]:
     """A config file of the small detector with a pretrained base and another method, and a trained model of it."""
     cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'))
     model = MODELS.build(dict(cfg.model.backbone.base, type='mmdet.SwinTransformer'))
     model.init_weights()
     torch.save(model.state_dict(), tmp_path / 'base.pth')
     base = dict(cfg.model.backbone.base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))
-    cfg.model.backbone = dict(type='mona_mm.PeftBackbone', base=base, peft=peft, trainable=trainable)
+    cfg.model.backbone = dict(type='mona_mm.PeftBackbone', base=base, peft=peft, **options)
     cfg.dump(tmp_path / 'config.py')
     adapt_to_device(cfg)
     init_default_scope('mmdet')
@@ -721,6 +747,7 @@ MERGED = {
     'lora': (dict(peft=METHOD_CONFIGS['lora']), True),
     'lora-everywhere': (dict(peft=METHOD_CONFIGS['lora-everywhere']), True),
     **{rule: (dict(peft=None, trainable=rule), True) for rule in RULES},
+    'lora-bfloat16': (IN_BFLOAT16['lora-bfloat16'], True),
     'mona': (dict(peft=METHOD_CONFIGS['mona']), False),
     'adapter': (dict(peft=METHOD_CONFIGS['adapter']), False),
 }

@@ -292,14 +292,16 @@ def test_lora_on_q_and_v_keeps_no_second_qkv():
 
 
 @pytest.mark.slow
-def test_compiled():
+@pytest.mark.parametrize('frozen_dtype', [None, 'bfloat16'])
+def test_compiled(frozen_dtype):
     """`compile` changes no name and, within rounding, no output or gradient; the whole backbone is one graph. With the
     backend that traces forward and backward, which needs no C++ compiler."""
     torch._dynamo.reset()
     host = dict(HOSTS['mmdet-swin'], depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1))
     peft = dict(type='LoRA', rank=4)
-    plain = PeftBackbone(base=host, peft=peft)
-    compiled = PeftBackbone(base=host, peft=peft, compile=dict(backend='aot_eager', fullgraph=True))
+    options = dict(base=host, peft=peft, frozen_dtype=frozen_dtype)
+    plain = PeftBackbone(**options)
+    compiled = PeftBackbone(**options, compile=dict(backend='aot_eager', fullgraph=True))
     plain.eval()
     compiled.eval()
     compiled.load_state_dict(plain.state_dict())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, needs_gpu
 from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
@@ -98,11 +98,9 @@ def log_of(runner: Runner) -> str:
     return Path(runner.logger.handlers[-1].baseFilename).read_text()
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-
-
 @pytest.mark.parametrize(
-    'options', ['plain', 'ema', 'accumulate', 'with_cp', 'amp-bf16-cpu', pytest.param('amp', marks=needs_gpu)]
+    'options',
+    ['plain', 'ema', 'accumulate', 'with_cp', 'frozen-bf16', 'amp-bf16-cpu', pytest.param('amp', marks=needs_gpu)],
 )
 def test_only_what_should_train_moves(make_runner, options, monkeypatch):
     """Training moves the method and the head, no base weight, under EMA, accumulation and checkpointing too; the log
@@ -126,6 +124,8 @@ def test_only_what_should_train_moves(make_runner, options, monkeypatch):
             constructor='mona_mm.PeftOptimWrapperConstructor',
             optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
         )
+    elif options == 'frozen-bf16':
+        backbone = mona_swin(frozen_dtype='bfloat16')
     elif options == 'with_cp':
         backbone = PeftBackbone(base=dict(HOSTS['mmdet-swin'], with_cp=True), peft=dict(type='Mona', bottleneck=8))
     runner = make_runner(backbone, hooks, epochs=2, **kwargs)

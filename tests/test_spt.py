@@ -98,7 +98,8 @@ def test_the_suite(host, spt, tmp_path):
     for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
         test_hosts.test_copies_are_independent(PeftBackbone(base=host, peft=spt), clone)
     test_hosts.test_any_image_size(PeftBackbone(base=host, peft=spt), (50, 70))
-    test_hosts.test_bfloat16_is_finite(PeftBackbone(base=host, peft=spt))
+    for dtype in test_hosts.PRECISIONS:
+        test_hosts.trains_in_mixed_precision(host, dict(peft=spt), dtype)
 
 
 def test_begins_as_the_stock_model(host, spt):

@@ -87,7 +87,12 @@ def flat(node, path=''):
         yield path, node
 
 
-@pytest.mark.parametrize('loop', [epoch_based, iteration_based])
+def with_frozen_bfloat16(cfg, iterations):
+    cfg.model.backbone.frozen_dtype = 'bfloat16'
+    epoch_based(cfg, iterations)
+
+
+@pytest.mark.parametrize('loop', [epoch_based, iteration_based, with_frozen_bfloat16])
 def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
     """Six iterations, stop, six more after --resume: the losses of twelve straight ones, and every tensor of the
     model and the optimizer, bit for bit; data order, augmentation, DropPath and dropout included."""

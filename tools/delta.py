@@ -44,7 +44,8 @@ def info(args: argparse.Namespace) -> None:
     print(f'{args.file}: {osp.getsize(args.file):,} bytes, {len(delta.tensors)} tensors')
     for path, each in header.methods.items():
         options = ', '.join(f'{name}={value!r}' for name, value in each['options'].items())
-        print(f'{path or "model"}: {each["type"] or "no method"}({options}), trainable={each["trainable"]}')
+        kept = f', frozen_dtype={each["frozen_dtype"]!r}' if 'frozen_dtype' in each else ''
+        print(f'{path or "model"}: {each["type"] or "no method"}({options}), trainable={each["trainable"]}{kept}')
     width = max(map(len, sizes))
     for part, count in sizes.items():
         print(f'  {part.ljust(width)}  {count:>13,} values  {stored[part]:>13,} bytes')

@@ -252,9 +252,10 @@ def _show(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By path of every module that a PeftBackbone or FrozenModel made: its method, the options and the rules."""
+    """By path of every module that a PeftBackbone or FrozenModel made: its method, the options and the rules, and what
+    type its frozen weights are kept in, if not float32."""
     return {
-        path: dict(type=type_, options=options, trainable=list(module.freeze_record.rules))
+        path: dict(type=type_, options=options, trainable=list(module.freeze_record.rules), **_frozen_type(module))
         for path, module in model.named_modules()
         if hasattr(module, 'freeze_record')
         for type_, options in [_method_of(module)]
@@ -265,6 +266,10 @@ def _method_of(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
     options = dict(getattr(module, 'peft_config', None) or {})
     type_ = options.pop('type', None)
     return (type_.__name__ if inspect.isclass(type_) else type_), options
+
+
+def _frozen_type(module: nn.Module) -> dict[str, str]:
+    return dict(frozen_dtype=module.frozen_dtype) if hasattr(module, 'frozen_dtype') else {}
 
 
 def _resolved(described: Mapping[str, Any]) -> Any:
@@ -307,7 +312,7 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         raise CheckpointMismatchError(f'{delta.file}: its fingerprint of the base cannot be read ({error}).') from None
     message = (
         f'{delta.file} was trained on another frozen base than this {type(model).__name__} has: {len(wrong)} of '
-        f'{len(frozen)} tensors differ, {", ".join(wrong[:3])} the first.'
+        f'{len(frozen)} tensors differ, {", ".join(wrong[:3])} the first.{_other_types(model, delta)}'
     )
     if not allow_other_base:
         with torch.no_grad():
@@ -328,6 +333,21 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         logger='current',
         level=WARNING,
     )
+
+
+def _other_types(model: nn.Module, delta: Delta) -> str:
+    """What to add where frozen weights were kept in another type when a delta was trained."""
+    here, there = (
+        {path: each.get('frozen_dtype') for path, each in methods.items()}
+        for methods in (describe_methods(model), delta.header.methods)
+    )
+    said = [
+        f' The frozen weights of {path or "the model"} were kept in {there.get(path) or "float32"}, and here are in '
+        f'{dtype or "float32"}: frozen_dtype={there.get(path)!r} in its PeftBackbone is what the delta belongs on.'
+        for path, dtype in here.items()
+        if there.get(path) != dtype
+    ]
+    return ''.join(said)
 
 
 def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:

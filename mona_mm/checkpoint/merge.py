@@ -29,7 +29,8 @@ def unmergeable(model: nn.Module) -> list[str]:
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
 
-    ``model`` itself is not changed. The sum is computed in float64.
+    ``model`` itself is not changed. The sum is computed in float64. Weights in half precision (``frozen_dtype``) come
+    out in float32: there they would round small additions away.
 
     Raises:
         ValueError: if something in the model is :func:`unmergeable`.
@@ -38,7 +39,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if left:
         raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
     own = method_names(model)
-    state = {name: tensor for name, tensor in self_contained_state_dict(model).items() if name not in own}
+    state = {name: _single(t) for name, t in self_contained_state_dict(model).items() if name not in own}
     with torch.no_grad():
         for path, block in _blocks(model):
             for site, module in block.peft.items():
@@ -63,6 +64,11 @@ def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 state[prefix + name] = change(state[prefix + name])
             state = {name: tensor for name, tensor in state.items() if not name.startswith(f'{prefix}peft.')}
     return state
+
+
+def _single(tensor: Tensor) -> Tensor:
+    halves = (torch.float16, torch.bfloat16)
+    return tensor.float() if tensor.dtype in halves else tensor
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:

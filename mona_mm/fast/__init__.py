@@ -1,1 +1,1 @@
-"""Faster forms of what the hosts compute, equal to it within rounding."""
+"""What the hosts compute in less time or memory: faster forms, frozen weights in half precision, kept features."""

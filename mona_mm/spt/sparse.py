@@ -106,7 +106,8 @@ def _not_elements(indices: Tensor, shape: tuple[int, ...]) -> str:
 
 
 def _add(base: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    return base.flatten().index_add(0, indices, values).view(base.shape)
+    dtype = torch.promote_types(base.dtype, values.dtype)  # a base in half precision would round small changes away
+    return base.flatten().to(dtype).index_add(0, indices, values.to(dtype)).view(base.shape)
 
 
 class SparseModule(Mixin):
@@ -204,7 +205,8 @@ def sparse_deltas(model: nn.Module) -> dict[str, SparseDelta]:
 def merge_sparse(model: nn.Module) -> list[str]:
     """Add every delta in ``model`` to its parameter and remove it, in place: the modules are stock ones again.
 
-    A merged parameter is, bit for bit, the effective one that the forward computed with.
+    A merged parameter is, bit for bit, the effective one that the forward computed with; one that was kept in half
+    precision is in that of its delta then.
 
     Returns:
         The names of the parameters that changed.
@@ -213,7 +215,11 @@ def merge_sparse(model: nn.Module) -> list[str]:
     for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
         for name, delta in module.peft.items():
             parameter = module._parameters[name]
-            parameter.copy_(delta(parameter))
+            effective = delta(parameter)
+            if effective.dtype == parameter.dtype:
+                parameter.copy_(effective)
+            else:
+                parameter.data = effective
         del module.peft
         mix_out(module)
     return names
