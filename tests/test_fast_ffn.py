@@ -67,12 +67,14 @@ def test_memory_layouts(layout):
     assert_close(run(build(), layout=layout), run(build(False), layout=layout))
 
 
+@pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('form', ['autocast bfloat16', 'autocast float16', 'bfloat16'])
-def test_half_precision_is_close(form):
+def test_half_precision_is_close(form, shape):
     """In half precision: types as the stock module's, and as near to float32 as it is (within twice its distance)."""
     autocast = getattr(torch, form.split()[1]) if ' ' in form else None
-    exact = run(build(False))
-    stock, fast = (run(m if autocast else m.bfloat16(), autocast=autocast) for m in (build(False), build(True)))
+    exact = run(build(False), SHAPES[shape])
+    modules = (build(f) if autocast else build(f).bfloat16() for f in (False, True))
+    stock, fast = (run(module, SHAPES[shape], autocast) for module in modules)
     for e, s, f in zip(exact, stock, fast, strict=True):
         assert f.dtype == s.dtype and f.isfinite().all()
         assert (f.float() - e).norm() <= 2 * (s.float() - e).norm() + 1e-3

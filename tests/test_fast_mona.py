@@ -73,6 +73,25 @@ def test_equals_the_plain_form(grid, variant):
     assert_close(step(module, x, grad, hw, True), step(module, x, grad, hw, False), 1e-12)
 
 
+@pytest.mark.parametrize('form', ['autocast', 'pure'])
+@pytest.mark.parametrize('grid', GRIDS)
+def test_bfloat16_on_every_grid(grid, form):
+    """In bfloat16, too, with the same dropout mask: types as the plain form's, and as near to float32 as it is."""
+    batch, hw, extra = GRIDS[grid]
+    module = build().bfloat16().float()  # numbers that bfloat16 has
+    x = torch.randn(batch, extra + hw[0] * hw[1], 24).bfloat16().float()
+    grad = torch.randn_like(x).bfloat16().float()
+    exact = step(module, x, grad, hw, False)
+    if form == 'pure':
+        module, x, grad = module.bfloat16(), x.bfloat16(), grad.bfloat16()
+    autocast = torch.bfloat16 if form == 'autocast' else None
+    plain, fast = (step(module, x, grad, hw, fast, autocast) for fast in (False, True))
+    for name, e in exact.items():
+        assert fast[name].dtype == plain[name].dtype
+        distance = [(t[name].float() - e).norm() / e.norm() for t in (plain, fast)]
+        assert distance[1] <= 3 * distance[0] + 3e-3, f'{name}: {distance}'
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('grid', GRIDS)
 def test_cuda(grid, monkeypatch):
