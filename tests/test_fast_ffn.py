@@ -10,6 +10,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from test_fast_attention import assert_close, backbone_pair, kept, step
 
 from mona_mm import PeftBackbone
+from mona_mm.fast import ffn as fast_ffn
 from mona_mm.fast.ffn import _ROWS, FrozenLayers, make_fast
 
 SHAPES = {'batch 1': (1, 77), 'odd': (3, 35), 'several pieces': (2, _ROWS + 13), 'one token': (1, 1), 'no batch': (9,)}
@@ -154,6 +155,20 @@ def test_what_takes_the_stock_path():
     assert not is_fast(build(), torch.randn(0, 35, 24))
     assert not make_fast(build(False, num_fcs=3))
     assert not make_fast(torch.nn.Linear(3, 3))
+
+
+def test_wide_streams(monkeypatch):
+    """Where the products are not oneDNN's, the first one is computed again for narrow streams alone."""
+    module, x = build(), torch.randn(2, 35, 24, requires_grad=True)
+    double, y = build().double(), x.detach().double().requires_grad_()
+    for widest in (24, 23):
+        monkeypatch.setattr(fast_ffn, '_WIDEST', widest)
+        assert is_fast(double, y) == (widest == 24)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert is_fast(module, x) == (widest == 24)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert is_fast(module, x) == (widest == 24)
+    assert is_fast(module, x)
 
 
 def test_transforms():

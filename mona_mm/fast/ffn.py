@@ -1,14 +1,15 @@
-r"""The FFN of frozen weights, equal to the stock one within rounding, with a fifth of it kept for the backward pass.
+r"""The FFN of frozen weights, equal to the stock one within rounding, with a quarter of it kept for the backward pass.
 
 The stock modules keep the GELU's input, of four times the stream's width, and under frozen weights nothing else of the
 FFN; it is the largest thing that a block keeps. Here the FFN's own input is kept, and the first product computed again
 in the backward pass.
 
-That is one product in five more. On a CPU it is more than paid for: the tokens are taken :data:`_ROWS` at a time, so
-that nothing of the hidden width leaves the processor's cache, and products in float32 are oneDNN's, as in
-:mod:`mona_mm.ops.mona`. Elsewhere it costs time, so that it is done only where the stream is narrow
-(:data:`_WIDEST`): all stages of a Swin have about the same products in a block, but every stage keeps half of what the
-one before it does.
+That is a fifth product beside four. On a CPU the tokens are taken :data:`_ROWS` at a time, so that nothing of the hidden
+width leaves the processor's cache; and in single precision the products are oneDNN's, as in :mod:`mona_mm.ops.mona`,
+where they take half of MKL's time (measured on an AMD EPYC, with AVX-512): forward and backward are then done in half
+of the stock time, the third product included, at any width. Elsewhere the product costs time, and it is computed again
+where the stream is at most :data:`_WIDEST` wide: the blocks of all stages of a Swin have about as many operations, but
+those of a stage keep half of what those of the stage before keep.
 
 The stock path is taken where a weight trains, a dropout drops, a part is hooked or was replaced, by anything but GELU
 between two linears, by what torch.compile or another tracer sees, and under ``torch.func``.
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from mona_mm.mixin import Mixin, mix_in, qualified_name
-from mona_mm.ops.mona import linear
+from mona_mm.ops.mona import by_onednn, linear
 
 _FFN = 'mmcv.cnn.bricks.transformer.FFN'
 _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
@@ -31,8 +32,9 @@ _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
 _ROWS = 1024
 """Tokens at once on a CPU. Between 512 and 2048 nothing changes (measured, widths 128 to 1024)."""
 
-_WIDEST = {'cpu': None, 'cuda': 256}
-"""Of the streams whose FFN is computed again, by type of device; None for any. CUDA's is an estimate, not measured."""
+_WIDEST = 256
+"""Of the streams whose first product is computed again, unless it is oneDNN's: the first two stages of a Swin-T or -B,
+the first of a Swin-L. For CUDA it is an estimate, not measured."""
 
 
 def make_fast(module: nn.Module) -> bool:
@@ -60,10 +62,11 @@ class FrozenLayers(Mixin):
         """Whether :class:`_FrozenFFN` does the same here."""
         (fc1, act, drop1), fc2, drop2 = self
         device = x.device.type
-        if device not in _WIDEST or torch.jit.is_tracing() or are_functorch_transforms_active():
+        if device not in ('cpu', 'cuda') or torch.jit.is_tracing() or are_functorch_transforms_active():
             return False
-        widest = _WIDEST[device]
-        if not x.numel() or (widest is not None and x.shape[-1] > widest):
+        mixed = torch.is_autocast_enabled(device)
+        products = torch.get_autocast_dtype(device) if mixed else x.dtype
+        if not x.numel() or (x.shape[-1] > _WIDEST and not by_onednn(device, products)):
             return False
         if type(act) is not nn.GELU or act.approximate != 'none':
             return False
@@ -76,10 +79,9 @@ class FrozenLayers(Mixin):
             for m in (self[0], fc1, act, drop1, fc2, drop2)
         ):
             return False
-        if torch.is_autocast_enabled(device):
+        dtype = x.dtype
+        if mixed:
             dtype = None if x.dtype == torch.float64 else torch.float32
-        else:
-            dtype = x.dtype
         parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         return not trains and all(p.dtype == dtype for p in parameters)

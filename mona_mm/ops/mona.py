@@ -164,13 +164,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
     """
-    if _onednn(x) and (weight.is_contiguous() or weight.t().is_contiguous()):
+    if by_onednn(x.device.type, x.dtype) and (weight.is_contiguous() or weight.t().is_contiguous()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
 
-def _onednn(x: Tensor) -> bool:
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
+def by_onednn(device: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`linear` is oneDNN's for tensors of this type on this type of device."""
+    return device == 'cpu' and dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
 
 
 _HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -178,7 +179,7 @@ _HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` of matrices with many rows."""
-    if not _onednn(a):
+    if not by_onednn(a.device.type, a.dtype):
         return a.t().mm(b)
     if len(a) <= _ROWS:
         return linear(a.t(), b.t())
