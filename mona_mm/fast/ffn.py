@@ -4,12 +4,12 @@ The stock modules keep the GELU's input, of four times the stream's width, and u
 FFN; it is the largest thing that a block keeps. Here the FFN's own input is kept, and the first product computed again
 in the backward pass.
 
-That is a fifth product beside four. On a CPU the tokens are taken :data:`_ROWS` at a time, so that nothing of the hidden
-width leaves the processor's cache; and in single precision the products are oneDNN's, as in :mod:`mona_mm.ops.mona`,
-where they take half of MKL's time (measured on an AMD EPYC, with AVX-512): forward and backward are then done in half
-of the stock time, the third product included, at any width. Elsewhere the product costs time, and it is computed again
-where the stream is at most :data:`_WIDEST` wide: the blocks of all stages of a Swin have about as many operations, but
-those of a stage keep half of what those of the stage before keep.
+That is a fifth product beside four. On a CPU the tokens are taken :data:`_ROWS` at a time, so that nothing of the
+hidden width leaves the processor's cache; and in single precision the products are oneDNN's, as in
+:mod:`mona_mm.ops.mona`, where they take half of MKL's time (measured on an AMD EPYC with AVX-512): forward and backward
+are then done in half of the stock time, the fifth product included, at any width. Elsewhere it is computed again where
+the stream is at most :data:`_WIDEST` wide, as in the first stage of a Swin. There it costs least: the blocks of all
+stages have about as many operations, but those of a stage keep half of what those of the stage before keep.
 
 The stock path is taken where a weight trains, a dropout drops, a part is hooked or was replaced, by anything but GELU
 between two linears, by what torch.compile or another tracer sees, and under ``torch.func``.
@@ -32,9 +32,10 @@ _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
 _ROWS = 1024
 """Tokens at once on a CPU. Between 512 and 2048 nothing changes (measured, widths 128 to 1024)."""
 
-_WIDEST = 256
-"""Of the streams whose first product is computed again, unless it is oneDNN's: the first two stages of a Swin-T or -B,
-the first of a Swin-L. For CUDA it is an estimate, not measured."""
+_WIDEST = 192
+"""Of the streams whose first product is computed again, unless it is oneDNN's. With MKL's, forward and backward take
+0.8 to 0.9 of the stock time for 12,544 tokens of 96 and of 192 channels, 1.0 to 1.2 for 128, 0.8 for 60,800 of 128, and
+1.25 for 3,136 of 256. For half precision and CUDA the limit is an estimate, not measured."""
 
 
 def make_fast(module: nn.Module) -> bool:
