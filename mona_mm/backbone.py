@@ -8,7 +8,7 @@ from torch import nn
 
 from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
-from mona_mm.fast.attention import make_fast
+from mona_mm.fast import make_fast
 from mona_mm.fast.feature_cache import cache_features as keep_features
 from mona_mm.fast.frozen_weights import in_float32, keep_frozen
 from mona_mm.freeze import Rules, as_rules, freeze
@@ -38,8 +38,8 @@ def PeftBackbone(
         peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
         trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.freeze`. By default
             none under a method, all without one.
-        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.fast.attention`. Without it
-            the backbone computes what the stock one does, bit for bit, and a method its plain form.
+        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.fast`. Without it the
+            backbone computes what the stock one does, bit for bit, and a method its plain form.
         compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
             it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
             on a CPU. Copies are not compiled.

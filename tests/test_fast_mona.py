@@ -73,6 +73,25 @@ def test_equals_the_plain_form(grid, variant):
     assert_close(step(module, x, grad, hw, True), step(module, x, grad, hw, False), 1e-12)
 
 
+@pytest.mark.parametrize('form', ['autocast', 'pure'])
+@pytest.mark.parametrize('grid', GRIDS)
+def test_bfloat16_on_every_grid(grid, form):
+    """In bfloat16, too, with the same dropout mask: types as the plain form's, and as near to float32 as it is."""
+    batch, hw, extra = GRIDS[grid]
+    module = build().bfloat16().float()  # numbers that bfloat16 has
+    x = torch.randn(batch, extra + hw[0] * hw[1], 24).bfloat16().float()
+    grad = torch.randn_like(x).bfloat16().float()
+    exact = step(module, x, grad, hw, False)
+    if form == 'pure':
+        module, x, grad = module.bfloat16(), x.bfloat16(), grad.bfloat16()
+    autocast = torch.bfloat16 if form == 'autocast' else None
+    plain, fast = (step(module, x, grad, hw, fast, autocast) for fast in (False, True))
+    for name, e in exact.items():
+        assert fast[name].dtype == plain[name].dtype
+        distance = [(t[name].float() - e).norm() / e.norm() for t in (plain, fast)]
+        assert distance[1] <= 3 * distance[0] + 3e-3, f'{name}: {distance}'
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('grid', GRIDS)
 def test_cuda(grid, monkeypatch):
@@ -132,6 +151,35 @@ def test_precision(form, mean):
         assert errors['fast'][name] < bound, f'{name}: {errors["fast"][name]:.1e}, plain {plain:.1e}'
 
 
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('times', [1e-3, 1, 30])
+def test_input_computed_from_the_output(times, autocast):
+    """Without x, its gradients are as good as with it, also where the branch is many times as large as x: within 1e-5
+    of float64's in single precision, and of the plain form's error in bfloat16."""
+    module, hw = build(48, 16), (15, 16)
+    x = torch.randn(2, 240, 48)
+    grad = torch.randn_like(x)
+    with torch.no_grad():
+        branch = module(x, hw) - x
+        for p in module.up.parameters():
+            p.mul_(times * x.norm() / branch.norm())
+    exact = step(copy.deepcopy(module).double(), x.double(), grad.double(), hw, False)
+    plain, fast = (step(module, x, grad, hw, fast, autocast) for fast in (False, True))
+    for name, reference in exact.items():
+        errors = [
+            ((form[name].double() - reference).abs().max() / reference.abs().max()).item() for form in (plain, fast)
+        ]
+        assert errors[1] < (1e-5 if autocast is None else 3 * errors[0] + 1e-3), f'{name}: {errors}'
+
+
+def test_output_changed_in_place():
+    """Whatever changes the output, from which x is computed, in place is refused: nothing wrong is computed."""
+    for form in (torch.float32, torch.bfloat16):
+        module, x = build().to(form), torch.randn(2, 132, 24, dtype=form, requires_grad=True)
+        with pytest.raises(RuntimeError, match='modified.*inplace'):
+            module(x, (12, 11)).mul_(2).sum().backward()
+
+
 def test_gradient_scaler():
     """float16 under a scaler: the unscaled gradients are those of float32, and none is lost."""
     module = build(dropout=0.0)
@@ -149,8 +197,9 @@ def test_gradient_scaler():
 
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
 def test_kept_for_the_backward_pass(autocast):
-    """Beside the parameters: x, the hidden state in the type it is computed in, a byte of mask for each of its numbers
-    and two numbers a token. The plain form keeps more than 2.9 times that."""
+    """Beside the parameters: the output, which a LayerNorm behind keeps anyway, the hidden state in the type it is
+    computed in, a byte of mask for each of its numbers and two numbers a token. The plain form keeps more than 2.9
+    times that, x among it."""
     channels, hidden, hw = 128, 64, (16, 16)
     module = Mona(channels).train()
     x = torch.randn(1, 256, channels, requires_grad=True)
@@ -169,7 +218,8 @@ def test_kept_for_the_backward_pass(autocast):
         mixed = torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), mixed:
             out = module(x, hw)
-        del out
+        assert (x.untyped_storage().data_ptr() in storages) == (not fast)
+        assert (out.untyped_storage().data_ptr() in storages) == fast
         return sum(storages.values())
 
     width = 4 if autocast is None else 2

@@ -257,3 +257,38 @@ def test_bad_arguments(cls, widths, arguments):
     name, value = next(iter(arguments.items()))
     with pytest.raises(ConfigError, match=f'{cls.__name__}: {name}={value}'):
         cls(*widths, **arguments)
+
+
+PLAIN = {
+    Adapter: lambda m, x: x + m.up(m.dropout(m.act(m.down(x)))),
+    AdaptFormer: lambda m, x: m.scale * m.up(m.dropout(m.act(m.down(x)))),
+    LoRA: lambda m, x: m.up(m.down(m.dropout(x))) * m.scale,
+    LoRand: lambda m, x: x + m.up(m.act(m.down(x))),
+}
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('method', PLAIN)
+def test_in_place_is_the_plain_formula(method, autocast):
+    """What is computed in place is the plain formula to the bit, in train mode: output, types, every gradient, and the
+    input as it was; without gradients, too, and for an input that is not contiguous."""
+    torch.manual_seed(0)
+    sizes = dict(in_channels=24, out_channels=24, rank=8, dropout=0.3) if method is LoRA else dict(channels=24)
+    module = method(**sizes).train()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    for x in (torch.randn(3, 35, 24), torch.randn(35, 3, 24).transpose(0, 1)):
+        results = []
+        for forward in (PLAIN[method], lambda m, x: m(x, (5, 7)) if m.sites[0] != 'q' else m(x)):
+            own = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            module.zero_grad()
+            torch.manual_seed(1)
+            with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+                out = forward(module, own)
+                out.backward(torch.ones_like(out) * x)
+                with torch.no_grad():
+                    free = forward(module.eval(), own)
+            module.train()
+            results.append([out.detach(), own.detach(), own.grad, free, *(p.grad for p in module.parameters())])
+        for plain, actual in zip(*results, strict=True):
+            assert plain.dtype == actual.dtype and torch.equal(plain, actual)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mona_mm.methods.adapter import Adapter
-from mona_mm.methods.base import number
+from mona_mm.methods.base import as_rows, number
 from mona_mm.registry import METHODS
 
 
@@ -37,4 +37,4 @@ class AdaptFormer(Adapter):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to what is added, ``(B, N, C)``."""
-        return self.scale * self.branch(x)
+        return self.branch(as_rows(x)).mul_(self.scale).view(x.shape)

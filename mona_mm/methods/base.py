@@ -185,6 +185,22 @@ def check_option_names(name: str, cls: type, options: Iterable[str], more: Seque
             )
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``(..., C) -> (tokens, C)``, for a linear layer whose output is to be changed in place.
+
+    Of more axes that output would be a view, of whose base autograd copies the gradient once more. What is not
+    contiguous stays as it is: a linear layer computes it by other products.
+    """
+    return x.flatten(0, -2) if x.is_contiguous() else x
+
+
+def add_residual(branch: Tensor, x: Tensor) -> Tensor:
+    """``x`` plus the ``branch`` of ``as_rows(x)``, written over the branch where type and layout are those of ``x``."""
+    if branch.dtype == x.dtype and x.is_contiguous():
+        return branch.add_(as_rows(x)).view(x.shape)
+    return x + branch.view(x.shape)
+
+
 def positive(method: str, name: str, value: Any) -> None:
     """Check a width of a method.
 

@@ -42,8 +42,10 @@ def mona(
 
     - the depthwise convolutions are one, with the kernel that is their sum, built in every call;
     - tokens stay ``(B, N, C)`` in memory: the grid is a view, in channels-last format;
-    - for the backward pass are kept ``x``, its mean and reciprocal standard deviation, the hidden state ``p`` and the
-      mask of the dropout; what lies between is computed again;
+    - for the backward pass are kept the output, the mean and reciprocal standard deviation of ``x``, the hidden state
+      ``p`` and the mask of the dropout; what lies between is computed again, and ``x`` as the output less the branch.
+      The LayerNorm that comes next in a block keeps the output anyway. Changing it in place is an error. In half
+      precision (without autocast), where the sum is rounded, ``x`` itself is kept;
     - the gradients of all the parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``,
       so that no sum over the tokens is taken of anything as wide as ``x``.
 
@@ -85,10 +87,12 @@ class _Mona(torch.autograd.Function):
             _, r = _mix(hidden, hw, *mixing)
             activated, mask = F.gelu(r), None
             if drop:
-                activated, mask = torch.native_dropout(activated, drop, True)
+                mask = torch.native_dropout(activated, drop, True)[1]
+                activated = _dropped(activated, mask, drop)
             out = linear(activated, params[8].to(dtype), params[9].to(dtype))
             out = out.add_(x) if out.dtype == x.dtype else x + out
-        ctx.save_for_backward(x, mean, rstd, hidden, mask, *mixing, *params)
+        ctx.keeps_out = x.dtype.itemsize >= 4
+        ctx.save_for_backward(out if ctx.keeps_out else x, mean, rstd, hidden, mask, *mixing, *params)
         ctx.hw, ctx.eps, ctx.scale, ctx.drop, ctx.dtype = hw, eps, scale, drop, dtype
         return out
 
@@ -109,6 +113,11 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
         s, mean, rstd = torch.native_layer_norm(stat, x.shape[-1:], gamma * weight, gamma * bias, eps)
         s.addcmul_(stat, gammax)
     return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
+
+
+def _dropped(hidden: Tensor, mask: Tensor | None, probability: float) -> Tensor:
+    """Dropout by a known mask, in place. ``native_dropout`` rounds the factor in half precision, on CPUs only."""
+    return hidden if mask is None else hidden.mul_(mask).mul_(1 / (1 - probability))
 
 
 def merged_filters(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
@@ -155,13 +164,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
     """
-    if _onednn(x) and (weight.is_contiguous() or weight.t().is_contiguous()):
+    if by_onednn(x.device.type, x.dtype) and (weight.is_contiguous() or weight.t().is_contiguous()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
 
-def _onednn(x: Tensor) -> bool:
-    return x.device.type == 'cpu' and x.dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
+def by_onednn(device: str, dtype: torch.dtype) -> bool:
+    """Whether :func:`linear` is oneDNN's for tensors of this type on this type of device."""
+    return device == 'cpu' and dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
 
 
 _HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -169,7 +179,7 @@ _HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` of matrices with many rows."""
-    if not _onednn(a):
+    if not by_onednn(a.device.type, a.dtype):
         return a.t().mm(b)
     if len(a) <= _ROWS:
         return linear(a.t(), b.t())
@@ -191,18 +201,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias)
     g = grad.contiguous().to(dtype).view(-1, grad.shape[-1])  # (B*N, C)
 
+    recomputes_x = ctx.keeps_out and (need_down or (need_x and mean is not None))
+    if need_up or recomputes_x:
+        activated = _dropped(F.gelu(r), mask, ctx.drop)
+    if recomputes_x:  # by the operations of the forward, so that the branch is the same
+        branch = linear(activated, params[8].to(dtype), params[9].to(dtype))
+        x = torch.sub(x, branch, out=branch if branch.dtype == x.dtype else None)
+        del branch
     if need_up:
-        activated = F.gelu(r)
-        if mask is not None:
-            activated = activated.mul_(mask).mul_(1 / (1 - ctx.drop))
         grads[8] = _over_tokens(activated.flatten(0, 1), g).t()
         grads[9] = g.sum(0)
     if not (need_x or need_down or need_filters or need_pointwise):
         return _returned(ctx, None, grads)
 
-    dr = linear(g, params[8].to(dtype).t()).view_as(r)
-    if mask is not None:
-        dr.mul_(mask).mul_(1 / (1 - ctx.drop))
+    dr = _dropped(linear(g, params[8].to(dtype).t()).view_as(r), mask, ctx.drop)
     dr = torch.ops.aten.gelu_backward(dr, r)
     extra = r.shape[1] - q.shape[1]
     dr_grid = dr[:, extra:].reshape(-1, dr.shape[-1])  # (B*H*W, n)

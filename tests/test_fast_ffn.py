@@ -1,0 +1,240 @@
+"""The FFN of frozen weights computes what the stock one does, forward and backward, and keeps its input alone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import HOSTS
+from mmcv.cnn.bricks.transformer import FFN
+from test_fast_attention import assert_close, backbone_pair, kept, step
+
+from mona_mm import PeftBackbone
+from mona_mm.fast import ffn as fast_ffn
+from mona_mm.fast.ffn import _ROWS, FrozenLayers, make_fast
+
+SHAPES = {'batch 1': (1, 77), 'odd': (3, 35), 'several pieces': (2, _ROWS + 13), 'one token': (1, 1), 'no batch': (9,)}
+
+
+def build(fast: bool = True, trains: bool = False, channels: int = 24, **options) -> FFN:
+    """A stock FFN with seeded weights, fast or not."""
+    torch.manual_seed(0)
+    options = dict(dict(act_cfg=dict(type='GELU')), **options)
+    module = FFN(embed_dims=channels, feedforward_channels=4 * channels, **options).train().requires_grad_(trains)
+    if fast:
+        assert make_fast(module) and isinstance(module.layers, FrozenLayers)
+    return module
+
+
+def run(module, shape=(2, 35), autocast=None, layout=None):
+    """Output and input gradient, for an input and a cotangent in another memory layout if asked for."""
+    torch.manual_seed(1)
+    dtype = module.layers[1].weight.dtype
+    x = torch.randn(*shape, 24).to(dtype)
+    cotangent = torch.randn(*shape, 24).to(dtype)
+    if layout == 'transposed':
+        x, cotangent = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, cotangent))
+    elif layout == 'expanded':
+        cotangent = cotangent[:1, :1].expand_as(x)
+    x.requires_grad_()
+    torch.manual_seed(2)
+    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+        out = module(x)
+    out.backward(cotangent.to(out.dtype))
+    return [out.detach(), x.grad]
+
+
+def is_fast(module, *args) -> bool:
+    """Whether a call takes the fast form."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Sequential, 'forward', lambda self, x: calls.append(self) or x)
+        module.layers(*args or (torch.randn(2, 35, 24, requires_grad=True),))
+    return not calls
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_equals_stock(shape):
+    """Output and input gradient within 1e-5 in float32 and 1e-12 in float64, whatever the number of tokens."""
+    stock, fast = (build(f) for f in (False, True))
+    assert is_fast(fast)
+    assert_close(run(fast, SHAPES[shape]), run(stock, SHAPES[shape]))
+    assert_close(run(fast.double(), SHAPES[shape]), run(stock.double(), SHAPES[shape]), 1e-12)
+
+
+@pytest.mark.parametrize('layout', ['transposed', 'expanded'])
+def test_memory_layouts(layout):
+    """Inputs and gradients that are not contiguous give the same."""
+    assert_close(run(build(), layout=layout), run(build(False), layout=layout))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('form', ['autocast bfloat16', 'autocast float16', 'bfloat16'])
+def test_half_precision_is_close(form, shape):
+    """In half precision: types as the stock module's, and as near to float32 as it is (within twice its distance)."""
+    autocast = getattr(torch, form.split()[1]) if ' ' in form else None
+    exact = run(build(False), SHAPES[shape])
+    modules = (build(f) if autocast else build(f).bfloat16() for f in (False, True))
+    stock, fast = (run(module, SHAPES[shape], autocast) for module in modules)
+    for e, s, f in zip(exact, stock, fast, strict=True):
+        assert f.dtype == s.dtype and f.isfinite().all()
+        assert (f.float() - e).norm() <= 2 * (s.float() - e).norm() + 1e-3
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
+def test_keeps_its_input_alone(autocast):
+    """Beside the parameters nothing is kept but the input, in the type of the products; stock keeps four times that,
+    and under autocast copies of the weights."""
+    x = torch.randn(1, 300, 24).requires_grad_()
+    sizes = []
+    for fast in (True, False):
+        module = build(fast)
+        with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+            sizes.append(sum(kept(module.layers, x).values()))
+    unit = 300 * 24 * (4 if autocast is None else 2)
+    assert sizes[0] == unit
+    assert sizes[1] >= 4 * unit
+
+
+def test_gradients():
+    """The input's gradient is that of finite differences, and so is its own gradient."""
+    module = build(channels=6).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    assert is_fast(module, x)
+    assert torch.autograd.gradcheck(module.layers, x)
+    assert torch.autograd.gradgradcheck(module.layers, x)
+
+
+def test_nothing_is_changed_in_place():
+    """The form computes in place: its input, the gradient it is given and the weights stay as they were."""
+    module = build()
+    x, cotangent = torch.randn(2, 35, 24), torch.randn(2, 35, 24)
+    before = [t.clone() for t in (x, cotangent, *module.parameters())]
+    module(x.requires_grad_()).backward(cotangent)
+    assert_close([x.detach(), cotangent, *module.parameters()], before, 0)
+
+
+def test_without_onednn():
+    """Where torch has no oneDNN, or it is switched off, the results are the same."""
+    expected = run(build())
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_close(run(build()), expected)
+
+
+def test_what_takes_the_stock_path():
+    """A weight or bias that trains, an active dropout, another activation, a hooked or replaced part, foreign types,
+    no tokens, other depths; but what trains is computed by the fast form where no gradient is asked for."""
+    assert is_fast(build())
+    for name in ('0.0.weight', '0.0.bias', '1.weight', '1.bias'):
+        module = build()
+        module.layers.get_parameter(name).requires_grad_()
+        assert not is_fast(module), name
+        with torch.no_grad():
+            assert is_fast(module), name
+    dropped = build(ffn_drop=0.5)
+    assert not is_fast(dropped)
+    dropped.eval()
+    assert is_fast(dropped)
+    for activation in (dict(type='ReLU'), dict(type='GELU', approximate='tanh')):
+        assert not is_fast(build(act_cfg=activation))
+    for part in ('0', '0.0', '0.1', '0.2', '1', '2'):
+        module = build()
+        module.layers.get_submodule(part).register_forward_hook(lambda m, args, out: None)
+        assert not is_fast(module), part
+
+    class Replaced(torch.nn.Linear):
+        pass
+
+    for index in (0, 1):
+        module = build()
+        owner = module.layers[0] if index == 0 else module.layers
+        owner[index] = Replaced(24, 96) if index == 0 else Replaced(96, 24)
+        module.requires_grad_(False)
+        assert not is_fast(module)
+    assert not is_fast(build(), torch.randn(2, 35, 24).bfloat16())
+    assert not is_fast(build(), torch.randn(0, 35, 24))
+    assert not make_fast(build(False, num_fcs=3))
+    assert not make_fast(torch.nn.Linear(3, 3))
+
+
+def test_wide_streams(monkeypatch):
+    """Where the products are not oneDNN's, the first one is computed again for narrow streams alone."""
+    module, x = build(), torch.randn(2, 35, 24, requires_grad=True)
+    double, y = build().double(), x.detach().double().requires_grad_()
+    for widest in (24, 23):
+        monkeypatch.setattr(fast_ffn, '_WIDEST', widest)
+        assert is_fast(double, y) == (widest == 24)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert is_fast(module, x) == (widest == 24)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert is_fast(module, x) == (widest == 24)
+    assert is_fast(module, x)
+
+
+def test_transforms():
+    """torch.compile makes one graph of it, tracing works, and torch.func differentiates it, all by the stock path."""
+    module, x = build(), torch.randn(2, 35, 24)
+    expected = module(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: module(x), fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), expected, atol=1e-5, rtol=1e-5)
+    own = x.clone().requires_grad_()
+    module(own).square().sum().backward()
+    actual = torch.func.grad(lambda x: module(x).square().sum())(x)
+    torch.testing.assert_close(actual, own.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_are_fast_and_independent(clone):
+    """A copy is fast itself and does not see later changes of its source."""
+    module = build()
+    before = run(module)
+    twin = clone(module)
+    assert is_fast(twin) and twin.state_dict().keys() == build(False).state_dict().keys()
+    with torch.no_grad():
+        module.layers[1].weight.zero_()
+    assert_close(run(twin), before, 0)
+    assert (run(module)[0] != before[0]).any()
+
+
+METHODS = {
+    'mona': dict(type='Mona', bottleneck=8, dropout=0.0),
+    'adaptformer': dict(type='AdaptFormer', bottleneck=8, dropout=0.0),
+    'lora at fc1 and fc2': dict(type='LoRA', rank=4, sites=['fc1', 'fc2']),
+}
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('name', ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin', 'mmpretrain-vit'])
+def test_backbones_are_equal(name, method):
+    """Whole backbones in train mode with seeded DropPath: outputs and the gradient of everything that trains. A method
+    at the FFN's own linears is heeded."""
+    stock, fast = backbone_pair(HOSTS[name], peft=METHODS[method])
+    assert any(isinstance(m, FrozenLayers) for m in fast.modules())
+    assert not any(isinstance(m, FrozenLayers) for m in stock.modules())
+    assert stock.state_dict().keys() == fast.state_dict().keys()
+    fast.train()
+    stock.train()
+    size = (32, 32) if name == 'mmpretrain-vit' else (50, 70)
+    assert_close(step(fast, size), step(stock, size), 2e-5)
+
+
+def test_activation_checkpointing():
+    """`with_cp=True` changes nothing."""
+    results = [
+        step(backbone_pair(dict(HOSTS['mmdet-swin'], with_cp=cp), peft=METHODS['mona'])[1]) for cp in (False, True)
+    ]
+    assert_close(*results, 1e-6)
+
+
+def test_a_backbone_keeps_less():
+    """By whole backbones: with frozen FFNs a third less is kept; what trains keeps what the stock one does."""
+    x = torch.randn(1, 3, 64, 64)
+    for options, least, most in (
+        (dict(peft=METHODS['adaptformer']), 0, 0.75),
+        (dict(trainable='norm'), 0, 0.75),
+        (dict(trainable='bias'), 0.8, 1),
+    ):
+        stock, fast = (sum(kept(PeftBackbone(HOSTS['mmdet-swin'], fast=f, **options), x).values()) for f in (0, 1))
+        assert least * stock <= fast <= most * stock, options
