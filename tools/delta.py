@@ -29,7 +29,7 @@ from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
 from mona_mm.methods import fold_mona
-from mona_mm.spt.planning import require_plan
+from mona_mm.spt.planning import put_plan_in, require_plan
 
 
 def info(args: argparse.Namespace) -> None:
@@ -107,6 +107,7 @@ def merge(args: argparse.Namespace) -> None:
     if left or args.self_contained:
         folded = 0 if args.self_contained else fold_mona(model)
         state, config = self_contained_state_dict(model), self_contained_config(cfg, folded > 0)
+        put_plan_in(config)
         reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'
         print(f'One self-contained checkpoint with a config of its own in it ({reason}).')
         if folded:

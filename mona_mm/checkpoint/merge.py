@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
-from mona_mm.spt.plan import Plan
-from mona_mm.spt.planning import spt_config
 
 _WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
 
@@ -118,18 +116,12 @@ def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_contained_config(cfg: Config, folded: bool = False) -> Config:
-    """A config for a :func:`self_contained_state_dict`, which needs neither a pretrained file nor SPT's plan.
+    """A config for a :func:`self_contained_state_dict`, which needs no pretrained file.
 
     ``folded`` makes every Mona a :class:`~mona_mm.methods.FoldedMona`.
     """
     plain = cfg.to_dict()
     _forget_pretrained(plain['model'])
-    spt = spt_config(plain)
-    if spt is not None:
-        plan = Plan.load(spt['plan'])
-        structured = {**(spt.get('structured') or {}), **(plan.structured_config or {})}
-        spt.clear()
-        spt.update(type='SPT', structured=structured or None, plan={b: list(s) for b, s in plan.structured.items()})
     if folded:
         _fold(plain['model'])
     return Config({**plain, 'load_from': None})

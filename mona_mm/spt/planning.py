@@ -119,6 +119,18 @@ def spt_config(cfg: Mapping[str, Any]) -> dict | None:
     return None
 
 
+def put_plan_in(cfg: Config) -> None:
+    """Let an SPT config say itself where its structured modules are, for a checkpoint that has its single weights in
+    those of the base: it then needs no file."""
+    peft = spt_config(cfg)
+    if peft is None or isinstance(peft['plan'], Mapping):
+        return
+    plan = Plan.load(peft['plan'])
+    structured = {**(peft.get('structured') or {}), **(plan.structured_config or {})}
+    peft.clear()
+    peft.update(type='SPT', structured=structured or None, plan={b: list(s) for b, s in plan.structured.items()})
+
+
 def check_options(peft: dict[str, Any]) -> None:
     """Check the names of an SPT config's options and those of its structured module.
 
