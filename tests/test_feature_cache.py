@@ -68,6 +68,14 @@ def blocks_run(model: nn.Module) -> list[str]:
     return ran
 
 
+@pytest.mark.parametrize('case', CASES, ids='-'.join)
+def test_the_container_is_the_stock_one(case):
+    """A list where the host returns a list, computed or found."""
+    plain, kept = make_pair(*case)
+    for _ in range(2):
+        assert type(kept(images(1))) is type(plain(images(1)))
+
+
 def found(model: nn.Module) -> tuple[int, int]:
     return model.feature_cache.found, model.feature_cache.asked
 
