@@ -13,7 +13,14 @@ from mona_mm import PeftBackbone
 from mona_mm.fast import ffn as fast_ffn
 from mona_mm.fast.ffn import _ROWS, FrozenLayers, make_fast
 
-SHAPES = {'batch 1': (1, 77), 'odd': (3, 35), 'several pieces': (2, _ROWS + 13), 'one token': (1, 1), 'no batch': (9,)}
+SHAPES = {
+    'batch 1': (1, 77),
+    'odd': (3, 35),
+    'several pieces': (2, _ROWS + 13),
+    'whole pieces': (3, _ROWS),
+    'one token': (1, 1),
+    'no batch': (9,),
+}
 
 
 def build(fast: bool = True, trains: bool = False, channels: int = 24, **options) -> FFN:
@@ -134,6 +141,19 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(module.layers, x)
 
 
+def test_backward_within_autocast():
+    """Where only the backward pass is within autocast, it is in the precision of the forward."""
+    module = build()
+    results = []
+    for low in (False, True):
+        torch.manual_seed(1)
+        x, cotangent = torch.randn(2, 35, 24, requires_grad=True), torch.randn(2, 35, 24)
+        out = module.layers(x)
+        with torch.autocast('cpu', torch.bfloat16, enabled=low):
+            results.append(torch.autograd.grad(out, x, cotangent))
+    assert_close(*results, 0)
+
+
 def test_nothing_is_changed_in_place():
     """The form computes in place: its input, the gradient it is given and the weights stay as they were."""
     module = build()
@@ -183,7 +203,13 @@ def test_what_takes_the_stock_path():
     patched = build()
     patched.layers[1].forward = lambda x: x
     assert not is_fast(patched)
+    module = build()
+    module.layers[1] = torch.nn.Linear(96, 24, bias=False).requires_grad_(False)
+    assert not is_fast(module)
     assert not is_fast(build(), torch.randn(2, 35, 24).bfloat16())
+    with torch.autocast('cpu', torch.bfloat16):  # it leaves double precision alone
+        assert not is_fast(build(), torch.randn(2, 35, 24).double())
+        assert not is_fast(build().double(), torch.randn(2, 35, 24).double())
     assert not is_fast(build(), torch.randn(0, 35, 24))
     assert not make_fast(build(False, num_fcs=3))
     assert not make_fast(torch.nn.Linear(3, 3))

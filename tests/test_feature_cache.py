@@ -195,6 +195,16 @@ def test_precision_is_part_of_the_key():
     assert found(kept) == (2, 4) and len(kept.feature_cache.features) == 2
 
 
+def test_the_type_of_the_image_is_part_of_the_key():
+    """The same bytes are other numbers in another type."""
+    plain, kept = make_pair('mmdet-swin', 'fixed', frozen_dtype='bfloat16')
+    x = images(1).half()
+    first, second = (step(kept, each) for each in (x, x.view(torch.bfloat16)))
+    assert_equal(first, step(plain, x))
+    assert_equal(second, step(plain, x.view(torch.bfloat16)))
+    assert found(kept) == (0, 2) and not torch.equal(first[0].float(), second[0].float())
+
+
 @pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
 def test_with_frozen_weights_in_half_precision(rule):
     """Both options at once give what the one gives alone."""

@@ -97,15 +97,14 @@ class _FrozenFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters[:3])
-        with torch.autocast(x.device.type, enabled=False):
-            weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in parameters)
-            parts = [linear(torch.ops.aten.gelu_(linear(rows, weight1, bias1)), weight2, bias2) for (rows,) in _rows(x)]
-            return _whole(parts, x)
+        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in parameters)
+        parts = [linear(torch.ops.aten.gelu_(linear(rows, weight1, bias1)), weight2, bias2) for (rows,) in _rows(x)]
+        return _whole(parts, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # who calls backward may have one on
             weight1, bias1, weight2 = (p.to(x.dtype) for p in parameters)
             if torch.is_grad_enabled():  # to be differentiated again
                 dx = torch.ops.aten.gelu_backward(grad @ weight2, F.linear(x, weight1, bias1)) @ weight1
