@@ -238,6 +238,56 @@ def test_a_full_memory(make_runner, caplog):  # noqa: F811
         assert found(kept) == (2 * epoch, 4 * (epoch + 1))
     assert kept.feature_cache.bytes == 2 * each
     assert log_of(runner).count('GiB are full: the features of 2 images are kept') == 1
+    for model in (plain, kept):  # the features of other weights have all of the memory again
+        torch.manual_seed(6)
+        nn.init.normal_(model.stages[0].blocks[0].ffn.layers[1].weight, std=0.1)
+    for _ in range(2):
+        for x in images(4).split(1):
+            assert_equal(step(kept, x), step(plain, x))
+    assert kept.feature_cache.bytes == 2 * each and len(kept.feature_cache.features) == 2
+
+
+@pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
+def test_kept_features_are_their_own(rule):
+    """Who changes outputs in place changes no features; an image that is twice in a batch is kept and counted once; no
+    storage is larger than what is counted."""
+    plain, kept = make_pair('mmdet-swin', rule)
+    x = images(2)[[0, 1, 0]]
+    for _ in range(2):
+        outputs = kept(x)
+        with torch.no_grad():
+            for out in outputs:
+                out.zero_()
+    assert_close(step(kept, x), step(plain, x))
+    features = kept.feature_cache.features.values()
+    tensors = [t for each in features for t in (*each.outputs, each.tokens) if t is not None]
+    assert len(features) == 2
+    for sizes in ([t.nbytes for t in tensors], [t.untyped_storage().nbytes() for t in tensors]):
+        assert kept.feature_cache.bytes == sum(sizes)
+
+
+def test_an_address_is_not_used_again():
+    """Other weights in place of freed ones are noticed, since the freed ones' memory is held."""
+    plain, kept = make_pair('mmdet-swin', 'fixed')
+    step(kept, images(1))
+    for p in list(kept.parameters())[::9]:
+        shape = p.shape
+        p.data = torch.empty(0)
+        p.data = torch.empty(shape)  # where freed memory of that size is, if there is any
+        nn.init.normal_(p.data, std=0.1)
+        plain.load_state_dict(kept.state_dict())
+        assert_equal(step(kept, images(1)), step(plain, images(1)))
+
+
+def test_buffers_are_followed():
+    """What a host computes with and is no parameter, such as SwinV2's table of coordinates, may change as well."""
+    plain, kept = make_pair('mmpretrain-swinv2', 'fixed')
+    before = step(kept, images(1))
+    for model in (plain, kept):
+        next(b for name, b in model.named_buffers() if name.endswith('relative_coords_table')).mul_(-3)
+    after = step(kept, images(1))
+    assert_equal(after, step(plain, images(1)))
+    assert not torch.equal(after[0], before[0])
 
 
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
