@@ -141,16 +141,18 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(module.layers, x)
 
 
-def test_backward_within_autocast():
-    """Where only the backward pass is within autocast, it is in the precision of the forward."""
+@pytest.mark.parametrize('onednn', [True, False])
+def test_backward_within_autocast(onednn):
+    """Where only the backward pass is within autocast, it is in the forward's precision, with or without oneDNN."""
     module = build()
     results = []
     for low in (False, True):
         torch.manual_seed(1)
         x, cotangent = torch.randn(2, 35, 24, requires_grad=True), torch.randn(2, 35, 24)
-        out = module.layers(x)
-        with torch.autocast('cpu', torch.bfloat16, enabled=low):
-            results.append(torch.autograd.grad(out, x, cotangent))
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            out = module.layers(x)
+            with torch.autocast('cpu', torch.bfloat16, enabled=low):
+                results.append(torch.autograd.grad(out, x, cotangent))
     assert_close(*results, 0)
 
 
