@@ -225,6 +225,22 @@ def test_hooks_inside_are_called():
     assert seen[3:] == ['qkv', 'softmax', 'proj', 'drop']
 
 
+def test_backward_hooks_inside_are_called():
+    fast, seen = attention(), []
+    fast.w_msa.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(grad_out[0].shape))
+    assert_close(run(fast, (10, 17)), run(attention(fast=False), (10, 17)))
+    assert len(seen) == 1
+
+
+def test_a_trace_can_be_saved(tmp_path):
+    """torch.jit.trace sees stock operations alone, whose graph can be written to a file and used for other images."""
+    module, hw = attention().eval().requires_grad_(False), (10, 17)
+    traced = torch.jit.trace(lambda x: module(x, hw), torch.randn(2, 170, 24))
+    traced.save(str(tmp_path / 'trace.pt'))
+    x = torch.randn(2, 170, 24)
+    assert_close([torch.jit.load(str(tmp_path / 'trace.pt'))(x)], [module(x, hw)])
+
+
 METHODS = {
     'full': dict(),
     'fixed': dict(trainable='none'),

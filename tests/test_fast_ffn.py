@@ -13,7 +13,14 @@ from mona_mm import PeftBackbone
 from mona_mm.fast import ffn as fast_ffn
 from mona_mm.fast.ffn import _ROWS, FrozenLayers, make_fast
 
-SHAPES = {'batch 1': (1, 77), 'odd': (3, 35), 'several pieces': (2, _ROWS + 13), 'one token': (1, 1), 'no batch': (9,)}
+SHAPES = {
+    'batch 1': (1, 77),
+    'odd': (3, 35),
+    'several pieces': (2, _ROWS + 13),
+    'whole pieces': (3, _ROWS),
+    'one token': (1, 1),
+    'no batch': (9,),
+}
 
 
 def build(fast: bool = True, trains: bool = False, channels: int = 24, **options) -> FFN:
@@ -96,6 +103,35 @@ def test_keeps_its_input_alone(autocast):
     assert sizes[1] >= 4 * unit
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('biases', [False, True], ids=['weights', 'weights and biases'])
+def test_weights_in_the_type_of_the_products(dtype, biases):
+    """Under autocast frozen weights in its type, as `frozen_dtype` keeps them, take the fast form and give bit for bit
+    what float32 ones of the same values do; in the other half type, and without autocast, they do not."""
+    single, half = build(), build()
+    for module in (single, half):
+        for p in module.layers.parameters():
+            if biases or p.dim() == 2:
+                p.data = p.data.to(dtype)
+    for p in single.layers.parameters():
+        p.data = p.data.float()
+    x = torch.randn(2, 35, 24, requires_grad=True)
+    with torch.autocast('cpu', dtype):
+        assert is_fast(half, x) and is_fast(single, x)
+    with torch.autocast('cpu', torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        assert not is_fast(half, x)
+    assert not is_fast(half, x)
+    results = []
+    for module in (single, half):
+        torch.manual_seed(1)
+        x, cotangent = torch.randn(3, 35, 24, requires_grad=True), torch.randn(3, 35, 24).to(dtype)
+        with torch.autocast('cpu', dtype):
+            out = module.layers(x)
+        out.backward(cotangent)
+        results.append([out.detach(), x.grad])
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(*results, strict=True))
+
+
 def test_gradients():
     """The input's gradient is that of finite differences, and so is its own gradient."""
     module = build(channels=6).double()
@@ -103,6 +139,21 @@ def test_gradients():
     assert is_fast(module, x)
     assert torch.autograd.gradcheck(module.layers, x)
     assert torch.autograd.gradgradcheck(module.layers, x)
+
+
+@pytest.mark.parametrize('onednn', [True, False])
+def test_backward_within_autocast(onednn):
+    """Where only the backward pass is within autocast, it is in the forward's precision, with or without oneDNN."""
+    module = build()
+    results = []
+    for low in (False, True):
+        torch.manual_seed(1)
+        x, cotangent = torch.randn(2, 35, 24, requires_grad=True), torch.randn(2, 35, 24)
+        with torch.backends.mkldnn.flags(enabled=onednn):
+            out = module.layers(x)
+            with torch.autocast('cpu', torch.bfloat16, enabled=low):
+                results.append(torch.autograd.grad(out, x, cotangent))
+    assert_close(*results, 0)
 
 
 def test_nothing_is_changed_in_place():
@@ -151,10 +202,42 @@ def test_what_takes_the_stock_path():
         owner[index] = Replaced(24, 96) if index == 0 else Replaced(96, 24)
         module.requires_grad_(False)
         assert not is_fast(module)
+    patched = build()
+    patched.layers[1].forward = lambda x: x
+    assert not is_fast(patched)
+    module = build()
+    module.layers[1] = torch.nn.Linear(96, 24, bias=False).requires_grad_(False)
+    assert not is_fast(module)
     assert not is_fast(build(), torch.randn(2, 35, 24).bfloat16())
+    with torch.autocast('cpu', torch.bfloat16):  # it leaves double precision alone
+        assert not is_fast(build(), torch.randn(2, 35, 24).double())
+        assert not is_fast(build().double(), torch.randn(2, 35, 24).double())
     assert not is_fast(build(), torch.randn(0, 35, 24))
     assert not make_fast(build(False, num_fcs=3))
     assert not make_fast(torch.nn.Linear(3, 3))
+
+
+def test_layers_of_another_structure():
+    """Whoever takes layers away, adds some or merges two after building is heeded."""
+
+    class Doubled(torch.nn.Sequential):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x = torch.randn(2, 35, 24)
+    for change in (
+        lambda m: m.layers.__setitem__(0, torch.nn.Linear(24, 96)),
+        lambda m: m.layers.__setitem__(0, m.layers[0][:2]),
+        lambda m: m.layers.__setitem__(0, Doubled(*m.layers[0])),
+        lambda m: m.layers.append(torch.nn.LayerNorm(24)),
+        lambda m: m.layers.__delitem__(2),
+    ):
+        stock, fast = (build(f) for f in (False, True))
+        for module in (stock, fast):
+            torch.manual_seed(4)
+            change(module)
+            module.requires_grad_(False)
+        assert_close([fast(x)], [stock(x)], 0)
 
 
 def test_wide_streams(monkeypatch):
@@ -206,7 +289,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('name', ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin', 'mmpretrain-vit'])
+@pytest.mark.parametrize('name', ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin', 'mmpretrain-vit', 'mmpretrain-swinv2'])
 def test_backbones_are_equal(name, method):
     """Whole backbones in train mode with seeded DropPath: outputs and the gradient of everything that trains. A method
     at the FFN's own linears is heeded."""
@@ -216,7 +299,7 @@ def test_backbones_are_equal(name, method):
     assert stock.state_dict().keys() == fast.state_dict().keys()
     fast.train()
     stock.train()
-    size = (32, 32) if name == 'mmpretrain-vit' else (50, 70)
+    size = (50, 70) if name.endswith('swin') else (64, 64)
     assert_close(step(fast, size), step(stock, size), 2e-5)
 
 

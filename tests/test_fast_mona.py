@@ -10,6 +10,7 @@ from torch import nn
 import mona_mm.methods.mona as mona_module
 from mona_mm.benchmark import module as benchmark
 from mona_mm.methods import Mona
+from mona_mm.ops.mona import linear
 
 GRIDS = {  # (batch, (H, W), extra tokens)
     'odd': (2, (5, 9), 0),
@@ -151,11 +152,13 @@ def test_precision(form, mean):
         assert errors['fast'][name] < bound, f'{name}: {errors["fast"][name]:.1e}, plain {plain:.1e}'
 
 
-@pytest.mark.parametrize('autocast', [None, torch.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('form', ['float32', 'autocast', 'bfloat16'])
 @pytest.mark.parametrize('times', [1e-3, 1, 30])
-def test_input_computed_from_the_output(times, autocast):
+def test_input_computed_from_the_output(times, form):
     """Without x, its gradients are as good as with it, also where the branch is many times as large as x: within 1e-5
-    of float64's in single precision, and of the plain form's error in bfloat16."""
+    of float64's in single precision, and of the plain form's error in bfloat16, where a sum in bfloat16 could not tell
+    x from it."""
+    autocast = torch.bfloat16 if form == 'autocast' else None
     module, hw = build(48, 16), (15, 16)
     x = torch.randn(2, 240, 48)
     grad = torch.randn_like(x)
@@ -164,12 +167,14 @@ def test_input_computed_from_the_output(times, autocast):
         for p in module.up.parameters():
             p.mul_(times * x.norm() / branch.norm())
     exact = step(copy.deepcopy(module).double(), x.double(), grad.double(), hw, False)
+    if form == 'bfloat16':
+        module, x, grad = module.bfloat16(), x.bfloat16(), grad.bfloat16()
     plain, fast = (step(module, x, grad, hw, fast, autocast) for fast in (False, True))
     for name, reference in exact.items():
         errors = [
             ((form[name].double() - reference).abs().max() / reference.abs().max()).item() for form in (plain, fast)
         ]
-        assert errors[1] < (1e-5 if autocast is None else 3 * errors[0] + 1e-3), f'{name}: {errors}'
+        assert errors[1] < (1e-5 if form == 'float32' else 3 * errors[0] + 1e-3), f'{name}: {errors}'
 
 
 def test_output_changed_in_place():
@@ -316,6 +321,17 @@ def test_without_onednn():
     expected = step(module, x, x, hw, True)
     with torch.backends.mkldnn.flags(enabled=False):
         assert_close(step(module, x, x, hw, True), expected, 1e-5)
+
+
+def test_weights_that_onednn_is_slow_with(monkeypatch):
+    """A weight that is neither contiguous nor the transpose of a contiguous one is no oneDNN's: it takes minutes."""
+    taken = []
+    monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', lambda x, w, *args: taken.append(w) or x @ w.t())
+    x, matrix = torch.randn(5, 8), torch.randn(8, 8)
+    for weight, fits in ((matrix, True), (matrix.t(), True), (torch.randn(8, 16)[:, ::2], False)):
+        taken.clear()
+        torch.testing.assert_close(linear(x, weight), x @ weight.t())
+        assert bool(taken) == fits
 
 
 def test_benchmark():

@@ -10,6 +10,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.runner import load_checkpoint
 from test_hooks import Images, Score, log_of, make_runner, state  # noqa: F401  the fixture
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 from mona_mm import PeftBackbone
@@ -66,6 +67,14 @@ def blocks_run(model: nn.Module) -> list[str]:
     for path, block in find_host(model).blocks(model).items():
         block.register_forward_pre_hook(lambda m, args, path=path: ran.append(path))
     return ran
+
+
+@pytest.mark.parametrize('case', CASES, ids='-'.join)
+def test_the_container_is_the_stock_one(case):
+    """A list where the host returns a list, computed or found."""
+    plain, kept = make_pair(*case)
+    for _ in range(2):
+        assert type(kept(images(1))) is type(plain(images(1)))
 
 
 def found(model: nn.Module) -> tuple[int, int]:
@@ -187,6 +196,16 @@ def test_precision_is_part_of_the_key():
     assert found(kept) == (2, 4) and len(kept.feature_cache.features) == 2
 
 
+def test_the_type_of_the_image_is_part_of_the_key():
+    """The same bytes are other numbers in another type."""
+    plain, kept = make_pair('mmdet-swin', 'fixed', frozen_dtype='bfloat16')
+    x = images(1).half()
+    first, second = (step(kept, each) for each in (x, x.view(torch.bfloat16)))
+    assert_equal(first, step(plain, x))
+    assert_equal(second, step(plain, x.view(torch.bfloat16)))
+    assert found(kept) == (0, 2) and not torch.equal(first[0].float(), second[0].float())
+
+
 @pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
 def test_with_frozen_weights_in_half_precision(rule):
     """Both options at once give what the one gives alone."""
@@ -220,6 +239,55 @@ def test_a_full_memory(make_runner, caplog):  # noqa: F811
         assert found(kept) == (2 * epoch, 4 * (epoch + 1))
     assert kept.feature_cache.bytes == 2 * each
     assert log_of(runner).count('GiB are full: the features of 2 images are kept') == 1
+    for model in (plain, kept):  # the features of other weights have all of the memory again
+        torch.manual_seed(6)
+        nn.init.normal_(model.stages[0].blocks[0].ffn.layers[1].weight, std=0.1)
+    for _ in range(2):
+        for x in images(4).split(1):
+            assert_equal(step(kept, x), step(plain, x))
+    assert kept.feature_cache.bytes == 2 * each and len(kept.feature_cache.features) == 2
+
+
+@pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
+def test_kept_features_are_their_own(rule):
+    """Who changes outputs in place changes no features; an image that is twice in a batch is kept and counted once; no
+    storage is larger than what is counted."""
+    plain, kept = make_pair('mmdet-swin', rule)
+    x = images(2)[[0, 1, 0]]
+    for _ in range(2):
+        outputs = kept(x)
+        with torch.no_grad():
+            for out in outputs:
+                out.zero_()
+    assert_close(step(kept, x), step(plain, x))
+    features = kept.feature_cache.features.values()
+    tensors = [t for each in features for t in (*each.outputs, each.tokens) if t is not None]
+    assert len(features) == 2
+    for sizes in ([t.nbytes for t in tensors], [t.untyped_storage().nbytes() for t in tensors]):
+        assert kept.feature_cache.bytes == sum(sizes)
+
+
+def test_an_address_is_not_used_again():
+    """The memory of weights that were exchanged is held until that is noticed: no others can be at their addresses."""
+    _, kept = make_pair('mmdet-swin', 'fixed')
+    step(kept, images(1))
+    weight = kept.stages[0].blocks[0].ffn.layers[1].weight
+    memory, other = StorageWeakRef(weight.untyped_storage()), torch.randn_like(weight)
+    weight.data = other
+    assert not memory.expired()
+    step(kept, images(1))
+    assert memory.expired()
+
+
+def test_buffers_are_followed():
+    """What a host computes with and is no parameter, such as SwinV2's table of coordinates, may change as well."""
+    plain, kept = make_pair('mmpretrain-swinv2', 'fixed')
+    before = step(kept, images(1))
+    for model in (plain, kept):
+        next(b for name, b in model.named_buffers() if name.endswith('relative_coords_table')).mul_(-3)
+    after = step(kept, images(1))
+    assert_equal(after, step(plain, images(1)))
+    assert not torch.equal(after[0], before[0])
 
 
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])

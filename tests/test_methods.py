@@ -292,3 +292,25 @@ def test_in_place_is_the_plain_formula(method, autocast):
             results.append([out.detach(), own.detach(), own.grad, free, *(p.grad for p in module.parameters())])
         for plain, actual in zip(*results, strict=True):
             assert plain.dtype == actual.dtype and torch.equal(plain, actual)
+
+
+@pytest.mark.parametrize('method', PLAIN)
+def test_hooks_on_what_is_computed_in_place(method):
+    """What a hook on the last projection keeps stays as it was given, and backward hooks on every module work; both
+    change nothing."""
+    sizes = dict(in_channels=24, out_channels=24, rank=8) if method is LoRA else dict(channels=24)
+    module = method(**sizes).eval()
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, seen = torch.randn(3, 35, 24, requires_grad=True), []
+
+    def run() -> list[torch.Tensor]:
+        out = module(x, (5, 7)) if module.sites[0] != 'q' else module(x)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    expected = run()
+    module.up.register_forward_hook(lambda m, args, out: seen.append((out, out.detach().clone())))
+    for m in module.modules():
+        m.register_full_backward_hook(lambda m, grad_in, grad_out: None)
+    assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    assert len(seen) == 1 and torch.equal(*seen[0])

@@ -217,3 +217,23 @@ def test_folded_form_is_equal(options, extra):
         torch.testing.assert_close(folded(x, (5, 7)), expected, atol=1e-5, rtol=1e-5)
         assert (expected - x).abs().max() > 0.1
     assert sum(p.numel() for p in folded.parameters()) <= sum(p.numel() for p in module.parameters())
+
+
+@torch.no_grad()
+def test_folded_form_is_traced_and_hooked(tmp_path):
+    """Without gradients, as models are exported and features read: a trace has nothing but stock operations and can be
+    saved, torch.func works, and hooks on its layers are called."""
+    folded = FoldedMona.of(Mona(24, bottleneck=8)).eval().requires_grad_(False)
+    x = torch.randn(2, 35, 24)
+    expected = folded(x, (5, 7))
+    traced = torch.jit.trace(lambda x: folded(x, (5, 7)), torch.randn(2, 35, 24))
+    assert 'mkldnn' not in str(traced.inlined_graph)
+    traced.save(str(tmp_path / 'trace.pt'))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / 'trace.pt'))(x), expected, atol=1e-5, rtol=1e-5)
+    mapped = torch.func.vmap(lambda x: folded(x[None], (5, 7))[0])(x)
+    torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=1e-5)
+    seen = []
+    for layer in (folded.down, folded.pointwise, folded.up):
+        layer.register_forward_hook(lambda m, args, out: seen.append(m))
+    torch.testing.assert_close(folded(x, (5, 7)), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [folded.down, folded.pointwise, folded.up]

@@ -15,9 +15,9 @@ A bias table that trains (full tuning, BitFit) is read anew every step, with its
 plain formula, and so is attention in half precision, whose fused backward pass there is several times slower.
 
 The stock path is taken by attention that drops single probabilities while training, by modules within which somebody
-has hooked what is left out here, by what torch.compile traces, and on CPUs by small maps whose table trains
-(:data:`_FEWEST`), where it is the faster one. The order of the windows is not the stock one, which
-only what draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
+has hooked what is left out here, by what torch.compile or another tracer sees, and on CPUs by small maps whose table
+trains (:data:`_FEWEST`), where it is the faster one. The order of the windows is not the stock one, which only what
+draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
 """
 
 from contextlib import nullcontext
@@ -31,6 +31,7 @@ from torch.autograd.function import FunctionCtx
 
 from mona_mm.errors import ConfigError
 from mona_mm.mixin import Mixin, mix_in, qualified_name
+from mona_mm.observed import is_hooked, is_traced
 
 _WINDOW_MSA = {
     'mmdet.models.backbones.swin.ShiftWindowMSA': 'mmdet.models.backbones.swin.WindowMSA',
@@ -150,8 +151,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
 def _is_observed(inner: nn.Module) -> bool:
     """Whether a ``WindowMSA`` drops single probabilities, or somebody has hooked what the fast form does not call."""
     drop = inner.attn_drop
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (inner, inner.softmax, drop))
-    return hooked or (drop.training and drop.p > 0)
+    return is_hooked(inner, inner.softmax, drop) or (drop.training and drop.p > 0)
 
 
 class FastWindowAttention(Mixin):
@@ -166,7 +166,7 @@ class FastWindowAttention(Mixin):
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
         inner = self.w_msa
-        if _is_observed(inner) or torch.compiler.is_compiling():
+        if is_traced() or _is_observed(inner):
             return super().forward(query, hw_shape)
         (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
         if tokens != height * width:

@@ -44,12 +44,14 @@ class Features(NamedTuple):
         tokens: what the last block is given, ``(N, C)``, where it trains.
         arguments: what it is given besides.
         hw: the ``(H, W)`` of the tokens.
+        container: the type in which the backbone returns its outputs.
     """
 
     outputs: tuple[Tensor, ...]
     tokens: Tensor | None = None
     arguments: tuple = ()
     hw: tuple[int, int] | None = None
+    container: type = tuple
 
     def copy(self) -> 'Features':
         """In memory of its own on the CPU."""
@@ -234,13 +236,19 @@ def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[T
     """The outputs of a batch, as the backbone gives them, and the features of every image."""
     if not backbone.freeze_record.trainable:
         outputs = inner(x)
-        return outputs, [Features(tuple(image)) for image in zip(*outputs, strict=True)]
+        return outputs, [Features(tuple(image), container=type(outputs)) for image in zip(*outputs, strict=True)]
     with _listening(backbone) as heard:
         outputs = inner(x)
     tokens, *arguments = heard['block']
     hw = heard.get('hw') or arguments[0]
     return outputs, [
-        Features(tuple(out[i].detach() for out in outputs[:-1]), tokens[i].detach(), tuple(arguments), tuple(hw))
+        Features(
+            tuple(out[i].detach() for out in outputs[:-1]),
+            tokens[i].detach(),
+            tuple(arguments),
+            tuple(hw),
+            type(outputs),
+        )
         for i in range(len(x))
     ]
 
@@ -265,7 +273,7 @@ def _last_block(backbone: nn.Module) -> nn.Module:
     return block
 
 
-def _assemble(backbone: nn.Module, features: Sequence[Features], device: torch.device) -> tuple[Tensor, ...]:
+def _assemble(backbone: nn.Module, features: Sequence[Features], device: torch.device) -> Sequence[Tensor]:
     """The outputs of a batch from the features of its images."""
     first = features[0]
     outputs = [
@@ -275,4 +283,4 @@ def _assemble(backbone: nn.Module, features: Sequence[Features], device: torch.d
         tokens = torch.stack([each.tokens.to(device) for each in features])
         tokens = _last_block(backbone)(tokens, *first.arguments)
         outputs.append(find_host(backbone).end(backbone, tokens, first.hw))
-    return tuple(outputs)
+    return first.container(outputs)

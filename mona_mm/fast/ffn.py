@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from mona_mm.mixin import Mixin, mix_in, qualified_name
+from mona_mm.observed import is_hooked, is_traced
 from mona_mm.ops.mona import by_onednn, linear
 
 _FFN = 'mmcv.cnn.bricks.transformer.FFN'
@@ -51,7 +51,7 @@ class FrozenLayers(Mixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C) -> (..., C)``."""
-        if torch.compiler.is_compiling() or not self._fits(x):
+        if is_traced() or not self._fits(x):
             return super().forward(x)
         fc1, fc2 = self[0][0], self[1]
         device = x.device.type
@@ -61,9 +61,11 @@ class FrozenLayers(Mixin):
 
     def _fits(self, x: Tensor) -> bool:
         """Whether :class:`_FrozenFFN` does the same here."""
+        if len(self) != 3 or not _is_sequence(self[0]) or len(self[0]) != 3:  # no longer what it was built as
+            return False
         (fc1, act, drop1), fc2, drop2 = self
         device = x.device.type
-        if device not in ('cpu', 'cuda') or torch.jit.is_tracing() or are_functorch_transforms_active():
+        if device not in ('cpu', 'cuda'):
             return False
         mixed = torch.is_autocast_enabled(device)
         products = torch.get_autocast_dtype(device) if mixed else x.dtype
@@ -75,10 +77,7 @@ class FrozenLayers(Mixin):
             return False
         if any(qualified_name(type(fc)) not in _LINEAR or fc.bias is None for fc in (fc1, fc2)):
             return False
-        if any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-            for m in (self[0], fc1, act, drop1, fc2, drop2)
-        ):
+        if is_hooked(self[0], fc1, act, drop1, fc2, drop2):
             return False
         dtypes = (x.dtype,)
         if mixed:  # frozen weights may be kept in the type of the products
@@ -88,21 +87,24 @@ class FrozenLayers(Mixin):
         return not trains and all(p.dtype in dtypes for p in parameters)
 
 
+def _is_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 class _FrozenFFN(torch.autograd.Function):
     """``x`` is in the type of the products, the parameters are cast to it; none of them gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters[:3])
-        with torch.autocast(x.device.type, enabled=False):
-            weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in parameters)
-            parts = [linear(torch.ops.aten.gelu_(linear(rows, weight1, bias1)), weight2, bias2) for (rows,) in _rows(x)]
-            return _whole(parts, x)
+        weight1, bias1, weight2, bias2 = (p.to(x.dtype) for p in parameters)
+        parts = [linear(torch.ops.aten.gelu_(linear(rows, weight1, bias1)), weight2, bias2) for (rows,) in _rows(x)]
+        return _whole(parts, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # who calls backward may have one on
             weight1, bias1, weight2 = (p.to(x.dtype) for p in parameters)
             if torch.is_grad_enabled():  # to be differentiated again
                 dx = torch.ops.aten.gelu_backward(grad @ weight2, F.linear(x, weight1, bias1)) @ weight1

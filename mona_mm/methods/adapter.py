@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, positive, probability
+from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned, positive, probability
 from mona_mm.registry import METHODS
 
 
@@ -47,8 +47,8 @@ class Adapter(PeftModule):
             nn.init.zeros_(linear.bias)
 
     def branch(self, x: Tensor) -> Tensor:
-        """The bottleneck without its residual, ``(..., C) -> (..., C)``."""
-        return self.up(self.dropout(self.act(self.down(x))))
+        """The bottleneck without its residual, ``(..., C) -> (..., C)``, to be changed in place."""
+        return owned(self.up, self.dropout(self.act(self.down(x))))
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``."""

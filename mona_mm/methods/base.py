@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnknownOptionError
+from mona_mm.observed import is_hooked
 from mona_mm.registry import METHODS
 from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host, inject
 
@@ -192,6 +193,12 @@ def as_rows(x: Tensor) -> Tensor:
     contiguous stays as it is: a linear layer computes it by other products.
     """
     return x.flatten(0, -2) if x.is_contiguous() else x
+
+
+def owned(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, to be changed in place: a copy of its own where a hook of the layer may hold the output."""
+    out = layer(x)
+    return out.clone() if is_hooked(layer) else out
 
 
 def add_residual(branch: Tensor, x: Tensor) -> Tensor:

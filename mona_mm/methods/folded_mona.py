@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mona_mm.methods.base import PeftModule, positive
 from mona_mm.methods.mona import Mona, ScaledLayerNorm
+from mona_mm.observed import is_hooked, is_traced
 from mona_mm.ops.mona import linear, merged_filters
 from mona_mm.registry import METHODS
 from mona_mm.sites import PeftBlock
@@ -93,8 +94,8 @@ class FoldedMona(PeftModule):
 
 
 def _project(layer: nn.Linear, x: Tensor) -> Tensor:
-    # The faster product has no gradient, and its inputs must be of one type.
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    # The faster product has no gradient, no form outside torch, and its inputs must be of one type.
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced() or is_hooked(layer):
         return layer(x)
     return linear(x, layer.weight, layer.bias)
 

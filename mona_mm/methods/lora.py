@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.methods.base import PeftModule, number, positive, probability
+from mona_mm.methods.base import PeftModule, number, owned, positive, probability
 from mona_mm.registry import METHODS
 
 
@@ -68,7 +68,7 @@ class LoRA(PeftModule):
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``; that is not read."""
-        return self.drop_path(self.up(self.down(self.dropout(x))).mul_(self.scale))
+        return self.drop_path(owned(self.up, self.down(self.dropout(x))).mul_(self.scale))
 
     @property
     def is_weight_delta(self) -> bool:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, positive
+from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned, positive
 from mona_mm.registry import METHODS
 
 
@@ -79,4 +79,4 @@ class LoRand(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``."""
-        return add_residual(self.up(self.act(self.down(as_rows(x)))), x)
+        return add_residual(owned(self.up, self.act(self.down(as_rows(x)))), x)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 
 from mona_mm.errors import ConfigError
 from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.observed import is_hooked, is_traced
 from mona_mm.ops.mona import ScaledNorm, mona
 from mona_mm.registry import METHODS
 
@@ -125,7 +125,7 @@ class Mona(PeftModule):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
-        if self.fast and not torch.compiler.is_compiling() and self._fits_fast(x):
+        if self.fast and not is_traced() and self._fits_fast(x):
             return self._fast(x, hw)
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
@@ -138,11 +138,10 @@ class Mona(PeftModule):
     def _fits_fast(self, x: Tensor) -> bool:
         """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
 
-        It calls no submodule, so that none may have a hook or have been replaced; it is opaque to tracers and to
-        ``torch.func``; it takes parameters of the input's type or, under autocast, in float32; and it was written for
-        CPUs and CUDA.
+        It calls no submodule, so that none may have a hook or have been replaced; it takes parameters of the input's
+        type or, under autocast, in float32; and it was written for CPUs and CUDA.
         """
-        if isinstance(self.middle, ScaledLayerNorm) or torch.jit.is_tracing() or are_functorch_transforms_active():
+        if isinstance(self.middle, ScaledLayerNorm):
             return False
         fewest = {'cpu': max(PLAIN_TOKENS, 1), 'cuda': 1}.get(x.device.type)
         if fewest is None or x.shape[0] * x.shape[1] < fewest:
@@ -153,7 +152,7 @@ class Mona(PeftModule):
             dtype = x.dtype
         return all(
             type(m) in _PARTS
-            and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+            and not is_hooked(m)
             and all(p is not None and p.dtype == dtype for p in m._parameters.values())
             for child in self.children()
             for m in child.modules()

@@ -43,9 +43,10 @@ def mona(
     - the depthwise convolutions are one, with the kernel that is their sum, built in every call;
     - tokens stay ``(B, N, C)`` in memory: the grid is a view, in channels-last format;
     - for the backward pass are kept the output, the mean and reciprocal standard deviation of ``x``, the hidden state
-      ``p`` and the mask of the dropout; what lies between is computed again, and ``x`` as the output less the branch.
-      The LayerNorm that comes next in a block keeps the output anyway. Changing it in place is an error. In half
-      precision (without autocast), where the sum is rounded, ``x`` itself is kept;
+      ``p`` and the mask of the dropout; what lies between is computed again, and ``x`` as the output less the branch,
+      to the precision of the output: it would be lost beside a branch a million times as large. The LayerNorm that
+      comes next in a block keeps the output anyway. Changing it in place is an error. In half precision (without
+      autocast), where the sum is rounded, ``x`` itself is kept;
     - the gradients of all the parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``,
       so that no sum over the tokens is taken of anything as wide as ``x``.
 

@@ -1,0 +1,18 @@
+"""When a module's parts have to be called one by one: somebody sees them who would not see another form of the same."""
+
+import torch
+from torch import nn
+from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether a call of any of the modules runs more than its class's forward: a hook, or a forward of its own."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+        for m in modules
+    )
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, another tracer or ``torch.func`` follows what is computed now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or are_functorch_transforms_active()
