@@ -171,17 +171,21 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     cfg.load_from = checkpoint
 
 
-def whole_model_base(cfg: Config) -> str | None:
+def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
     """The whole model that a config's run started from, on which its deltas belong; None if it names none.
 
     That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
-    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``.
+    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``. Where that is gone, too, it may lie
+    beside ``delta``, one of the run's.
 
     Raises:
         MissingFileError: if the file is not there.
     """
     key, file = _base_key(cfg), base_file(cfg)
-    if file and '://' not in file and not osp.isfile(file):
+    if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+        beside = osp.join(osp.dirname(delta), osp.basename(file)) if delta else ''
+        if osp.isfile(beside) and not osp.samefile(beside, delta):
+            return beside
         raise MissingFileError(
             f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
             f'where it is now with --cfg-options {key}=/path/to/it'

@@ -1,5 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,11 +83,13 @@ def stock_config(cfg: Config) -> Config:
     plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
-        if hook.get('type') == 'mona_mm.SafeCheckpointHook':
+        if hook and hook.get('type') == 'mona_mm.SafeCheckpointHook':  # None takes one of mmengine's away
             hook['type'] = 'CheckpointHook'
     if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
+    if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
+        schedulers = [schedulers]
     if isinstance(schedulers, list):
         plain['param_scheduler'] = [stock for each in schedulers for stock in _stock_schedulers(each)]
     return Config(plain)
@@ -125,7 +128,7 @@ def self_contained_config(cfg: Config, folded: bool = False) -> Config:
     plain = cfg.to_dict()
     _forget_pretrained(plain['model'])
     spt = spt_config(plain)
-    if spt is not None:
+    if spt is not None and not isinstance(spt['plan'], Mapping):  # one that is in the config says it all already
         plan = Plan.load(spt['plan'])
         structured = {**(spt.get('structured') or {}), **(plan.structured_config or {})}
         spt.clear()
