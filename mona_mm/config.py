@@ -151,8 +151,9 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
             resume but a ``load_from`` in the config that does not exist.
     """
     if checkpoint is None:
-        if cfg.get('load_from') and '://' not in cfg.load_from and not osp.isfile(cfg.load_from):
-            raise MissingFileError(f'load_from={cfg.load_from}: there is no such checkpoint.')
+        file = cfg.get('load_from')
+        if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+            raise MissingFileError(f'load_from={file}: there is no such checkpoint.')
         return
     if checkpoint == 'auto':
         checkpoint = find_last_checkpoint(cfg.work_dir)

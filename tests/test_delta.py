@@ -11,7 +11,7 @@ import torch
 from conftest import HOSTS, ROOT
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from test_hosts import METHOD_CONFIGS
@@ -363,6 +363,24 @@ def test_after_a_refusal(top, base_file, tmp_path):
     with pytest.raises(CheckpointMismatchError, match='tensors differ'):
         load_delta(whole, tmp_path / 'other.delta.safetensors')
     assert torch.equal(predict(whole), expected)
+
+
+def test_a_pretrained_file_that_is_not_here(base_file, tmp_path):
+    """Where a model of a run from a whole model is served, the file of its init_cfg need not be there; of a run without
+    one it must, and what the error leaves is what was there."""
+    source = trained(base_file, dict(METHODS['mona'], trainable='stages.1'))
+    torch.save(source.state_dict(), tmp_path / 'whole.pth')
+    save_delta(source, tmp_path / 'a.delta.safetensors', base_file=str(tmp_path / 'whole.pth'))
+    model = build('gone.pth', dict(METHODS['mona'], trainable='stages.1'), init_cfg=dict(type='Normal', layer='Conv2d'))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load_delta(model, tmp_path / 'a.delta.safetensors')
+    assert torch.equal(predict(model), predict(source))
+    model.load_state_dict(before)
+    (tmp_path / 'whole.pth').unlink()
+    with pytest.raises(MissingFileError, match='no checkpoint gone.pth'):
+        load_delta(model, tmp_path / 'a.delta.safetensors')
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module.is_init for module in model.modules() if isinstance(module, BaseModule))
 
 
 def test_a_base_that_names_itself(base_file, tmp_path, monkeypatch):

@@ -127,10 +127,10 @@ def _absolute(file: str) -> str:
 def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> LoadedDelta:
     """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
 
-    So one process can serve several tasks on one backbone. Where the weights of the model have not been initialised
-    or loaded yet, its own ``init_weights`` first loads the base that its config names. Where that is not the base, and
-    the run started from a whole model (its ``load_from``) that is still there, or beside the delta, that one is loaded
-    first. Where the delta is refused, the model is what it was.
+    So one process can serve several tasks on one backbone. Where the model is not on the delta's base yet, that is
+    loaded first: the whole model that the run started from (its ``load_from``), if it did and that is still there, or
+    beside the delta; else, unless the model has been initialised, what its own ``init_weights`` loads. Where the delta
+    is refused, the model is what it was.
 
     Args:
         model: of the config that the delta was trained with.
@@ -304,10 +304,15 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         if not wrong:
             return
         put_back = _snapshot(model)
-        if _initialise(model, wrong):
-            wrong = differing(delta.header.base, frozen)
-        if wrong:
-            wrong = _try_base_file(model, delta, frozen, wrong)
+        wrong = _try_base_file(model, delta, frozen, wrong)  # first: what init_cfg names need not be here then
+        try:
+            if wrong and _initialise(model, wrong):
+                wrong = differing(delta.header.base, frozen)
+                if wrong and not delta.header.base_file.endswith(SUFFIX):  # that file may hold less
+                    wrong = _try_base_file(model, delta, frozen, wrong)
+        except Exception:
+            put_back()
+            raise
         if not wrong:
             return
     except (KeyError, ValueError, TypeError) as error:
@@ -403,7 +408,7 @@ def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor],
     # A delta may name one as its base that has its own name, and beside it is then itself.
     loading = _LOADING.get() | {here.resolve()}
     for file in dict.fromkeys((named, here.parent / named.name)):
-        if not header.base_file or not file.is_file() or file.resolve() in loading:
+        if not header.base_file or not osp.isfile(file) or file.resolve() in loading:
             continue
         put_back, token = _snapshot(model), _LOADING.set(loading)
         try:
@@ -425,14 +430,15 @@ def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor],
 def _load_whole(model: nn.Module, file: str) -> None:
     """Put what of a whole model fits into ``model``, as far as it does: fingerprints are compared afterwards."""
     checkpoint = read_checkpoint(file)
-    given = checkpoint.get('state_dict', checkpoint)
+    given = checkpoint.get('state_dict')
     delta = getattr(getattr(given, '_metadata', None), 'delta', None)
     if delta is not None:  # as mona_mm.checkpoint.loading hands them on, from an address, too
         apply_delta(model, delta)
         return
-    given = {name.removeprefix('module.'): t for name, t in given.items()}
     state = _tensors(model)
-    fitting = {name: t for name, t in given.items() if name in state and state[name].shape == t.shape}
+    given = given if isinstance(given, Mapping) else checkpoint
+    named = {str(name).removeprefix('module.'): t for name, t in given.items() if isinstance(t, Tensor)}
+    fitting = {name: t for name, t in named.items() if name in state and state[name].shape == t.shape}
     model.load_state_dict(fitting, strict=False)
 
 
