@@ -176,17 +176,18 @@ def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
     """The whole model that a config's run started from, on which its deltas belong; None if it names none.
 
     That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
-    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``. Where that is gone, too, it may lie
-    beside ``delta``, one of the run's.
+    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``. Where that is not there, it may be
+    where ``delta``, one of the run's, says, or beside it.
 
     Raises:
         MissingFileError: if the file is not there.
     """
     key, file = _base_key(cfg), base_file(cfg)
     if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
-        beside = osp.join(osp.dirname(delta), osp.basename(file)) if delta else ''
-        if osp.isfile(beside) and not osp.samefile(beside, delta):
-            return beside
+        if delta and osp.isfile(delta):
+            for place in (read_delta(delta).header.base_file, osp.join(osp.dirname(delta), osp.basename(file))):
+                if osp.isfile(place) and not osp.samefile(place, delta):
+                    return place
         raise MissingFileError(
             f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
             f'where it is now with --cfg-options {key}=/path/to/it'

@@ -729,13 +729,17 @@ def test_deltas_of_a_resumed_run(base_file, tmp_path):
     moved = tmp_path / 'moved'
     moved.mkdir()
     delta = str(moved / 'epoch_1.delta.safetensors')
-    Path(delta).touch()
+    source = build(base_file, METHODS['bitfit'])
+    save_delta(source, delta)
     with pytest.raises(MissingFileError, match='base_checkpoint'):
         whole_model_base(cfg, delta)
     (moved / 'whole.pth').touch()
     assert whole_model_base(cfg, delta) == str(moved / 'whole.pth')
     with pytest.raises(MissingFileError, match='load_from=gone/epoch_1'):  # its namesake, not itself
         whole_model_base(Config(dict(load_from='gone/epoch_1.delta.safetensors')), delta)
+    (tmp_path / 'there.pth').touch()
+    save_delta(source, delta, base_file=str(tmp_path / 'there.pth'))
+    assert whole_model_base(cfg, delta) == str(tmp_path / 'there.pth')
     with pytest.raises(MissingFileError, match='load_from=gone.pth.*--cfg-options load_from=/path'):
         whole_model_base(Config(dict(load_from='gone.pth')))
     assert whole_model_base(Config(dict(load_from='gone.pth', resume=True))) is whole_model_base(Config()) is None

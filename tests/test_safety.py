@@ -207,6 +207,9 @@ def test_downloads(served, base_file, monkeypatch):  # noqa: F811
         with pytest.raises(CheckpointMismatchError, match=f'now at {place}; without that, it is downloaded again'):
             read_checkpoint(f'{served}/a.safetensors')
         place.unlink()
+        with pytest.raises(MissingFileError, match='404'):
+            read_checkpoint(f'{served}/nothing.safetensors')
+        assert len(there) == 3
     with pytest.raises(MissingFileError, match=f'put it at {download_place(served + "/no.pth?a=b")},'):
         read_checkpoint(f'{served}/no.pth?a=b')
     assert download_place(f'{served}/no.pth?a=b') == f'{torch.hub.get_dir()}/checkpoints/no.pth'

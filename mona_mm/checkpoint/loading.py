@@ -75,9 +75,11 @@ def _fetched(filename: str) -> str:
     if address.scheme not in _WEB or not address.path.endswith(FETCHED):
         return filename
     file = download_place(filename)
-    if is_main_process():
-        _download(filename, file)
-    barrier()
+    try:
+        if is_main_process():
+            _download(filename, file)
+    finally:  # else the others would wait for it, and say that it was the connection to it
+        barrier()
     _download(filename, file)  # on another machine than the main process's
     return file
 
