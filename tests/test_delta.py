@@ -330,6 +330,9 @@ def test_the_whole_model_that_a_run_started_from(base_file, tmp_path):
         with pytest.raises(CheckpointMismatchError, match='Its run started from .*whole.pth: put that file there, or'):
             load_delta(loaded, delta)
         assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+        load_delta(loaded, delta, allow_other_base=True)  # on its own base
+        own = loaded.state_dict().keys() - changing(loaded)
+        assert own and all(torch.equal(loaded.state_dict()[name], before[name]) for name in own)
         (tmp_path / start.name).unlink(missing_ok=True)
 
 
@@ -369,7 +372,8 @@ def test_a_pretrained_file_that_is_not_here(base_file, tmp_path):
     """Where a model of a run from a whole model is served, the file of its init_cfg need not be there; of a run without
     one it must, and what the error leaves is what was there."""
     source = trained(base_file, dict(METHODS['mona'], trainable='stages.1'))
-    torch.save(source.state_dict(), tmp_path / 'whole.pth')
+    state = {f'module.{name}': tensor for name, tensor in source.state_dict().items()}  # as DDP names them
+    torch.save(state, tmp_path / 'whole.pth')
     save_delta(source, tmp_path / 'a.delta.safetensors', base_file=str(tmp_path / 'whole.pth'))
     model = build('gone.pth', dict(METHODS['mona'], trainable='stages.1'), init_cfg=dict(type='Normal', layer='Conv2d'))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -680,11 +684,14 @@ def test_resume_from_a_delta(detector, tmp_path):
     straight.train()
     resumed = detector.copy()
     resumed.work_dir = str(tmp_path / 'resumed')
+    resumed.load_from = str(Path(detector.work_dir, 'epoch_1.pth'))
     resume_from(resumed, str(Path(detector.work_dir, 'epoch_1.delta.safetensors')))
     runner = start(resumed)
     runner.train()
     assert (runner.epoch, runner.iter) == (straight.epoch, straight.iter) == (2, 4)
     assert find_last_checkpoint(resumed.work_dir).endswith('epoch_2.pth')
+    header = read_delta(Path(resumed.work_dir, 'epoch_2.delta.safetensors')).header
+    assert header.base_file == resumed.base_checkpoint == str(Path(detector.work_dir, 'epoch_1.pth'))
     assert runner.optim_wrapper.get_lr() == straight.optim_wrapper.get_lr()
     assert not Path(resumed.work_dir, 'epoch_1.pth').exists()
     save_delta(runner.model, tmp_path / 'part.delta.safetensors', parts=['method'])
@@ -747,11 +754,12 @@ def test_deltas_of_a_resumed_run(base_file, tmp_path):
 
 def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
     """The config that a resumed run dumped merges and tests its delta when what it continued from is gone; a base that
-    is gone is one line."""
+    is gone is one line. The whole model that it first started from is loaded, though the delta does not name it."""
     detector.custom_hooks.pop()
     init_default_scope('mmdet')
     model = MODELS.build(detector.model)
-    model.backbone.init_weights()
+    detector.base_checkpoint = str(tmp_path / 'whole.pth')
+    torch.save(dict(state_dict=model.state_dict()), detector.base_checkpoint)
     delta, config, merged = (str(tmp_path / name) for name in ('a.delta.safetensors', 'config.py', 'merged.pth'))
     save_delta(model, delta)
     detector.load_from, detector.resume = str(tmp_path / 'epoch_2.pth'), True
@@ -985,6 +993,9 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
         fresh = MODELS.build(load_config(config).model).eval()
         load_delta(fresh, delta) if name == 'load_delta' else load_checkpoint(fresh, whole)
         assert torch.equal(fresh(x), model(x)), name
+    assert tool('delta.py', 'extract', config, whole, delta, '--cfg-options', f'load_from={whole}')[0] == 0
+    assert read_delta(delta).header.base_file == whole
+    assert tool('delta.py', 'extract', config, whole, delta)[0] == 0
     for options in ([], ['--cfg-options', f'load_from={whole}', 'model.backbone.base.init_cfg=None']):
         status, out, err = tool('delta.py', 'merge', config, delta, merged, *options)
         assert status == 0 and 'stock config loads it' in out, err
