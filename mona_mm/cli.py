@@ -3,11 +3,12 @@
 import argparse
 import os
 import os.path as osp
+import re
 import select
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
@@ -23,7 +24,23 @@ from mona_mm.errors import ConfigError, UserError
 
 os.environ.setdefault(FORCE_WEIGHTS_ONLY, '1')  # for what mmengine's Runner loads
 
+_SPACE = '\x1f'  # for mmengine, which replaces the usual one
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+class _Settings(DictAction):
+    """mmengine's, which takes every space out of paths and names of classes; here those within them stay."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        tight = re.sub(r'\s*,\s*|(?<=[\[(])\s+|\s+(?=[\])])', lambda found: found[0].strip(), val.strip())
+        return _with_spaces(DictAction._parse_iterable(tight.replace(' ', _SPACE)))
+
+
+def _with_spaces(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_with_spaces(each) for each in value)
+    return value.replace(_SPACE, ' ') if isinstance(value, str) else value
 
 
 def run_parser(description: str) -> argparse.ArgumentParser:
@@ -49,7 +66,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Settings,
         metavar='KEY=VALUE',
         help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
     )

@@ -151,8 +151,9 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
             resume but a ``load_from`` in the config that does not exist.
     """
     if checkpoint is None:
-        if cfg.get('load_from') and '://' not in cfg.load_from and not osp.isfile(cfg.load_from):
-            raise MissingFileError(f'load_from={cfg.load_from}: there is no such checkpoint.')
+        file = cfg.get('load_from')
+        if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+            raise MissingFileError(f'load_from={file}: there is no such checkpoint.')
         return
     if checkpoint == 'auto':
         checkpoint = find_last_checkpoint(cfg.work_dir)
@@ -171,17 +172,22 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     cfg.load_from = checkpoint
 
 
-def whole_model_base(cfg: Config) -> str | None:
+def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
     """The whole model that a config's run started from, on which its deltas belong; None if it names none.
 
     That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
-    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``.
+    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``. Where that is not there, it may be
+    where ``delta``, one of the run's, says, or beside it.
 
     Raises:
         MissingFileError: if the file is not there.
     """
     key, file = _base_key(cfg), base_file(cfg)
-    if file and '://' not in file and not osp.isfile(file):
+    if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+        if delta and osp.isfile(delta):
+            for place in (read_delta(delta).header.base_file, osp.join(osp.dirname(delta), osp.basename(file))):
+                if osp.isfile(place) and not osp.samefile(place, delta):
+                    return place
         raise MissingFileError(
             f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
             f'where it is now with --cfg-options {key}=/path/to/it'

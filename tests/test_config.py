@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 from mmengine.config import Config
 
+from mona_mm.cli import run_parser
 from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
@@ -38,6 +39,20 @@ def test_classes_reach_every_head():
         assert tuple(cfg[f'{split}_dataloader'].dataset.metainfo.classes) == ('cat', 'dog')
     assert cfg.train_dataloader.batch_size == 3
     assert load_config(COCO, dict(classes='cat')).model.roi_head.mask_head.num_classes == 1
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('/my data/a (1).pth', '/my data/a (1).pth'),
+        ('[traffic light, cat ,(1, 2.5), [ true,None ]]', ['traffic light', 'cat', (1, 2.5), [True, None]]),
+        ('"a b, c"', ['a b', 'c']),
+        (' 3 ', 3),
+    ],
+)
+def test_spaces_in_options(text, value):
+    """Paths and names of classes keep the spaces within them; around brackets and commas they mean nothing."""
+    assert run_parser('').parse_args(['config', '--cfg-options', f'key={text}']).cfg_options == dict(key=value)
 
 
 def test_config_that_is_not_there():

@@ -11,7 +11,7 @@ import torch
 from conftest import HOSTS, ROOT
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from test_hosts import METHOD_CONFIGS
@@ -330,13 +330,16 @@ def test_the_whole_model_that_a_run_started_from(base_file, tmp_path):
         with pytest.raises(CheckpointMismatchError, match='Its run started from .*whole.pth: put that file there, or'):
             load_delta(loaded, delta)
         assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+        load_delta(loaded, delta, allow_other_base=True)  # on its own base
+        own = loaded.state_dict().keys() - changing(loaded)
+        assert own and all(torch.equal(loaded.state_dict()[name], before[name]) for name in own)
         (tmp_path / start.name).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize('top', [False, True], ids=['of the backbone', 'of the model'])
 def test_after_a_refusal(top, base_file, tmp_path):
-    """A delta for another base is refused and leaves the base that the refusal loaded, so that the right one loads; of
-    an earlier delta nothing is lost by it."""
+    """A delta for another base is refused and leaves the model as it was, so that the right one loads; of an earlier
+    delta, or of what was loaded whole, nothing is lost by it."""
     method = METHODS['mona']
     other = build(base_file, method)
     other.init_weights()
@@ -346,17 +349,138 @@ def test_after_a_refusal(top, base_file, tmp_path):
     source = trained(base_file, method)
     save_delta(source, tmp_path / 'right.delta.safetensors')
     model = build(base_file, method, **dict(init_cfg=dict(type='Normal', layer='Conv2d', std=0.01)) if top else {})
-    base = {n: t for n, t in read_checkpoint(str(base_file)).items() if not n.startswith('norm')}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(2):
         with pytest.raises(CheckpointMismatchError, match='1 of .* tensors differ'):
             load_delta(model, tmp_path / 'other.delta.safetensors')
-        assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in base.items())
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     load_delta(model, tmp_path / 'right.delta.safetensors')
     expected = predict(source)
     assert torch.equal(predict(model), expected)
     with pytest.raises(CheckpointMismatchError, match='tensors differ'):
         load_delta(model, tmp_path / 'other.delta.safetensors')
     assert torch.equal(predict(model), expected)
+    torch.save(source.state_dict(), tmp_path / 'whole.pth')
+    whole = build(base_file, method)
+    load_checkpoint(whole, str(tmp_path / 'whole.pth'))
+    with pytest.raises(CheckpointMismatchError, match='tensors differ'):
+        load_delta(whole, tmp_path / 'other.delta.safetensors')
+    assert torch.equal(predict(whole), expected)
+
+
+def test_a_pretrained_file_that_is_not_here(base_file, tmp_path):
+    """Where a model of a run from a whole model is served, the file of its init_cfg need not be there; of a run without
+    one it must, and what the error leaves is what was there."""
+    source = trained(base_file, dict(METHODS['mona'], trainable='stages.1'))
+    state = {f'module.{name}': tensor for name, tensor in source.state_dict().items()}  # as DDP names them
+    torch.save(state, tmp_path / 'whole.pth')
+    save_delta(source, tmp_path / 'a.delta.safetensors', base_file=str(tmp_path / 'whole.pth'))
+    model = build('gone.pth', dict(METHODS['mona'], trainable='stages.1'), init_cfg=dict(type='Normal', layer='Conv2d'))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    load_delta(model, tmp_path / 'a.delta.safetensors')
+    assert torch.equal(predict(model), predict(source))
+    model.load_state_dict(before)
+    (tmp_path / 'whole.pth').unlink()
+    with pytest.raises(MissingFileError, match='no checkpoint gone.pth'):
+        load_delta(model, tmp_path / 'a.delta.safetensors')
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module.is_init for module in model.modules() if isinstance(module, BaseModule))
+
+
+def test_a_base_that_names_itself(base_file, tmp_path, monkeypatch):
+    """Runs one after the other write deltas of the same name: two that name each other, and one whose base is gone, are
+    refused, and not put on themselves."""
+    source, folders = trained(base_file, METHODS['mona']), [tmp_path / name for name in 'ab']
+    with torch.no_grad():
+        source.backbone.patch_embed.projection.weight.add_(1)
+    tried = []
+    whole = mona_mm.checkpoint.delta._load_whole
+    monkeypatch.setattr('mona_mm.checkpoint.delta._load_whole', lambda *args: (tried.append(args), whole(*args)))
+    files = [folder / 'epoch_1.delta.safetensors' for folder in folders]
+    for file, base in zip(files, files[::-1], strict=True):
+        file.parent.mkdir()
+        save_delta(source, file, base_file=str(base))
+    for count in (1, 0):
+        tried.clear()
+        with pytest.raises(CheckpointMismatchError, match='trained on another frozen base'):
+            load_delta(build(base_file, METHODS['mona']), files[0])
+        assert len(tried) == count
+        files[1].unlink(missing_ok=True)
+
+
+def test_a_base_that_does_not_help_leaves_nothing(base_file, tmp_path):
+    """A delta is refused after the delta that it names as its base has been loaded: the one before is as it was, with
+    its classes, and what it changed is still put back by the next."""
+    a, b, c, part, whole = (
+        tmp_path / name for name in (*(f'{n}.delta.safetensors' for n in ('a', 'b', 'c', 'part')), 'whole.pth')
+    )
+    method = METHODS['mona']
+    source = trained(base_file, method)
+    save_delta(source, a, dataset_meta=dict(classes=['a']))
+    save_delta(source, part, parts=['method'])
+    for file, base in ((c, whole), (b, c)):
+        with torch.no_grad():
+            source.backbone.patch_embed.projection.weight.add_(1)
+        if base is whole:
+            torch.save(source.state_dict(), whole)
+        save_delta(source, file, base_file=str(base), dataset_meta=dict(classes=['b', 'c']))
+    model = build(base_file, method)
+    model.init_weights()
+    model.dataset_meta = {}
+    before = model.head[0].weight.clone()
+    load_delta(model, a)
+    expected = predict(model)
+    with pytest.raises(CheckpointMismatchError, match='1 of .* tensors differ'):
+        load_delta(model, b)
+    assert model.dataset_meta == dict(classes=['a']) and torch.equal(predict(model), expected)
+    load_delta(model, part)
+    assert torch.equal(model.head[0].weight, before)
+    load_delta(model, c)
+    assert model.dataset_meta == dict(classes=['b', 'c'])
+
+
+def test_a_part_on_a_base_that_is_a_whole_model(base_file, tmp_path):
+    """Of the whole model below a delta of the method alone only the backbone is taken: the head keeps what it has, and
+    what an earlier delta changed in it is put back."""
+    method, whole, part, other = METHODS['mona'], *(tmp_path / f'{n}.delta.safetensors' for n in ('w', 'part', 'a'))
+    whole = whole.with_suffix('.pth')
+    save_delta(trained(base_file, method), other)
+    source = trained(base_file, method)
+    with torch.no_grad():
+        source.backbone.patch_embed.projection.weight.add_(1)
+    torch.save(source.state_dict(), whole)
+    save_delta(source, part, parts=['method'], base_file=str(whole))
+    model = build(base_file, method)
+    head = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+    for files in ([part], [other, part]):
+        for file in files:
+            load_delta(model, file)
+        backbone = source.backbone.state_dict()
+        assert all(torch.equal(tensor, backbone[name]) for name, tensor in model.backbone.state_dict().items())
+        assert all(torch.equal(model.head.state_dict()[name], tensor) for name, tensor in head.items())
+
+
+@pytest.mark.parametrize('named', ['~/start/whole.pth', 'start/whole.pth'])
+def test_paths_of_a_base(named, base_file, tmp_path, monkeypatch):
+    """A base named from the home folder or from the run's is found from another folder; a delta is written and read
+    where `~` says."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'start').mkdir()
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = trained(base_file, METHODS['mona'])
+    with torch.no_grad():
+        source.backbone.patch_embed.projection.weight.add_(1)
+    torch.save(source.state_dict(), 'start/whole.pth')
+    save_delta(source, '~/a b.delta.safetensors', base_file=named)
+    monkeypatch.chdir('elsewhere')
+    for beside in (False, True):
+        if beside:
+            (tmp_path / 'start/whole.pth').rename(tmp_path / 'whole.pth')
+        model = build(base_file, METHODS['mona'])
+        load_delta(model, '~/a b.delta.safetensors')
+        assert torch.equal(predict(model), predict(source))
+    assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize('load', [load_checkpoint, lambda m, f: m.load_state_dict(torch.load(f), strict=False)])
@@ -560,11 +684,14 @@ def test_resume_from_a_delta(detector, tmp_path):
     straight.train()
     resumed = detector.copy()
     resumed.work_dir = str(tmp_path / 'resumed')
+    resumed.load_from = str(Path(detector.work_dir, 'epoch_1.pth'))
     resume_from(resumed, str(Path(detector.work_dir, 'epoch_1.delta.safetensors')))
     runner = start(resumed)
     runner.train()
     assert (runner.epoch, runner.iter) == (straight.epoch, straight.iter) == (2, 4)
     assert find_last_checkpoint(resumed.work_dir).endswith('epoch_2.pth')
+    header = read_delta(Path(resumed.work_dir, 'epoch_2.delta.safetensors')).header
+    assert header.base_file == resumed.base_checkpoint == str(Path(detector.work_dir, 'epoch_1.pth'))
     assert runner.optim_wrapper.get_lr() == straight.optim_wrapper.get_lr()
     assert not Path(resumed.work_dir, 'epoch_1.pth').exists()
     save_delta(runner.model, tmp_path / 'part.delta.safetensors', parts=['method'])
@@ -606,6 +733,20 @@ def test_deltas_of_a_resumed_run(base_file, tmp_path):
     (tmp_path / 'whole.pth').unlink()
     with pytest.raises(MissingFileError, match=r'base_checkpoint=.*whole.pth.*--cfg-options base_checkpoint=/path'):
         whole_model_base(cfg)
+    moved = tmp_path / 'moved'
+    moved.mkdir()
+    delta = str(moved / 'epoch_1.delta.safetensors')
+    source = build(base_file, METHODS['bitfit'])
+    save_delta(source, delta)
+    with pytest.raises(MissingFileError, match='base_checkpoint'):
+        whole_model_base(cfg, delta)
+    (moved / 'whole.pth').touch()
+    assert whole_model_base(cfg, delta) == str(moved / 'whole.pth')
+    with pytest.raises(MissingFileError, match='load_from=gone/epoch_1'):  # its namesake, not itself
+        whole_model_base(Config(dict(load_from='gone/epoch_1.delta.safetensors')), delta)
+    (tmp_path / 'there.pth').touch()
+    save_delta(source, delta, base_file=str(tmp_path / 'there.pth'))
+    assert whole_model_base(cfg, delta) == str(tmp_path / 'there.pth')
     with pytest.raises(MissingFileError, match='load_from=gone.pth.*--cfg-options load_from=/path'):
         whole_model_base(Config(dict(load_from='gone.pth')))
     assert whole_model_base(Config(dict(load_from='gone.pth', resume=True))) is whole_model_base(Config()) is None
@@ -613,11 +754,12 @@ def test_deltas_of_a_resumed_run(base_file, tmp_path):
 
 def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
     """The config that a resumed run dumped merges and tests its delta when what it continued from is gone; a base that
-    is gone is one line."""
+    is gone is one line. The whole model that it first started from is loaded, though the delta does not name it."""
     detector.custom_hooks.pop()
     init_default_scope('mmdet')
     model = MODELS.build(detector.model)
-    model.backbone.init_weights()
+    detector.base_checkpoint = str(tmp_path / 'whole.pth')
+    torch.save(dict(state_dict=model.state_dict()), detector.base_checkpoint)
     delta, config, merged = (str(tmp_path / name) for name in ('a.delta.safetensors', 'config.py', 'merged.pth'))
     save_delta(model, delta)
     detector.load_from, detector.resume = str(tmp_path / 'epoch_2.pth'), True
@@ -726,6 +868,13 @@ def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
     with torch.no_grad():
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    if kind == 'spt':  # tuned further from the config that it now has
+        cfg.dump(config)
+        save_delta(again.float(), tmp_path / 'b.delta.safetensors', base_file=str(merged))
+        status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'b.delta.safetensors'), str(merged))
+        assert status == 0, err
+        state = torch.load(merged, weights_only=True)['state_dict']
+        assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
 
 
 @pytest.mark.parametrize('config', ['lora_cascade_swin_b_coco', 'spt_lora_vit_b_vtab', 'spt_lora_vit_b_fgvc'])
@@ -741,6 +890,10 @@ def test_a_stock_config_has_nothing_of_ours(config):
         (ours,), (warmup, cosine) = cfg.param_scheduler, stock.param_scheduler
         assert (warmup.begin, warmup.end, warmup.start_factor) == (0, ours.warmup, ours.start_ratio)
         assert (cosine.begin, cosine.get('end'), cosine.eta_min_ratio) == (ours.warmup, ours.get('end'), ours.end_ratio)
+        cfg.param_scheduler = ours  # in no list
+        assert stock_config(cfg).param_scheduler == stock.param_scheduler
+    cfg.default_hooks.timer = None  # takes mmengine's away
+    assert stock_config(cfg).default_hooks.timer is None
 
 
 MERGED = {
@@ -840,6 +993,9 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
         fresh = MODELS.build(load_config(config).model).eval()
         load_delta(fresh, delta) if name == 'load_delta' else load_checkpoint(fresh, whole)
         assert torch.equal(fresh(x), model(x)), name
+    assert tool('delta.py', 'extract', config, whole, delta, '--cfg-options', f'load_from={whole}')[0] == 0
+    assert read_delta(delta).header.base_file == whole
+    assert tool('delta.py', 'extract', config, whole, delta)[0] == 0
     for options in ([], ['--cfg-options', f'load_from={whole}', 'model.backbone.base.init_cfg=None']):
         status, out, err = tool('delta.py', 'merge', config, delta, merged, *options)
         assert status == 0 and 'stock config loads it' in out, err

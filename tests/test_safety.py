@@ -12,6 +12,7 @@ import signal
 import struct
 import threading
 import traceback
+from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from test_delta import METHODS, base_file, build, small_config, trained  # noqa:
 from test_spt import plan_for
 
 from mona_mm import FrozenModel, PeftBackbone, load_delta, save_delta
+from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import read_delta
-from mona_mm.checkpoint.pretrained import read_checkpoint
+from mona_mm.checkpoint.pretrained import download_place, read_checkpoint
 from mona_mm.cli import build_runner
 from mona_mm.config import find_last_checkpoint, resume_from
 from mona_mm.errors import CheckpointMismatchError, MissingFileError, PlanError, UserError
@@ -166,6 +168,51 @@ def test_no_pickle_behind_an_address_is_executed(served, base_file, monkeypatch)
         load_checkpoint(model, f'{served}/{name}')
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') is None
+
+
+def test_downloads(served, base_file, monkeypatch):  # noqa: F811
+    """Deltas of one name from two addresses are two files; one at an address may be the base of another. Other
+    processes wait for the main one, and fetch for themselves what its machine has and theirs has not. A damaged
+    download is named with its place, and once that is gone it is fetched again."""
+    folder = Path(torch.hub.get_dir()).parent
+    models = [trained(base_file, METHODS['mona']) for _ in range(2)]
+    with torch.no_grad():
+        models[1].head[0].weight.add_(1)
+    for name, model in zip('ab', models, strict=True):
+        (folder / name).mkdir()
+        save_delta(model, folder / name / 'epoch_1.delta.safetensors')
+    addresses = [f'{served}/{name}/epoch_1.delta.safetensors' for name in 'ab']
+    for address, source in zip(addresses, models, strict=True):
+        model = build(base_file, METHODS['mona'])
+        load_checkpoint(model, address)
+        assert torch.equal(model.head[0].weight, source.head[0].weight)
+
+    def other_base() -> None:
+        set_base_file(addresses[0])
+        model = build(base_file, METHODS['mona'])
+        load_delta(model, folder / 'b/epoch_1.delta.safetensors')
+        assert torch.equal(model.head[0].weight, models[1].head[0].weight)
+
+    copy_context().run(other_base)
+
+    safetensors.torch.save_file(dict(a=torch.ones(1)), folder / 'a.safetensors')
+    place = Path(download_place(f'{served}/a.safetensors'))
+    for main in (True, False):
+        there = []
+        monkeypatch.setattr('mona_mm.checkpoint.loading.is_main_process', lambda: main)  # noqa: B023
+        monkeypatch.setattr('mona_mm.checkpoint.loading.barrier', lambda: there.append(place.is_file()))  # noqa: B023
+        assert read_checkpoint(f'{served}/a.safetensors').keys() == {'a'}
+        assert there == [main]
+        place.write_bytes(b'cut short')
+        with pytest.raises(CheckpointMismatchError, match=f'now at {place}; without that, it is downloaded again'):
+            read_checkpoint(f'{served}/a.safetensors')
+        place.unlink()
+        with pytest.raises(MissingFileError, match='404'):
+            read_checkpoint(f'{served}/nothing.safetensors')
+        assert len(there) == 3
+    with pytest.raises(MissingFileError, match=f'put it at {download_place(served + "/no.pth?a=b")},'):
+        read_checkpoint(f'{served}/no.pth?a=b')
+    assert download_place(f'{served}/no.pth?a=b') == f'{torch.hub.get_dir()}/checkpoints/no.pth'
 
 
 def test_damaged_checkpoints(tmp_path):

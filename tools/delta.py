@@ -98,7 +98,7 @@ def merge(args: argparse.Namespace) -> None:
     if delta.header.parts is not None:
         raise ConfigError(f'{args.delta} holds only {", ".join(delta.header.parts)}: that makes no whole model.')
     cfg, model = build(args, args.delta)
-    base = whole_model_base(cfg)
+    base = whole_model_base(cfg, args.delta)
     set_base_file(base)
     apply_delta(model, delta, args.allow_other_base)
     if cfg.get('resume'):  # who takes the merged config resumes nothing

@@ -51,7 +51,7 @@ def main() -> None:
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     if args.checkpoint.endswith(SUFFIX):
-        set_base_file(whole_model_base(cfg))
+        set_base_file(whole_model_base(cfg, args.checkpoint))
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder

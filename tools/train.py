@@ -37,7 +37,7 @@ def main() -> None:
         fine_tune_from(cfg, args.fine_tune)
     resume_from(cfg, args.resume)
     if cfg.get('resume') and cfg.load_from.endswith(SUFFIX):
-        set_base_file(whole_model_base(cfg))
+        set_base_file(whole_model_base(cfg, cfg.load_from))
     join_process_group(cfg)
     make_plan(cfg)
     if args.auto_scale_lr:

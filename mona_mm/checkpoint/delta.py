@@ -1,9 +1,10 @@
 """Deltas: what training changed, in one small file, and the frozen base it belongs on."""
 
 import inspect
+import os.path as osp
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from logging import WARNING
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModule, is_model_wrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -29,6 +30,7 @@ _FREE_OPTIONS = ('dropout', 'plan')
 PLACES = '.indices'  # of a SparseDelta, at the end of their names
 _ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
 _BASE_FILE: ContextVar[str | None] = ContextVar('base_file', default=None)
+_LOADING: ContextVar[frozenset[Path]] = ContextVar('loading', default=frozenset())  # each on the base that is next
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
@@ -109,7 +111,7 @@ def save_delta(
         half=half,
         base=fingerprint(_frozen(state, names, None if parts is None else set(parts), backbone)),
         versions=versions(),
-        base_file=base_file or '',
+        base_file=_absolute(base_file or ''),
         config=config,
         metrics=dict(metrics or {}),
         dataset_meta=dict(dataset_meta or {}),
@@ -118,14 +120,17 @@ def save_delta(
     write_delta(path, header, {n: _halved(state[n]) if half and n in trained else state[n] for n in names})
 
 
+def _absolute(file: str) -> str:
+    return osp.abspath(osp.expanduser(file)) if file and '://' not in file else file
+
+
 def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> LoadedDelta:
     """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
 
-    So one process can serve several tasks on one backbone. Where the weights of the model have not been initialised
-    or loaded yet, its own ``init_weights`` first loads the base that its config names; it stays where the delta is
-    refused then, so that the next one finds it. Where that is not the base, and the run started from a whole model (its
-    ``load_from``) that is still there, or beside the delta, that one is loaded first. But for that, it is checked that
-    the delta belongs here before anything is changed.
+    So one process can serve several tasks on one backbone. Where the model is not on the delta's base yet, that is
+    loaded first: the whole model that the run started from (its ``load_from``), if it did and that is still there, or
+    beside the delta; else, unless the model has been initialised, what its own ``init_weights`` loads. Where the delta
+    is refused, the model is what it was.
 
     Args:
         model: of the config that the delta was trained with.
@@ -298,14 +303,16 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         wrong = differing(delta.header.base, frozen)
         if not wrong:
             return
-        # What an earlier delta wrote, which initialising takes away.
-        current = {
-            name: t.clone() for name, t in _tensors(model).items() if name in model.__dict__.get('before_delta', ())
-        }
-        if _initialise(model, wrong):
-            wrong = differing(delta.header.base, frozen)
-        if wrong:
-            wrong = _try_base_file(model, delta, frozen, wrong)
+        put_back = _snapshot(model)
+        wrong = _try_base_file(model, delta, frozen, wrong)  # first: what init_cfg names need not be here then
+        try:
+            if wrong and _initialise(model, wrong):
+                wrong = differing(delta.header.base, frozen)
+                if wrong and not delta.header.base_file.endswith(SUFFIX):  # that file may hold less
+                    wrong = _try_base_file(model, delta, frozen, wrong)
+        except Exception:
+            put_back()
+            raise
         if not wrong:
             return
     except (KeyError, ValueError, TypeError) as error:
@@ -315,10 +322,7 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         f'{len(frozen)} tensors differ, {", ".join(wrong[:3])} the first.{_other_types(model, delta)}'
     )
     if not allow_other_base:
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                if name in current:
-                    tensor.copy_(current[name])
+        put_back()
         named = (
             f'Its run started from {delta.header.base_file}: put that file there, or beside the delta, or load it first'
             if delta.header.base_file
@@ -365,39 +369,76 @@ def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
     return True
 
 
+def _snapshot(model: nn.Module) -> Callable[..., None]:
+    """What puts back all that initialising ``model``, or loading into it, changes; or the tensors of these names."""
+    tensors = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+    initialised = {module: module.is_init for module in model.modules() if isinstance(module, BaseModule)}
+    attributes = {key: model.__dict__[key] for key in ('base_file', 'dataset_meta') if key in model.__dict__}
+    kept = dict(model.__dict__.get('before_delta', {}))
+
+    def put_back(names: Collection[str] | None = None) -> None:
+        names = tensors if names is None else names
+        with torch.no_grad():
+            for name, tensor in _tensors(model).items():
+                if name in names:
+                    tensor.copy_(tensors[name])
+        now = model.__dict__.get('before_delta', {})
+        model.__dict__['before_delta'] = {
+            **{name: entry for name, entry in now.items() if name not in names},
+            **{name: entry for name, entry in kept.items() if name in names},
+        }
+        if names is not tensors:
+            return
+        for module, is_init in initialised.items():
+            module.is_init = is_init
+        for key in ('base_file', 'dataset_meta'):
+            model.__dict__.pop(key, None)
+        model.__dict__.update(attributes)
+
+    return put_back
+
+
 def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], wrong: Sequence[str]) -> Sequence[str]:
     """Load the whole model that a delta names into ``model``, if it is that; return which frozen tensors then differ.
 
-    From the disk alone: nothing is fetched because a file says so.
+    From the disk alone: nothing is fetched because a file says so. What is not of the delta's parts stays.
     """
-    named = Path(delta.header.base_file)
-    for file in dict.fromkeys((named, Path(delta.file).parent / named.name)):
-        if not delta.header.base_file or not file.is_file():
+    header, named = delta.header, Path(delta.header.base_file)
+    here = Path(delta.file).expanduser()
+    # A delta may name one as its base that has its own name, and beside it is then itself.
+    loading = _LOADING.get() | {here.resolve()}
+    for file in dict.fromkeys((named, here.parent / named.name)):
+        if not header.base_file or not osp.isfile(file) or file.resolve() in loading:
             continue
-        before = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+        put_back, token = _snapshot(model), _LOADING.set(loading)
         try:
             _load_whole(model, str(file))
-            left = differing(delta.header.base, frozen)
+            left = differing(header.base, frozen)
         except UserError:
             left = wrong
+        finally:
+            _LOADING.reset(token)
         if not left:
+            if header.parts is not None:
+                put_back({name for name in _tensors(model) if header.part(name) not in header.parts})
             print_log(f'Loaded {file}, on which {delta.file} was trained.', logger='current')
             return left
-        with torch.no_grad():
-            for name, tensor in _tensors(model).items():
-                tensor.copy_(before[name])
+        put_back()
     return wrong
 
 
 def _load_whole(model: nn.Module, file: str) -> None:
     """Put what of a whole model fits into ``model``, as far as it does: fingerprints are compared afterwards."""
-    if file.endswith(SUFFIX):
-        apply_delta(model, read_delta(file))
-        return
     checkpoint = read_checkpoint(file)
-    given = {name.removeprefix('module.'): t for name, t in checkpoint.get('state_dict', checkpoint).items()}
+    given = checkpoint.get('state_dict')
+    delta = getattr(getattr(given, '_metadata', None), 'delta', None)
+    if delta is not None:  # as mona_mm.checkpoint.loading hands them on, from an address, too
+        apply_delta(model, delta)
+        return
     state = _tensors(model)
-    fitting = {name: t for name, t in given.items() if name in state and state[name].shape == t.shape}
+    given = given if isinstance(given, Mapping) else checkpoint
+    named = {str(name).removeprefix('module.'): t for name, t in given.items() if isinstance(t, Tensor)}
+    fitting = {name: t for name, t in named.items() if name in state and state[name].shape == t.shape}
     model.load_state_dict(fitting, strict=False)
 
 

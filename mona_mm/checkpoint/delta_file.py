@@ -39,8 +39,8 @@ class DeltaHeader:
         parts: of the model, that it holds; None for all. ``'method'`` is what trains in the backbone.
         half: whether trained values were rounded to float16.
         base: the fingerprint of the frozen tensors; see :mod:`mona_mm.checkpoint.fingerprint`.
-        base_file: the whole model that the run started from (its ``load_from``), as the config named it; empty where
-            the base is what the ``init_cfg`` loads.
+        base_file: the whole model that the run started from (its ``load_from``), its absolute path or its address;
+            empty where the base is what the ``init_cfg`` loads.
         versions: of the packages that wrote it.
         config: the config of the run, as text; it is shown, never executed.
         metrics: the last validation's at the time.
@@ -105,7 +105,7 @@ def write_delta(file: str | Path, header: DeltaHeader, tensors: Mapping[str, Ten
     metadata = dict(format=FORMAT, method=methods, header=packed, digest=_NO_DIGEST)
     data = safetensors.torch.save(tensors, metadata)
     data = data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
-    AtomicLocalBackend().put(data, file)
+    AtomicLocalBackend().put(data, Path(file).expanduser())
 
 
 def _pack(header: DeltaHeader, tensors: dict[str, Tensor]) -> tuple[DeltaHeader, dict[str, Tensor]]:

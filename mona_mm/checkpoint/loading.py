@@ -26,11 +26,21 @@ from torch import nn
 
 from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
-from mona_mm.checkpoint.pretrained import RECOMPUTED, UNREACHABLE, UNREADABLE, compare, unreachable, unreadable
+from mona_mm.checkpoint.pretrained import (
+    FETCHED,
+    RECOMPUTED,
+    UNREACHABLE,
+    UNREADABLE,
+    compare,
+    download_place,
+    unreachable,
+    unreadable,
+)
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.sites import method_names
 
+_WEB = ('http', 'https')
 _load_checkpoint = mmengine_checkpoint.CheckpointLoader.load_checkpoint.__func__
 
 
@@ -46,6 +56,8 @@ def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: 
     except UNREACHABLE as error:
         raise unreachable(filename, error) from error
     except UNREADABLE as error:
+        if urlparse(str(filename)).scheme in _WEB:
+            filename = f'{filename} (now at {download_place(filename)}; without that, it is downloaded again)'
         raise unreadable(filename, error) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointMismatchError(
@@ -60,14 +72,22 @@ mmengine_checkpoint.CheckpointLoader.load_checkpoint = classmethod(load_checkpoi
 def _fetched(filename: str) -> str:
     """The file itself, or, of an address of a format that torch.hub does not read, where it has been downloaded to."""
     address = urlparse(str(filename))
-    if address.scheme not in ('http', 'https') or not address.path.endswith(('.safetensors', '.npz')):
+    if address.scheme not in _WEB or not address.path.endswith(FETCHED):
         return filename
-    file = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(address.path))
-    if is_main_process() and not osp.isfile(file):
-        os.makedirs(osp.dirname(file), exist_ok=True)
-        torch.hub.download_url_to_file(filename, file, progress=False)  # it appears whole or not at all
-    barrier()
+    file = download_place(filename)
+    try:
+        if is_main_process():
+            _download(filename, file)
+    finally:  # else the others would wait for it, and say that it was the connection to it
+        barrier()
+    _download(filename, file)  # on another machine than the main process's
     return file
+
+
+def _download(address: str, file: str) -> None:
+    if not osp.isfile(file):
+        os.makedirs(osp.dirname(file), exist_ok=True)
+        torch.hub.download_url_to_file(address, file, progress=False)
 
 
 def _loader(pattern: str) -> Callable:

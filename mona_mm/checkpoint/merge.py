@@ -80,11 +80,13 @@ def stock_config(cfg: Config) -> Config:
     plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
-        if hook.get('type') == 'mona_mm.SafeCheckpointHook':
+        if hook and hook.get('type') == 'mona_mm.SafeCheckpointHook':  # None takes one of mmengine's away
             hook['type'] = 'CheckpointHook'
     if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
+    if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
+        schedulers = [schedulers]
     if isinstance(schedulers, list):
         plain['param_scheduler'] = [stock for each in schedulers for stock in _stock_schedulers(each)]
     return Config(plain)

@@ -4,11 +4,13 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from http.client import HTTPException
 from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
 from urllib.error import URLError
+from urllib.parse import urlparse
 from zipfile import BadZipFile
 
 import torch
@@ -31,6 +33,7 @@ UNREADABLE = (
     UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, ImportError,
 )  # fmt: skip
+FETCHED = ('.safetensors', '.npz')  # without torch.hub
 UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
@@ -159,12 +162,20 @@ def read_checkpoint(file: str) -> dict:
         ) from error
 
 
+def download_place(address: str) -> str:
+    """Where a file is kept once it has been downloaded: torch.hub's place, but one of its own for every address of a
+    format that torch.hub does not read. Deltas and safetensors of different models often have the same name."""
+    folder, path = join(torch.hub.get_dir(), 'checkpoints'), urlparse(address).path
+    if path.endswith(FETCHED):
+        folder = join(folder, sha256(address.encode()).hexdigest()[:8])
+    return join(folder, basename(path))
+
+
 def unreachable(file: str, error: Exception) -> MissingFileError:
     """What to tell of an address that could not be downloaded: why, and where to put the file."""
-    cached = join(torch.hub.get_dir(), 'checkpoints', basename(file))
     return MissingFileError(
-        f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at {cached}, '
-        f'where the next run finds it, or name its path in init_cfg: {_OPTION}'
+        f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at '
+        f'{download_place(file)}, where the next run finds it, or name its path in init_cfg: {_OPTION}'
     )
 
 
