@@ -72,6 +72,17 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def new_file(path: str) -> str:
+    """An argument that names a file of weights to write: never one that is there, whoever's it is.
+
+    Raises:
+        UserError: if it is.
+    """
+    if osp.exists(path):
+        raise UserError(f'{path} is there already, and is not overwritten. Name another file, or remove that one.')
+    return path
+
+
 def work_dir(cfg: Config, file: str) -> str:
     """The work dir of a config read from ``file``: its own, or the tools' default."""
     if cfg.get('work_dir') is not None:

@@ -377,12 +377,15 @@ def test_the_tool(tmp_path, tool):
     config = str(ROOT / 'configs/demo/demo_mona_shapes.py')
     swin = MODELS.build(dict(load_config(config).model.backbone.base, type='mmdet.SwinTransformer', window_size=7))
     torch.save({'model': to_microsoft(swin.state_dict())}, tmp_path / 'swin.pth')
-    status, out, err = tool('convert_checkpoint.py', str(tmp_path / 'swin.pth'), ours, '--config', config)
+    fit = str(tmp_path / 'fit.pth')
+    status, out, err = tool('convert_checkpoint.py', str(tmp_path / 'swin.pth'), fit, '--config', config)
     assert status == 0 and re.search(r'resized, 8: .*bias_table \(169, 2\) to \(49, 2\)', out), err
     assert re.search(r'missing, 8: norm0.weight', re.sub(r'stages\S+peft\S+ ?', '', out)) or 'norm0.weight' in out
     torch.save({'a.b': torch.ones(1)}, source)
-    status, _, err = tool('convert_checkpoint.py', source, ours)
+    status, _, err = tool('convert_checkpoint.py', source, str(tmp_path / 'new.pth'))
     assert status == 2 and 'of no known format (a.b' in err
+    status, _, err = tool('convert_checkpoint.py', str(tmp_path / 'swin.pth'), ours)
+    assert status == 2 and re.search(r'error: .*ours.pth is there already, and is not overwritten', err)
     status, _, err = tool('convert_checkpoint.py', source, str(tmp_path / 'x.bin'))
     assert status == 2 and 'written as .pth or .safetensors' in err
 
@@ -406,6 +409,7 @@ def test_trusted_files_and_places_that_are_none(tmp_path, tool):
     (tmp_path / 'bad.pth').write_bytes(b'damaged')
     torch.save([1], tmp_path / 'list.pth')
     (tmp_path / 'x.delta.safetensors').write_bytes(b'')
+    out = str(tmp_path / 'c.pth')
     for arguments, message in [
         ([str(tmp_path / 'bad.npz'), out, '--trust-pickle'], 'bad.npz cannot be read as a checkpoint'),
         ([str(tmp_path / 'bad.npz'), out], 'bad.npz cannot be read as a checkpoint'),

@@ -769,11 +769,11 @@ def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
         ('delta.py', 'merge', config, delta, merged),
         ('test.py', config, delta, '--work-dir', str(tmp_path / 'test')),
     ):
-        status, _, err = tool(*arguments)
-        assert status == 0, err
         status, _, err = tool(*arguments, '--cfg-options', 'resume=False')
         assert status == 2
         assert re.search(r'error: load_from=.*epoch_2.pth: there is no such checkpoint', err.splitlines()[-1])
+        status, _, err = tool(*arguments)
+        assert status == 0, err
     text = torch.load(merged, weights_only=True)['meta']['cfg']
     assert 'epoch_2.pth' in resumed.pretty_text and 'epoch_2.pth' not in text and 'resume = False' in text
 
@@ -871,9 +871,10 @@ def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
     if kind == 'spt':  # tuned further from the config that it now has
         cfg.dump(config)
         save_delta(again.float(), tmp_path / 'b.delta.safetensors', base_file=str(merged))
-        status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'b.delta.safetensors'), str(merged))
+        more = str(tmp_path / 'more.pth')
+        status, out, err = tool('delta.py', 'merge', config, str(tmp_path / 'b.delta.safetensors'), more)
         assert status == 0, err
-        state = torch.load(merged, weights_only=True)['state_dict']
+        state = torch.load(more, weights_only=True)['state_dict']
         assert all(torch.equal(state[name], tensor) for name, tensor in again.state_dict().items())
 
 
@@ -987,16 +988,19 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
     whole, delta, merged = (str(tmp_path / name) for name in ('whole.pth', 'a.delta.safetensors', 'merged.pth'))
     torch.save(dict(state_dict=model.state_dict()), whole)
     x = torch.randn(1, 3, 64, 64)
+    status, _, err = tool('delta.py', 'extract', config, whole, delta)
+    assert status == 0, err
     for name in ('load_checkpoint', 'load_delta'):
-        status, _, err = tool('delta.py', 'extract', config, whole, delta)
-        assert status == 0, err
         fresh = MODELS.build(load_config(config).model).eval()
         load_delta(fresh, delta) if name == 'load_delta' else load_checkpoint(fresh, whole)
         assert torch.equal(fresh(x), model(x)), name
-    assert tool('delta.py', 'extract', config, whole, delta, '--cfg-options', f'load_from={whole}')[0] == 0
-    assert read_delta(delta).header.base_file == whole
-    assert tool('delta.py', 'extract', config, whole, delta)[0] == 0
+    status, _, err = tool('delta.py', 'extract', config, whole, delta)
+    assert status == 2 and 'a.delta.safetensors is there already, and is not overwritten' in err
+    named = str(tmp_path / 'named.delta.safetensors')
+    assert tool('delta.py', 'extract', config, whole, named, '--cfg-options', f'load_from={whole}')[0] == 0
+    assert read_delta(named).header.base_file == whole
     for options in ([], ['--cfg-options', f'load_from={whole}', 'model.backbone.base.init_cfg=None']):
+        Path(merged).unlink(missing_ok=True)
         status, out, err = tool('delta.py', 'merge', config, delta, merged, *options)
         assert status == 0 and 'stock config loads it' in out, err
         checkpoint = torch.load(merged, weights_only=True)
@@ -1031,6 +1035,7 @@ def test_plans_of_spt_beside_the_file(tmp_path, tool):
     for arguments in (extract, merge):
         status, _, err = tool('delta.py', *arguments)
         assert status == 0, err
+    Path(files[2]).unlink()
     elsewhere = (run / 'plan.safetensors').rename(tmp_path / 'elsewhere.safetensors')
     assert tool('delta.py', *merge)[0] == 2
     assert tool('delta.py', *merge, '--cfg-options', f'model.backbone.peft.plan={elsewhere}')[0] == 0

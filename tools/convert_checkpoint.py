@@ -17,7 +17,7 @@ from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_publi
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.pretrained import UNREADABLE, load_pretrained, read_checkpoint
-from mona_mm.cli import run
+from mona_mm.cli import new_file, run
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
@@ -62,7 +62,7 @@ def main() -> None:
         'ConvNeXt (official, timm), PVT'
     )
     parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
-    parser.add_argument('dst', help='file to write (.pth or .safetensors)')
+    parser.add_argument('dst', type=new_file, help='file to write (.pth or .safetensors)')
     parser.add_argument('--to', choices=('mm', 'published'), default='mm', help='names to write (default: mm)')
     parser.add_argument('--config', help='fit the weights to the backbone of this config, resizing position tables')
     parser.add_argument('--trust-pickle', action='store_true', help='execute the pickle of a file that needs it')

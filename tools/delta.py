@@ -24,7 +24,7 @@ from mona_mm.checkpoint.merge import (
     unmergeable,
 )
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
-from mona_mm.cli import add_cfg_options, run, work_dir
+from mona_mm.cli import add_cfg_options, new_file, run, work_dir
 from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_base
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
@@ -182,7 +182,7 @@ def main() -> None:
     command = commands.add_parser('extract', help='a delta from a whole checkpoint')
     command.add_argument('config')
     command.add_argument('checkpoint', help='whole checkpoint (.pth)')
-    command.add_argument('out', help='delta to write (.delta.safetensors)')
+    command.add_argument('out', type=new_file, help='delta to write (.delta.safetensors)')
     command.add_argument('--parts', nargs='+', help="of the model, e.g. 'method', 'neck', 'roi_head' (default: all)")
     command.add_argument('--half', action='store_true', help='round trained values to float16')
     add_cfg_options(command)
@@ -193,9 +193,9 @@ def main() -> None:
     )
     command.add_argument('config')
     command.add_argument('delta')
-    command.add_argument('out', help='checkpoint to write (.pth)')
+    command.add_argument('out', type=new_file, help='checkpoint to write (.pth)')
     command.add_argument('--self-contained', action='store_true', help='keep the method as it is')
-    command.add_argument('--config-out', help='write the config that loads it here (.py)')
+    command.add_argument('--config-out', type=new_file, help='write the config that loads it here (.py)')
     command.add_argument('--allow-other-base', action='store_true', help='merge into another base than its own')
     add_cfg_options(command)
     command.set_defaults(function=merge)

@@ -8,9 +8,8 @@ import os.path as osp
 from mmengine.dist import is_main_process
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import join_process_group, read_run_config, run, run_parser
+from mona_mm.cli import join_process_group, new_file, read_run_config, run, run_parser
 from mona_mm.data import check_data, sensitivity_split
-from mona_mm.errors import ConfigError
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.planning import PLAN_FILE
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
@@ -22,7 +21,7 @@ STRUCTURED = ('LoRA', 'Adapter', 'Mona', 'none')
 def main() -> None:
     parser = run_parser('Measure the sensitivity of a backbone and plan what trains under a budget')
     parser.add_argument('--budget', required=True, help='trained parameters of the backbone: 0.4M, 400k or 0.5%%')
-    parser.add_argument('--out', help='the plan (default: plan.safetensors in the work dir)')
+    parser.add_argument('--out', type=new_file, help='the plan (default: plan.safetensors in the work dir)')
     parser.add_argument('--num-batches', type=int, default=16, help='batches of the data (default: 16)')
     parser.add_argument('--per-sample', action='store_true', help="square every image's gradient, not every batch's")
     parser.add_argument('--seed', type=int, help="of the data's order, heads and dropout (default: the config's, or 0)")
@@ -32,7 +31,9 @@ def main() -> None:
     parser.add_argument('--beta', type=float, default=5.0, help='of the vectors that train whole (default: 5)')
     parser.add_argument('--no-structured-vectors', action='store_true', help='let no vector train whole')
     parser.add_argument('--structured-only', action='store_true', help='no single weights')
-    parser.add_argument('--save-sensitivity', metavar='FILE', help='keep the sensitivity for plans of other budgets')
+    parser.add_argument(
+        '--save-sensitivity', type=new_file, metavar='FILE', help='keep the sensitivity for plans of other budgets'
+    )
     parser.add_argument('--sensitivity', metavar='FILE', help='use a kept one; measure nothing')
     parser.add_argument('--plot', metavar='DIR', help='write pictures of the sensitivity and the plan here')
     args = parser.parse_args()
@@ -42,9 +43,7 @@ def main() -> None:
     if args.structured not in (None, (structured or {}).get('type', 'none')):
         structured = None if args.structured == 'none' else dict(type=args.structured)
 
-    out = args.out or osp.join(cfg.work_dir, PLAN_FILE)
-    if not args.out and osp.exists(out):
-        raise ConfigError(f'{out} is there already, and a run may belong to it. Name where to write with --out FILE.')
+    out = args.out or new_file(osp.join(cfg.work_dir, PLAN_FILE))
     if args.sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     else:
