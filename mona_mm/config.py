@@ -152,7 +152,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         file = cfg.get('load_from')
-        if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+        if _is_gone(file):
             raise MissingFileError(f'load_from={file}: there is no such checkpoint.')
         return
     if checkpoint == 'auto':
@@ -183,7 +183,7 @@ def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
         MissingFileError: if the file is not there.
     """
     key, file = _base_key(cfg), base_file(cfg)
-    if file and '://' not in file and not osp.isfile(osp.expanduser(file)):
+    if _is_gone(file):
         if delta and osp.isfile(delta):
             for place in (read_delta(delta).header.base_file, osp.join(osp.dirname(delta), osp.basename(file))):
                 if osp.isfile(place) and not osp.samefile(place, delta):
@@ -193,6 +193,10 @@ def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
             f'where it is now with --cfg-options {key}=/path/to/it'
         )
     return file
+
+
+def _is_gone(file: str | None) -> bool:
+    return bool(file) and '://' not in file and not osp.isfile(osp.expanduser(file))
 
 
 def base_file(cfg: Config) -> str | None:

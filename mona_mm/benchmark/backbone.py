@@ -38,6 +38,7 @@ from mona_mm.benchmark.module import PublishedMona, rates
 from mona_mm.benchmark.timing import (
     cells,
     heading,
+    kept_bytes,
     return_freed_memory,
     seconds,
     take_turns,
@@ -238,18 +239,7 @@ class Case:
 
     def kept(self) -> int:
         """Bytes of every storage that the forward keeps for the backward pass, parameters aside."""
-        storages: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs = self.forward()
-        for p in self.model.parameters():
-            storages.pop(p.untyped_storage().data_ptr(), None)
-        del outputs
-        return sum(storages.values())
+        return kept_bytes(self.forward, self.model)
 
     def state(self) -> int:
         """Bytes of parameters and buffers, gradients and AdamW's moments."""

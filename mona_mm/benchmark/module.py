@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, with_spread
+from mona_mm.benchmark.timing import cells, heading, kept_bytes, seconds, take_turns, times, times_floor, with_spread
 from mona_mm.methods import Adapter, Mona
 from mona_mm.ops.mona import linear
 
@@ -106,16 +106,6 @@ class _Case:
         self.module.zero_grad()
         self.forward().backward(self.grad)
 
-    def kept(self) -> int:
-        """Bytes."""
-        storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: _note(storages, t), lambda t: t):
-            out = self.forward()
-        del out
-        for p in self.module.parameters():
-            storages.pop(p.untyped_storage().data_ptr(), None)
-        return sum(storages.values())
-
     def peak(self) -> int | None:
         """Bytes; None but on CUDA."""
         if self.x.device.type != 'cuda':
@@ -133,11 +123,6 @@ class _Case:
         out = self.forward()
         out.backward(self.grad)
         return [out.detach(), self.x.grad, *(p.grad for p in self.module.parameters())]
-
-
-def _note(storages: dict[int, int], tensor: Tensor) -> Tensor:
-    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return tensor
 
 
 def _difference(case: _Case, other: _Case) -> float:
@@ -207,7 +192,7 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
         for way, case in cases.items():
             if way != 'adapter':
                 differences[way] = max(differences[way], _difference(case, cases['published']))
-            kept[way] += count * case.kept()
+            kept[way] += count * kept_bytes(case.forward, case.module)
             peaks.setdefault(way, case.peak())
         turns = {way: partial(seconds, case.step, device, clock) for way, case in cases.items()}
         for way, taken in take_turns(turns, repeats).items():

@@ -1,4 +1,4 @@
-"""What the suites share: rounds in which the ways take turns, a call's time, medians with their spread."""
+"""What the suites share: rounds in which the ways take turns, times, kept bytes, medians with their spread."""
 
 import ctypes
 import gc
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar('T')
 
@@ -49,6 +50,22 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim:
         trim(0)
+
+
+def kept_bytes(forward: Callable[[], object], model: nn.Module) -> int:
+    """Of every storage that a forward of ``model`` keeps for the backward pass, parameters aside."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = forward()
+    for p in model.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    del outputs
+    return sum(storages.values())
 
 
 def times(
