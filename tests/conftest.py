@@ -15,6 +15,8 @@ from safetensors import safe_open
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.config import load_config
 
+pytest.register_assert_rewrite('helpers')
+
 # The models here are too small for a second thread to pay, and two of them fight on a busy machine.
 torch.set_num_threads(1)
 

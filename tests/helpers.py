@@ -1,0 +1,57 @@
+"""What several test modules use and that is no fixture: comparisons that hold on every processor."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+def named_pairs(actual: Tensors, expected: Tensors) -> list[tuple[str, Tensor, Tensor]]:
+    """Each tensor beside the one that it is compared with; two collections must have the same names and lengths."""
+    if isinstance(expected, Tensor):
+        return [('the tensor', actual, expected)]
+    if isinstance(expected, Mapping):
+        assert actual.keys() == expected.keys()
+        return [(name, actual[name], tensor) for name, tensor in expected.items()]
+    assert len(actual) == len(expected) > 0
+    return [(f'tensor {i}', a, b) for i, (a, b) in enumerate(zip(actual, expected, strict=True))]
+
+
+def assert_near(actual: Tensors, expected: Tensors, relative: float = 1e-5, least: float = 0.0) -> None:
+    """Every tensor is equal to the expected one within ``relative`` times the largest value of that one.
+
+    A tolerance that is relative to each element, or absolute, holds on the processor that it was made on: another one
+    adds the same numbers in another order, and the error of a sum is in proportion to what was added, not to what is
+    left. Shapes and types must be equal.
+
+    Args:
+        actual: A tensor, or several in a sequence or by name.
+        expected: The same of what is right.
+        relative: The largest difference as a share of the expected tensor's largest value: 1e-5 suits float32, whose
+            numbers have seven digits, and 1e-12 float64.
+        least: What counts as the largest value where it is smaller. It is for tensors that are zero but for rounding,
+            such as the gradient of a key's bias, or an input of zeros.
+    """
+    for name, a, b in named_pairs(actual, expected):
+        assert a.shape == b.shape and a.dtype == b.dtype, f'{name}: {a.shape}, {a.dtype} and not {b.shape}, {b.dtype}'
+        if b.numel() and not torch.equal(a, b):
+            difference, scale = largest(a.double() - b.double()), max(largest(b), least)
+            check(name, difference, relative * scale)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value of a tensor; that of a tensor with a NaN is NaN."""
+    return tensor.detach().abs().max().item()
+
+
+def check(name: str, difference: float, tolerance: float) -> None:
+    """The comparison itself; a difference that is NaN does not pass."""
+    assert difference <= tolerance, f'{name} differs by {difference:.2e}, and {tolerance:.2e} is allowed'
+
+
+def assert_equal(actual: Tensors, expected: Tensors) -> None:
+    """Every tensor is equal to the expected one bit for bit, type included."""
+    for name, a, b in named_pairs(actual, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b), f'{name} differs'
