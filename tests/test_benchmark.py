@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
+from helpers import assert_equal, assert_near
 
 from mona_mm.benchmark import backbone
 from mona_mm.benchmark.backbone import DEPLOYED, WAYS, Case, build_backbone, build_cases, choose_ways, count_operations
@@ -139,7 +140,7 @@ def test_shared_weights_change_nothing():
         assert case.state() == alone.state()
         if way != 'lora_merged':  # its own weights are drawn anew
             for a, b in zip(losses(case, x), losses(alone, x), strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=0)
+                assert_equal(a, b)
     pointers = {way: {p.data_ptr() for p in case.model.parameters()} for way, case in shared.items()}
     assert pointers['full'] == pointers['stock']
     frozen = {p.data_ptr() for p in shared['mona'].model.parameters() if not p.requires_grad}
@@ -174,7 +175,7 @@ def test_merged_forms_compute_what_they_merge():
         backbone.randomise(tuned)
         merged.eval(), tuned.eval()
         for a, b in zip(merged(x), tuned(x), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert_near(a, b)
 
 
 def test_published_formula_is_mona():
@@ -186,7 +187,7 @@ def test_published_formula_is_mona():
     for model in (ours, published):
         model.eval()
     for a, b in zip(ours(x), published(x), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        assert_near(a, b)
 
 
 def test_operations_are_counted():

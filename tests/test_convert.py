@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
+from helpers import assert_near
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
 from test_delta import SmallModel  # noqa: F401  registered
@@ -112,7 +113,7 @@ def test_microsoft_file_of_the_golden_base_gives_the_golden_outputs(library, tmp
     assert not model.load_state_dict(rest, strict=False).unexpected_keys
     model.eval()
     for i, out in enumerate(model(tensors['input'])):
-        torch.testing.assert_close(out, tensors[f'output/{i}'], atol=1e-4, rtol=1e-6)
+        assert_near(out, tensors[f'output/{i}'])
 
 
 @pytest.mark.parametrize('host', ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin', 'mmpretrain-swinv2'])
@@ -235,7 +236,7 @@ def test_vit(source, tmp_path):
     assert_loads('mmpretrain-vit', file, model, absent='nothing')
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model(x)[-1], reference_vit(timm, x, heads), atol=1e-5, rtol=1e-5)
+        assert_near(model(x)[-1], reference_vit(timm, x, heads))
 
 
 def to_convnext(state: dict, timm: bool) -> dict:
@@ -462,7 +463,7 @@ def test_outputs_of_timm(name, tmp_path):
             expected = F.layer_norm(
                 expected.permute(0, 2, 3, 1), (192,), theirs.head.norm.weight, theirs.head.norm.bias, 1e-6
             ).permute(0, 3, 1, 2)
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    assert_near(actual, expected, 5e-5)
 
 
 def test_only_heads_begin_anew_for_other_classes():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HOSTS, ROOT
+from helpers import assert_near
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel, BaseModule
@@ -867,7 +868,7 @@ def test_what_is_folded_its_config_can_say(kind, tmp_path, tool):
     again.eval()
     with torch.no_grad():
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert_near(a, b)
     if kind == 'spt':  # tuned further from the config that it now has
         cfg.dump(config)
         save_delta(again.float(), tmp_path / 'b.delta.safetensors', base_file=str(merged))
@@ -937,7 +938,7 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
     again.eval()
     with torch.no_grad():  # in double precision: what is left is the rounding of the merged weights
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert_near(a, b)
     assert ('FoldedMona' in text) == (method == 'mona')
     if method == 'mona':
         status, out, err = tool('delta.py', 'info', delta)
@@ -1006,7 +1007,7 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
         checkpoint = torch.load(merged, weights_only=True)
         stock = MODELS.build(Config.fromstring(checkpoint['meta']['cfg'], '.py').model).eval()
         load_checkpoint(stock, merged)
-        torch.testing.assert_close(stock(x), model(x), atol=1e-4, rtol=1e-4)
+        assert_near(stock(x), model(x))
         assert not torch.allclose(stock(x), MODELS.build(load_config(config).model).eval()(x), atol=1e-2)
 
 

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import HOSTS
+from helpers import assert_equal, assert_near
 from torch.autograd.graph import saved_tensors_hooks
 
 from mona_mm import PeftBackbone
@@ -51,12 +52,6 @@ def run(module, hw, batch=2, seed=0, rounded=False):
     return [out.detach(), x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
 
 
-def assert_close(actual, expected, tolerance=1e-5):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=0)
-
-
 def train_only(model, *names):
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith(names) if names else False)
@@ -74,7 +69,7 @@ def test_equals_stock(library, window, shift, hw, batch, trains):
     stock, fast = (attention(library, window, shift, f, **options) for f in (False, True))
     for module in (stock, fast):
         train_only(module, *trains)
-    assert_close(run(fast, hw, batch), run(stock, hw, batch))
+    assert_near(run(fast, hw, batch), run(stock, hw, batch))
 
 
 @pytest.mark.parametrize('trains', [(), ('_bias_table',)], ids=['frozen', 'trains'])
@@ -104,7 +99,7 @@ def test_bfloat16_is_close(window, hw, shifted, batch, trains, form):
 def test_double_precision():
     """In float64 the difference is rounding alone, so the formula is the same."""
     stock, fast = (train_only(attention(fast=f).double(), '_bias_table') for f in (False, True))
-    assert_close(run(fast, (13, 29)), run(stock, (13, 29)), 1e-12)
+    assert_near(run(fast, (13, 29)), run(stock, (13, 29)), 1e-12)
 
 
 def test_small_maps_of_classification():
@@ -112,7 +107,7 @@ def test_small_maps_of_classification():
     name."""
     stock, fast = (attention('mmpretrain', fast=f) for f in (False, True))
     for hw in ((7, 7), (7, 20), (14, 14)):
-        assert_close(run(fast, hw), run(stock, hw))
+        assert_near(run(fast, hw), run(stock, hw))
     with pytest.raises(ConfigError, match='6 tokens.*window of 7.*pad_small_map=True'):
         fast(torch.randn(1, 60, 24), (6, 10))
     with pytest.raises(ValueError, match='59 tokens.*6 x 10'):
@@ -124,7 +119,7 @@ def check_against_stock(fast, hw=(10, 17), **options):
     stock = attention(fast=False, **options).to(fast.w_msa.qkv.weight.dtype)
     stock.load_state_dict(fast.state_dict())
     train_only(stock)
-    assert_close(run(fast, hw), run(stock, hw))
+    assert_near(run(fast, hw), run(stock, hw))
 
 
 def test_masks_follow_their_table():
@@ -164,12 +159,12 @@ def test_small_maps_whose_table_trains(monkeypatch):
     gather = fast_attention._Gather.apply
     monkeypatch.setattr(fast_attention._Gather, 'apply', lambda *args: calls.append(args) or gather(*args))
     stock, fast = (attention(fast=f) for f in (False, True))
-    assert_close(run(fast, (14, 14), 2), run(stock, (14, 14), 2), 0)
+    assert_equal(run(fast, (14, 14), 2), run(stock, (14, 14), 2))
     assert not calls
     with torch.no_grad():
         fast(torch.randn(2, 196, 24), (14, 14))
     assert len(calls) == 2
-    assert_close(run(fast, (13, 15), 2), run(stock, (13, 15), 2))
+    assert_near(run(fast, (13, 15), 2), run(stock, (13, 15), 2))
     assert len(calls) >= 4
     calls.clear()
     run(train_only(fast), (14, 14), 2)
@@ -186,7 +181,7 @@ def test_copies_are_fast_and_independent(clone):
     assert twin._masks is None
     with torch.no_grad():
         fast.w_msa.relative_position_bias_table.zero_()
-    assert_close(run(twin, (10, 17)), before, 0)
+    assert_equal(run(twin, (10, 17)), before)
     check_against_stock(twin)
     assert (run(fast, (10, 17))[0] != before[0]).any()
 
@@ -206,7 +201,7 @@ def test_dropouts_draw_the_stock_numbers(p):
     """In training, what is dropped is the same for the same seed: probabilities, outputs, whole branches."""
     value = dict(type='DropPath', drop_prob=0.5) if p == 'dropout_layer' else 0.3
     stock, fast = (attention(shift=0, fast=f, **{p: value}) for f in (False, True))
-    assert_close(run(fast, (14, 20), batch=4), run(stock, (14, 20), batch=4))
+    assert_near(run(fast, (14, 20), batch=4), run(stock, (14, 20), batch=4))
     shifted = attention(fast=True, **{p: value})
     again = run(shifted, (14, 20), seed=1)
     assert any((a != b).any() for a, b in zip(run(shifted, (14, 20)), again, strict=True))
@@ -221,14 +216,14 @@ def test_hooks_inside_are_called():
     expected = run(fast, (10, 17))
     assert seen == ['qkv', 'proj', 'drop']
     fast.w_msa.softmax.register_forward_hook(lambda m, args, out: seen.append('softmax'))
-    assert_close(run(fast, (10, 17)), expected)
+    assert_near(run(fast, (10, 17)), expected)
     assert seen[3:] == ['qkv', 'softmax', 'proj', 'drop']
 
 
 def test_backward_hooks_inside_are_called():
     fast, seen = attention(), []
     fast.w_msa.register_full_backward_hook(lambda m, grad_in, grad_out: seen.append(grad_out[0].shape))
-    assert_close(run(fast, (10, 17)), run(attention(fast=False), (10, 17)))
+    assert_near(run(fast, (10, 17)), run(attention(fast=False), (10, 17)))
     assert len(seen) == 1
 
 
@@ -238,7 +233,7 @@ def test_a_trace_can_be_saved(tmp_path):
     traced = torch.jit.trace(lambda x: module(x, hw), torch.randn(2, 170, 24))
     traced.save(str(tmp_path / 'trace.pt'))
     x = torch.randn(2, 170, 24)
-    assert_close([torch.jit.load(str(tmp_path / 'trace.pt'))(x)], [module(x, hw)])
+    assert_near([torch.jit.load(str(tmp_path / 'trace.pt'))(x)], [module(x, hw)])
 
 
 METHODS = {
@@ -284,14 +279,14 @@ def test_backbones_are_equal(name, method):
     assert stock.state_dict().keys() == fast.state_dict().keys()
     fast.train()
     stock.train()
-    assert_close(step(fast), step(stock), 2e-5)
+    assert_near(step(fast), step(stock), 5e-5)
 
 
 @pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('method', ['full', 'bitfit', 'adapter', 'mona'])
 @pytest.mark.parametrize('window', [7, 12])
 def test_backbones_of_one_odd_image(window, method, autocast):
-    """One image whose maps are padded in every stage, window 7 and 12: within 2e-5 in float32; in bfloat16 by autocast
+    """One image whose maps are padded in every stage, window 7 and 12: within 5e-5 in float32; in bfloat16 by autocast
     as near to float32 as the stock backbone is (within twice its distance)."""
     options = METHODS.get(method, dict(peft=dict(type='Mona', bottleneck=8, dropout=0.0)))
     stock, fast = backbone_pair(dict(HOSTS['mmdet-swin'], window_size=window), **options)
@@ -299,7 +294,7 @@ def test_backbones_of_one_odd_image(window, method, autocast):
     stock.eval()
     exact = step(stock, (75, 101), 1)
     if not autocast:
-        assert_close(step(fast, (75, 101), 1), exact, 2e-5)
+        assert_near(step(fast, (75, 101), 1), exact, 5e-5)
         return
     results = []
     for model in (stock, fast):
@@ -319,7 +314,7 @@ def test_activation_checkpointing():
         results = [
             step(backbone_pair(dict(HOSTS['mmdet-swin'], with_cp=cp), **METHODS[method])[1]) for cp in (False, True)
         ]
-        assert_close(*results)
+        assert_near(*results)
 
 
 def kept(model, *args) -> dict[int, int]:
@@ -378,7 +373,7 @@ def test_lora_on_q_and_v_keeps_no_second_qkv():
     calls = [m for m in fast.modules() if isinstance(m, torch.nn.Linear) and m._forward_hooks]
     assert len(calls) == 8
     assert all(len(m._forward_hooks) == 1 for m in calls)
-    assert_close(step(fast), step(stock), 2e-5)
+    assert_near(step(fast), step(stock), 5e-5)
 
 
 @pytest.mark.slow
@@ -395,6 +390,6 @@ def test_compiled(frozen_dtype):
     plain.eval()
     compiled.eval()
     compiled.load_state_dict(plain.state_dict())
-    assert_close(step(compiled), step(plain))
+    assert_near(step(compiled), step(plain))
     assert type(copy.deepcopy(compiled)) is type(plain)
     torch._dynamo.reset()

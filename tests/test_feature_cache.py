@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import HOSTS
+from helpers import assert_equal, assert_near
 from mmengine.dataset import DefaultSampler
 from mmengine.runner import load_checkpoint
 from test_hooks import Images, Score, log_of, make_runner, state  # noqa: F401  the fixture
@@ -51,16 +52,6 @@ def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [*(out.detach() for out in outs), *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
-def assert_equal(a, b) -> None:
-    assert len(a) == len(b) > 0
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def assert_close(a, b) -> None:
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
-
-
 def blocks_run(model: nn.Module) -> list[str]:
     """The paths of the blocks that run from now on, in order."""
     ran = []
@@ -104,10 +95,10 @@ def test_batches_composed_anew(pair):
     plain, kept = pair
     x = images(6)
     for of in ([0, 1], [2, 0, 3], [3, 2, 1, 0], [4], [5, 4, 4], [0, 1, 2, 3, 4, 5]):
-        assert_close(step(kept, x[of]), step(plain, x[of]))
+        assert_near(step(kept, x[of]), step(plain, x[of]))
     assert found(kept) == (0 + 1 + 4 + 0 + 2 + 6, 19)
     wide = x.view(6, 3, 32, 128)  # other images, of the same bytes
-    assert_close(step(kept, wide), step(plain, wide))
+    assert_near(step(kept, wide), step(plain, wide))
     assert found(kept)[0] == 13
 
 
@@ -221,7 +212,7 @@ def test_what_inference_mode_computed_can_be_trained_on():
     with torch.inference_mode():
         kept(x[:1])
         kept(x[:2])
-    assert_close(step(kept, x), step(plain, x))
+    assert_near(step(kept, x), step(plain, x))
     assert found(kept) == (3, 6)
 
 
@@ -259,7 +250,7 @@ def test_kept_features_are_their_own(rule):
         with torch.no_grad():
             for out in outputs:
                 out.zero_()
-    assert_close(step(kept, x), step(plain, x))
+    assert_near(step(kept, x), step(plain, x))
     features = kept.feature_cache.features.values()
     tensors = [t for each in features for t in (*each.outputs, each.tokens) if t is not None]
     assert len(features) == 2

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import HOSTS
+from helpers import assert_near
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -59,16 +60,16 @@ def test_placement_when_every_path_is_dropped():
     stays; AdaptFormer is beside it, so its whole branch stays."""
     x, hw = torch.randn(2, 49, 24), (7, 7)
     for peft in (dict(type='Adapter'), dict(type='LoRA', rank=4)):
-        torch.testing.assert_close(swin_block(peft, dropped=True)(x, hw), x)
+        assert_near(swin_block(peft, dropped=True)(x, hw), x)
     block = swin_block(dict(type='LoRand', inner=4), dropped=True)
     zero = torch.zeros_like(x)
     expected = x + block.peft.attn_out(zero, hw) + block.peft.ffn_out(zero, hw)
     assert not torch.allclose(expected, x)
-    torch.testing.assert_close(block(x, hw), expected)
+    assert_near(block(x, hw), expected)
     block = swin_block(dict(type='AdaptFormer'), dropped=True)
     expected = x + block.peft.parallel_ffn(x, hw)
     assert not torch.allclose(expected, x)
-    torch.testing.assert_close(block(x, hw), expected)
+    assert_near(block(x, hw), expected)
 
 
 def stock_attention(block, x, hw):
@@ -90,15 +91,15 @@ def test_placement_when_no_path_is_dropped():
 
     block = swin_block(dict(type='Adapter'), dropped=False)
     y = x + block.peft.attn_branch(stock_attention(block, x, hw), hw)
-    torch.testing.assert_close(block(x, hw), y + block.peft.ffn_branch(ffn(block, y), hw))
+    assert_near(block(x, hw), y + block.peft.ffn_branch(ffn(block, y), hw))
 
     block = swin_block(dict(type='LoRand', inner=4), dropped=False)
     y = x + block.peft.attn_out(stock_attention(block, x, hw), hw)
-    torch.testing.assert_close(block(x, hw), y + block.peft.ffn_out(ffn(block, y), hw))
+    assert_near(block(x, hw), y + block.peft.ffn_out(ffn(block, y), hw))
 
     block = swin_block(dict(type='AdaptFormer'), dropped=False)
     y = x + stock_attention(block, x, hw)
-    torch.testing.assert_close(block(x, hw), y + ffn(block, y) + block.peft.parallel_ffn(y, hw))
+    assert_near(block(x, hw), y + ffn(block, y) + block.peft.parallel_ffn(y, hw))
 
 
 def second_blocks(name: str, peft: dict, dropped: bool):
@@ -183,7 +184,7 @@ def test_placement_in_other_blocks(name, method, dropped):
         out = block(x, hw)
     expected = FORMULAS[name](stock, at, x, hw, 0.0 if dropped else 1.0)
     assert used == set(block.peft)
-    torch.testing.assert_close(out, expected, atol=1e-9, rtol=1e-9)
+    assert_near(out, expected, 1e-11)
 
 
 def test_lora_equals_merged_weights(host):
@@ -205,7 +206,7 @@ def test_lora_equals_merged_weights(host):
                 weight[linear.rows(weight)] += delta.view_as(weight[linear.rows(weight)])
                 block.peft[site].up.weight.zero_()
     for merged, unmerged in zip(model(x), expected, strict=True):
-        torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=1e-4)
+        assert_near(merged, unmerged)
 
 
 @pytest.mark.parametrize('cls', [Adapter, AdaptFormer])
@@ -218,7 +219,7 @@ def test_adapter_formula_and_initial_values(cls):
     hidden = x @ module.down.weight.T + module.down.bias
     hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
     branch = hidden @ module.up.weight.T + module.up.bias
-    torch.testing.assert_close(module(x, (3, 3)), x + branch if cls is Adapter else 0.1 * branch)
+    assert_near(module(x, (3, 3)), x + branch if cls is Adapter else 0.1 * branch)
     assert module.dropout.p == 0.1
 
 
@@ -227,7 +228,7 @@ def test_lora_begins_as_zero_and_scales_by_alpha_over_rank():
     x = torch.randn(3, 12)
     assert (module(x) == 0).all() and module.down.weight.abs().max() <= 12**-0.5
     nn.init.normal_(module.up.weight)
-    torch.testing.assert_close(module(x), 0.5 * x @ module.down.weight.T @ module.up.weight.T)
+    assert_near(module(x), 0.5 * x @ module.down.weight.T @ module.up.weight.T)
     assert LoRA(12, 8).scale == 1 / 64
 
 

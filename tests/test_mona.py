@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS
+from helpers import assert_near
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone, count_trainable
@@ -84,12 +85,12 @@ def test_formula_and_gradients_in_float64(hw, variant):
     parameters = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
     x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
     out, expected = module(x1, hw), plain_mona(parameters, x2, hw, **VARIANTS[variant])
-    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-10)
+    assert_near(out, expected, 1e-12)
     out.backward(cotangent)
     expected.backward(cotangent)
-    torch.testing.assert_close(x1.grad, x2.grad, atol=1e-9, rtol=1e-9)
-    for name, p in module.named_parameters():
-        torch.testing.assert_close(p.grad, parameters[name].grad, atol=1e-8, rtol=1e-9, msg=name)
+    assert_near(x1.grad, x2.grad, 1e-12)
+    gradients = {name: p.grad for name, p in parameters.items()}
+    assert_near({name: p.grad for name, p in module.named_parameters()}, gradients, 1e-12)
     n, m, sizes = 4, 6, VARIANTS[variant].get('kernel_sizes', (3, 5, 7))
     norms = VARIANTS[variant].get('scaled_norm', ['down'])
     count = (2 * n + 1) * m + n * n + 2 * n + n * sum(k * k + 1 for k in sizes)
@@ -103,12 +104,12 @@ def test_extra_tokens_bypass_the_convolutions():
     hw = (3, 5)
     tokens = torch.randn(2, 5 + 15, 6, dtype=torch.float64)  # a class token and four registers first
     out = module(tokens, hw)
-    torch.testing.assert_close(out[:, 5:], module(tokens[:, 5:], hw))
+    assert_near(out[:, 5:], module(tokens[:, 5:], hw), 1e-12)
     state = dict(module.named_parameters())
     without = {
         name: torch.zeros_like(p) if 'depthwise' in name or 'pointwise' in name else p for name, p in state.items()
     }
-    torch.testing.assert_close(out[:, :5], plain_mona(without, tokens[:, :5], (1, 5)))
+    assert_near(out[:, :5], plain_mona(without, tokens[:, :5], (1, 5)), 1e-12)
 
 
 def test_train_mode_drops_after_the_activation():
@@ -121,7 +122,7 @@ def test_train_mode_drops_after_the_activation():
     alive = seen['act'] != 0  # the GELU of a large negative number is zero already
     dropped = seen['up'] == 0
     assert 0.09 < dropped[alive].double().mean() < 0.11
-    torch.testing.assert_close(seen['up'][~dropped], (seen['act'] / 0.9)[~dropped])
+    assert_near(seen['up'][~dropped], (seen['act'] / 0.9)[~dropped], 1e-12)
     dropouts = [m for m in module.modules() if isinstance(m, torch.nn.Dropout)]
     assert [m.p for m in dropouts] == [0.1]
 
@@ -139,7 +140,7 @@ def test_mona_is_outside_drop_path():
             m.p = 0.0
     x = torch.randn(2, 49, 24)
     expected = block.peft.post_ffn(block.peft.post_attn(x, (7, 7)), (7, 7))
-    torch.testing.assert_close(block(x, (7, 7)), expected)
+    assert_near(block(x, (7, 7)), expected)
     assert not torch.equal(expected, x)
 
 
@@ -214,7 +215,7 @@ def test_folded_form_is_equal(options, extra):
     x = torch.randn(2, extra + 5 * 7, 24)
     with torch.no_grad():
         expected = module(x, (5, 7))
-        torch.testing.assert_close(folded(x, (5, 7)), expected, atol=1e-5, rtol=1e-5)
+        assert_near(folded(x, (5, 7)), expected)
         assert (expected - x).abs().max() > 0.1
     assert sum(p.numel() for p in folded.parameters()) <= sum(p.numel() for p in module.parameters())
 
@@ -229,11 +230,11 @@ def test_folded_form_is_traced_and_hooked(tmp_path):
     traced = torch.jit.trace(lambda x: folded(x, (5, 7)), torch.randn(2, 35, 24))
     assert 'mkldnn' not in str(traced.inlined_graph)
     traced.save(str(tmp_path / 'trace.pt'))
-    torch.testing.assert_close(torch.jit.load(str(tmp_path / 'trace.pt'))(x), expected, atol=1e-5, rtol=1e-5)
+    assert_near(torch.jit.load(str(tmp_path / 'trace.pt'))(x), expected)
     mapped = torch.func.vmap(lambda x: folded(x[None], (5, 7))[0])(x)
-    torch.testing.assert_close(mapped, expected, atol=1e-5, rtol=1e-5)
+    assert_near(mapped, expected)
     seen = []
     for layer in (folded.down, folded.pointwise, folded.up):
         layer.register_forward_hook(lambda m, args, out: seen.append(m))
-    torch.testing.assert_close(folded(x, (5, 7)), expected, atol=1e-5, rtol=1e-5)
+    assert_near(folded(x, (5, 7)), expected)
     assert seen == [folded.down, folded.pointwise, folded.up]

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS
+from helpers import assert_equal, assert_near
 from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear
 from torch import nn
 
@@ -34,14 +36,10 @@ def some(count: int, size: int) -> torch.Tensor:
     return torch.randperm(size)[:count]
 
 
-def exact(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
-
-
 @pytest.mark.parametrize('form', FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize('count', [1, 2, 17, 100, 500, 35 * 21])
 def test_each_form_is_the_dense_gradient_at_the_chosen_weights(form, count, monkeypatch):
-    """Within 1e-6 in float64 for random sets from one weight to all, also where the work is done in pieces."""
+    """In float64, for random sets from one weight to all, also where the work is done in pieces."""
     monkeypatch.setattr(sparse, '_ROWS', 50)
     monkeypatch.setattr(sparse, '_ELEMENTS', 1300)
     for seed in range(5):
@@ -49,7 +47,7 @@ def test_each_form_is_the_dense_gradient_at_the_chosen_weights(form, count, monk
         grad, x = torch.randn(130, 35, dtype=torch.float64), torch.randn(130, 21, dtype=torch.float64)
         indices = some(count, 35 * 21).sort().values.int()
         expected = (grad.T @ x).flatten()[indices.long()]
-        torch.testing.assert_close(form(grad, x, indices), expected, atol=1e-6, rtol=0)
+        assert_near(form(grad, x, indices), expected, 1e-6)
 
 
 @pytest.mark.parametrize('form', FORMS, ids=lambda f: f.__name__)
@@ -61,7 +59,7 @@ def test_forms_of_no_tokens_and_of_half_precision(form):
     expected = (grad.double().T @ x.double()).flatten()[indices.long()]
     actual = form(grad, x, indices)
     tolerance = 1e-2 if actual.dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    assert_near(actual.double(), expected, tolerance)
 
 
 @pytest.mark.parametrize('share', [0.002, 0.05, 0.14, 0.16, 1.0])
@@ -120,7 +118,7 @@ def test_any_module_against_autograd(kind, needs_grad):
     merged module's output is equal bit for bit and its class the stock one. In the channels-last format, which the
     effective weight does not have, equal to rounding."""
     build, shape, counts = MODULES[kind]
-    same = torch.testing.assert_close if kind == 'channels_last' else exact
+    same = partial(assert_near, relative=1e-12) if kind == 'channels_last' else assert_equal
     module = build().double()
     stock, names = type(module), {n for n, _ in module.named_parameters()}
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -135,19 +133,19 @@ def test_any_module_against_autograd(kind, needs_grad):
     expected, grad_x, grads = reference(module, deltas, x, lambda m, x: m(x))
     same(out, expected)
     if needs_grad:
-        torch.testing.assert_close(x.grad, grad_x, atol=1e-10, rtol=1e-10)
+        assert_near(x.grad, grad_x, 1e-12)
     for name, delta in deltas.items():
-        torch.testing.assert_close(delta.values.grad, grads[name], atol=1e-6, rtol=0)
+        assert_near(delta.values.grad, grads[name], 1e-6)
     assert all(module.get_parameter(n).grad is None or n not in counts for n in names)
     for name in names:
-        exact(module.get_parameter(name), before[name])
+        assert_equal(module.get_parameter(name), before[name])
     assert names < {n for n, _ in module.named_parameters()} and isinstance(module, stock)
     added = {n for n, _ in module.named_parameters()} - names
     assert all(f'.{n}'.startswith('.peft.') for n in added)
 
     merged = merge_sparse(module)
     assert set(merged) == set(counts) and type(module) is stock and not hasattr(module, 'peft')
-    exact(module(x), expected)
+    assert_equal(module(x), expected)
 
 
 def test_non_contiguous_input():
@@ -162,7 +160,7 @@ def test_non_contiguous_input():
         given = given.detach().requires_grad_()
         linear(given).transpose(0, 2).square().sum().backward()
         grads.append((given.grad, delta.values.grad))
-    torch.testing.assert_close(*grads)
+    assert_near(*grads, 1e-12)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -182,10 +180,10 @@ def test_autocast(dtype):
     assert out.dtype == dtype
     out.square().sum().backward()
     expected, grad_x, grads = reference(linear, dict(weight=delta), x, call)
-    exact(out, expected)
+    assert_equal(out, expected)
     assert x.grad.dtype == delta.values.grad.dtype == torch.float32
-    torch.testing.assert_close(x.grad, grad_x, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(delta.values.grad, grads['weight'], atol=0.3, rtol=2e-2)
+    assert_near(x.grad, grad_x, 2e-2)
+    assert_near(delta.values.grad, grads['weight'], 2e-2)
 
 
 def test_autocast_leaves_double_precision_alone_and_mixed_types_fail_as_in_a_stock_linear():
@@ -238,8 +236,8 @@ def test_all_weights_chosen_is_ordinary_training(optimizer):
             step.step()
     merge_sparse(sparse_net)
     assert (net[0].weight - before).abs().max() > 0.01
-    for (name, p), q in zip(net.named_parameters(), sparse_net.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-9, rtol=1e-9, msg=name)
+    for p, q in zip(net.parameters(), sparse_net.parameters(), strict=True):
+        assert_near(p, q, 1e-9)
 
 
 def test_optimizer_state_is_of_the_size_of_the_delta():
@@ -276,13 +274,13 @@ def test_copies(way):
         twin.load_state_dict(module.state_dict(), strict=True)
     x = torch.randn(3, 6)
     expected = module(x)
-    exact(twin(x), expected)
+    assert_equal(twin(x), expected)
     with torch.no_grad():
         for p in module.parameters():
             p.zero_()
-    exact(twin(x), expected)
+    assert_equal(twin(x), expected)
     merge_sparse(twin)
-    exact(twin(x), expected)
+    assert_equal(twin(x), expected)
     assert type(twin[0]) is nn.Linear
 
 
@@ -346,7 +344,7 @@ def test_under_checkpointing_and_two_forwards_before_one_backward():
     expected, delta.values.grad = delta.values.grad, None
     for factor in (1, 2):
         torch.utils.checkpoint.checkpoint(linear, factor * x, use_reentrant=False).square().sum().backward()
-    torch.testing.assert_close(delta.values.grad, expected)
+    assert_near(delta.values.grad, expected, 1e-12)
 
 
 def test_in_a_host():
@@ -370,7 +368,7 @@ def test_in_a_host():
         sum(out.sum() for out in expected).backward()
         assert all(m.values.grad is not None and m.values.grad.any() for m in method_modules(model)[:3])
         merge_sparse(copy_ := copy.deepcopy(model))
-        exact(copy_(x), expected)
+        assert_equal(copy_(x), expected)
         assert set(copy_.state_dict()) == names
         model.init_weights()
         assert all((m.values == 0).all() for m in method_modules(model))
@@ -403,8 +401,8 @@ def test_ddp(tmp_path):
     one, first, second = (torch.load(tmp_path / name) for name in ('1_0.pt', '2_0.pt', '2_1.pt'))
     for name, values in one.items():
         assert values.abs().max() > 0
-        torch.testing.assert_close(first[name], values, atol=1e-12, rtol=1e-12)
-        exact(first[name], second[name])
+        assert_near(first[name], values, 1e-12)
+        assert_equal(first[name], second[name])
 
 
 SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
@@ -459,13 +457,13 @@ def test_structured_formulas():
     lora = StructuredLoRA(5, 7, 'fc2', 4).eval()
     nn.init.normal_(lora.up.weight)
     assert lora.scale == 1
-    torch.testing.assert_close(lora(x, y), x @ lora.delta_weight().T)
+    assert_near(lora(x, y), x @ lora.delta_weight().T)
     for site, z in (('fc2', y), ('proj', x)):
         module = StructuredAdapter(5, 7, site, 4, init='trunc_normal').eval()
         nn.init.normal_(module.down.bias)
         nn.init.normal_(module.up.bias)
         hidden = F.gelu(z @ module.down.weight.T + module.down.bias)
-        torch.testing.assert_close(module(x, y), hidden @ module.up.weight.T + module.up.bias)
+        assert_near(module(x, y), hidden @ module.up.weight.T + module.up.bias)
 
 
 @pytest.mark.parametrize('cls', STRUCTURED.values())
@@ -515,5 +513,5 @@ def test_benchmark_ways_are_the_same_gradient():
         deltas[way] = gradient.flatten()[places[way]] if way == 'mask' else gradient
         assert way != 'mask' or gradient.count_nonzero() == 40
     for way in benchmark.WAYS:
-        exact(places[way], places['ours'])
-        torch.testing.assert_close(deltas[way], deltas['published'], atol=1e-5, rtol=1e-5)
+        assert_equal(places[way], places['ours'])
+        assert_near(deltas[way], deltas['published'])

@@ -12,6 +12,7 @@ from textwrap import dedent
 import pytest
 import torch
 from conftest import HOSTS  # noqa: F401  first: it imports mona_mm
+from helpers import assert_near
 from mmcv import _ext, imwrite
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -135,4 +136,4 @@ def test_merged_loads_into_the_stock_library(library, method, tmp_path, tool):
     again.eval()
     with torch.no_grad():
         for a, b in zip(outputs(again.double(), x.double()), outputs(model.double(), x.double()), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert_near(a, b)
