@@ -118,6 +118,15 @@ def fast_mona(monkeypatch):
     monkeypatch.setattr('mona_mm.methods.mona.PLAIN_TOKENS', 0)
 
 
+@pytest.fixture(autouse=True)
+def quick_runners(monkeypatch):
+    """What takes three quarters of a small run and is tested by those in processes of their own: a Runner asks the
+    compilers for their versions and formats the config's text, which every dump of a config does as well."""
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):  # the fork imports it when it needs it
+        monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
+
+
 @pytest.fixture(params=HOSTS)
 def host(request) -> dict:
     """The config of a small backbone of each supported kind."""

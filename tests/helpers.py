@@ -1,10 +1,19 @@
-"""What several test modules use and that is no fixture: comparisons that hold on every processor."""
+"""What several test modules use and that is no fixture: comparisons that hold on every processor, pairs of options,
+processes of their own."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations, product
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parents[1]
 Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -55,3 +64,47 @@ def assert_equal(actual: Tensors, expected: Tensors) -> None:
     """Every tensor is equal to the expected one bit for bit, type included."""
     for name, a, b in named_pairs(actual, expected):
         assert a.dtype == b.dtype and torch.equal(a, b), f'{name} differs'
+
+
+def pairwise(*factors: Iterable, possible: Callable[..., bool] = lambda *row: True) -> list:
+    """Every possible combination of the factors' values, as parameters of a test.
+
+    A fault that shows only where three options meet is rare, so `make test` covers every pair of values: a small set of
+    combinations in which each possible pair occurs is left as it is, and the others are marked slow, for `make
+    test-all`. The choice is made in the order of the values and is always the same.
+
+    Args:
+        factors: The values of each parameter, as mappings by their names in the test's id, or as sequences of values
+            whose text is their name. Values of the test are the mapping's values.
+        possible: Of the names of one combination, whether there is such a case.
+    """
+    named = [factor if isinstance(factor, Mapping) else {str(value): value for value in factor} for factor in factors]
+    rows = [row for row in product(*named) if possible(*row)]
+    covers = [set(combinations(enumerate(row), 2)) for row in rows]
+    left, chosen = set().union(*covers), set()
+    while left:
+        best = max(range(len(rows)), key=lambda i: (len(covers[i] & left), -i))
+        left -= covers[best]
+        chosen.add(best)
+    return [
+        pytest.param(
+            *(values[name] for values, name in zip(named, row, strict=True)),
+            id='-'.join(row),
+            marks=[] if i in chosen else [pytest.mark.slow],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def command(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, from the root of the checkout unless `cwd` says another folder."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=kwargs.pop('cwd', ROOT), env=environment, capture_output=True, text=True
+    )
+
+
+def scores(log: str) -> list[str]:
+    """The AP values of the last evaluation in a log."""
+    last = [line for line in log.splitlines() if 'coco/bbox_mAP:' in line][-1]
+    return re.findall(r'coco/(?:bbox|segm)_mAP\w*: [-\d.]+', last)

@@ -298,7 +298,7 @@ def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
     assert '| Swin-T | 128x128 |' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('unbuffered', [pytest.param('', marks=pytest.mark.slow), '1'], ids=['buffered', 'unbuffered'])
 def test_closed_pipe(unbuffered):
     """A tool whose reader has gone ends quietly; a broken pipe elsewhere is an error as before."""
     code = "import mona_mm.cli; mona_mm.cli.run(lambda: print('x' * 100_000))"

@@ -114,13 +114,9 @@ def test_short():
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_on_the_cpu(monkeypatch):
-    """Mixed precision of tiny models is not what is tested here, nor what Runners spend half their time on: asking
-    compilers for their versions and formatting the config's text."""
+def _on_the_cpu(monkeypatch):
+    """Mixed precision of tiny models is not what is tested here."""
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-    for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):  # the fork imports it when it needs it
-        monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
 
 
 @pytest.fixture
@@ -508,7 +504,13 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize('task', REAL)
+# In small, drawn images are there for all of them but COCO.
+ON_REAL_IMAGES = pytest.mark.parametrize(
+    'task', [pytest.param(task, marks=[pytest.mark.slow] * (task != 'cascade_swin_b_coco')) for task in REAL]
+)
+
+
+@ON_REAL_IMAGES
 def test_trains_and_evaluates_on_real_images(task, tmp_path):
     """The dense tasks again, on the real images where they are."""
     small_run(task, shared(REAL[task]), tmp_path)

@@ -15,8 +15,7 @@ from mmengine.hooks import EMAHook
 from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
-from test_hosts import METHOD_CONFIGS
-from test_spt import plan_for
+from suite import METHOD_CONFIGS, plan_for
 from torch import nn
 
 import mona_mm
@@ -175,7 +174,13 @@ def test_header_says_what_it_is(base_file, tmp_path):
     assert list(loaded.parts) == ['method', 'head']
 
 
-@pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lora', 'lorand', 'spt', *list(RULES)[:-1]])
+SIZED = ('mona', 'adapter', 'adaptformer', 'lora', 'lorand', 'spt', *list(RULES)[:-1])
+MOST_NAMES = ('mona', 'spt', 'norm_tuning')  # for their values
+
+
+@pytest.mark.parametrize(
+    'method', [pytest.param(method, marks=[pytest.mark.slow] * (method not in MOST_NAMES)) for method in SIZED]
+)
 def test_size(method, tmp_path):
     """Every method in a classifier with Swin-B, whose own head is small: at most 2% over 4 bytes for each trained
     value (2 in half precision), with names, config and the fingerprint of the base; it comes back bit for bit."""

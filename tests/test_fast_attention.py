@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import HOSTS
-from helpers import assert_equal, assert_near
+from helpers import assert_equal, assert_near, pairwise
 from torch.autograd.graph import saved_tensors_hooks
 
 from mona_mm import PeftBackbone
@@ -58,13 +58,19 @@ def train_only(model, *names):
     return model
 
 
-@pytest.mark.parametrize('trains', [(), ('_bias_table', 'bias'), ('',)], ids=['frozen', 'bitfit', 'full'])
-@pytest.mark.parametrize('batch', [1, 3])
-@pytest.mark.parametrize('hw', [(14, 14), (24, 36), (13, 29), (7, 12), (5, 6), (1, 30), (7, 7), (12, 12)])
-@pytest.mark.parametrize(('window', 'shift'), [(7, 0), (7, 3), (12, 0), (12, 6)])
-@pytest.mark.parametrize('library', ['mmdet', 'mmpretrain'])
-def test_equals_stock(library, window, shift, hw, batch, trains):
+@pytest.mark.parametrize(
+    ('library', 'windows', 'hw', 'batch', 'trains'),
+    pairwise(
+        ('mmdet', 'mmpretrain'),
+        {'7': (7, 0), '7-shifted': (7, 3), '12': (12, 0), '12-shifted': (12, 6)},
+        [(14, 14), (24, 36), (13, 29), (7, 12), (5, 6), (1, 30), (7, 7), (12, 12)],
+        (1, 3),
+        dict(frozen=(), bitfit=('_bias_table', 'bias'), full=('',)),
+    ),
+)
+def test_equals_stock(library, windows, hw, batch, trains):
     """Output and every gradient within 1e-5: whole and padded maps, shifted windows, maps smaller than a window."""
+    window, shift = windows
     options = dict(pad_small_map=True) if library == 'mmpretrain' else {}
     stock, fast = (attention(library, window, shift, f, **options) for f in (False, True))
     for module in (stock, fast):
@@ -72,17 +78,23 @@ def test_equals_stock(library, window, shift, hw, batch, trains):
     assert_near(run(fast, hw, batch), run(stock, hw, batch))
 
 
-@pytest.mark.parametrize('trains', [(), ('_bias_table',)], ids=['frozen', 'trains'])
-@pytest.mark.parametrize('batch', [1, 2])
-@pytest.mark.parametrize(('form', 'shifted'), [('autocast', False), ('autocast', True), ('pure', False)])
-@pytest.mark.parametrize(('window', 'hw'), [(7, (14, 21)), (7, (13, 29)), (7, (5, 6)), (12, (20, 30)), (12, (24, 12))])
-def test_bfloat16_is_close(window, hw, shifted, batch, trains, form):
+@pytest.mark.parametrize(
+    ('window_of', 'form', 'batch', 'trains'),
+    pairwise(
+        [(7, (14, 21)), (7, (13, 29)), (7, (5, 6)), (12, (20, 30)), (12, (24, 12))],
+        ('autocast', 'autocast-shifted', 'pure'),
+        (1, 2),
+        dict(frozen=(), trains=('_bias_table',)),
+    ),
+)
+def test_bfloat16_is_close(window_of, form, batch, trains):
     """bfloat16, by autocast and of the whole module: the types of the stock module, finite, and as near to float32 as
     it is (within twice its distance); whole and padded maps, shifted windows, a map smaller than a window.
     (Shifted, the stock module cannot be bfloat16 itself: its mask is float32.)"""
-    results = {}
+    (window, hw), results = window_of, {}
+    form, _, shifted = form.partition('-')
     for name, fast, low in (('exact', False, False), ('stock', False, True), ('fast', True, True)):
-        module = train_only(attention(window=window, shift=shifted * (window // 2), fast=fast), *trains)
+        module = train_only(attention(window=window, shift=window // 2 if shifted else 0, fast=fast), *trains)
         if form == 'pure':
             module = module.bfloat16()  # the same rounded weights and input for all three
         if low or form == 'autocast':
@@ -282,9 +294,10 @@ def test_backbones_are_equal(name, method):
     assert_near(step(fast), step(stock), 5e-5)
 
 
-@pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16'])
-@pytest.mark.parametrize('method', ['full', 'bitfit', 'adapter', 'mona'])
-@pytest.mark.parametrize('window', [7, 12])
+@pytest.mark.parametrize(
+    ('window', 'method', 'autocast'),
+    pairwise((7, 12), ('full', 'bitfit', 'adapter', 'mona'), dict(float32=False, bfloat16=True)),
+)
 def test_backbones_of_one_odd_image(window, method, autocast):
     """One image whose maps are padded in every stage, window 7 and 12: within 5e-5 in float32; in bfloat16 by autocast
     as near to float32 as the stock backbone is (within twice its distance)."""

@@ -5,13 +5,12 @@ import pickle
 from functools import partial
 
 import pytest
-import test_hosts
 import torch
 from conftest import HOSTS, needs_gpu
-from helpers import assert_near
+from helpers import assert_equal, assert_near
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
-from test_spt import STRUCTURED, plan_for
+from suite import METHOD_CONFIGS, STRUCTURED, check_copies, images, load, plan_for, supports
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
@@ -23,21 +22,28 @@ from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
 RULES = ('fixed', 'bitfit', 'norm_tuning', 'partial_1')
 TUNINGS = {
-    **{
-        pair.id: (pair.values[0], dict(peft=pair.values[1]))
-        for pair in test_hosts.PAIRS
-        if not pair.id.endswith(('design-2', 'lora-ffn'))
-    },
-    **{f'{host}-{rule}': (HOSTS[host], dict(trainable=rule)) for host in HOSTS for rule in RULES},
-    **{f'{host}-spt-{kind}': (HOSTS[host], kind) for host in HOSTS for kind in STRUCTURED},
+    **{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items() if name not in ('mona-design-2', 'lora-ffn')},
+    **{rule: dict(trainable=rule) for rule in RULES},
+    **{f'spt-{kind}': kind for kind in STRUCTURED},
 }
+TWINS = ('mmseg-swin', 'mmpretrain-vit-no-cls', 'mmpretrain-convnextv2')  # of other hosts: one method of each kind
+CASES = [
+    pytest.param(
+        (HOSTS[host], tuning),
+        id=f'{host}-{name}',
+        marks=[pytest.mark.slow] * (host in TWINS and name not in ('mona', 'bitfit', 'spt-lora')),
+    )
+    for host in HOSTS
+    for name, tuning in TUNINGS.items()
+    if supports(host, name)
+]
 BF16 = dict(frozen_dtype='bfloat16')
 
 
-@pytest.fixture(params=TUNINGS)
+@pytest.fixture(params=CASES)
 def case(request, tmp_path) -> tuple[dict, dict]:
     """A host's config, and what PeftBackbone is to do to it."""
-    host, tuning = TUNINGS[request.param]
+    host, tuning = request.param
     if isinstance(tuning, str):
         plan_for(host, STRUCTURED[tuning]).save(tmp_path / 'plan.safetensors')
         tuning = dict(peft=dict(type='SPT', plan=str(tmp_path / 'plan.safetensors')))
@@ -66,6 +72,18 @@ def step(model, autocast: torch.dtype | None = None, device: str = 'cpu') -> tup
     return [out.detach() for out in outs], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def check_what_is_kept(model, single, dtype: torch.dtype) -> None:
+    """Frozen matrices and kernels of linear layers, convolutions and torch's attention, and nothing else; what is
+    counted stays the same."""
+    kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            kept = isinstance(module, kinds) and name in ('weight', 'in_proj_weight') and not p.requires_grad
+            assert p.dtype == (dtype if kept else torch.float32), f'{path}.{name}'
+    assert all(p.dtype == torch.float32 for module in method_modules(model) for p in module.parameters())
+    assert count_trainable(model) == count_trainable(single)
+
+
 def check_against_autocast(host, tuning, dtype, device='cpu') -> None:
     """A backbone with ``frozen_dtype`` equals the same one in float32 under autocast, whose weights are those after
     rounding; bit for bit, outputs and gradients, in and out of autocast."""
@@ -74,6 +92,7 @@ def check_against_autocast(host, tuning, dtype, device='cpu') -> None:
     model = PeftBackbone(base=host, frozen_dtype=dtype, **tuning)
     torch.manual_seed(0)
     single = PeftBackbone(base=host, **tuning)
+    check_what_is_kept(model, single, of)
     for each in (model, single):
         torch.manual_seed(1)
         each.init_weights()
@@ -121,20 +140,6 @@ def test_trains_on_a_gpu(dtype):
         assert_near(a, b.float(), 3e-2)
 
 
-def test_what_is_kept(case):
-    """Frozen matrices and kernels of linear layers, convolutions and torch's attention, and nothing else; what is
-    counted stays the same."""
-    host, tuning = case
-    model = PeftBackbone(base=host, **tuning, **BF16)
-    kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-    for path, module in model.named_modules():
-        for name, p in module.named_parameters(recurse=False):
-            kept = isinstance(module, kinds) and name in ('weight', 'in_proj_weight') and not p.requires_grad
-            assert p.dtype == (torch.bfloat16 if kept else torch.float32), f'{path}.{name}'
-    assert all(p.dtype == torch.float32 for module in method_modules(model) for p in module.parameters())
-    assert count_trainable(model) == count_trainable(PeftBackbone(base=host, **tuning))
-
-
 def test_most_of_the_bytes():
     """Of a frozen Swin-B under Mona nine tenths of half the bytes go, what Mona adds included."""
     host = dict(type='mmdet.SwinTransformer', embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
@@ -149,16 +154,16 @@ def test_most_of_the_bytes():
 def test_the_suite(host, clone, tmp_path):
     """What is promised of every method: copies, round trip, initial values from any source."""
     method = dict(type='Mona', bottleneck=8)
-    test_hosts.test_copies_are_independent(PeftBackbone(base=HOSTS[host], peft=method, **BF16), clone)
+    check_copies(PeftBackbone(base=HOSTS[host], peft=method, **BF16), clone)
     source, target = (PeftBackbone(base=HOSTS[host], peft=method, **BF16) for _ in range(2))
     source.init_weights()
     torch.save(source.state_dict(), tmp_path / 'whole.pth')
     target.load_state_dict(torch.load(tmp_path / 'whole.pth', weights_only=True))
     for model in (source, target):
         model.eval()
-    x = test_hosts.images()
-    test_hosts.assert_same(source(x), target(x))
-    test_hosts.assert_same(clone(source)(x), target(x))
+    x = images()
+    assert_equal(source(x), target(x))
+    assert_equal(clone(source)(x), target(x))
 
 
 @pytest.mark.parametrize('host', ['mmdet-swin', 'mmdet-pvtv2'])
@@ -173,7 +178,7 @@ def test_a_pretrained_file(host, tmp_path):
     held = model.state_dict()
     model.init_weights()
     again = PeftBackbone(base=HOSTS[host], peft=dict(type='Mona', bottleneck=8), **BF16)
-    test_hosts.load(again, stock.state_dict())
+    load(again, stock.state_dict())
     for name, tensor in stock.state_dict().items():
         for state in (held, model.state_dict(), again.state_dict()):
             assert torch.equal(state[name], tensor.to(state[name].dtype)), name
@@ -233,7 +238,7 @@ def test_merging_rounds_no_addition_away():
     stock.load_state_dict(state)
     stock.eval()
     model.eval()
-    x = test_hosts.images()
+    x = images()
     for a, b in zip(stock(x), model(x), strict=True):
         assert (a - b).norm() < 0.05 * a.norm()
 
@@ -248,7 +253,7 @@ def test_in_ddp():
     torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         outs, grads = step(MMDistributedDataParallel(twin))
-        test_hosts.assert_same(outs, expected)
+        assert_equal(outs, expected)
         assert all(torch.equal(grads[f'module.{name}'], grad) for name, grad in gradients.items())
     finally:
         torch.distributed.destroy_process_group()

@@ -1,87 +1,56 @@
 """Every method on every host: what injecting promises, whatever is injected."""
 
-import copy
 import importlib
-import io
-import math
-import pickle
 import sys
 
 import pytest
 import torch
 from conftest import HOSTS, needs_gpu
+from helpers import assert_equal, pairwise
 from mmengine.registry import MODELS
-from mmpretrain.models import ConvNeXt, VisionTransformer
+from suite import (
+    CLONES,
+    METHOD_CONFIGS,
+    PRECISIONS,
+    SIZES,
+    STARTS,
+    check_copies,
+    check_names,
+    check_round_trip,
+    check_size,
+    check_start,
+    freeze_alike,
+    images,
+    load,
+    outputs,
+    supports,
+    trains_in_mixed_precision,
+)
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.methods import PeftModule, build_method
 from mona_mm.registry import METHODS
 from mona_mm.sites import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
-from mona_mm.spt.sparse import SparseDelta
-
-METHOD_CONFIGS = {
-    'mona': dict(type='Mona', bottleneck=8),
-    'mona-design-2': dict(
-        type='Mona', bottleneck=8, kernel_sizes=[3, 9], scaled_norm=['down', 'pointwise'], average=False
-    ),
-    'adapter': dict(type='Adapter', bottleneck=8),
-    'adaptformer': dict(type='AdaptFormer', bottleneck=8),
-    'lorand': dict(type='LoRand', inner=4),
-    'lora': dict(type='LoRA', rank=4),
-    'lora-everywhere': dict(type='LoRA', rank=4, sites=['q', 'k', 'v', 'proj', 'fc1', 'fc2']),
-    'lora-ffn': dict(type='LoRA', rank=4, sites=['fc1', 'fc2']),
-}
-# ConvNeXt has no q, k, v, proj.
-PAIRS = [
-    pytest.param(dict(HOSTS[host]), dict(peft), id=f'{host}-{method}')
-    for host in HOSTS
-    for method, peft in METHOD_CONFIGS.items()
-    if not ('convnext' in host and method in ('lora', 'lora-everywhere'))
-]
 
 
 def pytest_generate_tests(metafunc):
-    """Every method on every host that it supports."""
+    """Every method on every host that it supports; where there is a third option, every pair of the three."""
+    options = dict(clone=CLONES, size=SIZES, start=STARTS, dtype=list(PRECISIONS))
     if 'method' in metafunc.fixturenames:
-        pairs = PAIRS
+        third = [name for name in options if name in metafunc.fixturenames]
+        hosts = HOSTS
         if 'checkpointing' in metafunc.function.__name__:  # ViT and PVTv2 have no `with_cp`
-            pairs = [pair for pair in PAIRS if 'Vision' not in pair.values[0]['type']]
-        metafunc.parametrize(('host', 'method'), pairs)
+            hosts = {name: host for name, host in HOSTS.items() if 'Vision' not in host['type']}
+        rows = pairwise(
+            hosts, METHOD_CONFIGS, *map(options.get, third), possible=lambda host, method, *_: supports(host, method)
+        )
+        metafunc.parametrize(('host', 'method', *third), rows)
 
 
 @pytest.fixture
 def adapted(host, method):
     return PeftBackbone(base=host, peft=method)
-
-
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 64, 64)
-
-
-def outputs(model, x, seed: int | None = None) -> list[torch.Tensor]:
-    if seed is not None:
-        torch.manual_seed(seed)
-    return list(model(x))
-
-
-def load(model, state_dict) -> set[str]:
-    """Load a stock state dict and return what it did not hold, but for the buffers that SwinV2 always recomputes."""
-    result = model.load_state_dict(state_dict, strict=False)
-    assert not result.unexpected_keys
-    return {name for name in result.missing_keys if not name.endswith(('position_index', 'coords_table'))}
-
-
-def freeze_alike(stock, wrapped) -> None:
-    """Frozen is frozen: a convolution of weights without gradients may be computed by another kernel."""
-    frozen = {name for name, p in wrapped.named_parameters() if not p.requires_grad}
-    for name, p in stock.named_parameters():
-        p.requires_grad_(name not in frozen)
-
-
-def assert_same(a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
-    assert len(a) == len(b) > 0
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 class EverySite(PeftModule):
@@ -135,9 +104,11 @@ def every_site():
         METHODS.module_dict.pop(cls.__name__)
 
 
-@pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('seams', ['no-method', 'stream-sites', 'beside-ffn', 'linear-sites'])
-def test_stock_outputs_bit_for_bit(host, every_site, training, seams):
+@pytest.mark.parametrize(
+    ('host', 'seams', 'training'),
+    pairwise(HOSTS, ('no-method', 'stream-sites', 'beside-ffn', 'linear-sites'), dict(eval=False, train=True)),
+)
+def test_stock_outputs_bit_for_bit(host, seams, training, every_site):
     """A stock checkpoint loads strictly and gives the stock outputs; seams without a method change no bit."""
     stock = MODELS.build(host)
     stock.init_weights()
@@ -149,7 +120,7 @@ def test_stock_outputs_bit_for_bit(host, every_site, training, seams):
     wrapped.train(training)
     x = images()
     expected = outputs(stock, x, seed=1)
-    assert_same(outputs(wrapped, x, seed=1), expected)
+    assert_equal(outputs(wrapped, x, seed=1), expected)
     if training:
         assert any((a != b).any() for a, b in zip(outputs(stock, x, seed=2), expected, strict=True)), 'no DropPath?'
 
@@ -171,15 +142,24 @@ def test_seams_keep_gradients(host, every_site):
     assert torch.equal(*gradients)
 
 
-def test_base_keys_are_kept(host, method):
-    """Injecting adds names with `.peft.` and changes no other; class and public attributes stay the stock ones."""
-    stock = MODELS.build(host)
-    adapted = PeftBackbone(base=host, peft=method)
-    before, after = set(stock.state_dict()), set(adapted.state_dict())
-    assert before < after
-    assert all('.peft.' in name for name in after - before)
-    assert after - before == method_names(adapted)
-    assert type(adapted) is type(stock)
+def test_names(host, method):
+    check_names(host, method)
+
+
+def test_round_trip(host, method):
+    check_round_trip(host, method)
+
+
+def test_copies(adapted, clone):
+    check_copies(adapted, clone)
+
+
+def test_any_image_size(adapted, size):
+    check_size(adapted, size)
+
+
+def test_start(host, method, start, tmp_path):
+    check_start(host, method, start, tmp_path)
 
 
 def test_gradients_only_where_they_belong(adapted):
@@ -191,63 +171,6 @@ def test_gradients_only_where_they_belong(adapted):
     with_gradient = {name for name, p in adapted.named_parameters() if p.grad is not None}
     required = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert with_gradient == required == own
-
-
-def test_state_dict_round_trip(host, method):
-    """What one model saves, another of the same config loads strictly, and computes the same."""
-    source, target = (PeftBackbone(base=host, peft=method) for _ in range(2))
-    source.init_weights()
-    source.eval()
-    target.eval()
-    file = io.BytesIO()
-    torch.save(source.state_dict(), file)
-    file.seek(0)
-    assert not load(target, torch.load(file, weights_only=True))
-    x = images()
-    assert_same(outputs(source, x), outputs(target, x))
-
-
-@pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
-def test_copies_are_independent(adapted, clone):
-    """A copy (EMA makes one) computes with its own weights and grid, and resets its own method."""
-    adapted.init_weights()
-    adapted.eval()
-    x = images()
-    expected = outputs(adapted, x)
-    twin = clone(adapted)
-    assert_same(outputs(twin, x), expected)
-    with torch.no_grad():
-        for p in twin.parameters():
-            p.zero_()
-    assert not torch.equal(outputs(twin, x)[0], expected[0])
-    assert_same(outputs(adapted, x), expected)
-    twin(torch.randn(1, 3, 96, 32))  # another grid in the copy
-    twin.init_weights()
-    reset = [m for m in method_modules(twin) if not isinstance(m, SparseDelta)]  # those begin at zero
-    assert reset and all(any(p.abs().sum() > 0 for p in m.parameters()) for m in reset)
-    assert_same(outputs(adapted, x), expected)
-
-
-@pytest.mark.parametrize('size', [(64, 96), (96, 64), (50, 70)])
-def test_any_image_size(adapted, size):
-    """The grid is the image's, not the configuration's."""
-    adapted.eval()
-    seen = []
-    for m in [m for m in method_modules(adapted) if isinstance(m, PeftModule)]:
-        m.register_forward_pre_hook(lambda m, args: seen.append((args[0].shape[1], *args[1:])))
-    for out in adapted(torch.randn(1, 3, *size)):
-        assert out.isfinite().all()
-    for tokens, hw in [call for call in seen if isinstance(call[1], tuple | torch.Size)][:1]:  # not at linear sites
-        assert tokens - hw[0] * hw[1] in (0, 1)
-        patch, rounded = find_patch(adapted)
-        assert tuple(hw) == tuple(rounded(side / patch) for side in size)
-
-
-def find_patch(model):
-    """The stride of the first block's grid, and which way the stem rounds a size that it does not divide."""
-    if isinstance(model, ConvNeXt):
-        return 4, math.floor
-    return (16 if isinstance(model, VisionTransformer) else 4), math.ceil
 
 
 def test_activation_checkpointing_is_equal(host, method):
@@ -269,112 +192,25 @@ def test_activation_checkpointing_is_equal(host, method):
         blocks = len(find_host(model).blocks(model))
         assert len(runs) == (2 if with_cp else 1) * blocks, 'every block is computed again in the backward, or none is'
         results.append((out, [p.grad for p in model.parameters() if p.requires_grad]))
-    assert_same(results[0][0], results[1][0])
-    assert_same(results[0][1], results[1][1])
+    assert_equal(results[0][0], results[1][0])
+    assert_equal(results[0][1], results[1][1])
 
 
-# Largest distances from float32: of an output, and of any parameter's gradient. (measured) 0.024 and 0.13 in bfloat16,
-# 0.003 and 0.011 in float16; a gradient that is lost, doubled or of the wrong sign is at 1.
-PRECISIONS = {torch.bfloat16: (0.05, 0.25), torch.float16: (0.01, 0.05)}
 ON_DEVICES = pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=needs_gpu)])
-IN_HALF = pytest.mark.parametrize('dtype', PRECISIONS, ids=str)
 
 
 @ON_DEVICES
-@IN_HALF
 def test_mixed_precision(host, method, dtype, device):
     """Every method trains under autocast, as :func:`trains_in_mixed_precision` says."""
     trains_in_mixed_precision(host, dict(peft=method), dtype, device)
 
 
 @ON_DEVICES
-@IN_HALF
-@pytest.mark.parametrize('rule', ['full', 'bitfit', 'norm_tuning', 'partial_1'])
+@pytest.mark.parametrize(
+    ('host', 'rule', 'dtype'), pairwise(HOSTS, ('full', 'bitfit', 'norm_tuning', 'partial_1'), list(PRECISIONS))
+)
 def test_mixed_precision_of_the_methods_without_modules(host, rule, dtype, device):
     trains_in_mixed_precision(host, dict(trainable=rule), dtype, device)
-
-
-def trains_in_mixed_precision(host, tuning, dtype, device='cpu') -> None:
-    """Outputs and gradients under autocast are near those in float32, gradients of parameters are in float32, and a
-    scaled step in train mode moves all that trains, which stays in float32, and nothing else."""
-    size = 64
-    if 'V2' in host['type'] and 'Swin' in host['type'] and dtype == torch.float16:
-        # The stock attention divides a padded token's key, zero, by its length, no less than 1e-12: zero in float16.
-        host, size = dict(host, img_size=128), 128
-    model = PeftBackbone(base=host, **tuning).to(device)
-    model.init_weights()
-    for module in method_modules(model):  # off zero, where some begin
-        for name, p in module.named_parameters():
-            if name.endswith(('up.weight', 'values')):
-                torch.nn.init.normal_(p, std=0.05)
-    x = torch.randn(2, 3, size, size, device=device)
-    model.eval()
-    directions = [torch.randn_like(out) / out.numel() ** 0.5 for out in model(x)]
-    scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-
-    def backward(low: bool) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        optimizer.zero_grad()
-        with torch.autocast(device, dtype, enabled=low):
-            outs = [out.float() for out in model(x)]
-        scaler.scale(sum((out * d).sum() for out, d in zip(outs, directions, strict=True))).backward()
-        scaler.unscale_(optimizer)
-        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return [out.detach() for out in outs], named
-
-    expected, exact = backward(False)
-    scaler.update()
-    actual, gradients = backward(True)
-    scaler.update()
-    of_output, of_gradient = PRECISIONS[dtype]
-    for out, near in zip(actual, expected, strict=True):
-        assert (out - near).norm() <= of_output * near.norm()
-    assert gradients.keys() == exact.keys() <= {name for name, p in model.named_parameters() if p.requires_grad}
-    # Sums that cancel (of the keys' biases: to nothing but rounding) are compared with a tenth of a typical gradient.
-    floor = 0.1 * torch.stack([g.norm() for g in exact.values()]).square().mean().sqrt()
-    for name, gradient in gradients.items():
-        assert gradient.dtype == torch.float32
-        assert (gradient - exact[name]).norm() <= of_gradient * (exact[name].norm() + floor), name
-
-    model.train()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    backward(True)
-    scaler.step(optimizer)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved and moved <= {name for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize('source', ['random', 'pretrained', 'model-level'])
-def test_method_is_reset_after_the_base(host, method, source, tmp_path):
-    """The method starts from its own initial values whether the base was loaded, initialised, or re-initialised by a
-    model-level init_cfg, and the base is what was asked for."""
-    stock = MODELS.build(host)
-    torch.save({'state_dict': stock.state_dict()}, tmp_path / 'base.pth')
-    base = dict(host)
-    if source == 'pretrained':
-        base['init_cfg'] = dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth'))
-    model = PeftBackbone(base=base, peft=method)
-    with torch.no_grad():
-        for module in method_modules(model):
-            for p in module.parameters():
-                p.fill_(7.0)
-    if source == 'model-level':
-        from mmengine.model import BaseModule
-
-        parent = BaseModule(init_cfg=dict(type='Constant', layer=['Linear', 'Conv2d', 'LayerNorm'], val=7.0, bias=7.0))
-        parent.backbone = model
-        torch.manual_seed(5)
-        parent.init_weights()
-    else:
-        torch.manual_seed(5)
-        model.init_weights()
-    for module in method_modules(model):
-        assert not any((p == 7.0).any() for p in module.parameters())
-        assert not any(p.requires_grad is False for p in module.parameters())
-    if source == 'pretrained':
-        loaded = model.state_dict()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -477,6 +313,13 @@ def test_values_that_a_host_or_method_cannot_take(peft, message):
     PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=192))
 
 
+ONE_OF_EACH_KIND = ('mmdet-swin', 'mmpretrain-vit', 'mmpretrain-convnext')
+
+
+@pytest.mark.parametrize(
+    'host',
+    [pytest.param(HOSTS[name], id=name, marks=[pytest.mark.slow] * (name not in ONE_OF_EACH_KIND)) for name in HOSTS],
+)
 def test_a_new_method_is_one_small_file(host, tmp_path, monkeypatch):
     """Nothing but this file, with `custom_imports` or an import, makes a method: it is built by name, frozen around,
     saved, copied and trained like ours."""
@@ -513,16 +356,16 @@ class ScaleShift(PeftModule):
     importlib.import_module('scale_shift')
     try:
         peft = dict(type='ScaleShift')
-        test_base_keys_are_kept(host, peft)
+        check_names(host, peft)
         test_gradients_only_where_they_belong(PeftBackbone(base=host, peft=peft))
-        test_state_dict_round_trip(host, peft)
-        for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-            test_copies_are_independent(PeftBackbone(base=host, peft=peft), clone)
-        test_any_image_size(PeftBackbone(base=host, peft=peft), (50, 70))
+        check_round_trip(host, peft)
+        for clone in CLONES.values():
+            check_copies(PeftBackbone(base=host, peft=peft), clone)
+        check_size(PeftBackbone(base=host, peft=peft), SIZES['50x70'])
         for dtype in PRECISIONS:
             trains_in_mixed_precision(host, dict(peft=peft), dtype)
-        for start in ('random', 'pretrained', 'model-level'):
-            test_method_is_reset_after_the_base(host, peft, start, tmp_path)
+        for start in STARTS:
+            check_start(host, peft, start, tmp_path)
         with pytest.raises(UnknownOptionError, match='ScaleShift has no argument'):
             PeftBackbone(base=host, peft=dict(type='ScaleShift', bottleneck=8))
     finally:

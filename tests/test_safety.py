@@ -23,8 +23,8 @@ from conftest import HOSTS
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import CheckpointLoader, load_checkpoint
+from suite import plan_for
 from test_delta import METHODS, base_file, build, small_config, trained  # noqa: F401
-from test_spt import plan_for
 
 from mona_mm import FrozenModel, PeftBackbone, load_delta, save_delta
 from mona_mm.checkpoint.delta import set_base_file

@@ -2,56 +2,39 @@
 
 import copy
 import json
-import pickle
 
 import pytest
-import test_hosts
 import torch
 from conftest import HOSTS, ROOT, golden, part
-from helpers import assert_near
+from helpers import assert_near, command, pairwise, scores
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from test_training import command, scores
+from suite import (
+    CLONES,
+    PRECISIONS,
+    SIZES,
+    STRUCTURED,
+    check_copies,
+    check_names,
+    check_round_trip,
+    check_size,
+    freeze_alike,
+    images,
+    load,
+    plan_for,
+    trains_in_mixed_precision,
+)
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.config import adapt_to_device, find_last_checkpoint, load_config
 from mona_mm.errors import ConfigError, MissingFileError, PlanError, UserError
 from mona_mm.meta import build_on_meta, meta_device
-from mona_mm.sites import LINEAR_SITES, find_host, method_modules
+from mona_mm.sites import find_host, method_modules
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.planning import make_plan, require_plan
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
-
-STRUCTURED = {
-    'lora': dict(type='LoRA', rank=2),
-    'adapter': dict(type='Adapter', bottleneck=2),
-    'mona': dict(type='Mona', bottleneck=4),
-}
-
-
-def plan_for(host: dict, structured: dict | None) -> Plan:
-    """A plan that has everything: in every block sites with modules, whole vectors, single weights of the others."""
-    torch.manual_seed(4)
-    backbone = MODELS.build(host)
-    architecture, descriptor = Architecture.of(backbone), find_host(backbone)
-    possible = ('post_attn', 'post_ffn') if structured['type'] == 'Mona' else LINEAR_SITES
-    of_kind = [s for s in descriptor.sites if s in possible]
-    if structured['type'] == 'Adapter':  # it reads the linear's output
-        of_kind = [s for s in of_kind if descriptor.linears[s].called]
-    sites = {block: tuple({of_kind[i % len(of_kind)], of_kind[(i + 2) % len(of_kind)]})
-             for i, block in enumerate(architecture.blocks)}  # fmt: skip
-    vectors = [(architecture.class_token, None)] if architecture.class_token else []
-    weights: dict[str, list[torch.Tensor]] = {}
-    for i, part_ in enumerate(architecture.parts):
-        if part_.kind == 'vector' and i % 3 == 0:
-            vectors.append((part_.name, part_.rows))
-        elif part_.kind == 'vector' or part_.op not in sites.get(part_.block, ()):
-            chosen = torch.randperm(part_.numel)[: 1 + part_.numel // 20] + part_.offset
-            weights.setdefault(part_.name, []).append(chosen)
-    weights = {name: torch.cat(chosen).sort().values for name, chosen in weights.items()}
-    return Plan(architecture, structured, sites, tuple(vectors), weights)
 
 
 @pytest.fixture(params=STRUCTURED)
@@ -86,21 +69,22 @@ def test_what_the_plan_says_trains(host, spt):
     for module in method_modules(model):
         for p in module.parameters():
             nn.init.normal_(p, std=0.1)
-    sum(out.square().sum() for out in model(test_hosts.images())).backward()
+    sum(out.square().sum() for out in model(images())).backward()
     without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert without <= {'ln1.weight', 'ln1.bias'}
     assert not [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
 
 
-def test_the_suite(host, spt, tmp_path):
-    """What is promised of every method: keys, round trip, copies, any size, half precision, initial values."""
-    test_hosts.test_base_keys_are_kept(host, spt)
-    test_hosts.test_state_dict_round_trip(host, spt)
-    for clone in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-        test_hosts.test_copies_are_independent(PeftBackbone(base=host, peft=spt), clone)
-    test_hosts.test_any_image_size(PeftBackbone(base=host, peft=spt), (50, 70))
-    for dtype in test_hosts.PRECISIONS:
-        test_hosts.trains_in_mixed_precision(host, dict(peft=spt), dtype)
+@pytest.mark.parametrize(
+    ('host', 'kind', 'clone', 'dtype'), pairwise(HOSTS, list(STRUCTURED), CLONES, list(PRECISIONS))
+)
+def test_the_suite(host, spt, clone, dtype):
+    """What is promised of every method: keys, round trip, copies, any size, half precision."""
+    check_names(host, spt)
+    check_round_trip(host, spt)
+    check_copies(PeftBackbone(base=host, peft=spt), clone)
+    check_size(PeftBackbone(base=host, peft=spt), SIZES['50x70'])
+    trains_in_mixed_precision(host, dict(peft=spt), dtype)
 
 
 def test_begins_as_the_stock_model(host, spt):
@@ -111,11 +95,11 @@ def test_begins_as_the_stock_model(host, spt):
     stock.init_weights()
     model = PeftBackbone(base=host, peft=spt)
     model.init_weights()
-    test_hosts.load(model, stock.state_dict())
-    test_hosts.freeze_alike(stock, model)
+    load(model, stock.state_dict())
+    freeze_alike(stock, model)
     stock.eval()
     model.eval()
-    x = test_hosts.images()
+    x = images()
     for ours, theirs in zip(model(x), stock(x), strict=True):
         assert_near(ours, theirs)
 
@@ -131,7 +115,7 @@ def test_merged_equals_unmerged(host, tmp_path):
         for p in module.parameters():
             nn.init.normal_(p, std=0.1)
     model.eval()
-    x = test_hosts.images()
+    x = images()
     with torch.no_grad():
         expected = model(x)
         merge_sparse(model)
@@ -175,7 +159,7 @@ def test_a_plan_of_everything_is_ordinary_training(tmp_path):
     weights = {name: torch.arange(stock.get_parameter(name).numel()) for name in names}
     Plan(Architecture.of(stock), None, {}, (), weights).save(tmp_path / 'plan.safetensors')
     tuned = PeftBackbone(base=host, peft=dict(type='SPT', plan=str(tmp_path / 'plan.safetensors')))
-    test_hosts.load(tuned, stock.state_dict())
+    load(tuned, stock.state_dict())
     stock.requires_grad_(False)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for name in names:
@@ -276,7 +260,7 @@ def spt_detector(config, **options):
     return config
 
 
-def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config, tmp_path):
+def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config, tmp_path, tool):
     """`tools/train.py` says that it makes the plan, stores it in the work dir, and trains exactly that under DDP;
     `tools/test.py` finds it there and repeats the scores."""
     spt_detector(detector_config, budget='2%').dump(tmp_path / 'config.py')
@@ -294,11 +278,10 @@ def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config
     assert 'frozen parameters are unchanged' in log
 
     checkpoint = find_last_checkpoint(tmp_path / 'work')
-    result = command(
-        'tools/test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'elsewhere')
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert scores(result.stdout + result.stderr) == scores(log)
+    arguments = 'test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'elsewhere')
+    status, out, err = tool(*arguments)
+    assert status == 0, err
+    assert scores(out + err) == scores(log)
 
 
 def test_plans_found_and_missing(detector_config, tmp_path):

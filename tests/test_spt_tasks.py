@@ -33,7 +33,6 @@ def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch
     """Measure, plan, train, write the delta, load it on a fresh base (the same bits), merge it into a checkpoint that
     the stock config loads strictly, without any word of mona_mm: the same predictions on the validation images."""
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
     narrow = copy.deepcopy(NARROW | NARROW_TASK[kind(task)])
     narrow |= {'model.backbone.peft.structured.rank': 2, 'model.backbone.peft.num_batches': 2}
     narrow |= {'model.backbone.peft.budget': '3%', 'data_root': str(shared(REAL[task]))}

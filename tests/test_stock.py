@@ -17,7 +17,7 @@ from mmcv import _ext, imwrite
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.utils import get_installed_path
-from test_spt import plan_for
+from suite import plan_for
 
 from mona_mm import save_delta
 from mona_mm.checkpoint.delta import changing

@@ -4,15 +4,13 @@ import json
 import os
 import pickle
 import random
-import re
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import command, scores
 from mmengine.hooks import Hook
 from mmengine.registry import TRANSFORMS
 
@@ -170,20 +168,7 @@ def test_a_malicious_history_is_refused(tmp_path):
         torch.load(tmp_path / 'attack.pth', weights_only=True)
 
 
-def command(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=kwargs.pop('cwd', ROOT), env=environment, capture_output=True, text=True
-    )
-
-
-def scores(log: str) -> list[str]:
-    """The AP values of the last evaluation in a log."""
-    last = [line for line in log.splitlines() if 'coco/bbox_mAP:' in line][-1]
-    return re.findall(r'coco/(?:bbox|segm)_mAP\w*: [-\d.]+', last)
-
-
-def test_two_processes_train(detector_config, tmp_path):
+def test_two_processes_train(detector_config, tmp_path, tool):
     """Two gloo processes on the CPU train under DDP without `find_unused_parameters` (DDP would raise if a trainable
     parameter had no gradient); `tools/test.py` on the checkpoint repeats the scores and draws every image."""
     detector_config.train_cfg.max_epochs = 1
@@ -201,12 +186,12 @@ def test_two_processes_train(detector_config, tmp_path):
     checkpoint = find_last_checkpoint(tmp_path / 'ddp')
     assert read_checkpoint(checkpoint)['meta']['iter'] == 3
 
-    result = command(
-        'tools/test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'test'),
+    status, out, err = tool(
+        'test.py', str(tmp_path / 'config.py'), checkpoint, '--work-dir', str(tmp_path / 'test'),
         '--show-dir', str(tmp_path / 'pictures'), '--out', str(tmp_path / 'predictions.pkl'),
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert scores(result.stdout + result.stderr) == scores(log)
+    assert status == 0, err
+    assert scores(out + err) == scores(log)
     assert len(list((tmp_path / 'pictures').iterdir())) == 2
     assert (tmp_path / 'predictions.pkl').stat().st_size > 0
 

@@ -75,12 +75,9 @@ def architecture_of(name: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_on_the_cpu(monkeypatch):
+def _on_the_cpu(monkeypatch):
     """As in test_configs.py."""
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
-    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
-    for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):
-        monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
 
 
 # Settings --------------------------------------------------------------------------------------------------------
