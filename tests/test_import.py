@@ -1,0 +1,33 @@
+"""What `import mona_mm` costs: what mmengine's Runner costs, which everything needs, and next to nothing more."""
+
+import json
+import sys
+
+from helpers import command
+
+CODE = """
+import json, sys
+import mmengine.runner
+before = set(sys.modules)
+import mona_mm
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
+registries = (MODELS, HOOKS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS)
+names = ('PeftBackbone', 'ParamFreezeHook', 'PeftOptimWrapperConstructor', 'WarmupCosineLR')
+after = set(sys.modules)
+registered = [registry.get(f'mona_mm.{name}') is not None for registry, name in zip(registries, names)]
+print(json.dumps([sorted(after - before), registered]))
+"""
+
+
+def test_import_adds_only_its_own_modules():
+    """Beside mmengine.runner, which takes seconds, only modules of this package and the reader of deltas are imported:
+    no torchvision, no mmcv, none of the libraries' models, nothing that draws. Everything is registered all the same."""
+    done = command('-c', CODE)
+    assert done.returncode == 0, done.stderr[-2000:]
+    added, registered = json.loads(done.stdout)
+    assert 'mona_mm.backbone' in added
+    packages = {name.partition('.')[0] for name in added} - set(sys.stdlib_module_names)
+    assert packages == {'mona_mm', 'safetensors'}
+    optional = ('mona_mm.benchmark', 'mona_mm.reproduce', 'mona_mm.datasets', 'mona_mm.demo_data')
+    assert not [name for name in added if name.startswith(optional)]
+    assert all(registered)
