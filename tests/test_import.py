@@ -20,8 +20,8 @@ print(json.dumps([sorted(after - before), registered]))
 
 
 def test_import_adds_only_its_own_modules():
-    """Beside mmengine.runner, which takes seconds, only modules of this package and the reader of deltas are imported:
-    no torchvision, no mmcv, none of the libraries' models, nothing that draws. Everything is registered all the same."""
+    """Beside mmengine.runner, which takes seconds, only modules of this package and safetensors are imported: no
+    torchvision, no mmcv, none of the libraries' models, nothing that draws. Everything is registered all the same."""
     done = command('-c', CODE)
     assert done.returncode == 0, done.stderr[-2000:]
     added, registered = json.loads(done.stdout)
