@@ -1,5 +1,5 @@
 # make demo       train, evaluate and picture a small model on the CPU
-# make test       lint and the tests, without the slow ones;  make test-all: with them
+# make test       lint and the tests: every pair of options, nothing slow;  make test-all: every combination, everything
 # make env        only the environment: .venv, made when missing, brought up to date when its files have changed
 # make lint
 #

@@ -1,6 +1,7 @@
 """What the tests share: small hosts of every kind, small data, a small detector, and the independent evidence."""
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors import safe_open
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.config import load_config
 
-pytest.register_assert_rewrite('helpers')
+pytest.register_assert_rewrite('helpers', 'suite')
 
-# The models here are too small for a second thread to pay, and two of them fight on a busy machine.
-torch.set_num_threads(1)
+# The models here are too small for a second thread to pay, and two of them fight on a busy machine. Who asks for more
+# wants to know whether they change a result.
+torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / 'shared'

@@ -90,7 +90,7 @@ def run_stock(folder: Path, config: str, load: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(
-    'method', [pytest.param(method, marks=[pytest.mark.slow] * (method not in ('lora', 'spt'))) for method in METHODS]
+    'method', [pytest.param(method, marks=[pytest.mark.slow] * (method != 'lora')) for method in METHODS]
 )
 @pytest.mark.parametrize(
     'library', [pytest.param(name, marks=[needs_compiled_mmcv] * (name != 'mmpretrain')) for name in LIBRARIES]
