@@ -66,7 +66,11 @@ def assert_equal(actual: Tensors, expected: Tensors) -> None:
         assert a.dtype == b.dtype and torch.equal(a, b), f'{name} differs'
 
 
-def pairwise(*factors: Iterable, possible: Callable[..., bool] = lambda *row: True) -> list:
+def pairwise(
+    *factors: Iterable,
+    possible: Callable[..., bool] = lambda *row: True,
+    common: Callable[..., bool] = lambda *row: True,
+) -> list:
     """Every possible combination of the factors' values, as parameters of a test.
 
     A fault that shows only where three options meet is rare, so `make test` covers every pair of values: a small set of
@@ -77,10 +81,11 @@ def pairwise(*factors: Iterable, possible: Callable[..., bool] = lambda *row: Tr
         factors: The values of each parameter, as mappings by their names in the test's id, or as sequences of values
             whose text is their name. Values of the test are the mapping's values.
         possible: Of the names of one combination, whether there is such a case.
+        common: Of the names of one combination, whether `make test` is to have such a case at all.
     """
     named = [factor if isinstance(factor, Mapping) else {str(value): value for value in factor} for factor in factors]
     rows = [row for row in product(*named) if possible(*row)]
-    covers = [set(combinations(enumerate(row), 2)) for row in rows]
+    covers = [set(combinations(enumerate(row), 2)) if common(*row) else set() for row in rows]
     left, chosen = set().union(*covers), set()
     while left:
         best = max(range(len(rows)), key=lambda i: (len(covers[i] & left), -i))

@@ -10,7 +10,7 @@ from conftest import HOSTS, needs_gpu
 from helpers import assert_equal, assert_near
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
-from suite import METHOD_CONFIGS, STRUCTURED, check_copies, images, load, plan_for, supports
+from suite import METHOD_CONFIGS, STRUCTURED, check_copies, images, is_common, load, plan_for, supports
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
@@ -26,12 +26,11 @@ TUNINGS = {
     **{rule: dict(trainable=rule) for rule in RULES},
     **{f'spt-{kind}': kind for kind in STRUCTURED},
 }
-TWINS = ('mmseg-swin', 'mmpretrain-vit-no-cls', 'mmpretrain-convnextv2')  # of other hosts: one method of each kind
 CASES = [
     pytest.param(
         (HOSTS[host], tuning),
         id=f'{host}-{name}',
-        marks=[pytest.mark.slow] * (host in TWINS and name not in ('mona', 'bitfit', 'spt-lora')),
+        marks=[pytest.mark.slow] * (not is_common(host, name.removeprefix('spt-')) and name != 'bitfit'),
     )
     for host in HOSTS
     for name, tuning in TUNINGS.items()

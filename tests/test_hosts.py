@@ -21,6 +21,7 @@ from suite import (
     check_start,
     freeze_alike,
     images,
+    is_common,
     load,
     outputs,
     supports,
@@ -43,7 +44,11 @@ def pytest_generate_tests(metafunc):
         if 'checkpointing' in metafunc.function.__name__:  # ViT and PVTv2 have no `with_cp`
             hosts = {name: host for name, host in HOSTS.items() if 'Vision' not in host['type']}
         rows = pairwise(
-            hosts, METHOD_CONFIGS, *map(options.get, third), possible=lambda host, method, *_: supports(host, method)
+            hosts,
+            METHOD_CONFIGS,
+            *map(options.get, third),
+            possible=lambda host, method, *_: supports(host, method),
+            common=lambda host, method, *_: is_common(host, method),
         )
         metafunc.parametrize(('host', 'method', *third), rows)
 
