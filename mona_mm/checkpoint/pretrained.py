@@ -145,7 +145,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     """
     checkpoint = read_checkpoint(file)
     form = recognise(backbone_tensors(checkpoint, prefix)) or 'unknown'
-    state_dict = convert_state_dict(checkpoint, prefix)
+    state_dict = convert_state_dict(checkpoint, prefix, known=False)  # it is compared with the backbone below
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     _resize_position_tables(state_dict, current)

@@ -64,7 +64,7 @@ class LoadCheckHook(Hook):
         found = rehearse(loaded_into, state_dict)
         optional = method_names(module) if fine_tuning and not strict else set()
         if fine_tuning and self.other_classes:
-            anew = _class_layers(module.state_dict(), state_dict, found.reshaped)
+            anew = _class_layers(module.state_dict(), state_dict) & found.reshaped.keys()
             if anew:
                 metadata = getattr(state_dict, '_metadata', OrderedDict())
                 state_dict = OrderedDict((name, t) for name, t in state_dict.items() if name not in anew)
@@ -84,14 +84,15 @@ class LoadCheckHook(Hook):
         return state_dict, False  # what is strict has been checked, but for what the host computes by itself
 
 
-def _class_layers(current: Mapping[str, Tensor], given: Mapping[str, Tensor], reshaped: Mapping[str, str]) -> set[str]:
+def _class_layers(current: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> set[str]:
     return {
         name
-        for name in reshaped
-        if not name.startswith('backbone.')
-        and isinstance(given.get(name), Tensor)
-        and current[name].dim() > 0
-        and current[name].shape[1:] == given[name].shape[1:]
+        for name, tensor in current.items()
+        if name in given
+        and not name.startswith('backbone.')
+        and tensor.dim() > 0
+        and tensor.shape != given[name].shape
+        and tensor.shape[1:] == given[name].shape[1:]
     }
 
 
