@@ -60,7 +60,7 @@ def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description='Bring a checkpoint into the names and layouts of mmdet, mmseg and mmpretrain, or back. The format '
-        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code and its LoRand in the CoLin release, '
+        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code, LoRand in the CoLin release, '
         'ViT (timm, MAE, MoCo v3, .npz), ConvNeXt (official, timm), PVT'
     )
     parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
@@ -103,8 +103,8 @@ def without_config(args: argparse.Namespace) -> dict:
         names = ', '.join(list(backbone_tensors(checkpoint))[:3]) or 'no tensors at all'
         raise CheckpointMismatchError(
             f'{args.src}: these names are of no known format ({names}, ...). Known are Swin and SwinV2 (Microsoft, '
-            'timm), the published Mona and CoLin code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, mmseg, '
-            'mmpretrain.'
+            'timm), the published Mona and CoLin code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, '
+            'mmseg, mmpretrain.'
         )
     if form is None:
         tensors = unwrap_checkpoint(checkpoint)
