@@ -57,7 +57,7 @@ def pretrained_file(host: nn.Module) -> dict[str, str] | None:
     if not init_cfg:
         return None
     reads_itself, pretrained = find_host(host).reads_checkpoint, None
-    for cfg in [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg:
+    for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
         if not isinstance(cfg, Mapping) or not ('type' in cfg or (reads_itself and 'checkpoint' in cfg)):
             raise _no_init_cfg(host, "it has to be a dict with a type, or a list of such: dict(type='Pretrained', "
                                      "checkpoint='/path/or/address')")  # fmt: skip
@@ -262,7 +262,8 @@ def misfit(rehearsal: Rehearsal, optional: Callable[[str], bool]) -> str:
     reshaped = [f'{n} {shapes}' for n, shapes in rehearsal.reshaped.items() if not n.endswith(RECOMPUTED)]
     missing = [name for name in rehearsal.missing if not name.endswith(RECOMPUTED)]
     unexpected = [name for name in rehearsal.unexpected if not name.endswith(RECOMPUTED)]
-    return _describe(missing, unexpected, reshaped, optional) or rehearsal.problem
+    wrong = _describe(missing, unexpected, reshaped, optional)
+    return f'{wrong} The model itself fails at it: {rehearsal.problem}.'.strip() if rehearsal.problem else wrong
 
 
 def _describe(
