@@ -14,7 +14,7 @@ from mona_mm.checkpoint.convert import backbone_tensors
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.loading import check_loading, is_delta
 from mona_mm.checkpoint.pretrained import misfit
-from mona_mm.checkpoint.rehearsal import innermost, rehearse
+from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
@@ -46,6 +46,13 @@ class LoadCheckHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Called by the Runner between reading a checkpoint and loading it into the model: check what it will load."""
+        held = {*checkpoint, *(checkpoint.get('meta') or {})}
+        absent = [name for name in ('epoch', 'iter', 'message_hub') if name not in held]
+        if runner._resume and absent:
+            raise CheckpointMismatchError(
+                f'{runner._load_from} holds no state of a run ({", ".join(absent)}), so there is nothing to resume: '
+                f'start a new run from its weights with load_from={runner._load_from} and without resume.'
+            )
         if not is_delta(checkpoint.get('state_dict', checkpoint)):
             check_loading(partial(self._check, runner))
 
@@ -57,8 +64,8 @@ class LoadCheckHook(Hook):
             check_loading(None)
         elif type(module) is not type(model):
             return state_dict, strict
-        else:
-            strict = False  # an EMAHook's copy, which may lack what the model itself may
+        else:  # an EMAHook's copy, which may lack what the model itself may; the hook leaves names as they are
+            state_dict, strict = model_state(dict(state_dict=state_dict)), False
         # The Runner keeps the loop's config until it trains.
         fine_tuning = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         found = rehearse(loaded_into, state_dict)
