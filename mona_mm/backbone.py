@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.config import ConfigDict
 from torch import nn
 
-from mona_mm.checkpoint.pretrained import load_pretrained, pretrained_file
+from mona_mm.checkpoint.pretrained import initialise_as_stock, load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
 from mona_mm.fast import make_fast
 from mona_mm.fast.feature_cache import cache_features as keep_features
@@ -104,7 +104,7 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     freeze(module, trainable)
     # Some hosts' own loading skips in silence what does not fit; a PeftBackbone's does not.
     for each in module.modules():
-        if pretrained_file(each) and is_host(each) and 'init_weights' not in vars(each):
+        if is_host(each) and pretrained_file(each) and 'init_weights' not in vars(each):
             each.init_weights = partial(init_weights, each)
     return module
 
@@ -132,7 +132,7 @@ def init_weights(self: nn.Module, method: Method | None = None) -> None:
         if pretrained is not None:
             load_pretrained(self, **pretrained)
         else:
-            type(self).init_weights(self)
+            initialise_as_stock(self)
         if method is not None:
             method.check_base(self)
     for module in method_modules(self):

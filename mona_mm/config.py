@@ -220,11 +220,17 @@ def fine_tune_from(cfg: Config, checkpoint: str) -> None:
             'of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
         )
     cfg.load_from = checkpoint
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == 'mona_mm.LoadCheckHook']
-    if not hooks:
-        hooks = [dict(type='mona_mm.LoadCheckHook')]
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
-    hooks[0]['other_classes'] = True
+    hooks = list(cfg.get('custom_hooks') or [])
+    check = next((hook for hook in hooks if isinstance(hook, dict) and _is_load_check(hook.get('type'))), None)
+    if check is None:
+        check = dict(type='mona_mm.LoadCheckHook')
+        hooks.append(check)
+    check['other_classes'] = True
+    cfg.custom_hooks = hooks  # last: what is assigned to a Config is copied
+
+
+def _is_load_check(kind: Any) -> bool:
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'LoadCheckHook'
 
 
 def _check_resumable(file: str) -> None:

@@ -203,6 +203,8 @@ class Host:
         uncalled: modules of a block's attention that are never called, only their parameters read.
         grid_source: the child that returns ``(tokens, (H, W))``, where blocks of tokens are not handed ``(H, W)``.
         end: what the backbone makes of its last block's ``(B, N, C)`` and their ``(H, W)``: its last output.
+        reads_checkpoint: whether its ``init_weights`` reads the checkpoint that ``init_cfg`` names by itself, whatever
+            the type in it, and knows no other ``init_cfg``.
     """
 
     block: str
@@ -213,6 +215,7 @@ class Host:
     uncalled: tuple[str, ...] = ()
     grid_source: str | None = None
     end: Callable[[nn.Module, Tensor, tuple[int, int]], Tensor] | None = None
+    reads_checkpoint: bool = False
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -250,7 +253,7 @@ def _end_of_vit(backbone: nn.Module, x: Tensor, hw: tuple[int, int]) -> Tensor:
     return backbone._format_output(backbone.ln1(x) if backbone.final_norm else x, hw)
 
 
-def _swin(path: str) -> dict[str, Host]:
+def _swin(path: str, reads_checkpoint: bool = False) -> dict[str, Host]:
     host = Host(
         block=f'{path}.SwinBlock',
         kind=PreNormBlock,
@@ -258,13 +261,14 @@ def _swin(path: str) -> dict[str, Host]:
         ends=dict(attn=('attn.drop', 'attn.drop'), ffn=_FFN_END),
         output_norms=_OUTPUT_NORMS,
         end=_end_of_swin,
+        reads_checkpoint=reads_checkpoint,
     )
     return {f'{path}.SwinTransformer': host}
 
 
 HOSTS: dict[str, Host] = {
-    **_swin('mmdet.models.backbones.swin'),
-    **_swin('mmseg.models.backbones.swin'),
+    **_swin('mmdet.models.backbones.swin', reads_checkpoint=True),
+    **_swin('mmseg.models.backbones.swin', reads_checkpoint=True),
     **_swin('mmpretrain.models.backbones.swin_transformer'),
     'mmpretrain.models.backbones.swin_transformer_v2.SwinTransformerV2': Host(
         block='mmpretrain.models.backbones.swin_transformer_v2.SwinBlockV2',
@@ -308,6 +312,7 @@ HOSTS: dict[str, Host] = {
         ),
         ends=dict(attn=('attn.dropout_layer', 'attn.dropout_layer'), ffn=_FFN_END),
         uncalled=('attn.attn.out_proj',),
+        reads_checkpoint=True,
     ),
 }
 """The supported backbones by qualified class name. Attribute names alone would also match others (BEiT's blocks have

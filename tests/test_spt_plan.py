@@ -145,9 +145,73 @@ def test_published_plans_load(vit_b, kind, task, budget, tmp_path):
     assert plan.counts.total == round(float(stated['params']) * 1e6) == recount(plan)
     plan.save(tmp_path / 'plan.safetensors')
     assert same(Plan.load(tmp_path / 'plan.safetensors'), plan)
-    other = next(v for k, v in KIND_OF_FILE.items() if k != kind)
+    assert plan.info['stated_parameters'] == plan.counts.total
+    assert (
+        plan.info['stated_parameters_are']
+        == f'those with {KIND_OF_FILE[kind]["type"]} modules and 768 for the class token'
+    )
     with pytest.raises(PlanError, match='another structured module'):
-        load_published_plan(path, vit_b, other)
+        load_published_plan(path, vit_b, {**KIND_OF_FILE[kind], 'rank' if kind == 'lora' else 'bottleneck': 4})
+
+
+@pytest.mark.parametrize('budget', ['0.1', '0.4'])
+def test_adapters_on_a_plan_for_lora(vit_b, budget):
+    """The published SPT-Adapter runs train adapters on the plans that were selected for LoRA: the same sites, vectors
+    and single weights, and the file's number is that of LoRA; the other way round there were no runs."""
+    path = shared(f'spt_plans/lora/cifar/param_req_{budget}.pth')
+    lora, adapter = (load_published_plan(path, vit_b, kind) for kind in KIND_OF_FILE.values())
+    assert adapter.structured_config == KIND_OF_FILE['adapter']
+    assert (adapter.structured, adapter.vectors) == (lora.structured, lora.vectors)
+    assert all(torch.equal(adapter.weights[name], indices) for name, indices in lora.weights.items())
+    sites = [(block, site) for block, sites in lora.structured.items() for site in sites]
+    outs = [3072 if site == 'fc1' else 768 for _, site in sites]
+    assert (
+        adapter.counts.structured
+        == sum(2 * 8 * out + 8 + out for out in outs)
+        == recount(adapter) - (adapter.counts.vectors + adapter.counts.weights)
+    )
+    assert adapter.info['stated_parameters'] == lora.counts.total
+    assert adapter.info['stated_parameters_are'] == 'those with LoRA modules and 768 for the class token'
+    path = shared(f'spt_plans/adapter/cifar/param_req_{budget}.pth')
+    with pytest.raises(PlanError, match='another structured module'):
+        load_published_plan(path, vit_b, KIND_OF_FILE['lora'])
+
+
+@pytest.mark.parametrize('key', ['lora', 'adapter'])
+def test_published_plans_of_another_width_count_768_for_the_class_token(published_sensitivity, key, tmp_path):
+    """A published plan of a ViT that is 128 wide: its number has 768 for the class token, of which 128 train."""
+    sensitivity, names, tensors, metadata = published_sensitivity
+    settings = json.loads(metadata[key])
+    expected = settings['budgets']['0.2']
+    file = dict(
+        unstructured_name_shapes={name: tuple(names[name].shape) for name in expected['unstructured_names']},
+        unstructured_indexes=tensors[f'plan/{key}/0.2/unstructured_indexes'].long(),
+        tuned_matrices=expected['tuned_matrices'],
+        tuned_vectors=expected['tuned_vectors'],
+        params=expected['params_m'],
+    )
+    torch.save(file, tmp_path / 'plan.pth')
+    base = dict(embed_dims=128, num_layers=12, num_heads=4, feedforward_channels=512)
+    vit = build(dict(type='mmpretrain.VisionTransformer', arch=base, img_size=64))
+    width = {'lora': dict(type='LoRA', rank=settings['rank'])}.get(key) or dict(
+        type='Adapter', bottleneck=settings['rank']
+    )
+    plan = load_published_plan(tmp_path / 'plan.pth', vit, width)
+    assert plan.counts.structured + plan.counts.vectors - 128 == expected['structured']
+    assert plan.counts.weights == expected['unstructured']
+    stated = round(expected['params_m'] * 1e6)
+    assert plan.info['stated_parameters'] == stated == plan.counts.total - 128 + 768
+    assert plan.info['stated_parameters_are'].endswith('768 for the class token')
+    plan.save(tmp_path / 'plan.safetensors')
+    assert Plan.load(tmp_path / 'plan.safetensors').counts == plan.counts
+    torch.save({**file, 'params': expected['params_m'] + 0.001}, tmp_path / 'plan.pth')
+    with pytest.raises(PlanError, match='another structured module'):
+        load_published_plan(tmp_path / 'plan.pth', vit, width)
+    no_token = build(
+        dict(type='mmpretrain.VisionTransformer', arch=base, img_size=64, with_cls_token=False, out_type='featmap')
+    )
+    with pytest.raises(PlanError, match='class token'):
+        load_published_plan(tmp_path / 'plan.pth', no_token, width)
 
 
 def test_published_plans_are_refused_elsewhere(vit_b, tmp_path):

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: python tools/convert_checkpoint.py SRC DST [--config CONFIG] [--to mm|published]"""
+"""Convert a checkpoint: python tools/convert_checkpoint.py SRC DST [--config CONFIG] [--to mm|published|colin]"""
 
 import argparse
 import io
@@ -13,15 +13,17 @@ from torch import Tensor
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_published, unwrap_checkpoint
+from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_colin, to_published, unwrap_checkpoint
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.checkpoint.formats import recognise
+from mona_mm.checkpoint.formats import left_out, recognise
 from mona_mm.checkpoint.pretrained import UNREADABLE, load_pretrained, read_checkpoint
 from mona_mm.cli import new_file, run
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 from mona_mm.sites import method_names
+
+WAYS = dict(mm=convert_model, published=to_published, colin=to_colin)
 
 
 def read(args: argparse.Namespace) -> dict:
@@ -58,12 +60,12 @@ def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description='Bring a checkpoint into the names and layouts of mmdet, mmseg and mmpretrain, or back. The format '
-        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code, ViT (timm, MAE, MoCo v3, .npz), '
-        'ConvNeXt (official, timm), PVT'
+        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code, LoRand in the CoLin release, '
+        'ViT (timm, MAE, MoCo v3, .npz), ConvNeXt (official, timm), PVT'
     )
     parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
     parser.add_argument('dst', type=new_file, help='file to write (.pth or .safetensors)')
-    parser.add_argument('--to', choices=('mm', 'published'), default='mm', help='names to write (default: mm)')
+    parser.add_argument('--to', choices=WAYS, default='mm', help='names to write (default: mm)')
     parser.add_argument('--config', help='fit the weights to the backbone of this config, resizing position tables')
     parser.add_argument('--trust-pickle', action='store_true', help='execute the pickle of a file that needs it')
     args = parser.parse_args()
@@ -75,7 +77,7 @@ def main() -> None:
             'checkpoint of it.'
         )
     if args.config:
-        if args.to == 'published' or args.trust_pickle:
+        if args.to != 'mm' or args.trust_pickle:
             raise ConfigError(
                 '--config is for converting to the names of mm; --to and --trust-pickle do not go with it.'
             )
@@ -97,21 +99,22 @@ def without_config(args: argparse.Namespace) -> dict:
     trusted checkpoint is plain."""
     checkpoint = read(args)
     form = recognise(backbone_tensors(checkpoint))
-    if form is None and (not args.trust_pickle or args.to == 'published' or not unwrap_checkpoint(checkpoint)):
+    if form is None and (not args.trust_pickle or args.to != 'mm' or not unwrap_checkpoint(checkpoint)):
         names = ', '.join(list(backbone_tensors(checkpoint))[:3]) or 'no tensors at all'
         raise CheckpointMismatchError(
             f'{args.src}: these names are of no known format ({names}, ...). Known are Swin and SwinV2 (Microsoft, '
-            'timm), the published Mona code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, mmseg, '
-            'mmpretrain.'
+            'timm), the published Mona and CoLin code, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt, PVT, and mmdet, '
+            'mmseg, mmpretrain.'
         )
     if form is None:
         tensors = unwrap_checkpoint(checkpoint)
-    elif args.to == 'published':
-        tensors = to_published(checkpoint)
     else:
-        tensors = convert_model(checkpoint)
+        tensors = WAYS[args.to](checkpoint)
     parts = sorted({re.sub(r'\..*', '', name) for name in tensors})
     print(f'{args.src} (names: {form or "unknown, kept"}): {len(tensors)} tensors of {", ".join(parts)}')
+    gone = left_out(form, backbone_tensors(checkpoint)) if args.to == 'mm' else []
+    if gone:
+        print(f'left out, because no backbone has them: {", ".join(gone)}')
     meta = plain(checkpoint.get('meta')) if args.trust_pickle else None
     return dict(state_dict=tensors, **dict(meta=meta) if meta else {})
 

@@ -23,7 +23,8 @@ from mona_mm.checkpoint.merge import (
     types_left,
     unmergeable,
 )
-from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
+from mona_mm.checkpoint.pretrained import compare, misfit, read_checkpoint
+from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.cli import add_cfg_options, new_file, run, work_dir
 from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_base
 from mona_mm.errors import CheckpointMismatchError, ConfigError
@@ -76,8 +77,8 @@ def extract(args: argparse.Namespace) -> None:
     """A delta from a whole checkpoint."""
     cfg, model = build(args, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
-    state = checkpoint.get('state_dict', checkpoint)
-    wrong = compare(model.state_dict(), state, optional=lambda name: name.endswith(RECOMPUTED))
+    state = model_state(checkpoint)
+    wrong = misfit(rehearse(model, state), optional=lambda name: False)
     if wrong:
         raise CheckpointMismatchError(f'{args.checkpoint} is no whole checkpoint of {args.config}: {wrong}')
     model.load_state_dict(state, strict=False)  # SwinV2 leaves out by itself what it recomputes
@@ -120,6 +121,7 @@ def merge(args: argparse.Namespace) -> None:
     wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
     if wrong:
         raise CheckpointMismatchError(f'The merged weights would not fit the model of their config: {wrong}')
+    config.load_from = osp.abspath(args.out)  # who trains on with the config starts from what has been merged
     buffer = io.BytesIO()
     meta = dict(cfg=config.pretty_text)
     if delta.header.dataset_meta:  # without it the libraries' calls take the names from the config

@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from mona_mm.checkpoint.formats import (
+    PUBLISHED_MODULE,
+    check_names,
     convert_convnext,
     convert_convnext_timm,
     convert_pvt,
     convert_vit,
     convert_vit_npz,
+    left_out,
+    put,
     recognise,
 )
-from mona_mm.errors import ConfigError
+from mona_mm.errors import CheckpointMismatchError, ConfigError
 
 # Microsoft's Swin and the published Mona code share these names; in order, on the part after `layers.I.`.
 _SWIN_RENAMES = (
@@ -34,28 +38,40 @@ _MODULE_RENAMES = (
     (r'\.adapter_conv\.projector\.', '.pointwise.'),
 )
 _MOCO = 'base_encoder.'
-# What a classifier holds beyond the backbone, and masks that every library recomputes.
-_NOT_IN_A_BACKBONE = re.compile(r'^(head\.|norm\.|.*\.attn_mask$)')
+# The CoLin release's, on the part after `blocks.J.`: behind attention and FFN, DropPath included.
+_COLIN_SITES = ((r'\.lorand1\.', '.peft.attn_out.'), (r'\.lorand2\.', '.peft.ffn_out.'), *(
+    (rf'\.adapter{i}\.', f'.peft.{branch}_branch.') for i, branch in ((1, 'attn'), (2, 'ffn'))
+))  # fmt: skip
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '') -> dict[str, Tensor]:
+def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known: bool = True) -> dict[str, Tensor]:
     """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
     The format is recognised from the names, see :mod:`mona_mm.checkpoint.formats`; among them are Microsoft's Swin and
-    the published Mona code (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA). Anything else is returned
-    with its names unchanged. A checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the
-    tensors alone, of a backbone or of a detector (``backbone.*``, of which only the backbone is returned).
+    the published Mona code (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of
+    the CoLin release. A checkpoint of no known format is returned with its names unchanged. A checkpoint may be the
+    whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the tensors alone, of a backbone or of a detector
+    (``backbone.*``, of which only the backbone is returned). What is left out:
+    :data:`mona_mm.checkpoint.formats.NOT_IN_A_BACKBONE`, and of MoCo v3 all but the encoder that is kept.
 
     Args:
         state_dict: names to tensors, in the checkpoint's own names.
         prefix: of the names to take, and to take off; without one, ``backbone.`` is found by itself.
+        known: refuse names that no supported backbone or method has; else they are returned, too.
 
     Returns:
         A new dict with the names of the OpenMMLab backbone; the tensors are not copied unless re-ordered.
+
+    Raises:
+        CheckpointMismatchError: if two tensors would get one name, or a name is not known.
     """
     tensors = backbone_tensors(state_dict, prefix)
-    convert = _CONVERTERS.get(recognise(tensors))
-    return convert(tensors) if convert else tensors
+    form = recognise(tensors)
+    convert = _CONVERTERS.get(form)
+    converted = convert(tensors) if convert else tensors
+    if known:
+        check_names(form, converted)
+    return converted
 
 
 def convert_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -71,9 +87,10 @@ def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renames = (*_SWIN_RENAMES, *_sites(tensors), *_MODULE_RENAMES)
     second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
     shift = _downsample_shift(tensors, second_version)
-    converted = {}
-    for name, tensor in tensors.items():
-        if _NOT_IN_A_BACKBONE.match(name):
+    converted, dropped = {}, set(left_out('swin', tensors))
+    for source, tensor in tensors.items():
+        name = source
+        if source in dropped:
             continue
         if '.downsample.' in name:
             if not (second_version and '.norm.' in name):  # which there comes after the reduction
@@ -81,7 +98,21 @@ def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
-        converted.update(_lora_slices(name, tensor))
+        for part_name, part in _lora_slices(name, tensor).items():
+            put(converted, part_name, part, source)
+    return _stack_factors(converted)
+
+
+def _convert_colin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """mmdet's names already, but for the modules."""
+    converted, dropped = {}, set(left_out('colin', tensors))
+    for source, tensor in tensors.items():
+        name = source
+        if source in dropped:
+            continue
+        for pattern, replacement in (*_COLIN_SITES, *_MODULE_RENAMES):
+            name = re.sub(pattern, replacement, name)
+        put(converted, name, tensor, source)
     return _stack_factors(converted)
 
 
@@ -108,16 +139,54 @@ def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
     if not any(re.match(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.', name) for name in inner):
         raise ConfigError('Only a Swin in the names of mmdet, mmseg or mmpretrain has published names to go back to.')
+    _check_published(inner)
     published = {name: t for name, t in tensors.items() if not name.startswith(start)}
     for name, tensor in _unslice_lora(_unstack_factors(inner)).items():
         if '.downsample.' in name:
             tensor = _restore_neighbours(tensor)
         for pattern, replacement in _TO_PUBLISHED:
             name = re.sub(pattern, replacement, name)
-        if '.peft.' in name:
-            raise ConfigError(f'{name}: the published code has no such module.')
         published[f'{start}{name}'] = tensor
     return published
+
+
+def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of the CoLin release's LoRand and Adapter for an mmdet Swin, or a model with one at ``backbone.``.
+
+    Raises:
+        ConfigError: if it is not one, or has a module that is not in that release.
+    """
+    tensors = unwrap_checkpoint(state_dict)
+    start = 'backbone.' if any(name.startswith('backbone.') for name in tensors) else ''
+    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    if recognise(inner) != 'mm' or not any('.attn.w_msa.' in name for name in inner):
+        raise ConfigError('The CoLin release is of a Swin in the names of mmdet; this is none.')
+    _check_published(inner)
+    written = {name: t for name, t in tensors.items() if not name.startswith(start)}
+    for name, tensor in _unstack_factors(inner).items():
+        for pattern, replacement in _TO_COLIN:
+            name = re.sub(pattern, replacement, name)
+        if '.peft.' in name:
+            raise ConfigError(f'{name}: the CoLin release has no such module, but LoRand and Adapter.')
+        written[f'{start}{name}'] = tensor
+    return written
+
+
+def _check_published(tensors: Mapping[str, Tensor]) -> None:
+    check_names('mm', tensors)
+    for name in tensors:
+        if '.peft.' in name and not re.fullmatch(PUBLISHED_MODULE, name):
+            raise ConfigError(f'{name}: the published code has no such module.')
+
+
+_TO_COLIN = (
+    (r'\.peft\.attn_out\.', '.lorand1.'),
+    (r'\.peft\.ffn_out\.', '.lorand2.'),
+    (r'\.peft\.attn_branch\.', '.adapter1.'),
+    (r'\.peft\.ffn_branch\.', '.adapter2.'),
+    (r'(\.(?:lorand|adapter)\d)\.down\.', r'\1.project1.'),
+    (r'(\.(?:lorand|adapter)\d)\.up\.', r'\1.project2.'),
+)
 
 
 _TO_PUBLISHED = (
@@ -166,7 +235,10 @@ def _stack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in tensors if pattern.match(name)]:
         path, kind, index = pattern.match(name).groups()
         stacks.setdefault(f'{path or ""}{kind.lower()}', {})[int(index)] = tensors.pop(name)
-    tensors.update({name: torch.stack([of[i] for i in sorted(of)]) for name, of in stacks.items()})
+    for name, of in stacks.items():
+        if sorted(of) != list(range(len(of))) or len({factor.shape for factor in of.values()}) > 1:
+            raise CheckpointMismatchError(f'{name}: the factors are numbered {sorted(of)}, or are not of one shape.')
+        tensors[name] = torch.stack([of[i] for i in sorted(of)])
     return tensors
 
 
@@ -234,6 +306,7 @@ def _reorder_neighbours(tensor: Tensor) -> Tensor:
 
 _CONVERTERS = {
     'swin': _convert_swin,
+    'colin': _convert_colin,
     'vit': convert_vit,
     'vit-npz': convert_vit_npz,
     'pvt': convert_pvt,

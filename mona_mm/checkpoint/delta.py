@@ -6,20 +6,21 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import WARNING
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, is_model_wrapper
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
-from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, same_names
+from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, resized, same_names
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
+from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 from mona_mm.registry import METHODS
 from mona_mm.sites import method_names
@@ -175,6 +176,7 @@ def apply_delta(
     if base and model.__dict__.get('base_file') != base:
         model.__dict__['base_file'] = base
         _load_whole(model, base)
+    delta = replace(delta, tensors=_fitted(model, state, delta.tensors))
     given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
     wrong = compare(given, delta.tensors, optional=lambda name: False)
     parts = None if header.parts is None else set(header.parts)
@@ -220,6 +222,17 @@ def apply_delta(
         bytes=sum(tensor.nbytes for tensor, _ in kept.values()),
         seconds=time.perf_counter() - start,
     )
+
+
+def _fitted(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a delta holds, as the host resizes it on loading: tables of positions of another image or window size."""
+    other = {n: t.to(state[n].dtype) for n, t in tensors.items() if n in state and state[n].shape != t.shape}
+    if not other:
+        return dict(tensors)
+    # Some hosts take for granted that what they compute by themselves is in the file.
+    computed = {name: tensor for name, tensor in state.items() if name.endswith(RECOMPUTED)}
+    values = rehearse(model, {**computed, **tensors, **other}).values
+    return {name: values.get(name, tensor) if name in other else tensor for name, tensor in tensors.items()}
 
 
 def _is_ours(tensor: Tensor | None, before: Tensor, written: int) -> bool:
@@ -301,6 +314,14 @@ def _as_json(value: Any) -> Any:
 def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], allow_other_base: bool) -> None:
     try:
         wrong = differing(delta.header.base, frozen)
+        tables = resized(delta.header.base, frozen)
+        if tables:
+            print_log(
+                f'{len(tables)} tables of positions of the frozen base ({tables[0]} the first) had another size when '
+                f'{delta.file} was trained, so nothing can be said of their values: the other tensors are compared.',
+                logger='current',
+                level=WARNING,
+            )
         if not wrong:
             return
         put_back = _snapshot(model)
@@ -436,10 +457,9 @@ def _load_whole(model: nn.Module, file: str) -> None:
         apply_delta(model, delta)
         return
     state = _tensors(model)
-    given = given if isinstance(given, Mapping) else checkpoint
-    named = {str(name).removeprefix('module.'): t for name, t in given.items() if isinstance(t, Tensor)}
-    fitting = {name: t for name, t in named.items() if name in state and state[name].shape == t.shape}
-    model.load_state_dict(fitting, strict=False)
+    with torch.no_grad():
+        for name, value in rehearse(model, model_state(checkpoint)).values.items():
+            state[name].copy_(value)
 
 
 def changing(model: nn.Module) -> set[str]:
@@ -503,5 +523,5 @@ def versions() -> dict[str, str]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for distributed training."""
-    return model.module if is_model_wrapper(model) else model
+    """The model inside a wrapper, for distributed training or test-time augmentation."""
+    return innermost(model)

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Tables of positions, which are resized where a model has another image or window size.
+_POSITIONS = ('pos_embed', 'relative_position_bias_table')
+
 
 def fingerprint(frozen: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fingerprint of tensors by name: a checksum of all (of their values in float32), and two bytes of each one's.
+    """The fingerprint of tensors by name: a checksum of all (of their values in float32), two bytes of each one's, and
+    the shapes of tables of positions.
 
     Swin-B takes 0.1 s on one CPU core.
     """
     names = sorted(frozen)
     sums = [checksum(frozen[name]) for name in names]
     short = base64.b85encode(struct.pack(f'<{len(sums)}H', *(of & 0xFFFF for of in sums))).decode()
-    return dict(count=len(names), names=_names_checksum(names), all=_checksum_of(sums), short=short)
+    positions = {name: list(frozen[name].shape) for name in names if name.endswith(_POSITIONS)}
+    recorded = dict(count=len(names), names=_names_checksum(names), all=_checksum_of(sums), short=short)
+    return {**recorded, **(dict(positions=positions) if positions else {})}
 
 
 def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> bool:
@@ -30,7 +36,8 @@ def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> boo
 def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:
     """The names of the tensors that are not those of a fingerprint, whose names are the same.
 
-    (Where one differs, each other that does is missed with a chance of 1 in 65,536.)
+    (Where one differs, each other that does is missed with a chance of 1 in 65,536.) Tables that are :func:`resized`
+    cannot be compared, and are not among them.
 
     Raises:
         ValueError: if the fingerprint is not one of so many tensors.
@@ -43,8 +50,21 @@ def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list
     if len(short) != 2 * len(names):
         raise ValueError(f'a fingerprint of {len(short) // 2} tensors for {len(names)}')
     expected = struct.unpack(f'<{len(names)}H', short)
+    other_size = resized(recorded, frozen)
     wrong = [name for name, of, was in zip(names, sums, expected, strict=True) if of & 0xFFFF != was]
-    return wrong or names
+    return [name for name in wrong if name not in other_size] if other_size else wrong or names
+
+
+def resized(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tables of positions that had another size when a fingerprint was taken.
+
+    Raises:
+        ValueError: if the fingerprint does not hold shapes by name.
+    """
+    positions = recorded.get('positions', {})
+    if not isinstance(positions, Mapping):
+        raise ValueError(f'positions are a {type(positions).__name__}')
+    return [name for name, shape in positions.items() if name in frozen and list(frozen[name].shape) != shape]
 
 
 def _checksum_of(sums: list[int]) -> str:

@@ -7,8 +7,12 @@
 ``'pvt'``         the official PVT and PVTv2: ``block1.0.attn.q``
 ``'convnext'``    the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
 ``'convnext-timm'``  timm's: ``stages.I.blocks.J.conv_dw``
+``'colin'``       the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release: ``stages.I.blocks.J.lorand1``
 ``'mm'``          mmdet's, mmseg's, mmpretrain's, and mona_mm's own: nothing to do
 ================  ====================================================================================================
+
+Of a checkpoint of a known format every name is one that the OpenMMLab backbone or a method has, once it is converted,
+or is in :data:`NOT_IN_A_BACKBONE`; anything else is refused by name.
 """
 
 import re
@@ -17,7 +21,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from mona_mm.errors import CheckpointMismatchError
+
 _FORMATS = (
+    ('colin', r'stages\.\d+\.blocks\.\d+\.(lorand|adapter|colin)\d\.'),
     ('swin', r'layers\.\d+\.blocks\.\d+\.'),
     ('vit', r'blocks\.\d+\.attn\.'),
     ('vit-npz', r'Transformer/encoderblock_\d+/'),
@@ -38,16 +45,106 @@ def recognise(names: Iterable[str]) -> str | None:
     return None
 
 
-def _rename(
-    tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]], dropped: str | None = None
-) -> dict[str, Tensor]:
+NOT_IN_A_BACKBONE = {
+    'swin': r'head\.|norm\.|.*\.attn_mask$',
+    'colin': r'.*\.attn_mask$',
+    'vit': r'head|pre_logits\.|decoder|mask_token$',
+    'vit-npz': r'(head|pre_logits)/|opt',
+    'pvt': r'head|norm\.|cls_token',
+    'convnext': r'head\.|decoder|mask_token$|proj\.|pred\.',
+    'convnext-timm': r'head\.(?!norm)',
+}
+"""By format, the names that are left out: of classifiers, of decoders and their mask tokens (MAE), of optimizers in
+``.npz`` files, and masks that every library computes. The classification norm of a Swin is among them, because the
+backbones of the OpenMMLab libraries have norms of their own at their outputs."""
+
+
+def left_out(form: str | None, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's names that are in :data:`NOT_IN_A_BACKBONE`."""
+    pattern = NOT_IN_A_BACKBONE.get(form)
+    return [name for name in names if pattern and re.match(pattern, name)]
+
+
+_END = r'(weight|bias)'
+_LINEARS = rf'(qkv|proj)\.{_END}'
+# The tensors of every supported backbone by their OpenMMLab names.
+_SWIN = (
+    rf'patch_embed\.(projection|norm)\.{_END}|absolute_pos_embed|norm\d\.{_END}'
+    rf'|stages\.\d+\.downsample\.(norm|reduction)\.{_END}'
+    rf'|stages\.\d+\.blocks\.\d+\.(norm[123]\.{_END}|ffn\.layers\.(0\.0|1)\.{_END}|attn\.w_msa\.({_LINEARS}|q_bias'
+    rf'|v_bias|logit_scale|cpb_mlp\.\d\.{_END}|relative_position_bias_table|relative_position_index'
+    r'|relative_coords_table))|.*\.attn_mask'
+)
+_VIT = (
+    rf'cls_token|pos_embed|(pre_norm|ln[12])\.{_END}|patch_embed\.(projection|norm)\.{_END}'
+    rf'|layers\.\d+\.(ln[12]\.{_END}|ffn\.layers\.(0\.0|1)\.{_END}|attn\.{_LINEARS}|attn\.gamma1\.weight|ffn\.gamma2\.weight)'
+)
+_PVT = (
+    rf'layers\.\d+\.(0\.(projection|norm)\.{_END}|2\.{_END}|1\.0\.pos_embed|1\.\d+\.(norm[12]\.{_END}'
+    rf'|attn\.(sr|norm)\.{_END}|attn\.attn\.(in_proj_{_END}|out_proj\.{_END})|ffn\.layers\.\d\.{_END}))'
+)
+_CONVNEXT = (
+    rf'downsample_layers\.\d+\.\d+\.{_END}|norm\d\.{_END}|stages\.\d+\.\d+\.(gamma|grn\.(gamma|beta)'
+    rf'|(depthwise_conv|norm|pointwise_conv[12])\.{_END})'
+)
+PUBLISHED_MODULE = (
+    r'.*\.peft\.('
+    rf'post_(attn|ffn)\.(entrance\.(norm\.{_END}|gammax?)|(down|up|pointwise|depthwise\.\d)\.{_END})'
+    rf'|((attn|ffn)_branch|parallel_ffn)\.(down|up)\.{_END}'
+    r'|(attn|ffn)_out\.(down|up)\.(a|g|b|bias)'
+    r'|[qv]\.(down|up)\.weight)'
+)
+"""A tensor of a module that was published for a Swin: of Mona, of Adapter or AdaptFormer, of LoRand, of LoRA."""
+
+_KNOWN = {
+    'swin': f'{_SWIN}|{PUBLISHED_MODULE}',
+    'colin': f'{_SWIN}|{PUBLISHED_MODULE}',
+    'vit': _VIT,
+    'vit-npz': _VIT,
+    'pvt': _PVT,
+    'convnext': _CONVNEXT,
+    'convnext-timm': _CONVNEXT,
+    'mm': rf'{_SWIN}|{_VIT}|{_PVT}|{_CONVNEXT}|(.*\.)?peft\..*',
+}
+
+
+def check_names(form: str | None, converted: Iterable[str]) -> None:
+    """Check that each of a backbone's names, as converted from ``form``, is one that a supported host or a method has.
+
+    Raises:
+        CheckpointMismatchError: if one is not; it names the first.
+    """
+    unknown = [name for name in converted if form in _KNOWN and not re.fullmatch(_KNOWN[form], name)]
+    if unknown:
+        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
+        raise CheckpointMismatchError(
+            f'The names are those of the format {form!r}, but for {", ".join(unknown[:3])}{more} (as they are after '
+            'converting), which no backbone or method of that format has: what they are would be lost. Was the file '
+            'made by code with modules of its own? Take them out of it first, if they are not needed.'
+        )
+
+
+def put(converted: dict[str, Tensor], name: str, tensor: Tensor, source: str) -> None:
+    """Put a tensor in under its new name.
+
+    Raises:
+        CheckpointMismatchError: if another one has that name already.
+    """
+    if name in converted:
+        raise CheckpointMismatchError(f'{source} and another tensor of the checkpoint would both become {name}.')
+    converted[name] = tensor
+
+
+def _rename(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]], form: str) -> dict[str, Tensor]:
     renames, renamed = tuple(renames), {}
-    for name, tensor in tensors.items():
-        if dropped and re.match(dropped, name):
+    dropped = set(left_out(form, tensors))
+    for source, tensor in tensors.items():
+        if source in dropped:
             continue
+        name = source
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        put(renamed, name, tensor, source)
     return renamed
 
 
@@ -61,25 +158,28 @@ def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (r'^blocks\.', 'layers.'),
         (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
         (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+        (r'\.ls1\.gamma$', '.attn.gamma1.weight'),
+        (r'\.ls2\.gamma$', '.ffn.gamma2.weight'),
         (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
     )
-    return _rename(tensors, renames, r'head|pre_logits\.|decoder|mask_token$')
+    return _rename(tensors, renames, 'vit')
 
 
 def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Google's ViT: kernels are ``(in, out)``, of attention ``(width, heads, head width)``, of images HWIO."""
-    converted = {}
-    for name, tensor in tensors.items():
-        if re.match(r'(head|pre_logits)/|opt', name):
+    converted, dropped = {}, set(left_out('vit-npz', tensors))
+    for source, tensor in tensors.items():
+        if source in dropped:
             continue
-        tensor = _npz_layout(name, tensor)
+        name, tensor = source, _npz_layout(source, tensor)
         name = re.sub(r'^Transformer/encoderblock_(\d+)/', r'layers.\1.', name)
         for old, new in _NPZ_NAMES:
             name = name.replace(old, new)
-        converted['cls_token' if name == 'cls' else name] = tensor
+        put(converted, 'cls_token' if name == 'cls' else name, tensor, source)
     for name in [name for name in converted if '.attn.query.' in name]:
-        parts = [converted.pop(name.replace('query', part)) for part in ('query', 'key', 'value')]
-        converted[name.replace('query', 'qkv')] = torch.cat(parts)
+        parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
+        if all(part in converted for part in parts):  # else the names that are there will not be known
+            converted[name.replace('query', 'qkv')] = torch.cat([converted.pop(part) for part in parts])
     return converted
 
 
@@ -114,13 +214,18 @@ def convert_pvt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official PVT and PVTv2, by mmdet's own conversion."""
     from mmdet.models.backbones.pvt import pvt_convert  # here: the other formats do not need mmdet
 
-    return dict(pvt_convert(tensors))
+    try:
+        return dict(pvt_convert(tensors))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            f'The names are those of PVT, but not all of them: {type(error).__name__} {error}.'
+        ) from error
 
 
 def convert_convnext(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official ConvNeXt and ConvNeXt V2 for mmpretrain's."""
     renames = ((r'\.dwconv\.', '.depthwise_conv.'), (r'\.pwconv(\d)\.', r'.pointwise_conv\1.'), (r'^norm\.', 'norm3.'))
-    converted = _rename(tensors, renames, r'head\.|decoder|mask_token$|proj\.|pred\.')
+    converted = _rename(tensors, renames, 'convnext')
     return {name: t.flatten() if '.grn.' in name else t for name, t in converted.items()}
 
 
@@ -136,4 +241,4 @@ def convert_convnext_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         (r'\.mlp\.grn\.bias', '.grn.beta'),
         (r'^(head\.norm|norm_pre)\.', 'norm3.'),
     )
-    return _rename(tensors, renames, r'head\.(?!norm)')
+    return _rename(tensors, renames, 'convnext-timm')

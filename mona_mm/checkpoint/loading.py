@@ -9,9 +9,9 @@ import os
 import os.path as osp
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from urllib.parse import urlparse
 
@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, PretrainedInit, is_model_wrapper
+from mmengine.model import PretrainedInit
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
@@ -28,14 +28,15 @@ from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.pretrained import (
     FETCHED,
-    RECOMPUTED,
     UNREACHABLE,
     UNREADABLE,
-    compare,
     download_place,
+    misfit,
     unreachable,
     unreadable,
 )
+from mona_mm.checkpoint.rehearsal import innermost, rehearse
+from mona_mm.checkpoint.rehearsal import load_state_dict as _load_state_dict
 from mona_mm.compat.safe_globals import weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.sites import method_names
@@ -185,19 +186,25 @@ def _optimizer(progress: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-_load_state_dict = mmengine_checkpoint.load_state_dict
+Check = Callable[[nn.Module, Mapping, bool], tuple[Mapping, bool]]
+_CHECK: ContextVar[Check | None] = ContextVar('check', default=None)
+
+
+def check_loading(check: Check | None) -> Token:
+    """Let ``check(module, state_dict, strict)`` see what mmengine hands a model from now on, the last moment before it
+    is loaded; it returns the state dict and the strictness to go on with. None ends that."""
+    return _CHECK.set(check)
 
 
 @wraps(_load_state_dict)
 def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
+    check = _CHECK.get()
     if not is_delta(state_dict):
-        if _PRETRAINED.get() is not None:
-            _check_frozen(module, state_dict, _PRETRAINED.get())
+        if check is not None:
+            state_dict, strict = check(module, state_dict, strict)
         return _load_state_dict(module, state_dict, strict, logger)
-    while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
-        module = module.module
     delta = state_dict._metadata.delta
-    loaded = apply_delta(module, replace(delta, tensors=dict(state_dict)))
+    loaded = apply_delta(innermost(module), replace(delta, tensors=dict(state_dict)))
     print_log(
         f'Loaded {delta.file}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}.',
         logger=logger,
@@ -207,32 +214,31 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 mmengine_checkpoint.load_state_dict = load_state_dict
 
 
-_PRETRAINED: ContextVar[str | None] = ContextVar('pretrained', default=None)
 _pretrained_init = PretrainedInit.__call__
 
 
 @wraps(_pretrained_init)
 def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
-    token = _PRETRAINED.set(self.checkpoint)
+    token = check_loading(partial(_check_frozen, self.checkpoint))
     try:
         _pretrained_init(self, module)
     finally:
-        _PRETRAINED.reset(token)
+        _CHECK.reset(token)
 
 
 PretrainedInit.__call__ = pretrained_init
 
 
-def _check_frozen(module: nn.Module, state_dict: Mapping, file: str) -> None:
+def _check_frozen(file: str, module: nn.Module, state_dict: Mapping, strict: bool) -> tuple[Mapping, bool]:
     """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
-    if all(p.requires_grad for p in module.parameters()):
-        return
-    trains = changing(module) | method_names(module)
-    current = {name: tensor for name, tensor in module.state_dict().items() if name not in trains}
-    given = {name: tensor for name, tensor in state_dict.items() if name in current}
-    wrong = compare(current, given, lambda name: name.endswith((*RECOMPUTED, 'num_batches_tracked')))
-    if wrong:
-        raise CheckpointMismatchError(
-            f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: {wrong} '
-            'Name the checkpoint of the same architecture in init_cfg, or let these train.'
-        )
+    if not all(p.requires_grad for p in module.parameters()):
+        trains = changing(module) | method_names(module)
+        found = rehearse(module, state_dict)
+        frozen = {name: tensor for name, tensor in found.reshaped.items() if name not in trains}
+        wrong = misfit(replace(found, unexpected=[], reshaped=frozen), optional=lambda name: name in trains)
+        if wrong:
+            raise CheckpointMismatchError(
+                f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: '
+                f'{wrong} Name the checkpoint of the same architecture in init_cfg, or let these train.'
+            )
+    return state_dict, strict

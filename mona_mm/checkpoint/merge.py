@@ -6,6 +6,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.pretrained import is_pretrained
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
 
@@ -75,8 +76,10 @@ def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
 
 def stock_config(cfg: Config) -> Config:
     """A config without anything of mona_mm: every ``base`` in the place of what is built around it, mmengine's classes
-    for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`."""
+    for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`. No pretrained
+    file is named in it: all weights are merged ones, and many a file only mona_mm can read."""
     plain = _stock(cfg.to_dict())
+    _forget_pretrained(plain.get('model'))
     plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
@@ -141,10 +144,20 @@ def _stock(node: Any) -> Any:
 
 def _forget_pretrained(node: Any) -> None:
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
-            node[key] = None
+        if key == 'init_cfg':
+            several = [each for each in value if not _names_file(each)] if isinstance(value, list | tuple) else []
+            node[key] = None if _names_file(value) else several or value
+        elif key == 'pretrained' and (isinstance(value, str) or value is True):  # mmseg's models, timm's backbones
+            node[key] = None if isinstance(value, str) else False
         else:
             _forget_pretrained(value)
+
+
+def _names_file(init_cfg: Any) -> bool:
+    """Some hosts read a ``checkpoint`` whatever the type of their ``init_cfg``."""
+    if isinstance(init_cfg, list | tuple):
+        return bool(init_cfg) and all(map(_names_file, init_cfg))
+    return isinstance(init_cfg, dict) and (is_pretrained(init_cfg.get('type')) or 'checkpoint' in init_cfg)
 
 
 def _fold(node: Any) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
+from inspect import isclass
 from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import BadZipFile
@@ -16,13 +18,16 @@ from zipfile import BadZipFile
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
 from mona_mm.checkpoint.formats import recognise
-from mona_mm.errors import CheckpointMismatchError, MissingFileError, UserError
+from mona_mm.checkpoint.rehearsal import Rehearsal, rehearse
+from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
@@ -38,13 +43,58 @@ UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
-def pretrained_file(module: nn.Module) -> dict[str, str] | None:
-    """The ``file`` (or address) and ``prefix`` in the ``Pretrained`` ``init_cfg`` of a module, or None."""
-    init_cfg = getattr(module, 'init_cfg', None) or []
-    for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
-        if cfg['type'] == 'Pretrained':
-            return dict(file=cfg['checkpoint'], prefix=cfg.get('prefix') or '')
-    return None
+def pretrained_file(host: nn.Module) -> dict[str, str] | None:
+    """The ``file`` (or address) and ``prefix`` that the ``init_cfg`` of a supported backbone names, or None.
+
+    What an ``init_cfg`` means is what mmengine does with it: it may be a dict or several, of which a ``Pretrained`` one
+    (by name or by class) comes last and wins, and an empty one is none. The hosts that read their checkpoint themselves
+    (mmdet's and mmseg's) take one without a ``type``, as mmdet's PVT configs have it.
+
+    Raises:
+        ConfigError: if it is neither, or names no file, where the stock backbone would fail, too.
+    """
+    init_cfg = getattr(host, 'init_cfg', None)
+    if not init_cfg:
+        return None
+    reads_itself, pretrained = find_host(host).reads_checkpoint, None
+    for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
+        if not isinstance(cfg, Mapping) or not ('type' in cfg or (reads_itself and 'checkpoint' in cfg)):
+            raise _no_init_cfg(host, "it has to be a dict with a type, or a list of such: dict(type='Pretrained', "
+                                     "checkpoint='/path/or/address')")  # fmt: skip
+        if is_pretrained(cfg.get('type')) or (reads_itself and 'checkpoint' in cfg):
+            pretrained = cfg
+    if pretrained is None:
+        return None
+    if not isinstance(pretrained.get('checkpoint'), str) or not isinstance(pretrained.get('prefix') or '', str):
+        raise _no_init_cfg(host, "Pretrained needs checkpoint='/path/or/address', and may have prefix='backbone.'")
+    return dict(file=pretrained['checkpoint'], prefix=pretrained.get('prefix') or '')
+
+
+def initialise_as_stock(host: nn.Module) -> None:
+    """The stock backbone's own ``init_weights``.
+
+    Raises:
+        ConfigError: if it fails at its ``init_cfg``.
+    """
+    try:
+        type(host).init_weights(host)
+    except (AssertionError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if host.init_cfg is None or isinstance(error, UserError):
+            raise
+        raise _no_init_cfg(host, f'the stock backbone fails at it ({type(error).__name__}: {error})') from error
+
+
+def is_pretrained(kind: Any) -> bool:
+    """Whether the type of an ``init_cfg`` is mmengine's ``Pretrained``, by name or as the class."""
+    if isinstance(kind, str):
+        kind = WEIGHT_INITIALIZERS.get(kind)
+    return isclass(kind) and issubclass(kind, PretrainedInit)
+
+
+def _no_init_cfg(host: nn.Module, reason: str) -> ConfigError:
+    return ConfigError(
+        f'init_cfg={host.init_cfg!r} of the {type(host).__name__} is none: {reason}. None starts from random weights.'
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +145,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     """
     checkpoint = read_checkpoint(file)
     form = recognise(backbone_tensors(checkpoint, prefix)) or 'unknown'
-    state_dict = convert_state_dict(checkpoint, prefix)
+    state_dict = convert_state_dict(checkpoint, prefix, known=False)  # it is compared with the backbone below
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     _resize_position_tables(state_dict, current)
@@ -116,18 +166,13 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
             or name.endswith((*RECOMPUTED, *without_class_token))
         )
 
-    try:
-        # The host's own hooks rename and resize what they know, so what does not fit is known only afterwards.
-        missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
-    except (RuntimeError, AssertionError):  # shapes, found by torch or by the host
-        wrong = compare(current, state_dict, optional)
-    else:
-        wrong = _describe(missing, unexpected, [], optional)
+    wrong = misfit(rehearse(backbone, state_dict), optional)
     if wrong:
         raise CheckpointMismatchError(
             f'{file} does not hold the weights of this {type(backbone).__name__}: {wrong} Use the checkpoint of the '
             'same architecture (embed_dims, depths, window), or change the backbone in the config.'
         )
+    missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
     loaded = [name for name in state_dict if name in current and name not in unexpected]
     absent = [name for name in missing if not name.endswith(RECOMPUTED)]
     resized = [
@@ -206,6 +251,19 @@ def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional
         if name in given and given[name].shape != tensor.shape
     ]
     return _describe(missing, unexpected, reshaped, optional)
+
+
+def misfit(rehearsal: Rehearsal, optional: Callable[[str], bool]) -> str:
+    """Describe what does not fit in what loading would do; the empty string if all of it does.
+
+    Keys that are ``optional`` may be missing in the file or in the model, and of those that the host computes from its
+    configuration, :data:`RECOMPUTED`, it does not matter what the file holds.
+    """
+    reshaped = [f'{n} {shapes}' for n, shapes in rehearsal.reshaped.items() if not n.endswith(RECOMPUTED)]
+    missing = [name for name in rehearsal.missing if not name.endswith(RECOMPUTED)]
+    unexpected = [name for name in rehearsal.unexpected if not name.endswith(RECOMPUTED)]
+    wrong = _describe(missing, unexpected, reshaped, optional)
+    return f'{wrong} The model itself fails at it: {rehearsal.problem}.'.strip() if rehearsal.problem else wrong
 
 
 def _describe(

@@ -1,17 +1,20 @@
 """No checkpoint is loaded in part without a word."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors
 from mona_mm.checkpoint.formats import recognise
-from mona_mm.checkpoint.loading import is_delta
-from mona_mm.checkpoint.pretrained import compare
+from mona_mm.checkpoint.loading import check_loading, is_delta
+from mona_mm.checkpoint.pretrained import misfit
+from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
@@ -19,10 +22,12 @@ from mona_mm.sites import method_names
 
 @HOOKS.register_module()
 class LoadCheckHook(Hook):
-    """Compare a whole-model checkpoint with the model before the Runner loads it, which it does with ``strict=False``.
+    """Refuse a whole-model checkpoint that the Runner, which loads with ``strict=False``, would load in part.
 
-    ``load_from`` of a stock model into one with a method may lack the method's parameters. For testing and resuming,
-    everything must be there. (Deltas are checked when they are put into the model.)
+    What fits is what mmengine and the model's own hooks make fit: names that begin with ``module.``, a model behind a
+    wrapper (distributed training, test-time augmentation), tables of positions of another image or window size where
+    the host resizes them. ``load_from`` of a stock model into one with a method may lack the method's parameters. For
+    testing and resuming, everything must be there. (Deltas are checked when they are put into the model.)
 
     Args:
         other_classes: whether what ``load_from`` names may have been trained for another number of classes. Then the
@@ -30,38 +35,60 @@ class LoadCheckHook(Hook):
             left as they are initialised, and named in the log.
 
     Raises:
-        CheckpointMismatchError: in ``after_load_checkpoint``; it names the first keys that do not fit.
+        CheckpointMismatchError: when the Runner loads, before anything of the model changes; it names the first keys
+            that do not fit.
     """
 
-    priority = 'VERY_LOW'  # after EMAHook has put the weights to evaluate in their place
+    priority = 'VERY_HIGH'  # before EMAHook, which loads into its copy of the model
 
     def __init__(self, other_classes: bool = False) -> None:
         self.other_classes = other_classes
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Called by the Runner between reading a checkpoint and loading it into the model."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        given = checkpoint.get('state_dict', checkpoint)
-        if is_delta(given):
-            return
+        """Called by the Runner between reading a checkpoint and loading it into the model: check what it will load."""
+        held = {*checkpoint, *(checkpoint.get('meta') or {})}
+        absent = [name for name in ('epoch', 'iter', 'message_hub') if name not in held]
+        if runner._resume and absent:
+            raise CheckpointMismatchError(
+                f'{runner._load_from} holds no state of a run ({", ".join(absent)}), so there is nothing to resume: '
+                f'start a new run from its weights with load_from={runner._load_from} and without resume.'
+            )
+        if not is_delta(checkpoint.get('state_dict', checkpoint)):
+            check_loading(partial(self._check, runner))
+
+    def _check(
+        self, runner: Runner, module: nn.Module, state_dict: Mapping[str, Tensor], strict: bool
+    ) -> tuple[Mapping[str, Tensor], bool]:
+        loaded_into, model, module = module, innermost(runner.model), innermost(module)
+        if module is model:
+            check_loading(None)
+        elif type(module) is not type(model):
+            return state_dict, strict
+        else:  # an EMAHook's copy, which may lack what the model itself may; the hook leaves names as they are
+            state_dict, strict = model_state(dict(state_dict=state_dict)), False
         # The Runner keeps the loop's config until it trains.
         fine_tuning = isinstance(runner._train_loop, BaseLoop) and not runner._resume
-        optional = method_names(model) if fine_tuning else set()
+        found = rehearse(loaded_into, state_dict)
+        optional = method_names(module) if fine_tuning and not strict else set()
         if fine_tuning and self.other_classes:
-            anew = _class_layers(model.state_dict(), given)
-            for name in anew:
-                del given[name]
-            optional |= anew
+            anew = _class_layers(module.state_dict(), state_dict) & found.reshaped.keys()
             if anew:
+                metadata = getattr(state_dict, '_metadata', OrderedDict())
+                state_dict = OrderedDict((name, t) for name, t in state_dict.items() if name not in anew)
+                state_dict._metadata = metadata
+                found = replace(found, reshaped={n: s for n, s in found.reshaped.items() if n not in anew}, problem='')
+            if anew and module is model:
                 print_log(
                     f'{runner._load_from} is of another number of classes. These begin anew: {", ".join(sorted(anew))}',
                     logger='current',
                 )
-        wrong = compare(model.state_dict(), given, optional=optional.__contains__)
+        wrong = misfit(found, optional.__contains__)
         if wrong:
             raise CheckpointMismatchError(
-                f'{runner._load_from} does not fit this {type(model).__name__}: {wrong} {_advice(given, fine_tuning)}'
+                f'{runner._load_from} does not fit this {type(module).__name__}: {wrong} '
+                f'{_advice(state_dict, fine_tuning)}'
             )
+        return state_dict, False  # what is strict has been checked, but for what the host computes by itself
 
 
 def _class_layers(current: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> set[str]:

@@ -87,7 +87,8 @@ def allocate(
 
     ``rule='published'`` repeats the published sweep: the ceil(0.02 i 10^6) most sensitive weights are taken, for i = 1
     to 79, 768 parameters are counted for a class token, and the i whose total is nearest to the budget is kept, of
-    equal ones the largest. Its total may exceed the budget.
+    equal ones the largest. Its total may exceed the budget, and on a ViT of another width than 768 the number that is
+    compared with the budget is not the number of parameters that train, which is ``Plan.counts``.
 
     Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
     published code.

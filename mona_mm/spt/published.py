@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from math import prod
 
 import numpy as np
 import torch
@@ -48,11 +50,16 @@ def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured
     The class token, which always trains there, is among the plan's vectors. The weights of LayerNorms, which are
     counted there and do not train, train in the plan.
 
+    A file states a number of parameters, in ``info['stated_parameters']``. It is not always that of the run: the
+    published code counts 768 for the class token, whatever the width, and trains its Adapter on the files that were
+    selected for LoRA, with the number that LoRA would have. ``Plan.counts`` is what trains;
+    ``info['stated_parameters_are']`` says how the other number was counted.
+
     Args:
         path: of the pickle.
         backbone: a mmpretrain VisionTransformer of the architecture, on any device, meta included.
-        structured: the structured module that the file is for, which it does not say: ``dict(type='LoRA', rank=8)`` or
-            ``dict(type='Adapter', bottleneck=8)``.
+        structured: the structured module to train, which the file does not say: ``dict(type='LoRA', rank=8)`` on a
+            file for LoRA, ``dict(type='Adapter', bottleneck=8)`` on a file for Adapter or for LoRA of that rank.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -74,12 +81,13 @@ def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured
         }
         weights = _resolve(published['unstructured_indexes'], [names[name] for name in shapes])
         stated = round(float(published['params']) * 1e6)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise PlanError(
             f'{path} is no published plan for this {architecture.backbone}: {type(error).__name__} {error}.'
         ) from error
-    if architecture.class_token:
-        vectors.insert(0, (architecture.class_token, None))
+    if not architecture.class_token:
+        raise PlanError(f'{path}: published plans train a class token, which this {architecture.backbone} has none of.')
+    vectors.insert(0, (architecture.class_token, None))
     plan = Plan(
         architecture=architecture,
         structured_config=structured_module(structured),
@@ -88,12 +96,33 @@ def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured
         weights=weights,
         info=dict(config=f'published plan {os.path.basename(path)}', rule='published', file=str(path)),
     )
-    if plan.counts.total != stated:
+    counted = _counted(plan, stated)
+    if not counted:
         raise PlanError(
             f'{path} states {stated:,} parameters; with {plan.structured_config} it has {plan.counts.total:,}. '
             'Is it for another structured module?'
         )
+    plan.info.update(stated_parameters=stated, stated_parameters_are=counted)
     return plan
+
+
+_TOKEN = 768  # what is counted for a class token, whatever the width
+
+
+def _counted(plan: Plan, stated: int) -> str:
+    """What the number of parameters that a published file states is a count of; empty if it is none of this plan."""
+    width = prod(plan.architecture.shapes[plan.architecture.class_token])
+    module = plan.structured_config
+    selected_for = [module]
+    if module and module['type'] == 'Adapter':
+        selected_for.append(dict(type='LoRA', rank=module['bottleneck']))
+    for config in selected_for:
+        others = replace(plan, structured_config=config).counts.total - width
+        for token in dict.fromkeys((_TOKEN, width)):
+            if others + token == stated:
+                kind = 'structured' if config is None else config['type']
+                return f'those with {kind} modules and {token} for the class token'
+    return ''
 
 
 def _resolve(indices: Tensor, parts: list[Part]) -> dict[str, Tensor]:
