@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
-
-_WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
+from mona_mm.type_names import is_ours, is_type, with_names
 
 
 def unmergeable(model: nn.Module) -> list[str]:
@@ -76,13 +75,13 @@ def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
 def stock_config(cfg: Config) -> Config:
     """A config without anything of mona_mm: every ``base`` in the place of what is built around it, mmengine's classes
     for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`."""
-    plain = _stock(cfg.to_dict())
-    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
+    plain = _stock(with_names(cfg.to_dict()))
+    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_ours(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
-        if hook and hook.get('type') == 'mona_mm.SafeCheckpointHook':  # None takes one of mmengine's away
+        if hook and is_type(hook, 'mona_mm.SafeCheckpointHook'):  # None takes one of mmengine's away
             hook['type'] = 'CheckpointHook'
-    if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
+    if is_ours((plain.get('optim_wrapper') or {}).get('constructor')):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
     if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
@@ -97,18 +96,18 @@ def types_left(cfg: Config) -> list[str]:
     found: set[str] = set()
 
     def look(node: Any) -> None:
-        if isinstance(node, dict) and _ours(node):
+        if isinstance(node, dict) and is_ours(node):
             found.add(node['type'])
         for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
             look(value)
 
-    look(cfg.to_dict())
+    look(with_names(cfg.to_dict()))
     return sorted(found)
 
 
 def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
     """mmengine's nearest to a scheduler: its cosine begins after the warm-up."""
-    if scheduler['type'] != 'mona_mm.WarmupCosineLR':
+    if not is_type(scheduler, 'mona_mm.WarmupCosineLR'):
         return [scheduler]
     options = {key: scheduler[key] for key in ('by_epoch', 'end', 'verbose') if key in scheduler}
     begin = scheduler.get('begin', 0)
@@ -122,7 +121,7 @@ def self_contained_config(cfg: Config, folded: bool = False) -> Config:
 
     ``folded`` makes every Mona a :class:`~mona_mm.methods.FoldedMona`.
     """
-    plain = cfg.to_dict()
+    plain = with_names(cfg.to_dict())
     _forget_pretrained(plain['model'])
     if folded:
         _fold(plain['model'])
@@ -131,7 +130,7 @@ def self_contained_config(cfg: Config, folded: bool = False) -> Config:
 
 def _stock(node: Any) -> Any:
     if isinstance(node, dict):
-        if node.get('type') in _WRAPPERS:
+        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.FrozenModel'):
             return _stock(node['base'])
         return {key: _stock(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -141,7 +140,7 @@ def _stock(node: Any) -> Any:
 
 def _forget_pretrained(node: Any) -> None:
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained':
+        if key == 'init_cfg' and is_type(value, 'Pretrained'):
             node[key] = None
         else:
             _forget_pretrained(value)
@@ -153,7 +152,3 @@ def _fold(node: Any) -> None:
             node[key] = folded_options(value)
         else:
             _fold(value)
-
-
-def _ours(cfg: dict[str, Any]) -> bool:
-    return str(cfg.get('type')).startswith('mona_mm.')

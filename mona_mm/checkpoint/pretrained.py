@@ -24,6 +24,7 @@ from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
 from mona_mm.checkpoint.formats import recognise
 from mona_mm.errors import CheckpointMismatchError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
+from mona_mm.type_names import is_type
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
@@ -42,7 +43,7 @@ def pretrained_file(module: nn.Module) -> dict[str, str] | None:
     """The ``file`` (or address) and ``prefix`` in the ``Pretrained`` ``init_cfg`` of a module, or None."""
     init_cfg = getattr(module, 'init_cfg', None) or []
     for cfg in [init_cfg] if isinstance(init_cfg, dict) else init_cfg:
-        if cfg['type'] == 'Pretrained':
+        if is_type(cfg, 'Pretrained'):
             return dict(file=cfg['checkpoint'], prefix=cfg.get('prefix') or '')
     return None
 

@@ -13,6 +13,7 @@ from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.loading import is_delta
 from mona_mm.checkpoint.pretrained import compare
 from mona_mm.errors import CheckpointMismatchError
+from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
 
@@ -35,6 +36,7 @@ class LoadCheckHook(Hook):
 
     priority = 'VERY_LOW'  # after EMAHook has put the weights to evaluate in their place
 
+    @checked
     def __init__(self, other_classes: bool = False) -> None:
         self.other_classes = other_classes
 
