@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
-from mmengine.registry import Registry, init_default_scope
+from mmengine.registry import DefaultScope, Registry, init_default_scope
 
 _CLASSES = dict(
     BN='BatchNorm2d',
@@ -103,8 +103,16 @@ def with_names(node: Any) -> Any:
 
 
 def enter_scope(cfg: Config) -> None:
-    """Let names without a scope mean what they mean in the run of a config, before there is a runner."""
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    """Let names without a scope mean what they mean in the run of a config, before there is a runner.
+
+    That is mmengine's own where the config says nothing, and with ``default_scope=None``, as pure-Python configs have
+    it, that of the library whose code asks.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    if scope is None:
+        DefaultScope._instance_dict.clear()  # what a config before this one has left
+    else:
+        init_default_scope(scope)
 
 
 def _type(config: Any) -> Any:

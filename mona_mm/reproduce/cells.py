@@ -466,7 +466,8 @@ def _swin(base: dict[str, Any]) -> tuple[Any, Any, Any]:
         return SIZES.get(_ARCHS.get(arch.lower(), ''), (arch, None, None))
     source = {**_dict(arch), **base}
     width = source.get('embed_dims', source.get('embed_dim'))
-    return width, *(tuple(source[key]) if source.get(key) else None for key in ('depths', 'num_heads'))
+    values = (source.get(key) for key in ('depths', 'num_heads'))
+    return width, *(tuple(value) if isinstance(value, list | tuple) else None for value in values)
 
 
 def _dict(value: Any) -> dict[str, Any]:
