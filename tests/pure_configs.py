@@ -57,6 +57,7 @@ from mmdet.models.task_modules import (
     AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
 )
 from mmdet.visualization import DetLocalVisualizer
+from mmengine.visualization import LocalVisBackend
 from mmcv.transforms import LoadImageFromFile
 from torch.nn import SyncBatchNorm
 
@@ -66,7 +67,7 @@ from mona_mm.methods import @METHOD@
 data_root = '@ROOT@/'
 metainfo = dict(classes=('disc', 'square', 'triangle', 'star'))
 default_hooks.update(visualization=dict(type=DetVisualizationHook))
-visualizer = dict(type=DetLocalVisualizer, name='visualizer')
+visualizer = dict(type=DetLocalVisualizer, name='visualizer', vis_backends=[dict(type=LocalVisBackend)])
 model = dict(
     type=RetinaNet,
     data_preprocessor=dict(type=DetDataPreprocessor, pad_size_divisor=32),

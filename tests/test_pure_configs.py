@@ -46,7 +46,7 @@ def data(tmp_path, demo_data):
 
 @pytest.fixture(params=LIBRARIES)
 def config(request, data, tmp_path):
-    return write_pure_config(tmp_path, request.param, data[request.param])
+    return write_pure_config(tmp_path, request.param, data[request.param], 'Mona', ', bottleneck=4')
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,8 @@ def test_every_spelling_of_a_type(type_):
     assert is_ours(type_) == (type_ != 'PeftBackbone')
     assert look_up(MODELS, type_) is PeftBackbone
     assert look_up(MODELS, with_names(dict(type=type_))['type']) is PeftBackbone
-    assert (
-        not is_type(type_, 'mona_mm.FrozenModel') and not is_type(type_, 'mmdet.PeftBackbone') or '.' not in str(type_)
-    )
+    assert not is_type(type_, 'mona_mm.FrozenModel')
+    assert is_type(type_, 'mmdet.PeftBackbone') == (type_ == 'PeftBackbone')
 
 
 def test_what_is_no_type():
@@ -93,10 +92,8 @@ def test_names_that_are_no_classes_names():
 def test_config_stays_text(config):
     """What the command line and the machine change of a pure-Python config leaves one that can be dumped and read."""
     cfg = load_config(config, {'data_root': '/x/', 'classes': ['p', 'q'], 'model.backbone.peft.bottleneck': 8})
-    cfg.launcher, cfg.model_wrapper_cfg = (
-        'pytorch',
-        dict(type=LazyObject('mmengine.model', 'MMDistributedDataParallel')),
-    )
+    cfg.launcher = 'pytorch'
+    cfg.model_wrapper_cfg = dict(type=LazyObject('mmengine.model', 'MMDistributedDataParallel'))
     adapt_to_device(cfg)
     fine_tune_from(cfg, 'a.pth')
     assert '<class' not in cfg.pretty_text and 'SyncBatchNorm' not in cfg.pretty_text and '/x/' in cfg.pretty_text
@@ -104,10 +101,8 @@ def test_config_stays_text(config):
     assert len(cfg.custom_hooks) == 4
     again = Config.fromstring(cfg.pretty_text, '.py')
     assert cfg.model.backbone.peft.bottleneck == again.model.backbone.peft.bottleneck == 8
-    assert not torch.cuda.is_available() or again.optim_wrapper.type == 'mmengine.optim.AmpOptimWrapper'
-    model = build_on_meta(again)
-    assert sum(p.requires_grad for p in model.backbone.parameters()) > 0
     assert config_fingerprint(cfg) == config_fingerprint(again)
+    assert any(p.requires_grad for p in build_on_meta(again).backbone.parameters())
 
 
 def test_data_are_checked(config):
@@ -153,7 +148,9 @@ def _dicts(node):
         yield from _dicts(child)
 
 
-@pytest.mark.parametrize('library', LIBRARIES)
+@pytest.mark.parametrize(
+    'library', ['mmdet', *(pytest.param(name, marks=pytest.mark.slow) for name in ('mmseg', 'mmpretrain'))]
+)
 def test_every_tool(library, data, tmp_path, tool):
     """Train an iteration, test, take the delta apart and put it together, and collect the run."""
     method, options = ('LoRA', ', rank=4') if library == 'mmdet' else ('Mona', ', bottleneck=4')
@@ -170,34 +167,34 @@ def test_every_tool(library, data, tmp_path, tool):
     header = read_delta(delta).header
     assert header.methods['backbone']['type'] == method and json.dumps(header.methods)
     assert f'{method}(' in run('delta.py', 'info', str(delta))
+    other = '--allow-other-base'  # a base without pretrained weights is another one in every process
     shown = ['--show-dir', str(tmp_path / 'shown'), '--out', str(tmp_path / 'out.pkl')] if library == 'mmdet' else []
-    run('test.py', config, str(delta), '--work-dir', str(work / 'test'), *shown)
+    run('test.py', config, str(delta), '--work-dir', str(work / 'test'), other, *shown)
     if shown:
         assert len(mmengine.load(tmp_path / 'out.pkl')) == len(list((tmp_path / 'shown').rglob('*.jpg'))) == 2
-    run('test.py', str(work / 'config_of_the_run.py' if False else config), str(work / 'epoch_1.pth'))
+    run('test.py', config, str(work / 'epoch_1.pth'), '--work-dir', str(work / 'test'))
     run('delta.py', 'extract', config, str(work / 'epoch_1.pth'), str(tmp_path / 'b.delta.safetensors'))
     merged = tmp_path / 'merged.pth'
-    run('delta.py', 'merge', config, str(delta), str(merged), '--config-out', str(tmp_path / 'merged.py'))
+    run('delta.py', 'merge', config, str(delta), str(merged), other, '--config-out', str(tmp_path / 'merged.py'))
     again = build_on_meta(Config.fromfile(str(tmp_path / 'merged.py')))
     assert again.state_dict().keys() == torch.load(merged, weights_only=True)['state_dict'].keys()
     dumped = next(work.glob('*/vis_data/config.py'))
-    run('train.py', str(dumped), '--work-dir', str(tmp_path / 'dumped'), '--resume', str(work / 'epoch_1.pth'))
+    run('train.py', str(dumped), '--work-dir', str(tmp_path / 'dumped'))
 
 
 def test_sensitivity_and_plan(data, tmp_path, tool):
-    """SPT as a class, its structured module as one, planned by the tool and by training."""
-    config = write_pure_config(
-        tmp_path, 'mmpretrain', data['mmpretrain'], 'SPT', ', structured=dict(type=LoRA, rank=2), budget=2000'
-    )
-    text = (tmp_path / 'mmpretrain_spt.py').read_text()
-    (tmp_path / 'mmpretrain_spt.py').write_text(text.replace('import SPT', 'import SPT, LoRA'))
-    plan = tmp_path / 'plan.safetensors'
-    arguments = ('--budget', '2000', '--out', str(plan), '--num-batches', '1', '--work-dir', str(tmp_path / 'work'))
-    status, out, error = tool('spt_sensitivity.py', config, *arguments)
+    """SPT as a class, its structured module as one; training takes the plan that the tool has left."""
+    options = ', structured=dict(type=LoRA, rank=2), budget=2000, num_batches=1'
+    config = write_pure_config(tmp_path, 'mmpretrain', data['mmpretrain'], 'SPT', options)
+    with open(config) as file:
+        text = file.read()
+    with open(config, 'w') as file:
+        file.write(text.replace('import SPT', 'import SPT, LoRA'))
+    work = ('--work-dir', str(tmp_path / 'work'))
+    status, out, error = tool('spt_sensitivity.py', config, '--budget', '2000', '--num-batches', '1', *work)
     assert status == 0 and 'LoRA modules' in out, error
-    for _ in range(2):  # the second finds the first's plan
-        status, out, error = tool('train.py', config, '--work-dir', str(tmp_path / 'work'))
-        assert status == 0, error
-    assert PeftBackbone(
-        base=load_config(config).model.backbone.base, peft=dict(type='SPT', plan=str(plan), structured=dict(type=LoRA))
-    )
+    status, out, error = tool('train.py', config, *work)
+    assert status == 0 and f'Plan: {tmp_path}' in out and 'measuring' not in out, error
+    plan = str(tmp_path / 'work/plan.safetensors')
+    base = load_config(config).model.backbone.base
+    assert PeftBackbone(base=base, peft=dict(type='SPT', plan=plan, structured=dict(type=LoRA)))

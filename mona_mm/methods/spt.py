@@ -75,7 +75,7 @@ class SPT(Method):
         self.plan = Plan.load(plan)
         self.structured = self.plan.structured_config
         if structured is not None:
-            structured = structured_module(structured)
+            structured = {**structured, 'type': structured_module(structured)['type']}
             made_for = {key: structured.get(key, value) for key, value in (self.structured or {}).items()}
             if self.structured is None or made_for != self.structured:
                 raise ConfigError(
