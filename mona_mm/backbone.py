@@ -1,7 +1,7 @@
 """Build a stock module, insert a method, freeze: what ``type='mona_mm.PeftBackbone'`` in a config does."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from mmengine.config import ConfigDict
 from torch import nn
@@ -13,19 +13,22 @@ from mona_mm.fast.feature_cache import cache_features as keep_features
 from mona_mm.fast.frozen_weights import in_float32, keep_frozen
 from mona_mm.freeze import Rules, as_rules, freeze
 from mona_mm.methods import Method, build_method
-from mona_mm.registry import MODELS
+from mona_mm.options import Positive, checked, show
+from mona_mm.registry import METHODS, MODELS
 from mona_mm.sites import find_host, is_host, method_modules
+from mona_mm.type_names import look_up, with_names
 
 
 @MODELS.register_module()
+@checked
 def PeftBackbone(
     base: dict[str, Any],
     peft: dict[str, Any] | None = None,
     trainable: Rules | None = None,
     fast: bool = True,
     compile: bool | dict[str, Any] = False,
-    frozen_dtype: str | None = None,
-    cache_features: float | None = None,
+    frozen_dtype: Literal['bfloat16', 'float16'] | None = None,
+    cache_features: Positive | None = None,
 ) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
@@ -68,7 +71,7 @@ def PeftBackbone(
     if not fast:
         for module in method_modules(backbone):
             module.fast = False
-    backbone.peft_config = peft  # for deltas to say what they belong to
+    backbone.peft_config = _plain(peft)  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
@@ -81,11 +84,15 @@ def PeftBackbone(
     if frozen_dtype is not None:  # last: within its autocast everything else is computed
         keep_frozen(backbone, frozen_dtype)
     if compile:
-        backbone.compile(**(compile if isinstance(compile, dict) else {}))
+        try:
+            backbone.compile(**(compile if isinstance(compile, dict) else {}))
+        except Exception as error:  # of torch, or of a backend that it finds by name
+            raise ConfigError(f'compile={show(compile)}: torch.compile refuses these arguments ({error}).') from error
     return backbone
 
 
 @MODELS.register_module()
+@checked
 def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     """Any module of a config (neck, head, a ResNet, a whole detector), of which only ``trainable`` trains.
 
@@ -109,14 +116,19 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     return module
 
 
+def _plain(peft: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config of a method as text can have it: its registered name, plain dicts, lists, strings and numbers."""
+    return None if peft is None else {**with_names(peft), 'type': look_up(METHODS, peft['type']).__name__}
+
+
 def _build(base: dict[str, Any]) -> nn.Module:
-    if not isinstance(base, dict) or 'type' not in base:
-        raise ConfigError(f'base={base!r} must be the config of a stock module, a dict with a `type`.')
+    if 'type' not in base:
+        raise ConfigError(f'base={show(base)} must be the config of a stock module, a dict with a `type`.')
     with MODELS.switch_scope_and_registry(None) as registry:  # the running config's default scope
-        if isinstance(base['type'], str) and registry.get(base['type']) is None:
+        if not callable(look_up(registry, base['type'])):
             raise ConfigError(
-                f'base: there is no module {base["type"]!r}. Give the type that a stock config has, outside a config '
-                "with its library's scope: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
+                f'base: there is no module {show(base["type"])}. Give the type that a stock config has, outside a '
+                "config with its library's scope: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
             )
     return MODELS.build(ConfigDict(base))
 

@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
 from mona_mm.data import SPLITS, datasets
 from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.type_names import is_type
 
 
 def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
@@ -93,11 +94,15 @@ def _set_num_classes(cfg: Config, count: int) -> None:
 
 
 def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to every child of a dict or list in place, to every child of a tuple in a new tuple."""
+    """Apply ``function`` to every child of a dict or list in place, to every child of a tuple in a new tuple.
+
+    What a pure-Python config will import stays to be imported: the class itself would be no text when it is dumped.
+    """
     if isinstance(node, tuple):
         return tuple(function(child) for child in node)
-    for key in list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ():
-        node[key] = function(node[key])
+    items = dict.items(node) if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in list(items):
+        node[key] = function(child)
     return node
 
 
@@ -112,7 +117,7 @@ def adapt_to_device(cfg: Config) -> None:
         return
     replaced = []
     wrapper = cfg.get('optim_wrapper')
-    if wrapper is not None and wrapper.get('type') == 'AmpOptimWrapper':
+    if is_type(wrapper, 'AmpOptimWrapper'):
         wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(key, None)
@@ -122,8 +127,9 @@ def adapt_to_device(cfg: Config) -> None:
     if cfg.get('launcher', 'none') != 'none':
         cfg.env_cfg = {**cfg.get('env_cfg', {}), 'dist_cfg': dict(backend='gloo')}
         # mmengine passes a device index by default, which DDP refuses for a model on the CPU.
-        wrapper_cfg = cfg.get('model_wrapper_cfg') or dict(type='MMDistributedDataParallel')
-        cfg.model_wrapper_cfg = {**wrapper_cfg, 'device_ids': None}
+        if not cfg.get('model_wrapper_cfg'):
+            cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel')
+        cfg.model_wrapper_cfg.device_ids = None
         replaced.append('gloo in place of nccl')
     if replaced:
         print_log(f'No accelerator here: running on the CPU with {", ".join(replaced)}.', logger='current')
@@ -134,7 +140,7 @@ def _without_sync_bn(cfg: dict) -> bool:
 
     def replace(node: Any) -> Any:
         nonlocal found
-        if isinstance(node, dict) and node.get('type') == 'SyncBN':
+        if isinstance(node, dict) and is_type(node, 'SyncBN'):
             node['type'] = 'BN'
             found = True
         return _map_children(node, replace)
@@ -221,16 +227,12 @@ def fine_tune_from(cfg: Config, checkpoint: str) -> None:
         )
     cfg.load_from = checkpoint
     hooks = list(cfg.get('custom_hooks') or [])
-    check = next((hook for hook in hooks if isinstance(hook, dict) and _is_load_check(hook.get('type'))), None)
+    check = next((hook for hook in hooks if is_type(hook, 'mona_mm.LoadCheckHook')), None)
     if check is None:
         check = dict(type='mona_mm.LoadCheckHook')
         hooks.append(check)
     check['other_classes'] = True
     cfg.custom_hooks = hooks  # last: what is assigned to a Config is copied
-
-
-def _is_load_check(kind: Any) -> bool:
-    return getattr(kind, '__name__', str(kind)).rpartition('.')[2] == 'LoadCheckHook'
 
 
 def _check_resumable(file: str) -> None:

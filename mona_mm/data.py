@@ -10,9 +10,10 @@ from pathlib import Path
 import mmcv
 import numpy as np
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS
 
 from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.type_names import enter_scope, look_up, type_name
 
 SPLITS = ('train', 'val', 'test', 'sensitivity')
 """Each is what a config says in ``<split>_dataloader``."""
@@ -66,9 +67,9 @@ def datasets(cfg: Config, split: str) -> Iterator[dict]:
 def _check_classes(cfg: Config, dataset: dict) -> None:
     """The libraries drop annotations of other classes in silence, misname classes whose order is not the file's, or
     end in the middle of training with an index error."""
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    enter_scope(cfg)
     with DATASETS.switch_scope_and_registry(None) as registry:
-        dataset_class = registry.get(dataset['type'])
+        dataset_class = look_up(registry, dataset.get('type'))
     for cls in getattr(dataset_class, '__mro__', ()):
         if cls.__name__ in _CHECKS:
             classes = (dataset.get('metainfo') or {}).get('classes') or dataset_class.METAINFO.get('classes')
@@ -127,12 +128,12 @@ def _check_voc(dataset: dict, classes: Sequence[str] | None) -> None:
 def _check_segmentation(dataset: dict, classes: Sequence[str] | None) -> None:
     """Looks into some of the label maps; all would take minutes."""
     with DATASETS.switch_scope_and_registry(None) as registry:
-        known = (registry.get(dataset['type']).METAINFO or {}).get('classes')
+        known = (look_up(registry, dataset['type']).METAINFO or {}).get('classes')
         foreign = [name for name in classes or () if known and name not in known]
         if foreign:
             raise ConfigError(
-                f'{dataset["type"]} has no class {_short(foreign)}. Its classes are {_short(known)}; for classes of '
-                "your own set the data set's type to 'BaseSegDataset', whose label maps hold 0, 1, 2, ..."
+                f'{type_name(dataset["type"])} has no class {_short(foreign)}. Its classes are {_short(known)}; for '
+                "classes of your own set the data set's type to 'BaseSegDataset', whose label maps hold 0, 1, 2, ..."
             )
         built = registry.build(dict(dataset))
     step = max(1, len(built) // 20)

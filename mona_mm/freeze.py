@@ -20,14 +20,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from typing import Annotated
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
+from mona_mm.options import Rule
 from mona_mm.sites import find_host, method_modules, method_names
 
-Rules = str | Sequence[str]
+Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
 
 METHOD_RULES = dict(full='all', fixed='none', bitfit='bias', norm_tuning='norm', partial_1='last_block')
 """The methods that are only a choice of the base's own parameters: published name to rule."""

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from mona_mm.freeze import freeze
+from mona_mm.type_names import enter_scope, is_type
 
 # Hosts compute drop rates and window indices with these and read the values (`linspace(...).item()`).
 _ON_THE_CPU = {torch.linspace, torch.arange, torch.tensor, torch.as_tensor}
@@ -36,7 +37,7 @@ def build_on_meta(cfg: Config) -> nn.Module:
 
     What a ``ParamFreezeHook`` of the config would freeze is frozen.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    enter_scope(cfg)
     with meta_device():
         model = MODELS.build(cfg.model)
     freeze_by_hooks(model, cfg)
@@ -46,5 +47,5 @@ def build_on_meta(cfg: Config) -> nn.Module:
 def freeze_by_hooks(model: nn.Module, cfg: Config) -> None:
     """Freeze what a ``ParamFreezeHook`` of the config would freeze."""
     for hook in cfg.get('custom_hooks') or []:
-        if hook['type'] in ('mona_mm.ParamFreezeHook', 'ParamFreezeHook') and hook.get('trainable') is not None:
+        if is_type(hook, 'mona_mm.ParamFreezeHook') and hook.get('trainable') is not None:
             freeze(model, hook['trainable'])

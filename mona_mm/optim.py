@@ -7,6 +7,8 @@ from mmengine.logging import MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
+from mona_mm.errors import ConfigError
+from mona_mm.options import show
 from mona_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from mona_mm.spt.sparse import SparseDelta
 
@@ -22,6 +24,8 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
+        if self.paramwise_cfg and not isinstance(self.paramwise_cfg, dict):
+            raise ConfigError(f'paramwise_cfg={show(self.paramwise_cfg)} must be a dict or None.')
         # Any non-empty paramwise_cfg makes mmengine go through `add_params`, which leaves out the frozen parameters.
         self.paramwise_cfg = {'custom_keys': {}, **(self.paramwise_cfg or {})}
         return super().__call__(model)

@@ -5,6 +5,7 @@ from typing import Any
 
 from mmengine.optim import _ParamScheduler
 
+from mona_mm.options import Ratio, checked
 from mona_mm.registry import PARAM_SCHEDULERS
 
 
@@ -33,7 +34,8 @@ class WarmupCosineLR(_ParamScheduler):
             mmengine's schedulers.
     """
 
-    def __init__(self, optimizer: Any, warmup: int, start_ratio: float, end_ratio: float, **options: Any) -> None:
+    @checked
+    def __init__(self, optimizer: Any, warmup: Ratio, start_ratio: Ratio, end_ratio: Ratio, **options: Any) -> None:
         self.warmup = warmup
         self.start_ratio = start_ratio
         self.end_ratio = end_ratio

@@ -8,7 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
@@ -22,6 +22,7 @@ from mona_mm.compat.safe_globals import weights_only
 from mona_mm.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 from mona_mm.sites import method_names
+from mona_mm.type_names import enter_scope
 
 WAYS = dict(mm=convert_model, published=to_published, colin=to_colin)
 
@@ -49,7 +50,7 @@ def read(args: argparse.Namespace) -> dict:
 def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
     """The weights of a config's backbone, loaded as training would, with a report of every tensor."""
     cfg = load_config(args.config)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    enter_scope(cfg)
     backbone = MODELS.build(cfg.model.backbone)
     report = load_pretrained(backbone, args.src)
     print('\n'.join(report.lines(every=True)))

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
@@ -31,6 +31,7 @@ from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.meta import build_on_meta, freeze_by_hooks
 from mona_mm.methods import fold_mona
 from mona_mm.spt.planning import put_plan_in, require_plan
+from mona_mm.type_names import enter_scope
 
 
 def info(args: argparse.Namespace) -> None:
@@ -67,7 +68,7 @@ def build(args: argparse.Namespace, file: str) -> tuple[Config, nn.Module]:
     cfg = load_config(args.config, args.cfg_options)
     require_plan(cfg, (osp.dirname(file), work_dir(cfg, args.config)))
     adapt_to_device(cfg)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    enter_scope(cfg)
     model = MODELS.build(cfg.model)
     freeze_by_hooks(model, cfg)
     return cfg, model

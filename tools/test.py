@@ -4,33 +4,36 @@ import os.path as osp
 
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
-from mmengine.registry import DefaultScope
+from torch import nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.checkpoint.delta import set_base_file
+from mona_mm.checkpoint.delta import set_base_file, unwrap
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.config import whole_model_base
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.spt.planning import require_plan
+from mona_mm.type_names import is_type
 
 
 def draw_into(cfg: Config, folder: str) -> None:
     """Set the library's own visualization hook to draw every image."""
-    hook = cfg.default_hooks.visualization
-    if hook.type == 'DetVisualizationHook':
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    if not hook:
+        raise ConfigError('--show-dir: the config has no default_hooks.visualization, which would draw the pictures.')
+    if is_type(hook, 'DetVisualizationHook'):
         hook.update(draw=True, test_out_dir=folder)
-    elif hook.type == 'SegVisualizationHook':
+    elif is_type(hook, 'SegVisualizationHook'):
         hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = folder
     else:  # mmpretrain's
         hook.update(enable=True, interval=1, out_dir=folder)
 
 
-def dump_metric(file: str) -> DumpResults:
-    """Writes every prediction to a file, masks of detectors as run-length codes."""
-    if DefaultScope.get_current_instance().scope_name == 'mmdet':
+def dump_metric(file: str, model: nn.Module) -> DumpResults:
+    """Writes every prediction to a file, masks of mmdet's detectors as run-length codes."""
+    if any(cls.__module__.startswith('mmdet.') for cls in type(model).__mro__):
         from mmdet.evaluation import DumpDetResults
 
         return DumpDetResults(out_file_path=file)
@@ -57,7 +60,7 @@ def main() -> None:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
     runner = build_runner(cfg)
     if args.out:
-        runner.test_evaluator.metrics.append(dump_metric(args.out))
+        runner.test_evaluator.metrics.append(dump_metric(args.out, unwrap(runner.model)))
     runner.test()
 
 

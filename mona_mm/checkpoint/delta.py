@@ -282,8 +282,7 @@ def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _method_of(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
     options = dict(getattr(module, 'peft_config', None) or {})
-    type_ = options.pop('type', None)
-    return (type_.__name__ if inspect.isclass(type_) else type_), options
+    return options.pop('type', None), options
 
 
 def _frozen_type(module: nn.Module) -> dict[str, str]:

@@ -6,11 +6,9 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.pretrained import is_pretrained
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.sites import PeftBlock, PeftModules, method_names
-
-_WRAPPERS = ('mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'PeftBackbone', 'FrozenModel')
+from mona_mm.type_names import is_ours, is_type, with_names
 
 
 def unmergeable(model: nn.Module) -> list[str]:
@@ -78,14 +76,14 @@ def stock_config(cfg: Config) -> Config:
     """A config without anything of mona_mm: every ``base`` in the place of what is built around it, mmengine's classes
     for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`. No pretrained
     file is named in it: all weights are merged ones, and many a file only mona_mm can read."""
-    plain = _stock(cfg.to_dict())
+    plain = _stock(with_names(cfg.to_dict()))
     _forget_pretrained(plain.get('model'))
-    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not _ours(hook)]
+    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_ours(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
-        if hook and hook.get('type') == 'mona_mm.SafeCheckpointHook':  # None takes one of mmengine's away
+        if hook and is_type(hook, 'mona_mm.SafeCheckpointHook'):  # None takes one of mmengine's away
             hook['type'] = 'CheckpointHook'
-    if _ours(dict(type=(plain.get('optim_wrapper') or {}).get('constructor'))):
+    if is_ours((plain.get('optim_wrapper') or {}).get('constructor')):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
     if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
@@ -100,18 +98,18 @@ def types_left(cfg: Config) -> list[str]:
     found: set[str] = set()
 
     def look(node: Any) -> None:
-        if isinstance(node, dict) and _ours(node):
+        if isinstance(node, dict) and is_ours(node):
             found.add(node['type'])
         for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
             look(value)
 
-    look(cfg.to_dict())
+    look(with_names(cfg.to_dict()))
     return sorted(found)
 
 
 def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
     """mmengine's nearest to a scheduler: its cosine begins after the warm-up."""
-    if scheduler['type'] != 'mona_mm.WarmupCosineLR':
+    if not is_type(scheduler, 'mona_mm.WarmupCosineLR'):
         return [scheduler]
     options = {key: scheduler[key] for key in ('by_epoch', 'end', 'verbose') if key in scheduler}
     begin = scheduler.get('begin', 0)
@@ -125,7 +123,7 @@ def self_contained_config(cfg: Config, folded: bool = False) -> Config:
 
     ``folded`` makes every Mona a :class:`~mona_mm.methods.FoldedMona`.
     """
-    plain = cfg.to_dict()
+    plain = with_names(cfg.to_dict())
     _forget_pretrained(plain['model'])
     if folded:
         _fold(plain['model'])
@@ -134,7 +132,7 @@ def self_contained_config(cfg: Config, folded: bool = False) -> Config:
 
 def _stock(node: Any) -> Any:
     if isinstance(node, dict):
-        if node.get('type') in _WRAPPERS:
+        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.FrozenModel'):
             return _stock(node['base'])
         return {key: _stock(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -157,7 +155,7 @@ def _names_file(init_cfg: Any) -> bool:
     """Some hosts read a ``checkpoint`` whatever the type of their ``init_cfg``."""
     if isinstance(init_cfg, list | tuple):
         return bool(init_cfg) and all(map(_names_file, init_cfg))
-    return isinstance(init_cfg, dict) and (is_pretrained(init_cfg.get('type')) or 'checkpoint' in init_cfg)
+    return isinstance(init_cfg, dict) and (is_type(init_cfg, 'Pretrained') or 'checkpoint' in init_cfg)
 
 
 def _fold(node: Any) -> None:
@@ -166,7 +164,3 @@ def _fold(node: Any) -> None:
             node[key] = folded_options(value)
         else:
             _fold(value)
-
-
-def _ours(cfg: dict[str, Any]) -> bool:
-    return str(cfg.get('type')).startswith('mona_mm.')

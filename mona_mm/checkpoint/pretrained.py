@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
-from inspect import isclass
 from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
-from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import BadZipFile
@@ -18,8 +16,6 @@ from zipfile import BadZipFile
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit
-from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -29,6 +25,7 @@ from mona_mm.checkpoint.formats import recognise
 from mona_mm.checkpoint.rehearsal import Rehearsal, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError, UserError
 from mona_mm.sites import find_host, method_names
+from mona_mm.type_names import is_type
 
 # Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
 RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
@@ -61,7 +58,7 @@ def pretrained_file(host: nn.Module) -> dict[str, str] | None:
         if not isinstance(cfg, Mapping) or not ('type' in cfg or (reads_itself and 'checkpoint' in cfg)):
             raise _no_init_cfg(host, "it has to be a dict with a type, or a list of such: dict(type='Pretrained', "
                                      "checkpoint='/path/or/address')")  # fmt: skip
-        if is_pretrained(cfg.get('type')) or (reads_itself and 'checkpoint' in cfg):
+        if is_type(cfg, 'Pretrained') or (reads_itself and 'checkpoint' in cfg):
             pretrained = cfg
     if pretrained is None:
         return None
@@ -82,13 +79,6 @@ def initialise_as_stock(host: nn.Module) -> None:
         if host.init_cfg is None or isinstance(error, UserError):
             raise
         raise _no_init_cfg(host, f'the stock backbone fails at it ({type(error).__name__}: {error})') from error
-
-
-def is_pretrained(kind: Any) -> bool:
-    """Whether the type of an ``init_cfg`` is mmengine's ``Pretrained``, by name or as the class."""
-    if isinstance(kind, str):
-        kind = WEIGHT_INITIALIZERS.get(kind)
-    return isclass(kind) and issubclass(kind, PretrainedInit)
 
 
 def _no_init_cfg(host: nn.Module, reason: str) -> ConfigError:

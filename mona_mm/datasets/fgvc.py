@@ -46,7 +46,7 @@ def _read(file: str) -> dict[str, int | str]:
     with open(file, encoding='utf-8') as text:
         try:
             content = json.load(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f'{file} is no JSON file: {error}.') from error
     kinds = {type(id_) for id_ in content.values()} if isinstance(content, dict) else set()
     if kinds not in ({int}, {str}):

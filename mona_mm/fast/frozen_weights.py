@@ -5,7 +5,9 @@ What is kept so are the frozen matrices and kernels, :math:`W` of linear layers,
 
 Such a backbone computes what the same one in float32 computes under autocast, bit for bit, once its weights have been
 rounded. Where no autocast is on (mmengine validates without, whatever it trains with), the backbone switches one on for
-itself, and gives its outputs the type of its input.
+itself, and gives its outputs the type of its input. A cast of the whole model (``half()``, ``to(torch.bfloat16)``,
+``float()``, ``double()``) casts the frozen weights as well. Autocast is then in the half type that they have; over
+weights in float32 it stays in the configured one, and over float64 there is none.
 """
 
 from collections.abc import Iterator
@@ -54,8 +56,15 @@ def keep_frozen(backbone: nn.Module, dtype: str) -> None:
 
 def kept_weights(backbone: nn.Module) -> list[nn.Parameter]:
     """The frozen parameters that :func:`keep_frozen` keeps in half precision."""
-    weights = (getattr(m, name, None) for m in backbone.modules() if isinstance(m, _KEPT) for name in _names(m))
-    return [weight for weight in weights if isinstance(weight, nn.Parameter) and not weight.requires_grad]
+    return list(_kept_weights(backbone))
+
+
+def _kept_weights(backbone: nn.Module) -> Iterator[nn.Parameter]:
+    for module in backbone.modules():
+        for name in _names(module) if isinstance(module, _KEPT) else ():
+            weight = getattr(module, name, None)
+            if isinstance(weight, nn.Parameter) and not weight.requires_grad:
+                yield weight
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
@@ -84,11 +93,20 @@ def in_float32(backbone: nn.Module) -> Iterator[None]:
 
 def _forward(backbone: nn.Module, inner: partial, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     device = x.device.type
-    if not is_autocast_available(device) or torch.is_autocast_enabled(device):
+    dtype = _autocast_dtype(backbone)
+    if dtype is None or not is_autocast_available(device) or torch.is_autocast_enabled(device):
         return inner(x, *args, **kwargs)
-    with torch.autocast(device, DTYPES[backbone.frozen_dtype]):
+    with torch.autocast(device, dtype):
         outputs = inner(x, *args, **kwargs)
     return _cast(outputs, x.dtype)
+
+
+def _autocast_dtype(backbone: nn.Module) -> torch.dtype | None:
+    """The type to compute in, which depends on whether the model has been cast since; None for that of the weights."""
+    weight = next(_kept_weights(backbone), None)
+    if weight is None or weight.dtype == torch.float32:
+        return DTYPES[backbone.frozen_dtype]
+    return weight.dtype if weight.dtype in DTYPES.values() else None
 
 
 def _cast(outputs: Any, dtype: torch.dtype) -> Any:

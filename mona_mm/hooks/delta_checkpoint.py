@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
@@ -12,10 +12,14 @@ from torch import Tensor
 from mona_mm.checkpoint.delta import save_delta, unwrap
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta, write_delta
 from mona_mm.config import base_file
+from mona_mm.options import Rule, checked
 from mona_mm.registry import HOOKS
 
 # What a scheduler needs to go on; the rest of its state comes from the config.
 _SCHEDULER_STATE = ('last_step', '_global_step', '_last_value', 'base_values')
+
+
+Parts = Annotated[Sequence[str], Rule("a list of parts of the model, such as ['method', 'neck']", bool)]
 
 
 @HOOKS.register_module()
@@ -35,7 +39,8 @@ class DeltaCheckpointHook(Hook):
 
     priority = 'LOWEST'  # after EMAHook has changed the checkpoint, and after the checkpoint hook has written it
 
-    def __init__(self, parts: Sequence[str] | None = None, half: bool = False) -> None:
+    @checked
+    def __init__(self, parts: Parts | None = None, half: bool = False) -> None:
         self.parts = parts
         self.half = half
         self._checkpoint: dict[str, Any] | None = None

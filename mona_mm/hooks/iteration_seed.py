@@ -8,6 +8,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner, set_random_seed
 
+from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 
 
@@ -22,6 +23,10 @@ class IterationSeedHook(Hook):
     """
 
     priority = 'VERY_HIGH'
+
+    @checked
+    def __init__(self) -> None:
+        """There is nothing to choose."""
 
     def before_train(self, runner: Runner) -> None:
         """Make an iteration-based loop seed before each fetch, the fetches that resuming skips included."""

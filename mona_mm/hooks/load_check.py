@@ -16,6 +16,7 @@ from mona_mm.checkpoint.loading import check_loading, is_delta
 from mona_mm.checkpoint.pretrained import misfit
 from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError
+from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
 
@@ -41,6 +42,7 @@ class LoadCheckHook(Hook):
 
     priority = 'VERY_HIGH'  # before EMAHook, which loads into its copy of the model
 
+    @checked
     def __init__(self, other_classes: bool = False) -> None:
         self.other_classes = other_classes
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mona_mm.errors import FreezeError
 from mona_mm.freeze import Rules, check_trainable, count_trainable, freeze, select
+from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
 
@@ -35,6 +36,7 @@ class ParamFreezeHook(Hook):
 
     priority = 'VERY_HIGH'  # before EMAHook copies the model
 
+    @checked
     def __init__(self, trainable: Rules | None = None) -> None:
         self.trainable = trainable
         self._checksums: dict[str, Tensor] = {}

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned, positive, probability
+from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned
+from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
 
 
@@ -28,12 +29,10 @@ class Adapter(PeftModule):
     """
 
     sites = ('attn_branch', 'ffn_branch')
-    hidden = 'bottleneck'
 
-    def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1) -> None:
+    @checked
+    def __init__(self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1) -> None:
         super().__init__()
-        positive(type(self).__name__, 'bottleneck', bottleneck)
-        probability(type(self).__name__, 'dropout', dropout)
         self.down = nn.Linear(channels, bottleneck)
         self.act = nn.GELU()
         self.dropout = nn.Dropout(dropout)

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from mona_mm.methods.adapter import Adapter
-from mona_mm.methods.base import as_rows, number
+from mona_mm.methods.base import as_rows
+from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
 
 
@@ -30,10 +31,10 @@ class AdaptFormer(Adapter):
 
     sites = ('parallel_ffn',)
 
-    def __init__(self, channels: int, bottleneck: int = 64, dropout: float = 0.1, scale: float = 0.1) -> None:
+    @checked
+    def __init__(self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1, scale: float = 0.1) -> None:
         super().__init__(channels, bottleneck, dropout)
-        number('AdaptFormer', 'scale', scale)
-        self.scale = scale
+        self.scale = float(scale)  # a whole number may be too large for a tensor's operations
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to what is added, ``(B, N, C)``."""

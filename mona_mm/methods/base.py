@@ -2,20 +2,27 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from mona_mm.errors import ConfigError, UnknownOptionError
+from mona_mm.errors import ConfigError
 from mona_mm.observed import is_hooked
+from mona_mm.options import check_options, show
+from mona_mm.options import widths as widths_of
 from mona_mm.registry import METHODS
 from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host, inject
+from mona_mm.type_names import look_up
 
-_GIVEN = ('channels', 'in_channels', 'out_channels', 'site')
+GIVEN = ('channels', 'in_channels', 'out_channels', 'site')
 """Arguments of modules that are no options: what they attach to says them."""
+
+LARGEST_SHARE = 4
+"""How many times as large as the linear layers of the blocks a method may be."""
 
 
 class PeftModule(nn.Module):
@@ -23,15 +30,13 @@ class PeftModule(nn.Module):
 
     A subclass is constructed once for every (block, site) pair: as ``cls(channels, **options)`` at a stream site, as
     ``cls(in_channels, out_channels, **options)`` at a linear site, where ``options`` are what the config's
-    ``peft=dict(type=..., **options)`` says.
+    ``peft=dict(type=..., **options)`` says. They are checked against the annotations of the constructor, see
+    :mod:`mona_mm.options`; one that says how wide the method is inside is a :data:`~mona_mm.options.Width`.
     """
 
     sites: ClassVar[tuple[str, ...]]
     """The sites (see :mod:`mona_mm.sites`) at which the method attaches in every block, unless the config's ``sites``
     names others of the same kind. Those of them that a host does not have are left out."""
-
-    hidden: ClassVar[str | None] = None
-    """The argument that says how wide the method is inside: at most as wide as the host's widest block."""
 
     is_weight_delta: bool = False
     """At a linear site: whether :meth:`forward` is what ``delta_weight()``, added to the linear's weight, would do."""
@@ -110,17 +115,13 @@ class ModuleMethod(Method):
         """See :class:`mona_mm.sites.Attachment`.
 
         Raises:
-            ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block.
+            ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block, or
+                far larger than what it tunes.
         """
         sites = self._sites_on(host)
-        widest = max(max(of[site]) for of in widths.values() for site in sites)
-        default = {name: p.default for name, p in inspect.signature(self.cls).parameters.items()}
-        hidden = {**default, **self.options}.get(self.cls.hidden)
-        if isinstance(hidden, int) and hidden > widest:
-            raise ConfigError(
-                f'{self.cls.__name__}: {self.cls.hidden}={hidden} is larger than the widest block of this backbone, '
-                f'{widest}; give at most that.'
-            )
+        at_sites = {path: {site: of[site] for site in sites} for path, of in widths.items()}
+        check_widths(self.name, self.cls, self.options, at_sites)
+        check_size(self.name, widths, at_sites, lambda site, width: self.cls(*width, **self.options))
         return {path: {site: self.cls(*of[site], **self.options) for site in sites} for path, of in widths.items()}
 
     def _sites_on(self, host: Host) -> tuple[str, ...]:
@@ -144,45 +145,82 @@ def build_method(cfg: dict[str, Any]) -> Method:
     """Resolve ``peft=dict(type=..., sites=..., **options)`` of a config.
 
     Raises:
-        ConfigError: if ``type`` is missing or not a registered method, or a site is not one the method can be at
-            (the error lists what can be).
+        ConfigError: if ``type`` is missing or not a registered method, a site is not one the method can be at
+            (the error lists what can be), or an option's value cannot be.
         UnknownOptionError: if an option is not one of the method's arguments (the error lists those).
     """
     if not isinstance(cfg, dict):
-        raise ConfigError(f"peft={cfg!r} must be a dict, such as dict(type='Mona').")
+        raise ConfigError(f"peft={show(cfg)} must be a dict, such as dict(type='Mona').")
     options = dict(cfg)
-    name = options.pop('type', None)
-    method = METHODS.get(name) if isinstance(name, str) else name
+    given_type = options.pop('type', None)
+    method = look_up(METHODS, given_type)
     if not (inspect.isclass(method) and issubclass(method, PeftModule | Method)):
-        raise ConfigError(f'peft={cfg}: unknown method {name!r}; methods are {", ".join(sorted(METHODS.module_dict))}.')
+        raise ConfigError(
+            f'peft={show(cfg)}: unknown method {show(given_type)}; methods are '
+            f'{", ".join(sorted(METHODS.module_dict))}.'
+        )
+    name = method.__name__
 
     is_module = issubclass(method, PeftModule)
     sites = options.pop('sites', None) if is_module else None
     if sites is not None:
         given, possible = sites, _same_kind(method)
         sites = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, Sequence) else ()
-        if not sites or len(set(sites)) < len(sites) or any(site not in possible for site in sites):
+        if not sites or any(site not in possible or sites.count(site) > 1 for site in sites):
             raise ConfigError(
-                f'peft: {name} cannot attach at sites={given!r}; its sites are {", ".join(possible)}, each once.'
+                f'peft: {name} cannot attach at sites={show(given)}; its sites are {", ".join(possible)}, each once.'
             )
 
-    check_option_names(name, method, options, ['sites'] if is_module else [])
+    check_options(f'peft: {name}', method, options, given=GIVEN, more=['sites'] if is_module else [])
     return ModuleMethod(method, sites, options) if is_module else method(**options)
 
 
-def check_option_names(name: str, cls: type, options: Iterable[str], more: Sequence[str] = ()) -> None:
-    """Check that ``options`` are arguments of a class, or among ``more``.
+def check_size(
+    name: str,
+    widths: Mapping[str, Mapping[str, tuple[int, ...]]],
+    sites: Mapping[str, Iterable[str]],
+    build: Callable[[str, tuple[int, ...]], nn.Module],
+) -> None:
+    """Check that the modules of a method are no larger than a few times what they tune, before memory is taken.
+
+    Args:
+        name: of the method.
+        widths: see :meth:`Method.modules`.
+        sites: by path of a block, where a module is to be.
+        build: makes the module of a site and its widths.
 
     Raises:
-        UnknownOptionError: if one is not; it lists those.
+        ConfigError: if they are.
     """
-    accepted = [p for p in inspect.signature(cls).parameters if p not in _GIVEN] + list(more)
-    for option in options:
-        if option not in accepted:
-            close = get_close_matches(option, accepted, n=1)
-            hint = f' Did you mean {close[0]!r}?' if close else ''
-            raise UnknownOptionError(
-                f'peft: {name} has no argument {option!r}; it accepts {", ".join(accepted)}.{hint}'
+    tuned = sum(math.prod(each) for of in widths.values() for each in of.values() if len(each) == 2)
+    counts = Counter((site, widths[path][site]) for path, of in sites.items() for site in of)
+    total = 0
+    for (site, width), count in counts.items():
+        with torch.device('meta'):
+            module = build(site, width)
+        total += count * sum(p.numel() for p in module.parameters())
+        if total > LARGEST_SHARE * tuned:
+            raise ConfigError(
+                f'{name}: with these options it would have more than {LARGEST_SHARE} times as many parameters as the '
+                f'linear layers of the blocks that it tunes, {tuned:,}. Give smaller ones.'
+            )
+
+
+def check_widths(
+    name: str, function: Callable, options: Mapping[str, Any], widths: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> None:
+    """Check that no :data:`~mona_mm.options.Width` among ``options`` exceeds the widest block.
+
+    Raises:
+        ConfigError: if one does.
+    """
+    widest = max(max(width) for of in widths.values() for width in of.values())
+    for option in widths_of(function):
+        value = options.get(option, inspect.signature(function).parameters[option].default)
+        if value > widest:
+            raise ConfigError(
+                f'{name}: {option}={value} is larger than the widest block of this backbone, {widest}; give at most '
+                'that.'
             )
 
 
@@ -206,37 +244,3 @@ def add_residual(branch: Tensor, x: Tensor) -> Tensor:
     if branch.dtype == x.dtype and x.is_contiguous():
         return branch.add_(as_rows(x)).view(x.shape)
     return x + branch.view(x.shape)
-
-
-def positive(method: str, name: str, value: Any) -> None:
-    """Check a width of a method.
-
-    Raises:
-        ConfigError: if it is not a whole number of at least 1.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f'{method}: {name}={value!r} must be a whole number of at least 1.')
-
-
-def probability(method: str, name: str, value: Any) -> None:
-    """Check a drop probability of a method.
-
-    Raises:
-        ConfigError: if it is not in [0, 1).
-    """
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ConfigError(f'{method}: {name}={value!r} must be a probability in [0, 1).')
-
-
-def number(method: str, name: str, value: Any) -> None:
-    """Check a factor of a method.
-
-    Raises:
-        ConfigError: if it is not a finite number.
-    """
-    if not _is_number(value):
-        raise ConfigError(f'{method}: {name}={value!r} must be a number.')
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

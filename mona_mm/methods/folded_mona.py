@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, positive
-from mona_mm.methods.mona import Mona, ScaledLayerNorm
+from mona_mm.methods.base import PeftModule
+from mona_mm.methods.mona import KernelSize, Mona, Place, ScaledLayerNorm
 from mona_mm.observed import is_hooked, is_traced
 from mona_mm.ops.mona import linear, merged_filters
+from mona_mm.options import Width, checked
 from mona_mm.registry import METHODS
 from mona_mm.sites import PeftBlock
+from mona_mm.type_names import look_up
 
 
 @METHODS.register_module()
@@ -35,14 +37,16 @@ class FoldedMona(PeftModule):
     """
 
     sites = ('post_attn', 'post_ffn')
-    hidden = 'bottleneck'
 
+    @checked
     def __init__(
-        self, channels: int, bottleneck: int = 64, kernel_size: int = 7, scaled_norm: Sequence[str] = ('down',)
+        self,
+        channels: int,
+        bottleneck: Width = 64,
+        kernel_size: KernelSize = 7,
+        scaled_norm: Sequence[Place] = ('down',),
     ) -> None:
         super().__init__()
-        positive('FoldedMona', 'bottleneck', bottleneck)
-        positive('FoldedMona', 'kernel_size', kernel_size)
         self.entrance = _FoldedNorm(channels) if 'down' in scaled_norm else nn.Identity()
         self.down = nn.Linear(channels, bottleneck)
         self.depthwise = nn.Conv2d(bottleneck, bottleneck, kernel_size, padding=kernel_size // 2, groups=bottleneck)
@@ -121,8 +125,7 @@ def can_fold(options: Mapping[str, Any] | None) -> bool:
 
     SPT with Mona modules is not: its plan says what is where.
     """
-    type_ = (options or {}).get('type')
-    return (METHODS.get(type_) if isinstance(type_, str) else type_) is Mona
+    return look_up(METHODS, (options or {}).get('type')) is Mona
 
 
 def fold_mona(model: nn.Module) -> int:

@@ -1,10 +1,15 @@
 """LoRA: a low-rank addition to linear layers."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from mona_mm.errors import ConfigError
-from mona_mm.methods.base import PeftModule, number, owned, positive, probability
+from mona_mm.methods.base import PeftModule, owned
+from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
+
+Init = Literal['zero', 'trunc_normal']
+"""The initialisations of :func:`reset_projections`."""
 
 
 @METHODS.register_module()
@@ -34,28 +39,23 @@ class LoRA(PeftModule):
     """
 
     sites = ('q', 'v')
-    hidden = 'rank'
 
+    @checked
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        rank: int = 64,
+        rank: Width = 64,
         alpha: float = 1.0,
-        dropout: float = 0.0,
-        drop_path: float = 0.0,
-        init: str = 'zero',
+        dropout: Probability = 0.0,
+        drop_path: Probability = 0.0,
+        init: Init = 'zero',
     ) -> None:
         from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
 
         super().__init__()
-        positive('LoRA', 'rank', rank)
-        number('LoRA', 'alpha', alpha)
-        probability('LoRA', 'dropout', dropout)
-        probability('LoRA', 'drop_path', drop_path)
-        check_init('LoRA', init)
         self.init = init
-        self.scale = alpha / rank
+        self.scale = float(alpha) / rank
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
         self.down = nn.Linear(in_channels, rank, bias=False)
@@ -79,17 +79,7 @@ class LoRA(PeftModule):
         return self.up.weight @ self.down.weight * self.scale
 
 
-def check_init(method: str, init: str) -> None:
-    """Check the name of an initialisation for :func:`reset_projections`.
-
-    Raises:
-        ConfigError: if it is not one.
-    """
-    if init not in ('zero', 'trunc_normal'):
-        raise ConfigError(f"{method}: init={init!r} must be 'zero' or 'trunc_normal'.")
-
-
-def reset_projections(down: nn.Linear, up: nn.Linear, init: str) -> None:
+def reset_projections(down: nn.Linear, up: nn.Linear, init: Init) -> None:
     """Weights of the two projections of a branch, whose biases, if any, begin at zero.
 
     Args:

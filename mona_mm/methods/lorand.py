@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned, positive
+from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned
+from mona_mm.options import Width, checked
 from mona_mm.registry import METHODS
 
 
@@ -62,12 +63,10 @@ class LoRand(PeftModule):
     """
 
     sites = ('attn_out', 'ffn_out')
-    hidden = 'inner'
 
-    def __init__(self, channels: int, inner: int = 16, branches: int = 4) -> None:
+    @checked
+    def __init__(self, channels: int, inner: Width = 16, branches: Width = 4) -> None:
         super().__init__()
-        positive('LoRand', 'inner', inner)
-        positive('LoRand', 'branches', branches)
         self.down = LoRandLinear(channels, channels // 2, inner, branches)
         self.act = nn.GELU()
         self.up = LoRandLinear(channels // 2, channels, inner, branches)

@@ -1,17 +1,38 @@
 """Mona: the multi-cognitive visual adapter."""
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mona_mm.errors import ConfigError
-from mona_mm.methods.base import PeftModule, positive, probability
+from mona_mm.methods.base import PeftModule
 from mona_mm.observed import is_hooked, is_traced
 from mona_mm.ops.mona import ScaledNorm, mona
+from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
 
-SCALED_NORMS = ('down', 'pointwise')
+Place = Literal['down', 'pointwise']
+"""Where a scaled LayerNorm can be."""
+
+LARGEST_KERNEL = 255
+"""Wider than most grids, and still of few enough parameters to be made."""
+
+KernelSize = Annotated[
+    int,
+    Rule(
+        f'an odd whole number (an even kernel has no centre) of at most {LARGEST_KERNEL}',
+        lambda size: 0 < size <= LARGEST_KERNEL and size % 2,
+    ),
+]
+KernelSizes = Annotated[
+    Sequence[KernelSize],
+    Rule(
+        f'a list of different odd whole numbers (an even kernel has no centre) of at most {LARGEST_KERNEL}, such as '
+        '(3, 5, 7)',
+        lambda sizes: sizes and len(set(sizes)) == len(sizes),
+    ),
+]
 
 PLAIN_TOKENS = 256
 """With fewer tokens in the batch the plain form is the faster one on a CPU."""
@@ -79,26 +100,18 @@ class Mona(PeftModule):
     """
 
     sites = ('post_attn', 'post_ffn')
-    hidden = 'bottleneck'
 
+    @checked
     def __init__(
         self,
         channels: int,
-        bottleneck: int = 64,
-        kernel_sizes: Sequence[int] = (3, 5, 7),
-        scaled_norm: Sequence[str] = ('down',),
+        bottleneck: Width = 64,
+        kernel_sizes: KernelSizes = (3, 5, 7),
+        scaled_norm: Sequence[Place] = ('down',),
         average: bool = True,
-        dropout: float = 0.1,
+        dropout: Probability = 0.1,
     ) -> None:
         super().__init__()
-        positive('Mona', 'bottleneck', bottleneck)
-        probability('Mona', 'dropout', dropout)
-        _check_kernel_sizes(kernel_sizes)
-        if not isinstance(average, bool):
-            raise ConfigError(f'Mona: average={average!r} must be True or False.')
-        places = isinstance(scaled_norm, Sequence) and not isinstance(scaled_norm, str)
-        if not places or any(place not in SCALED_NORMS for place in scaled_norm):
-            raise ConfigError(f'Mona: scaled_norm={scaled_norm!r} must be a list of any of {", ".join(SCALED_NORMS)}.')
         self.filter_scale = 1 / len(kernel_sizes) if average else 1.0
         self.entrance = ScaledLayerNorm(channels) if 'down' in scaled_norm else nn.Identity()
         self.down = nn.Linear(channels, bottleneck)
@@ -186,12 +199,3 @@ class Mona(PeftModule):
 
 # What a Mona is built of.
 _PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}
-
-
-def _check_kernel_sizes(sizes: Sequence[int]) -> None:
-    fit = isinstance(sizes, Sequence) and all(isinstance(k, int) and k > 0 and k % 2 for k in sizes)
-    if not fit or not sizes or len(set(sizes)) < len(sizes):
-        raise ConfigError(
-            f'Mona: kernel_sizes={sizes!r} must be different odd whole numbers (an even kernel has no centre), such as '
-            '(3, 5, 7).'
-        )

@@ -1,14 +1,16 @@
 """SPT: structured modules, whole vectors and single weights where the task is sensitive."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from os import PathLike
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.methods.base import Method, check_option_names
+from mona_mm.methods.base import GIVEN, Method, check_size, check_widths
 from mona_mm.methods.mona import Mona
+from mona_mm.options import Count, Positive, check_options, checked
 from mona_mm.registry import METHODS
 from mona_mm.sites import Host
 from mona_mm.spt.parts import Architecture
@@ -46,16 +48,17 @@ class SPT(Method):
         ConfigError: if ``structured`` is not what the plan was made for.
     """
 
+    @checked
     def __init__(
         self,
-        plan: str | Mapping[str, Sequence[str]] | None = None,
+        plan: str | PathLike | Mapping[str, Sequence[str]] | None = None,
         structured: Mapping[str, Any] | None = None,
         budget: str | int | None = None,
-        num_batches: int = 16,
+        num_batches: Count = 16,
         per_sample: bool = False,
-        rule: str = 'budget',
-        alpha: float = 10.0,
-        beta: float = 5.0,
+        rule: Literal['budget', 'published'] = 'budget',
+        alpha: Positive = 10.0,
+        beta: Positive = 5.0,
         structured_vectors: bool = True,
         structured_only: bool = False,
     ) -> None:
@@ -66,12 +69,13 @@ class SPT(Method):
             )
         check_structured(structured)
         if isinstance(plan, Mapping):
-            self.plan, self.structured = None, structured and dict(structured)
+            self.plan, self.structured = None, structured_module(structured)
             self._sites = {block: tuple(sites) for block, sites in plan.items()}
             return
         self.plan = Plan.load(plan)
         self.structured = self.plan.structured_config
         if structured is not None:
+            structured = {**structured, 'type': structured_module(structured)['type']}
             made_for = {key: structured.get(key, value) for key, value in (self.structured or {}).items()}
             if self.structured is None or made_for != self.structured:
                 raise ConfigError(
@@ -110,10 +114,18 @@ class SPT(Method):
     def modules(
         self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
     ) -> dict[str, dict[str, nn.Module]]:
-        """See :class:`mona_mm.sites.Attachment`."""
+        """See :class:`mona_mm.sites.Attachment`.
+
+        Raises:
+            ConfigError: if the modules would be wider inside than the widest of what they tune, or far larger.
+        """
+        at_sites = {path: {site: widths[path][site] for site in sites} for path, sites in self.plan.structured.items()}
+        if any(at_sites.values()):
+            name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
+            check_widths(name, _MODULES[options['type']], options, at_sites)
+            check_size(name, widths, at_sites, lambda site, width: self._module(host, site, width))
         return {
-            path: {site: self._module(host, site, widths[path][site]) for site in sites}
-            for path, sites in self.plan.structured.items()
+            path: {site: self._module(host, site, width) for site, width in of.items()} for path, of in at_sites.items()
         }
 
     def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
@@ -126,7 +138,7 @@ class SPT(Method):
 
 
 def check_structured(structured: Mapping[str, Any] | None) -> None:
-    """Check the options of a structured module by building one.
+    """Check the options of a structured module.
 
     Raises:
         ConfigError: if it is of no known kind, or a value cannot be.
@@ -136,9 +148,4 @@ def check_structured(structured: Mapping[str, Any] | None) -> None:
         return
     options = structured_module(structured)
     kind = options.pop('type')
-    check_option_names(f'structured {kind}', _MODULES[kind], options)
-    width = max(options.get('rank', 1), options.get('bottleneck', 1))
-    if kind == 'Mona':
-        Mona(width, **options)
-    else:
-        _MODULES[kind](width, width, site='q', **options)
+    check_options(f'structured {kind}', _MODULES[kind], options, given=GIVEN)

@@ -14,6 +14,7 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.freeze import METHOD_RULES, published_name
 from mona_mm.registry import METHODS as METHOD_CLASSES
 from mona_mm.reproduce.logs import Log, planned
+from mona_mm.type_names import look_up, type_name
 
 METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
@@ -306,8 +307,10 @@ def _peft(config: dict[str, Any]) -> dict[str, Any]:
     peft = dict(_dict(backbone.get('peft')))
     if not peft:
         return {}
-    method = METHOD_CLASSES.get(_type(peft))
-    peft.pop('type')
+    method = look_up(METHOD_CLASSES, _type(peft))
+    peft.pop('type', None)
+    if isinstance(peft.get('structured'), dict):
+        peft['structured'] = {**peft['structured'], 'type': _type(peft['structured'])}
     options = {}
     if inspect.isclass(method):
         options = {
@@ -355,7 +358,8 @@ def _repeats(config: dict[str, Any]) -> int:
 def _num_classes(node: Any) -> int | None:
     """The number of classes of the first head that has one."""
     if isinstance(node, dict):
-        if 'num_classes' in node and 'type' in node and 'Preprocessor' not in str(node['type']):
+        name = _type(node)
+        if 'num_classes' in node and name and 'Preprocessor' not in name:
             return node['num_classes']
         node = list(node.values())
     for child in node if isinstance(node, list | tuple) else ():
@@ -431,7 +435,7 @@ def _leaves(node: Any, path: str = '') -> Iterator[tuple[str, Any]]:
         for i, value in enumerate(node):
             yield from _leaves(value, f'{path}.{i}')
     elif node is not None:
-        yield path, _without_scope(node) if path.endswith('.type') else node
+        yield path, type_name(node) if path.endswith(('.type', '.constructor')) else node
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -462,7 +466,8 @@ def _swin(base: dict[str, Any]) -> tuple[Any, Any, Any]:
         return SIZES.get(_ARCHS.get(arch.lower(), ''), (arch, None, None))
     source = {**_dict(arch), **base}
     width = source.get('embed_dims', source.get('embed_dim'))
-    return width, *(tuple(source[key]) if source.get(key) else None for key in ('depths', 'num_heads'))
+    values = (source.get(key) for key in ('depths', 'num_heads'))
+    return width, *(tuple(value) if isinstance(value, list | tuple) else None for value in values)
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -470,8 +475,4 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _type(node: dict[str, Any]) -> str:
-    return _without_scope(str(_dict(node).get('type', '')))
-
-
-def _without_scope(name: Any) -> str:
-    return str(name).rpartition('.')[2]
+    return type_name(_dict(node).get('type'))

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.options import LARGEST, show
 from mona_mm.spt.parts import Architecture
+from mona_mm.type_names import type_name
 from mona_mm.version import __version__
 
 FORMAT = 'mona_mm.spt.plan/1'
@@ -225,16 +227,17 @@ def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None
     """
     if config is None:
         return None
-    kind = config.get('type') if isinstance(config, Mapping) else None
+    kind = type_name(config.get('type')) if isinstance(config, Mapping) else ''
+    kind = kind.removeprefix('Structured')
     if kind not in _WIDTH:
         raise ConfigError(
-            f"structured={config!r}: the structured module is dict(type='LoRA', rank=8), dict(type='Adapter', "
+            f"structured={show(config)}: the structured module is dict(type='LoRA', rank=8), dict(type='Adapter', "
             "bottleneck=8), dict(type='Mona', bottleneck=64), or None."
         )
     width = config.get(_WIDTH[kind], _DEFAULT_WIDTH[kind])
-    if not isinstance(width, int) or width < 1:
-        raise ConfigError(f'structured: {_WIDTH[kind]}={width!r} of {kind} must be a whole number of at least 1.')
-    return {**config, _WIDTH[kind]: width}
+    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= LARGEST:
+        raise ConfigError(f'structured: {_WIDTH[kind]}={show(width)} of {kind} must be a whole number of at least 1.')
+    return {**config, 'type': kind, _WIDTH[kind]: width}
 
 
 def module_cost(config: Mapping[str, Any], in_channels: int, out_channels: int) -> int:

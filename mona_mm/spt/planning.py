@@ -10,9 +10,11 @@ from mmengine.dist import broadcast_object_list, is_main_process
 
 from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError, UserError
+from mona_mm.options import check_options as check_options_of
 from mona_mm.spt.allocation import allocate, check_rule, parse_budget
 from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sensitivity import config_fingerprint, measure
+from mona_mm.type_names import is_type
 
 PLAN_FILE = 'plan.safetensors'
 _ALLOCATION = ('rule', 'alpha', 'beta', 'structured_vectors', 'structured_only')
@@ -111,7 +113,7 @@ def spt_config(cfg: Mapping[str, Any]) -> dict | None:
         node = pending.pop()
         if isinstance(node, dict):
             peft = node.get('peft')
-            if isinstance(peft, dict) and str(peft.get('type')).rpartition('.')[2] == 'SPT':
+            if isinstance(peft, dict) and is_type(peft, 'mona_mm.SPT'):
                 return peft
             pending += node.values()
         elif isinstance(node, list | tuple):
@@ -132,16 +134,15 @@ def put_plan_in(cfg: Config) -> None:
 
 
 def check_options(peft: dict[str, Any]) -> None:
-    """Check the names of an SPT config's options and those of its structured module.
+    """Check an SPT config's options and those of its structured module.
 
     Raises:
         UnknownOptionError: if one is no option there.
-        ConfigError: if the structured module cannot be built of them.
+        ConfigError: if a value cannot be.
     """
-    from mona_mm.methods.base import check_option_names
     from mona_mm.methods.spt import SPT, check_structured
 
-    check_option_names('SPT', SPT, [key for key in peft if key != 'type'])
+    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key != 'type'})
     check_structured(peft.get('structured'))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from mmengine.device import get_device
 from mmengine.dist import all_reduce, get_dist_info
 from mmengine.logging import print_log
 from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS
 from mmengine.runner import Runner, set_random_seed
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from mona_mm.errors import ConfigError, PlanError, SensitivityError
 from mona_mm.sites import method_modules
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import base_digest, read, write
+from mona_mm.type_names import enter_scope, is_type, type_name, with_names
 
 FORMAT = 'mona_mm.spt.sensitivity/1'
 _HOW = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')  # of loading; not what is loaded
@@ -315,7 +317,7 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
     Raises:
         UserError: what building the model, loading its weights and :func:`compute_sensitivity` raise.
     """
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    enter_scope(cfg)
     if seed is None:
         seed = (cfg.get('randomness') or {}).get('seed') or 0
     set_random_seed(seed)
@@ -333,7 +335,7 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
     info = dict(
         config=os.path.basename(cfg.filename or ''),
         config_fingerprint=config_fingerprint(cfg),
-        data=[d.get('ann_file') or d.get('data_root') or d['type'] for d in datasets(cfg, split)],
+        data=[d.get('ann_file') or d.get('data_root') or type_name(d['type']) for d in datasets(cfg, split)],
         images=len(loader.dataset),
         batch_size=settings.get('batch_size'),
     )
@@ -347,9 +349,10 @@ def base_model_config(cfg: Config) -> dict[str, Any]:
 
     def without_method(node: Any) -> Any:
         if isinstance(node, dict):
-            if str(node.get('type')).rpartition('.')[2] == 'PeftBackbone':
+            if is_type(node, 'mona_mm.PeftBackbone'):
                 return ConfigDict(type='mona_mm.PeftBackbone', base=node['base'])
-            return ConfigDict({key: without_method(value) for key, value in node.items()})
+            # dict's own: ConfigDict's would import what a pure-Python config names
+            return ConfigDict({key: without_method(value) for key, value in dict.items(node)})
         if isinstance(node, list | tuple):
             return type(node)(without_method(value) for value in node)
         return node
@@ -360,9 +363,11 @@ def base_model_config(cfg: Config) -> dict[str, Any]:
 def config_fingerprint(cfg: Config) -> str:
     """SHA-256 of what of a config decides a sensitivity, shortened: the model without its method, and the data."""
     settings = cfg[f'{sensitivity_split(cfg)}_dataloader']
-    parts = base_model_config(cfg), {key: value for key, value in settings.items() if key not in _HOW}
+    parts = base_model_config(cfg), {key: value for key, value in dict.items(settings) if key not in _HOW}
     # On a CPU, a BatchNorm stands in for the other.
-    text = json.dumps(parts, sort_keys=True, default=str).replace('"SyncBN"', '"BN"')
+    text = re.sub(
+        r'"(SyncBN|[\w.]+\.SyncBatchNorm)"', '"BN"', json.dumps(with_names(parts), sort_keys=True, default=str)
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -9,8 +9,9 @@ code; where the two differ the code is followed.
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, positive, probability
-from mona_mm.methods.lora import LoRA, check_init, reset_projections
+from mona_mm.methods.base import PeftModule
+from mona_mm.methods.lora import Init, LoRA, reset_projections
+from mona_mm.options import Probability, Width, checked
 from mona_mm.sites import LINEAR_SITES
 
 
@@ -37,15 +38,16 @@ class StructuredLoRA(LoRA):
 
     sites = LINEAR_SITES
 
+    @checked
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         site: str,
-        rank: int = 8,
-        dropout: float = 0.1,
-        drop_path: float = 0.1,
-        init: str = 'zero',
+        rank: Width = 8,
+        dropout: Probability = 0.1,
+        drop_path: Probability = 0.1,
+        init: Init = 'zero',
     ) -> None:
         super().__init__(in_channels, out_channels, rank, rank, 0.0 if site == 'proj' else dropout, drop_path, init)
 
@@ -78,23 +80,20 @@ class StructuredAdapter(PeftModule):
 
     sites = LINEAR_SITES
 
+    @checked
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
         site: str,
-        bottleneck: int = 8,
-        dropout: float = 0.1,
-        drop_path: float = 0.1,
-        init: str = 'zero',
+        bottleneck: Width = 8,
+        dropout: Probability = 0.1,
+        drop_path: Probability = 0.1,
+        init: Init = 'zero',
     ) -> None:
         from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
 
         super().__init__()
-        positive('Adapter', 'bottleneck', bottleneck)
-        probability('Adapter', 'dropout', dropout)
-        probability('Adapter', 'drop_path', drop_path)
-        check_init('Adapter', init)
         self.init = init
         self.parallel = site == 'proj'
         self.dropout = nn.Dropout(0.0 if self.parallel else dropout)

@@ -1,0 +1,189 @@
+"""What a config may say to a function: every option is checked against the annotation of its argument.
+
+An annotation says the type (``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, unions, ``Sequence``,
+``Mapping``, a class), and in ``Annotated[type, Rule(...)]`` what else must hold. Types are taken strictly, since in a
+config a wrong one is a mistake: a bool is no number, a float is no whole number, a float is finite, a string is no list
+of strings, and numbers of numpy or torch are none of Python's. An annotation of any other kind accepts everything.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache, wraps
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mona_mm.errors import ConfigError, UnknownOptionError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must hold of a value of the annotated type.
+
+    Args:
+        text: how a message says it, behind "must be"; None for what the type is called.
+        fits: whether it holds.
+    """
+
+    text: str | None
+    fits: Callable[[Any], bool] = lambda value: True
+
+
+LARGEST = 2**31 - 1
+"""Of whole numbers that a tensor is made of: beyond, sizes overflow before memory is asked for."""
+
+Count = Annotated[int, Rule('a whole number of at least 1', lambda value: 1 <= value <= LARGEST)]
+Width = Annotated[Count, Rule(None)]
+"""A :data:`Count` that is at most as large as the widest block of the host; see :func:`widths`."""
+Probability = Annotated[float, Rule('a probability in [0, 1)', lambda value: 0 <= value < 1)]
+Ratio = Annotated[float, Rule('a number of at least 0', lambda value: value >= 0)]
+Positive = Annotated[float, Rule('a number above 0', lambda value: value > 0)]
+
+
+def checked(function: Callable) -> Callable:
+    """Decorator: check the arguments of every call by :func:`check_options`.
+
+    A method is named by the class of its object, so that a subclass is named by its own name.
+    """
+    signature = inspect.signature(function)
+    is_method = next(iter(signature.parameters), None) == 'self'
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        owner = type(args[0]).__name__ if is_method else function.__name__
+        check_options(owner, function, kwargs, given=['self'])
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise ConfigError(f'{owner}: {error}.') from None
+        check_options(owner, function, {name: arguments[name] for name in arguments if name in _named(function)})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def check_options(
+    owner: str,
+    function: Callable,
+    options: Mapping[str, Any],
+    given: Iterable[str] = (),
+    more: Sequence[str] = (),
+) -> None:
+    """Check that ``options`` are arguments of ``function``, with values that their annotations allow.
+
+    A value that is the argument's default is always allowed.
+
+    Args:
+        owner: what a message calls the function.
+        function: a function or class.
+        options: by name.
+        given: arguments that are no options, since something else gives them.
+        more: names that are options, too, which the function does not see.
+
+    Raises:
+        UnknownOptionError: if one is no argument; it lists those.
+        ConfigError: if a value cannot be.
+    """
+    named, hints = _named(function), _hints(function)
+    accepted = [name for name in named if name not in given] + list(more)
+    takes_any = len(named) < len(inspect.signature(function).parameters)
+    for name, value in options.items():
+        if name not in accepted and not (takes_any and isinstance(name, str)):
+            close = get_close_matches(str(name), accepted, n=1)
+            hint = f' Did you mean {close[0]!r}?' if close else ''
+            accepts = f'it accepts {", ".join(accepted)}' if accepted else 'it accepts none'
+            raise UnknownOptionError(f'{owner} has no argument {show(name)}; {accepts}.{hint}')
+        if name in named and value is not named[name].default and not _fits(value, hints.get(name, Any)):
+            raise ConfigError(f'{owner}: {name}={show(value)} must be {_describe(hints[name])}.')
+
+
+def widths(function: Callable) -> list[str]:
+    """The arguments of a function that are annotated as a :data:`Width`."""
+    return [name for name, hint in _hints(function).items() if hint == Width]
+
+
+def show(value: Any) -> str:
+    """A value in a message: its ``repr``, shortened, or its type where it has none."""
+    try:
+        text = ' '.join(repr(value).split())
+    except Exception:  # of an object of any class, or a whole number of more digits than Python prints
+        text = f'<{type(value).__name__}>'
+    return text if len(text) <= 120 else f'{text[:117]}...'
+
+
+@cache
+def _named(function: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a function that an option can be."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind not in several}
+
+
+@cache
+def _hints(function: Callable) -> dict[str, Any]:
+    of = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    try:
+        return get_type_hints(of, include_extras=True)
+    except (NameError, TypeError):  # somebody's names that are there for a type checker alone
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        rules = [extra for extra in hint.__metadata__ if isinstance(extra, Rule)]
+        return _fits(value, hint.__origin__) and all(rule.fits(value) for rule in rules)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return isinstance(value, str | int | NoneType) and value in arguments
+    if hint is bool or hint is str or hint is NoneType or hint is None:
+        return isinstance(value, NoneType if hint is None else hint)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if origin in (Sequence, list):
+        return isinstance(value, list | tuple) and all(_fits(each, arguments[0]) for each in value)
+    if origin is tuple and arguments[-1:] == (Ellipsis,):
+        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping) and all(
+            _fits(key, arguments[0]) and _fits(each, arguments[1]) for key, each in value.items()
+        )
+    if hint is Any or not inspect.isclass(hint):
+        return True
+    try:
+        return isinstance(value, hint)
+    except TypeError:  # of a protocol that exists for a type checker alone
+        return True
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        texts = [extra.text for extra in hint.__metadata__ if isinstance(extra, Rule) and extra.text]
+        return texts[-1] if texts else _describe(hint.__origin__)
+    if origin in (Union, UnionType, Literal):
+        *others, last = _alternatives(hint)
+        return f'{", ".join(others)} or {last}' if others else last
+    if origin in (Sequence, list, tuple):
+        return f'a list, each of it {_describe(arguments[0])}'
+    if origin in (Mapping, dict):
+        return 'a dict'
+    names = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string', NoneType: 'None'}
+    return names.get(hint, f'a {getattr(hint, "__name__", hint)}')
+
+
+def _alternatives(hint: Any) -> list[str]:
+    if get_origin(hint) in (Union, UnionType):
+        return [text for each in get_args(hint) for text in _alternatives(each)]
+    return [repr(each) for each in get_args(hint)] if get_origin(hint) is Literal else [_describe(hint)]
