@@ -16,15 +16,18 @@ a module type                       every parameter directly in modules of that 
 The second names are the methods' in the tables of the Mona paper, and in reports.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from logging import WARNING
 
+from mmengine.logging import print_log
 from torch import Size, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
+from mona_mm.reach import unreached
 from mona_mm.sites import find_host, method_modules, method_names
 
 Rules = str | Sequence[str]
@@ -43,10 +46,14 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 @dataclass(frozen=True)
 class FreezeRecord:
-    """What was asked of a module and what that selected; kept on the module as ``freeze_record``."""
+    """What was asked of a module and what that selected; kept on the module as ``freeze_record``.
+
+    ``behind`` was selected, too, and stays frozen, since no output depends on it.
+    """
 
     rules: tuple[str, ...]
     trainable: frozenset[str]
+    behind: frozenset[str] = frozenset()
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -130,11 +137,13 @@ def freeze(module: nn.Module, rules: Rules) -> None:
 
     What is frozen already stays so: position embeddings that a host fixes, ``frozen_stages``, the base of a
     PeftBackbone inside a FrozenModel. A BatchNorm that is frozen altogether stays in eval mode through every later
-    ``module.train()``: with statistics that move it would not be frozen.
+    ``module.train()``: with statistics that move it would not be frozen. What none of a backbone's outputs depends on
+    (behind the last of its ``out_indices``), a method's modules included, stays frozen with a warning: it would get no
+    gradient, for which DistributedDataParallel waits.
 
     Raises:
-        ConfigError: if a rule selects nothing, or nothing that can train, or under a method if the host has
-            ``frozen_stages`` of its own.
+        ConfigError: if a rule, or the method, selects nothing, or nothing that can train, or under a method if the
+            host has ``frozen_stages`` of its own.
     """
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
@@ -146,6 +155,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     training = module.training
     module.train()
     _refuse_frozen_methods(module)
+    behind = _freeze_unreached(module, {**selected, 'the method': method_names(module)})
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
         if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
@@ -155,7 +165,42 @@ def freeze(module: nn.Module, rules: Rules) -> None:
                 '`trainable` of its own), so it would train nothing.'
             )
     module.train(training)
-    module.freeze_record = FreezeRecord(rules, trainable)
+    module.freeze_record = FreezeRecord(rules, trainable, frozenset(behind))
+
+
+def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
+    behind = unreached(module)
+    if not behind:
+        return behind
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    outputs = {tuple(m.out_indices) for m in module.modules() if hasattr(m, 'out_indices')}
+    where = f'behind the last output of {type(module).__name__} (out_indices={" or ".join(map(str, outputs))})'
+    for rule, names in selected.items():
+        if names & behind and not names & (trains - behind):
+            raise ConfigError(
+                f'What {f"trainable={rule!r}" if rule != "the method" else rule} lets train lies {where}, which '
+                f'nothing computed there reaches: {", ".join(sorted(names & behind)[:3])}. It would train nothing. '
+                'Choose what lies before that, or let out_indices end later.'
+            )
+    for name, parameter in module.named_parameters():
+        if name in behind:
+            parameter.requires_grad = False
+    print_log(
+        f'{len(behind)} parameters that were to train lie {where} and would never get a gradient: they stay frozen '
+        f'({", ".join(sorted(behind)[:3])}{", ..." if len(behind) > 3 else ""}).',
+        logger='current',
+        level=WARNING,
+    )
+    return behind
+
+
+def behind_outputs(model: nn.Module) -> set[str]:
+    """The parameters that were selected to train and stay frozen, since no output of their backbone depends on them."""
+    return {
+        f'{path}.{name}' if path else name
+        for path, module in model.named_modules()
+        for name in getattr(getattr(module, 'freeze_record', None), 'behind', ())
+    }
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -169,7 +214,10 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _refuse_frozen_methods(module: nn.Module) -> None:
     modules = method_modules(module)
-    reached = [m for m in modules if not m.training or not all(p.requires_grad for p in m.parameters())]
+    behind = {id(module.get_parameter(name)) for name in behind_outputs(module)}
+    reached = [
+        m for m in modules if not m.training or not all(p.requires_grad or id(p) in behind for p in m.parameters())
+    ]
     stages = getattr(module, 'frozen_stages', -1)
     if reached or (modules and stages >= 1):
         raise ConfigError(
@@ -184,8 +232,8 @@ def moving_copies(model: nn.Module) -> dict[str, str]:
     """The parts of ``model`` that follow another one: a teacher its student, a momentum encoder its encoder.
 
     Such a part was built to train and is kept from it: something in it has a :class:`FreezeRecord` that says so, or it
-    is an averaging object (with ``update_parameters``), or the ``teacher`` beside a ``student``. What it follows, of the
-    same class and with the same tensors, is a child of the model in which something trains.
+    is an averaging object (with ``update_parameters``), or the ``teacher`` beside a ``student``. What it follows is a
+    child of the model, of the same class and with the same tensors, in which something trains.
 
     Returns:
         By path of the copy, the path of what it follows.

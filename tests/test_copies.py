@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,7 +355,7 @@ def test_a_teacher_follows(method, skip_buffer, base_file, tmp_path):
     assert moving_copies(model) == {'teacher': 'student'}
     assert 'bit for bit, and so are those of 1 copies of the model (teacher)' in log_of(runner)
     delta = read_delta(tmp_path / 'epoch_2.delta.safetensors')
-    names = {name for name in changing(model.student)}
+    names = changing(model.student)
     assert set(delta.tensors) == {f'{part}.{name}' for part in ('student', 'teacher') for name in names}
     assert any(
         not torch.equal(delta.tensors[f'student.{name}'], delta.tensors[f'teacher.{name}'])
@@ -370,6 +371,55 @@ def test_a_teacher_follows(method, skip_buffer, base_file, tmp_path):
     count = count_trainable(model)
     assert count.backbone_trainable == count_trainable(model.student).backbone_trainable
     assert count.total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.slow
+def test_soft_teacher(base_file, demo_data, tmp_path):
+    """mmdet's own semi-supervised config, made small and with Mona in its backbone, trains, validates both of its
+    models and writes a delta from which they come back."""
+    import mmdet
+
+    configs = Path(mmdet.__file__).parent / '.mim/configs/soft_teacher'
+    cfg = Config.fromfile(configs / 'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py')
+
+    def small(node):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if key == 'scale':
+                node[key] = [(64, 64), (72, 72)] if isinstance(value[0], tuple | list) else (64, 64)
+            elif isinstance(value, dict | list):
+                small(value)
+
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        small(loader)
+        loader.update(num_workers=0, persistent_workers=False)
+        for data in loader.dataset.get('datasets', [loader.dataset]):
+            what = 'train' if 'datasets' in loader.dataset else 'val'
+            data.update(data_root=str(demo_data), ann_file=f'annotations/instances_{what}2017.json')
+            data.update(metainfo=dict(classes=('disc', 'square', 'triangle', 'star')))
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_dataloader.sampler.update(batch_size=2, source_ratio=[1, 1])
+    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = f'{demo_data}/annotations/instances_val2017.json'
+    detector = cfg.model.detector
+    detector.backbone = config_of(base_file)['backbone']
+    detector.neck.update(in_channels=[8, 16], out_channels=8)
+    detector.rpn_head.update(in_channels=8, feat_channels=8)
+    detector.roi_head.bbox_roi_extractor.out_channels = 8
+    detector.roi_head.bbox_head.update(in_channels=8, fc_out_channels=16, num_classes=4)
+    detector.train_cfg.rpn_proposal.max_per_img = detector.test_cfg.rpn.max_per_img = 8
+    cfg.model.semi_train_cfg.update(pseudo_label_initial_score_thr=0.2, jitter_times=2)
+    cfg.train_cfg.update(max_iters=2, val_interval=2)
+    cfg.optim_wrapper.update(constructor='mona_mm.PeftOptimWrapperConstructor')
+    cfg.default_hooks.checkpoint = dict(type='mona_mm.SafeCheckpointHook', interval=2, by_epoch=False)
+    cfg.custom_hooks += [dict(type=f'mona_mm.{name}Hook') for name in ('ParamFreeze', 'LoadCheck', 'DeltaCheckpoint')]
+    cfg.merge_from_dict(dict(work_dir=str(tmp_path), log_level='ERROR', randomness=dict(seed=0)))
+    runner = build_runner(cfg)
+    runner.train()
+    assert not differing_frozen(runner.model.teacher, runner.model.student)
+    fresh = MODELS.build(cfg.model)
+    load_delta(fresh, tmp_path / 'iter_2.delta.safetensors')
+    actual = fresh.state_dict()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in runner.model.state_dict().items())
+    assert any('teacher' in name for name in read_delta(tmp_path / 'iter_2.delta.safetensors').tensors)
 
 
 def test_a_teacher_with_weights_of_its_own(base_file, tmp_path):

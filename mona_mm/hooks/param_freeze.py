@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mona_mm.averages import differing_frozen, keep_frozen_part
 from mona_mm.errors import FreezeError
-from mona_mm.freeze import Rules, alike, check_trainable, count_trainable, freeze, moving_copies, select
+from mona_mm.freeze import Rules, alike, behind_outputs, check_trainable, count_trainable, freeze, moving_copies, select
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
 
@@ -72,7 +72,7 @@ class ParamFreezeHook(Hook):
                 group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
-        method, asked = method_names(model), select(model, self.trainable)
+        method, asked = method_names(model), select(model, self.trainable) - behind_outputs(model)
         wrong = sorted(
             name for name, p in model.named_parameters() if name not in method and p.requires_grad != (name in asked)
         )
