@@ -1,7 +1,5 @@
 """What lies behind a backbone's last output does not train, and is said to."""
 
-import logging
-
 import pytest
 import torch
 from conftest import HOSTS
@@ -25,13 +23,14 @@ def without_gradient(backbone: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize('name', HOSTS)
-def test_what_gets_no_gradient_does_not_train(name, caplog):
+def test_what_gets_no_gradient_does_not_train(name, monkeypatch):
     """On every host: a method's modules behind the last output are frozen, those before it train and get a gradient;
     the log says so, and the record knows."""
     base = dict(type='Mona', bottleneck=4)
-    with caplog.at_level(logging.WARNING):
-        backbone = mona_mm.PeftBackbone(base=dict(EARLY[name]), peft=base, trainable='norm')
-    assert f'behind the last output of {type(backbone).__name__}' in caplog.text
+    said = []
+    monkeypatch.setattr('mona_mm.freeze.print_log', lambda message, **_: said.append(message))
+    backbone = mona_mm.PeftBackbone(base=dict(EARLY[name]), peft=base, trainable='norm')
+    assert [f'behind the last output of {type(backbone).__name__}' in message for message in said] == [True]
     assert without_gradient(backbone) == set()
     trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
     assert (

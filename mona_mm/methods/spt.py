@@ -7,17 +7,13 @@ import torch
 from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.methods.base import Method, check_option_names
-from mona_mm.methods.mona import Mona
+from mona_mm.methods.base import Method
 from mona_mm.registry import METHODS
 from mona_mm.sites import Host
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sparse import attach_sparse
-from mona_mm.spt.structured import StructuredAdapter, StructuredLoRA
-
-# At a linear site a module is also told which, since `proj` has no dropout.
-_MODULES = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+from mona_mm.spt.structured import build_structured
 
 
 @METHODS.register_module()
@@ -117,12 +113,8 @@ class SPT(Method):
         }
 
     def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
-        options = dict(self.structured)
-        if site in host.linears:
-            options['site'] = site
-            if not host.linears[site].called:  # what only adds to a weight can drop nothing
-                options |= dict(dropout=0.0, drop_path=0.0)
-        return _MODULES[options.pop('type')](*widths, **options)
+        called = site not in host.linears or host.linears[site].called
+        return build_structured(self.structured, widths, site, called)
 
 
 def check_structured(structured: Mapping[str, Any] | None) -> None:
@@ -135,10 +127,6 @@ def check_structured(structured: Mapping[str, Any] | None) -> None:
     if structured is None:
         return
     options = structured_module(structured)
-    kind = options.pop('type')
-    check_option_names(f'structured {kind}', _MODULES[kind], options)
     width = max(options.get('rank', 1), options.get('bottleneck', 1))
-    if kind == 'Mona':
-        Mona(width, **options)
-    else:
-        _MODULES[kind](width, width, site='q', **options)
+    at_stream = options['type'] == 'Mona'
+    build_structured(options, (width,) if at_stream else (width, width), 'post_attn' if at_stream else 'q')
