@@ -8,6 +8,7 @@ from mona_mm import compat
 
 compat.install()  # before anything below can import mmcv.ops
 
+from mona_mm import averages  # noqa: E402, F401  lets averages keep the frozen part
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
 from mona_mm.checkpoint import loading  # noqa: E402, F401  lets every loader of mmengine read deltas
 from mona_mm.checkpoint.delta import load_delta, save_delta  # noqa: E402

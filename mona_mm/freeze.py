@@ -16,17 +16,20 @@ a module type                       every parameter directly in modules of that 
 The second names are the methods' in the tables of the Mona paper, and in reports.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from logging import WARNING
 from typing import Annotated
 
-from torch import nn
+from mmengine.logging import print_log
+from torch import Size, Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.options import Rule
+from mona_mm.reach import unreached
 from mona_mm.sites import find_host, method_modules, method_names
 
 Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
@@ -45,10 +48,14 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 @dataclass(frozen=True)
 class FreezeRecord:
-    """What was asked of a module and what that selected; kept on the module as ``freeze_record``."""
+    """What was asked of a module and what that selected; kept on the module as ``freeze_record``.
+
+    ``behind`` was selected, too, and stays frozen, since no output depends on it.
+    """
 
     rules: tuple[str, ...]
     trainable: frozenset[str]
+    behind: frozenset[str] = frozenset()
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -64,14 +71,15 @@ def as_rules(rules: Rules) -> tuple[str, ...]:
 
 
 def select(module: nn.Module, rules: Rules) -> set[str]:
-    """The names of the parameters of ``module`` that ``rules`` select.
+    """The names of the parameters of ``module`` that ``rules`` select; of several names that one has, the first.
 
     Raises:
         ConfigError: if a rule selects nothing (other than ``'none'``); it lists what could have been meant.
     """
     selected: set[str] = set()
+    first = _first_names(module)
     for rule in as_rules(rules):
-        names = _select(module, rule)
+        names = {first[name] for name in _select(module, rule)}
         if not names and METHOD_RULES.get(rule, rule) != 'none':
             raise ConfigError(
                 f'trainable={rule!r} matches nothing in {type(module).__name__}. A rule is '
@@ -91,8 +99,8 @@ def _select(module: nn.Module, rule: str) -> set[str]:
         return _names(module, [last])
     own = {  # parameter -> (the module it is directly in, its name there)
         f'{path}.{name}' if path else name: (m, name)
-        for path, m in module.named_modules()
-        for name, _ in m.named_parameters(recurse=False)
+        for path, m in module.named_modules(remove_duplicate=False)
+        for name, _ in m.named_parameters(recurse=False, remove_duplicate=False)
     }
     if rule == 'all':
         return set(own)
@@ -106,7 +114,14 @@ def _select(module: nn.Module, rule: str) -> set[str]:
 
 
 def _names(module: nn.Module, paths: Iterable[str]) -> set[str]:
-    return {name for name, _ in module.named_parameters() if any(name.startswith(f'{path}.') for path in paths)}
+    names = (name for name, _ in module.named_parameters(remove_duplicate=False))
+    return {name for name in names if any(name.startswith(f'{path}.') for path in paths)}
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """By every name of every parameter, its first: modules that share parameters give them several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _suggest(module: nn.Module, rule: str) -> str:
@@ -124,11 +139,13 @@ def freeze(module: nn.Module, rules: Rules) -> None:
 
     What is frozen already stays so: position embeddings that a host fixes, ``frozen_stages``, the base of a
     PeftBackbone inside a FrozenModel. A BatchNorm that is frozen altogether stays in eval mode through every later
-    ``module.train()``: with statistics that move it would not be frozen.
+    ``module.train()``: with statistics that move it would not be frozen. What none of a backbone's outputs depends on
+    (behind the last of its ``out_indices``), a method's modules included, stays frozen with a warning: it would get no
+    gradient, for which DistributedDataParallel waits.
 
     Raises:
-        ConfigError: if a rule selects nothing, or nothing that can train, or under a method if the host has
-            ``frozen_stages`` of its own.
+        ConfigError: if a rule, or the method, selects nothing, or nothing that can train, or under a method if the
+            host has ``frozen_stages`` of its own.
     """
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
@@ -140,6 +157,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     training = module.training
     module.train()
     _refuse_frozen_methods(module)
+    behind = _freeze_unreached(module, {**selected, 'the method': method_names(module)})
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
         if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
@@ -149,7 +167,42 @@ def freeze(module: nn.Module, rules: Rules) -> None:
                 '`trainable` of its own), so it would train nothing.'
             )
     module.train(training)
-    module.freeze_record = FreezeRecord(rules, trainable)
+    module.freeze_record = FreezeRecord(rules, trainable, frozenset(behind))
+
+
+def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
+    behind = unreached(module)
+    if not behind:
+        return behind
+    trains = {name for name, p in module.named_parameters() if p.requires_grad}
+    outputs = {tuple(m.out_indices) for m in module.modules() if hasattr(m, 'out_indices')}
+    where = f'behind the last output of {type(module).__name__} (out_indices={" or ".join(map(str, outputs))})'
+    for rule, names in selected.items():
+        if names & behind and not names & (trains - behind):
+            raise ConfigError(
+                f'What {f"trainable={rule!r}" if rule != "the method" else rule} lets train lies {where}, which '
+                f'nothing computed there reaches: {", ".join(sorted(names & behind)[:3])}. It would train nothing. '
+                'Choose what lies before that, or let out_indices end later.'
+            )
+    for name, parameter in module.named_parameters():
+        if name in behind:
+            parameter.requires_grad = False
+    print_log(
+        f'{len(behind)} parameters that were to train lie {where} and would never get a gradient: they stay frozen '
+        f'({", ".join(sorted(behind)[:3])}{", ..." if len(behind) > 3 else ""}).',
+        logger='current',
+        level=WARNING,
+    )
+    return behind
+
+
+def behind_outputs(model: nn.Module) -> set[str]:
+    """The parameters that were selected to train and stay frozen, since no output of their backbone depends on them."""
+    return {
+        f'{path}.{name}' if path else name
+        for path, module in model.named_modules()
+        for name in getattr(getattr(module, 'freeze_record', None), 'behind', ())
+    }
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -163,7 +216,10 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 def _refuse_frozen_methods(module: nn.Module) -> None:
     modules = method_modules(module)
-    reached = [m for m in modules if not m.training or not all(p.requires_grad for p in m.parameters())]
+    behind = {id(module.get_parameter(name)) for name in behind_outputs(module)}
+    reached = [
+        m for m in modules if not m.training or not all(p.requires_grad or id(p) in behind for p in m.parameters())
+    ]
     stages = getattr(module, 'frozen_stages', -1)
     if reached or (modules and stages >= 1):
         raise ConfigError(
@@ -174,15 +230,64 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
         )
 
 
+def moving_copies(model: nn.Module) -> dict[str, str]:
+    """The parts of ``model`` that follow another one: a teacher its student, a momentum encoder its encoder.
+
+    Such a part was built to train and is kept from it: something in it has a :class:`FreezeRecord` that says so, or it
+    is an averaging object (with ``update_parameters``), or the ``teacher`` beside a ``student``. What it follows is a
+    child of the model, of the same class and with the same tensors, in which something trains.
+
+    Returns:
+        By path of the copy, the path of what it follows.
+    """
+    followed = {
+        name: child for name, child in model.named_children() if any(p.requires_grad for p in child.parameters())
+    }
+    found: dict[str, str] = {}
+
+    def look(path: str, module: nn.Module, kept_from_training: bool) -> None:
+        if not kept_from_training and not any(p.requires_grad for p in module.parameters()):
+            kept_from_training = (
+                hasattr(module, 'update_parameters')
+                or (path == 'teacher' and 'student' in followed)
+                or any(m.freeze_record.trainable for m in module.modules() if hasattr(m, 'freeze_record'))
+            )
+        if kept_from_training:
+            like = next((name for name, child in followed.items() if alike(child, module)), None)
+            if like is not None:
+                found[path] = like
+                return
+        for name, child in module.named_children():
+            look(f'{path}.{name}' if path else name, child, kept_from_training)
+
+    look('', model, False)
+    return found
+
+
+def alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules are of one class and have the same tensors, values apart."""
+    return type(first) is type(second) and _shapes(first) == _shapes(second)
+
+
+def _shapes(module: nn.Module) -> dict[str, Size]:
+    return {name: t.shape for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+
+
+def is_under(path: str, parents: Iterable[str]) -> bool:
+    """Whether a path is one of ``parents``, or leads into it."""
+    return any(f'{path}.'.startswith(f'{parent}.') for parent in parents)
+
+
 def check_trainable(model: nn.Module) -> None:
-    """Check that what trains in ``model`` is still what its :class:`FreezeRecord` s say.
+    """Check that what trains in ``model`` is still what its :class:`FreezeRecord` s say; a teacher follows.
 
     Raises:
         FreezeError: if not; it names the first parameters that differ.
     """
+    copies = moving_copies(model)
     for path, module in model.named_modules():
         record = getattr(module, 'freeze_record', None)
-        if record is None:
+        if record is None or is_under(path, copies):
             continue
         actual = {name for name, p in module.named_parameters() if p.requires_grad}
         wrong = sorted(actual ^ record.trainable)
@@ -249,13 +354,26 @@ def _percent(part: int, whole: int) -> str:
     return f'{100 * part / whole:.2f}%' if whole else '-'
 
 
+def backbone_path(model: nn.Module) -> str:
+    """The path of a model's backbone, in a teacher and student that of the first; empty for a backbone alone."""
+    if isinstance(getattr(model, 'backbone', None), nn.Module):
+        return 'backbone'
+    return next((path for path, _ in model.named_modules() if path.endswith('.backbone')), '')
+
+
 def count_trainable(model: nn.Module) -> ParameterCount:
-    """Count what trains in ``model``: a whole model, or a backbone alone. Meta tensors count like others."""
-    backbone = getattr(model, 'backbone', None)
-    if not isinstance(backbone, nn.Module):
-        backbone = model
+    """Count what trains in ``model``: a whole model, or a backbone alone. Meta tensors count like others, and a
+    parameter that several parts share in the first of them."""
+    backbone = model.get_submodule(backbone_path(model))
     method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
-    parts = [_count('backbone base', (p for p in backbone.parameters() if id(p) not in method))]
+    seen = set(method)
+
+    def count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:
+        new = [p for p in parameters if id(p) not in seen]
+        seen.update(map(id, new))
+        return _count(part, new)
+
+    parts = [count('backbone base', backbone.parameters())]
     record = getattr(backbone, 'freeze_record', None)
     name = '+'.join(map(published_name, record.rules)) if record else None
     if method:
@@ -263,8 +381,8 @@ def count_trainable(model: nn.Module) -> ParameterCount:
         parts.append(_count(f'method ({name})', method.values()))
     backbone_parts = tuple(parts)
     if backbone is not model:
-        parts += [_count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
-        parts.append(_count('(direct)', model.parameters(recurse=False)))
+        parts += [count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
+        parts.append(count('(direct)', model.parameters(recurse=False)))
     return ParameterCount(
         method=name,
         parts=tuple(p for p in parts if p.total),

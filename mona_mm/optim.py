@@ -19,8 +19,10 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     mmengine hands frozen parameters to the optimizer when there is no ``paramwise_cfg``, logs a warning for each of
     them when there is one, and makes one parameter group of every parameter. The options of ``paramwise_cfg`` mean
-    what they mean there. Single weights (:class:`~mona_mm.spt.sparse.SparseDelta`) never decay: it would pull their
-    change, not the weights, to zero.
+    what its documentation says and mmcv 1.x does: ``dwconv_decay_mult``, where it is given, is for the weights and the
+    biases of depthwise convolutions, which ``bias_decay_mult`` then is not for. (In mmengine's code the latter comes
+    first.) A parameter that modules share is one parameter, under the first of its names. Single weights
+    (:class:`~mona_mm.spt.sparse.SparseDelta`) never decay: it would pull their change, not the weights, to zero.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -33,7 +35,11 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
         """Append the groups of ``module`` to ``params``: one for each set of options."""
         if prefix:  # mmengine's recursion
+            given = self.paramwise_cfg
+            if 'dwconv_decay_mult' in given and _is_depthwise(module):
+                self.paramwise_cfg = {key: value for key, value in given.items() if key != 'bias_decay_mult'}
             super().add_params(params, module, prefix, is_dcn_module)
+            self.paramwise_cfg = given
             return
         separate: list[dict] = []
         logger = MMLogger.get_current_instance()
@@ -43,13 +49,21 @@ class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         finally:
             logger.removeFilter(_not_per_parameter)
         deltas = {id(m.values) for m in module.modules() if isinstance(m, SparseDelta)}
-        groups = defaultdict(list)
+        groups, seen = defaultdict(list), set()
         for group in separate:
-            if id(group['params'][0]) in deltas:
+            (parameter,) = map(id, group['params'])
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if parameter in deltas:
                 group['weight_decay'] = 0.0
             options = tuple(sorted((key, value) for key, value in group.items() if key != 'params'))
             groups[options] += group['params']
         params += [{'params': members, **dict(options)} for options, members in groups.items()]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.in_channels == module.groups
 
 
 def _not_per_parameter(record: logging.LogRecord) -> bool:

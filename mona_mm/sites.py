@@ -495,5 +495,8 @@ def method_modules(model: nn.Module) -> list[nn.Module]:
 def method_names(model: nn.Module) -> set[str]:
     """The state-dict names of everything that a method added to ``model``."""
     return {
-        f'{path}.{name}' for path, m in model.named_modules() if isinstance(m, PeftModules) for name in m.state_dict()
+        f'{path}.{name}'
+        for path, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, PeftModules)
+        for name in m.state_dict()
     }

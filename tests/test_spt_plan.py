@@ -16,11 +16,10 @@ from mona_mm import PeftBackbone
 from mona_mm.compat.safe_globals import register_safe_globals
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.meta import meta_device
-from mona_mm.methods import LoRA, Mona
 from mona_mm.spt import Plan, Sensitivity, allocate, load_published_plan
 from mona_mm.spt.allocation import parse_budget
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.plan import base_digest, module_cost, widths
+from mona_mm.spt.plan import base_digest, module_cost
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.published import _read, published_names
 
@@ -62,7 +61,7 @@ def recount(plan: Plan) -> int:
         shape = plan.architecture.shapes[name]
         total += rows[1] - rows[0] if rows else math.prod(shape)
     for block, sites in plan.structured.items():
-        total += sum(module_cost(plan.structured_config, *widths(plan.architecture, block, site)) for site in sites)
+        total += sum(module_cost(plan.structured_config, plan.architecture, block, site) for site in sites)
     return total
 
 
@@ -269,7 +268,7 @@ def walk(sensitivity, budget, kind, alpha, beta):
         if part.kind == 'matrix' and kind:
             site = part.op if groups is None else next(s for s, members in groups.items() if part.op in members)
             own = (part.block, site)
-            cost[own] = module_cost(kind, *widths(architecture, *own))
+            cost[own] = module_cost(kind, architecture, *own)
             need[own] = cost[own] / alpha
         elif part.kind == 'vector':
             own = (part.name, part.rows)
@@ -387,25 +386,45 @@ def test_mona_goes_where_the_sensitivity_is():
         hot = part.block == 'layers.1' and part.op in ('fc1', 'fc2')
         part.of(sensitivity.squares[part.name])[:] = torch.rand(part.shape) + (10 if hot else 0)
     kind = dict(type='Mona', bottleneck=2)
-    cost = module_cost(kind, 32, 32)
+    cost = module_cost(kind, sensitivity.architecture, 'layers.1', 'post_ffn')
     plan = allocate(sensitivity, cost + 32 + 5, kind)
     assert plan.structured == {'layers.1': ('post_ffn',)}
     assert plan.counts.structured == cost and plan.counts.weights == 5
 
 
+STRUCTURED = {
+    'lora': dict(type='LoRA', rank=3, dropout=0.0),
+    'adapter': dict(type='Adapter', bottleneck=3, init='trunc_normal'),
+    'mona': dict(type='Mona', bottleneck=5),
+    'mona-kernels': dict(type='Mona', bottleneck=3, kernel_sizes=[3, 9], scaled_norm=['down', 'pointwise']),
+    'mona-plain': dict(type='Mona', bottleneck=3, kernel_sizes=[5], scaled_norm=[], average=False),
+    'mona-all-norms': dict(type='Mona', bottleneck=2, scaled_norm=['pointwise']),
+}
+
+
+@pytest.mark.parametrize('kind', STRUCTURED)
 @pytest.mark.parametrize('name', TINY)
-def test_costs_are_those_of_the_modules(name):
-    """What a plan counts for a module is what the module has."""
-    architecture = Architecture.of(build(TINY[name]))
-    for block in architecture.blocks:
-        for site in SITES:
-            ins, outs = widths(architecture, block, site)
-            module = LoRA(ins, outs, rank=3)
-            assert module_cost(dict(type='LoRA', rank=3), ins, outs) == sum(p.numel() for p in module.parameters())
-        channels, _ = widths(architecture, block, 'post_ffn')
-        module = Mona(channels, bottleneck=5)
-        expected = sum(p.numel() for p in module.parameters())
-        assert module_cost(dict(type='Mona', bottleneck=5), channels, channels) == expected
+def test_no_plan_exceeds_its_budget(name, kind):
+    """Whatever the structured module and its options: what really trains in a backbone with the plan is what the plan
+    counts, and within the budget."""
+    sensitivity, budget = random_sensitivity(name), 6000
+    plan = allocate(sensitivity, budget, STRUCTURED[kind], alpha=1e3, structured_only=kind != 'lora')
+    assert plan.structured, 'the test would count no module'
+    modules = dict(type='SPT', structured=plan.structured_config, plan={k: list(s) for k, s in plan.structured.items()})
+    backbone = PeftBackbone(base=TINY[name], peft=modules)
+    trains = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    assert trains == plan.counts.structured and plan.counts.total <= budget
+    assert recount(plan) == plan.counts.total
+
+
+def test_the_budget_that_was_exceeded():
+    """20,000 of a ViT with Mona of other filters and two norms: it was 20,320."""
+    kind = dict(type='Mona', bottleneck=8, kernel_sizes=[3, 9], scaled_norm=['down', 'pointwise'])
+    channels, n = 32, 8
+    cost = 2 * channels * n + channels + n + n * (3 * 3 + 9 * 9 + 2) + n * n + n + 4 * (channels + n)
+    sensitivity = random_sensitivity('vit')
+    assert module_cost(kind, sensitivity.architecture, 'layers.0', 'post_attn') == cost
+    assert allocate(sensitivity, 20000, kind, alpha=1e3).counts.total <= 20000
 
 
 def test_what_is_selected_from():

@@ -38,12 +38,13 @@ def info(args: argparse.Namespace) -> None:
     """What is inside."""
     delta = read_delta(args.file)
     header, sizes = delta.header, part_sizes(delta.header, delta.tensors)
-    stored = {part: sum(t.nbytes for n, t in delta.tensors.items() if header.part(n) == part) for part in sizes}
+    tensors = {name: tensor for name, tensor in delta.tensors.items() if name not in header.shared}
+    stored = {part: sum(t.nbytes for n, t in tensors.items() if header.part(n) == part) for part in sizes}
     if args.json:
         shown = {key: value for key, value in vars(header).items() if key not in ('config', 'base')}
         print(json.dumps(dict(file=args.file, bytes=osp.getsize(args.file), values=sizes, stored=stored, **shown)))
         return
-    print(f'{args.file}: {osp.getsize(args.file):,} bytes, {len(delta.tensors)} tensors')
+    print(f'{args.file}: {osp.getsize(args.file):,} bytes, {len(tensors)} tensors')
     for path, each in header.methods.items():
         options = ', '.join(f'{name}={value!r}' for name, value in each['options'].items())
         kept = f', frozen_dtype={each["frozen_dtype"]!r}' if 'frozen_dtype' in each else ''

@@ -81,6 +81,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         bias_decay_mult=0.0,
+        dwconv_decay_mult=1.0,  # in the published runs the biases of Mona's depthwise convolutions decay
         custom_keys={
             'absolute_pos_embed': dict(decay_mult=0.0),
             'relative_position_bias_table': dict(decay_mult=0.0),

@@ -4,7 +4,7 @@ import inspect
 import os.path as osp
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from logging import WARNING
@@ -22,6 +22,7 @@ from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, res
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
 from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
+from mona_mm.freeze import alike, backbone_path, is_under, moving_copies
 from mona_mm.registry import METHODS
 from mona_mm.sites import method_names
 from mona_mm.version import __version__
@@ -93,7 +94,8 @@ def save_delta(
     if not str(path).endswith(SUFFIX):
         raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}; by it the file is recognised.')
     model = unwrap(model)
-    state = _tensors(model) if state_dict is None else state_dict
+    own = _tensors(model)
+    state = own if state_dict is None else state_dict
     backbone = _backbone_prefix(model)
     names = changing(model)
     present = sorted({part_of(name, backbone) for name in names})
@@ -104,19 +106,24 @@ def save_delta(
         if wrong or not parts:
             raise ConfigError(f'parts={list(parts)}: the parts of this model that train are {", ".join(present)}.')
         names = {name for name in names if part_of(name, backbone) in parts}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    followed = moving_copies(model) if parts is None else {}
+    copies = {copy: of for copy, of in followed.items() if _same_frozen(own, names, copy, of)}
+    frozen = _frozen(own, names, None if parts is None else set(parts), backbone, copies)  # of no average
     header = DeltaHeader(
         methods=describe_methods(model),
         backbone=backbone,
         parts=None if parts is None else sorted(parts),
         half=half,
-        base=fingerprint(_frozen(state, names, None if parts is None else set(parts), backbone)),
+        base=fingerprint(frozen),
         versions=versions(),
         base_file=_absolute(base_file or ''),
         config=config,
         metrics=dict(metrics or {}),
         dataset_meta=dict(dataset_meta or {}),
         progress=dict(progress or {}),
+        shared=_shared({name: tensor for name, tensor in own.items() if name in names}),
+        copies=copies,
     )
     write_delta(path, header, {n: _halved(state[n]) if half and n in trained else state[n] for n in names})
 
@@ -178,9 +185,11 @@ def apply_delta(
         _load_whole(model, base)
     delta = replace(delta, tensors=_fitted(model, state, delta.tensors))
     given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
-    wrong = compare(given, delta.tensors, optional=lambda name: False)
+    shared = _shared(given)
+    wrong = compare(given, delta.tensors, optional=lambda name: False) or _torn_apart(shared, delta.tensors)
     parts = None if header.parts is None else set(header.parts)
-    frozen = _frozen(state, set(delta.tensors), parts, header.backbone)
+    copies = {copy: of for copy, of in header.copies.items() if _are_alike(model, copy, of)}
+    frozen = _frozen(state, set(delta.tensors), parts, header.backbone, copies)
     if not wrong and not same_names(header.base, frozen):
         method, lacking = method_names(model), changing(model) & frozen.keys()
         lacking = sorted(lacking, key=lambda name: (name not in method, name))
@@ -203,10 +212,17 @@ def apply_delta(
         restored = [name for name in kept if name not in delta.tensors]
         for name in restored:
             state[name].copy_(kept.pop(name)[0])
-        for name, tensor in delta.tensors.items():
-            before = kept[name][0].to(state[name].dtype) if name in kept else state[name].detach().to('cpu', copy=True)
-            state[name].copy_(tensor)
-            kept[name] = before, checksum(state[name])
+        names = [name for name in delta.tensors if name not in shared]
+        # All of them before the first is written, since the memory of one may be part of another's.
+        before = {
+            name: kept[name][0].to(state[name].dtype) if name in kept else state[name].detach().to('cpu', copy=True)
+            for name in names
+        }
+        for name in names:
+            state[name].copy_(delta.tensors[name])
+        kept.update({name: (before[name], checksum(state[name])) for name in names})
+        for name, source in _followed(state, delta.tensors, copies).items():
+            state[name].copy_(state[source])
     if header.dataset_meta and hasattr(model, 'dataset_meta'):
         model.dataset_meta = dict(header.dataset_meta)
     if header.parts is not None:
@@ -241,9 +257,9 @@ def _is_ours(tensor: Tensor | None, before: Tensor, written: int) -> bool:
 
 
 def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of values in a delta by part, the method first."""
+    """The number of values in a delta by part, the method first; a tensor with several names counts once."""
     sizes: dict[str, int] = {}
-    for name in sorted(tensors, key=lambda name: (header.part(name) != 'method', name)):
+    for name in sorted(tensors.keys() - header.shared.keys(), key=lambda name: (header.part(name) != 'method', name)):
         sizes[header.part(name)] = sizes.get(header.part(name), 0) + tensors[name].numel()
     return sizes
 
@@ -467,14 +483,16 @@ def changing(model: nn.Module) -> set[str]:
     These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
     frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
     parameters of it or of the innermost module around it that has some, one trains. The places of single weights
-    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint.
+    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint. What follows another part
+    (a teacher its student) changes where that does, and so do the buffers of what averages it.
     """
     method = method_names(model)
     places = {name for name in method if name.endswith(PLACES)}
-    names = {name for name, p in model.named_parameters() if p.requires_grad} | method - places
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {name for name, p in parameters.items() if p.requires_grad} | method - places
     state = _tensors(model)
-    modules = dict(model.named_modules())
-    for name in state.keys() - names - {n for n, _ in model.named_parameters()}:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in state.keys() - names - parameters.keys():
         path = name.rpartition('.')[0]
         module = modules[path]
         if name in places or name.endswith(RECOMPUTED):
@@ -487,23 +505,78 @@ def changing(model: nn.Module) -> set[str]:
             module = modules[path]
         if any(p.requires_grad for p in module.parameters()):
             names.add(name)
+    for copy, followed in moving_copies(model).items():
+        inside = {name for name in state if name.startswith(f'{copy}.')}
+        names -= inside
+        names |= {name for name in inside if followed + name.removeprefix(copy) in names}
+        names |= {name for name in state if copy.startswith(f'{name.rpartition(".")[0]}.') and name not in parameters}
     return names & state.keys()
 
 
-def _frozen(state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str) -> dict[str, Tensor]:
+def _frozen(
+    state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str, copies: Mapping[str, str]
+) -> dict[str, Tensor]:
     return {
         name: tensor
         for name, tensor in state.items()
-        if name not in changed and not name.endswith(RECOMPUTED) and (parts is None or part_of(name, backbone) in parts)
+        if name not in changed
+        and not name.endswith(RECOMPUTED)
+        and not is_under(name, copies)
+        and (parts is None or part_of(name, backbone) in parts)
     }
+
+
+def _followed(state: Iterable[str], changed: Collection[str], copies: Mapping[str, str]) -> dict[str, str]:
+    """By name of every frozen tensor of a copy, the name of that which it is a copy of."""
+    return {
+        name: of + name.removeprefix(copy)
+        for name in state
+        for copy, of in copies.items()
+        if name not in changed and is_under(name, [copy])
+    }
+
+
+def _same_frozen(state: Mapping[str, Tensor], changed: set[str], copy: str, of: str) -> bool:
+    return all(
+        torch.equal(state[name], state[source]) for name, source in _followed(state, changed, {copy: of}).items()
+    )
+
+
+def _are_alike(model: nn.Module, first: str, second: str) -> bool:
+    modules = dict(model.named_modules())
+    return first in modules and second in modules and alike(modules[first], modules[second])
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
+def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The further names of tensors that have several, because modules share parameters: each with the first."""
+    first: dict[tuple, str] = {}
+    shared = {}
+    for name, tensor in tensors.items():
+        place = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.data_ptr() and first.setdefault(place, name) != name:
+            shared[name] = first[place]
+    return shared
+
+
+def _torn_apart(shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """The first tensor of a model for which a delta has different values under its several names."""
+    return next(
+        (
+            f'{name} and {first} are one tensor here, and there are two.'
+            for name, first in shared.items()
+            if not torch.equal(tensors[name], tensors[first])
+        ),
+        '',
+    )
+
+
 def _backbone_prefix(model: nn.Module) -> str:
-    return 'backbone.' if isinstance(getattr(model, 'backbone', None), nn.Module) else ''
+    path = backbone_path(model)
+    return f'{path}.' if path else ''
 
 
 def _halved(tensor: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class DeltaHeader:
         dataset_meta: names (and colours) of the classes.
         progress: where training was; with it a run can be resumed from the delta.
         packed: names and shapes, by type, of tensors that lie one after another in one; see :func:`_pack`.
+        shared: further names of tensors that have several in the model, each with the name that it is stored under.
+        copies: paths of parts that follow others (a teacher), each with the other's, whose frozen part is also theirs.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -61,10 +63,13 @@ class DeltaHeader:
     dataset_meta: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, list] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
 
     _TYPES = dict(
         methods=dict, backbone=str, parts=(list, type(None)), half=bool, base=dict, versions=dict, base_file=str,
-        config=str, metrics=dict, dataset_meta=dict, progress=dict, packed=dict,
+        config=str, metrics=dict, dataset_meta=dict, progress=dict, packed=dict, shared=dict,
+        copies=dict,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -97,8 +102,8 @@ class Delta:
 
 
 def write_delta(file: str | Path, header: DeltaHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Write a delta, whole or not at all."""
-    header, tensors = _pack(header, {name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    """Write a delta, whole or not at all. Of the names in ``header.shared`` no tensor is stored."""
+    header, tensors = _pack(header, _apart({n: t for n, t in tensors.items() if n not in header.shared}))
     methods = '+'.join(each.get('type') or '+'.join(each['trainable']) for each in header.methods.values())
     text = json.dumps(asdict(header), separators=(',', ':'), default=_plain)
     packed = base64.b85encode(zlib.compress(text.encode(), 9)).decode()
@@ -106,6 +111,17 @@ def write_delta(file: str | Path, header: DeltaHeader, tensors: Mapping[str, Ten
     data = safetensors.torch.save(tensors, metadata)
     data = data.replace(_NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
     AtomicLocalBackend().put(data, Path(file).expanduser())
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two in the same memory: safetensors refuses views that overlap."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _pack(header: DeltaHeader, tensors: dict[str, Tensor]) -> tuple[DeltaHeader, dict[str, Tensor]]:
@@ -156,6 +172,7 @@ def read_delta(file: str | Path) -> Delta:
     try:
         header = _read_header(data)
         tensors = _unpack(header, safetensors.torch.load(data))
+        tensors |= {name: tensors[stored] for name, stored in header.shared.items()}
     except _Damaged as error:
         raise CheckpointMismatchError(f'{file} cannot be read as a delta: {error}.') from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -1,5 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -37,11 +38,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
     own = method_names(model)
     state = {name: _single(t) for name, t in self_contained_state_dict(model).items() if name not in own}
+    merged = set()
     with torch.no_grad():
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
                 weight = state[f'{path}.{linear.weight}' if path else linear.weight]
+                if (weight.data_ptr(), site) in merged:  # under another name of a block that has several
+                    continue
+                merged.add((weight.data_ptr(), site))
                 rows = weight[linear.rows(weight)]
                 rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
     return state
@@ -49,9 +54,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of ``model``, which is not changed, with its single weights (SPT) in those of the base."""
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    # What has several names, because modules share it, is one tensor here, too.
+    state = deepcopy(dict(model.state_dict()))
     with torch.no_grad():
-        for path, module in model.named_modules():
+        for path, module in model.named_modules(remove_duplicate=False):
             # A module of its own beside a parameter, which maps it to what the forward computes with.
             inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
             if not isinstance(inner, PeftModules):
@@ -69,7 +75,8 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, PeftBlock)]
+    modules = model.named_modules(remove_duplicate=False)
+    return [(path, module) for path, module in modules if isinstance(module, PeftBlock)]
 
 
 def stock_config(cfg: Config) -> Config:

@@ -1,5 +1,8 @@
 """Freeze, report what trains, and prove that the frozen weights stay."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -8,8 +11,9 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
+from mona_mm.averages import differing_frozen, keep_frozen_part
 from mona_mm.errors import FreezeError
-from mona_mm.freeze import Rules, check_trainable, count_trainable, freeze, select
+from mona_mm.freeze import Rules, alike, behind_outputs, check_trainable, count_trainable, freeze, moving_copies, select
 from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
@@ -23,6 +27,11 @@ class ParamFreezeHook(Hook):
     built, the hook checks. On a stock model, in one process, it freezes by itself: the Runner wraps the model for
     distributed training before any hook runs, and freezing after that is too late.
 
+    Copies of the model are kept on its frozen part, bit for bit, whoever averages them, and however: those that other
+    hooks hold (an ``EMAHook``) before they are validated or saved, and a teacher in the model
+    (:func:`mona_mm.freeze.moving_copies`) before every iteration. A copy whose frozen part was another one when
+    training began (a teacher with weights of its own) is left alone.
+
     Args:
         trainable: a rule or a list of rules of :mod:`mona_mm.freeze`, over the names of the whole model
             (``['backbone.stages.3', 'neck', 'roi_head']``). None checks what the model's parts were built with.
@@ -30,7 +39,7 @@ class ParamFreezeHook(Hook):
     Raises:
         FreezeError: in ``before_run`` or ``before_train``, if the model does not train what the config asked for, or
             if the hook would have to freeze a model that is already wrapped; in ``before_save_checkpoint`` or
-            ``after_train``, if a frozen weight changed.
+            ``after_train``, if a frozen weight changed, in the model or in a copy of it.
         ConfigError: if a rule matches nothing.
     """
 
@@ -40,6 +49,8 @@ class ParamFreezeHook(Hook):
     def __init__(self, trainable: Rules | None = None) -> None:
         self.trainable = trainable
         self._checksums: dict[str, Tensor] = {}
+        self._copies: dict[nn.Module, str] = {}  # that hooks hold, with whose
+        self._followers: dict[str, str] | None = None  # in the model: see moving_copies
 
     def before_run(self, runner: Runner) -> None:
         """Freeze a stock model, where ``trainable`` is given and nothing in the model was frozen when built."""
@@ -63,7 +74,7 @@ class ParamFreezeHook(Hook):
                 group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
-        method, asked = method_names(model), select(model, self.trainable)
+        method, asked = method_names(model), select(model, self.trainable) - behind_outputs(model)
         wrong = sorted(
             name for name, p in model.named_parameters() if name not in method and p.requires_grad != (name in asked)
         )
@@ -83,19 +94,73 @@ class ParamFreezeHook(Hook):
             raise FreezeError('No parameter of the model trains: choose a method, or other `trainable` rules.')
         print_log(f'What trains:\n{count.table()}', logger='current')
         self._checksums = checksums(model)
+        self._followers = None
+        self._copies = {}
+        self._find_copies(runner)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Keep a teacher's frozen part, which its hook has averaged since."""
+        model = _unwrap(runner.model)
+        if self._followers is None:  # not before: such hooks make the teacher equal to the student before training
+            self._followers = {
+                copy: followed
+                for copy, followed in moving_copies(model).items()
+                if _is_averaged(model, copy)
+                or not differing_frozen(model.get_submodule(copy), model.get_submodule(followed))
+            }
+        self._keep_followers(model)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Keep the frozen part of what is validated."""
+        self._keep_copies(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse to write a checkpoint whose frozen weights moved."""
         if self._checksums:
+            self._keep_copies(runner)
             self._check_frozen(runner)
 
     def after_train(self, runner: Runner) -> None:
         """Say that the frozen weights are what they were."""
+        self._keep_copies(runner)
         self._check_frozen(runner)
-        print_log(f'{len(self._checksums)} frozen parameters are unchanged, bit for bit.', logger='current')
+        whose = [*self._copies.values(), *(self._followers or ())]
+        copies = f', and so are those of {len(whose)} copies of the model ({", ".join(whose)})' if whose else ''
+        print_log(f'{len(self._checksums)} frozen parameters are unchanged, bit for bit{copies}.', logger='current')
+
+    def _find_copies(self, runner: Runner) -> None:
+        model = _unwrap(runner.model)
+        for hook in runner.hooks:
+            for held in _modules_in(vars(hook)):
+                copy = next((m for m in held.modules() if alike(m, model)), None)
+                if copy is None or copy is model or copy in self._copies:
+                    continue
+                if _is_averaged(held) or not differing_frozen(copy, model):
+                    self._copies[copy] = type(hook).__name__
+
+    def _keep_copies(self, runner: Runner) -> None:
+        if not self._checksums:
+            return
+        self._find_copies(runner)  # some hooks begin late
+        model = _unwrap(runner.model)
+        self._keep_followers(model)
+        for copy in self._copies:
+            keep_frozen_part(copy, model)
+
+    def _keep_followers(self, model: nn.Module) -> None:
+        for copy, followed in (self._followers or {}).items():
+            keep_frozen_part(model.get_submodule(copy), model.get_submodule(followed))
 
     def _check_frozen(self, runner: Runner) -> None:
-        now = checksums(_unwrap(runner.model))
+        model = _unwrap(runner.model)
+        for copy, whose in self._copies.items():
+            wrong = differing_frozen(copy, model)
+            if wrong:
+                raise FreezeError(
+                    f'{len(wrong)} frozen tensors of the copy of the model that {whose} holds are not those of the '
+                    f'model: {", ".join(wrong[:5])}. Something else writes to them.'
+                )
+        now = checksums(model)
         if now.keys() != self._checksums.keys():
             changed = sorted(now.keys() ^ self._checksums.keys())
             what = 'were frozen or unfrozen'
@@ -103,12 +168,34 @@ class ParamFreezeHook(Hook):
             names = list(now)
             moved = torch.stack([*now.values()]) != torch.stack([*self._checksums.values()]) if names else []
             changed = [name for name, m in zip(names, torch.as_tensor(moved).tolist(), strict=True) if m]
+            follows = {
+                f'{copy}.{name}': now.get(f'{followed}.{name}')
+                for copy, followed in (self._followers or {}).items()
+                for name, _ in model.get_submodule(copy).named_parameters()
+            }
+            changed = [n for n in changed if n not in follows or not (follows[n] is None or follows[n] == now[n])]
             what = 'are frozen but changed'
         if changed:
             raise FreezeError(
                 f'{len(changed)} parameters {what} during training: {", ".join(changed[:5])}. Something writes to '
                 'them past the optimizer, or changed requires_grad after the model was built.'
             )
+
+
+def _is_averaged(module: nn.Module, path: str = '') -> bool:
+    """Whether a module, or another one on the way down a path in it, averages what is in it."""
+    around = [module]
+    for name in filter(None, path.split('.')):
+        around.append(around[-1].get_submodule(name))
+    return any(hasattr(m, 'update_parameters') for m in around)
+
+
+def _modules_in(held: Any) -> Iterator[nn.Module]:
+    if isinstance(held, nn.Module):
+        yield held
+    elif isinstance(held, dict | list | tuple):
+        for each in held.values() if isinstance(held, dict) else held:
+            yield from _modules_in(each)
 
 
 def checksums(model: nn.Module) -> dict[str, Tensor]:

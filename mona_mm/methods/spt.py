@@ -9,17 +9,13 @@ from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.methods.base import GIVEN, Method, check_size, check_widths
-from mona_mm.methods.mona import Mona
 from mona_mm.options import Count, Positive, check_options, checked
 from mona_mm.registry import METHODS
 from mona_mm.sites import Host
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sparse import attach_sparse
-from mona_mm.spt.structured import StructuredAdapter, StructuredLoRA
-
-# At a linear site a module is also told which, since `proj` has no dropout.
-_MODULES = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+from mona_mm.spt.structured import STRUCTURED, build_structured
 
 
 @METHODS.register_module()
@@ -122,19 +118,15 @@ class SPT(Method):
         at_sites = {path: {site: widths[path][site] for site in sites} for path, sites in self.plan.structured.items()}
         if any(at_sites.values()):
             name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
-            check_widths(name, _MODULES[options['type']], options, at_sites)
+            check_widths(name, STRUCTURED[options['type']], options, at_sites)
             check_size(name, widths, at_sites, lambda site, width: self._module(host, site, width))
         return {
             path: {site: self._module(host, site, width) for site, width in of.items()} for path, of in at_sites.items()
         }
 
     def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
-        options = dict(self.structured)
-        if site in host.linears:
-            options['site'] = site
-            if not host.linears[site].called:  # what only adds to a weight can drop nothing
-                options |= dict(dropout=0.0, drop_path=0.0)
-        return _MODULES[options.pop('type')](*widths, **options)
+        called = site not in host.linears or host.linears[site].called
+        return build_structured(self.structured, widths, site, called)
 
 
 def check_structured(structured: Mapping[str, Any] | None) -> None:
@@ -148,4 +140,4 @@ def check_structured(structured: Mapping[str, Any] | None) -> None:
         return
     options = structured_module(structured)
     kind = options.pop('type')
-    check_options(f'structured {kind}', _MODULES[kind], options, given=GIVEN)
+    check_options(f'structured {kind}', STRUCTURED[kind], options, given=GIVEN)

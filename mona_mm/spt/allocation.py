@@ -12,7 +12,7 @@ import torch
 
 from mona_mm.errors import ConfigError
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.plan import STREAM_GROUPS, Plan, module_cost, structured_module, widths
+from mona_mm.spt.plan import STREAM_GROUPS, Plan, module_cost, structured_module
 from mona_mm.spt.sensitivity import Sensitivity
 
 RULES = ('budget', 'published')
@@ -164,7 +164,7 @@ def _candidates(
                     continue
                 if config['type'] == 'Adapter' and not architecture.matrices[block, site].called:
                     continue  # it reads the output of a module that there is none of
-                cost = module_cost(config, *widths(architecture, block, site))
+                cost = module_cost(config, architecture, block, site)
                 found.append(
                     _Candidate(
                         tuple(index[block, s] for s in members), cost, math.ceil(cost / alpha), module=(block, site)

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Plan:
 
     Args:
         architecture: of the base that the plan is for.
-        structured_config: the structured module, ``dict(type='LoRA', rank=8)``; options beyond its width do not count.
+        structured_config: the structured module, ``dict(type='LoRA', rank=8)``, with its options.
         structured: by path of a block, the sites that get a structured module.
         vectors: parameters that train whole, with the range of rows, or None for all of the parameter. The class token
             of a host that has one is among them.
@@ -113,7 +113,7 @@ class Plan:
             numel[token, None] = torch.Size(self.architecture.shapes[token]).numel()
         return Counts(
             structured=sum(
-                module_cost(self.structured_config, *widths(self.architecture, block, site))
+                module_cost(self.structured_config, self.architecture, block, site)
                 for block, sites in self.structured.items()
                 for site in sites
             ),
@@ -240,18 +240,26 @@ def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None
     return {**config, 'type': kind, _WIDTH[kind]: width}
 
 
-def module_cost(config: Mapping[str, Any], in_channels: int, out_channels: int) -> int:
-    """Parameters of one structured module.
+def module_cost(config: Mapping[str, Any], architecture: Architecture, block: str, site: str) -> int:
+    """Parameters of the structured module at a site of a block, counted in one built without memory.
 
-    LoRA ``r (in + out)``; Adapter, sequential on the output and with biases, ``2 r out + r + out``; Mona
-    ``(2n + 5) m + n^2 + 88 n``.
+    Raises:
+        ConfigError: if the module cannot be built with these options.
+        UnknownOptionError: if it has no such option.
     """
-    width = config[_WIDTH[config['type']]]
-    if config['type'] == 'LoRA':
-        return width * (in_channels + out_channels)
-    if config['type'] == 'Adapter':
-        return 2 * width * out_channels + width + out_channels
-    return (2 * width + 5) * out_channels + width * width + 88 * width
+    called = site in STREAM_GROUPS or architecture.matrices[block, site].called
+    return _cost(json.dumps(dict(config), sort_keys=True), *widths(architecture, block, site), site, called)
+
+
+@cache
+def _cost(config: str, in_channels: int, out_channels: int, site: str, called: bool) -> int:
+    from mona_mm.meta import meta_device  # here: these import this module
+    from mona_mm.spt.structured import build_structured
+
+    widths = (in_channels,) if site in STREAM_GROUPS else (in_channels, out_channels)
+    with meta_device():
+        module = build_structured(json.loads(config), widths, site, called)
+    return sum(p.numel() for p in module.parameters())
 
 
 def base_digest(backbone: nn.Module, architecture: Architecture) -> str:

@@ -7,11 +7,15 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 code; where the two differ the code is followed.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule
+from mona_mm.methods.base import GIVEN, PeftModule
 from mona_mm.methods.lora import Init, LoRA, reset_projections
-from mona_mm.options import Probability, Width, checked
+from mona_mm.methods.mona import Mona
+from mona_mm.options import Probability, Width, check_options, checked
 from mona_mm.sites import LINEAR_SITES
 
 
@@ -111,3 +115,30 @@ class StructuredAdapter(PeftModule):
         """``x (..., in_channels)`` and ``y (..., out_channels)`` to what is added to ``y``."""
         z = x if self.parallel else y
         return self.drop_path(self.up(self.act(self.down(self.dropout(z)))))
+
+
+STRUCTURED = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+"""The classes of structured modules by the ``type`` in a config."""
+
+
+def build_structured(config: Mapping[str, Any], widths: tuple[int, ...], site: str, called: bool = True) -> nn.Module:
+    """A structured module as it is at a site.
+
+    Args:
+        config: of the module, with its ``type``: ``'LoRA'``, ``'Adapter'``, or ``'Mona'`` at a stream site.
+        widths: ``(channels,)`` at a stream site, ``(in_channels, out_channels)`` at a linear site.
+        site: see :mod:`mona_mm.sites`.
+        called: whether the host calls the linear layer of the site as a module.
+
+    Raises:
+        ConfigError: if an option's value cannot be.
+        UnknownOptionError: if it has no such option.
+    """
+    options = dict(config)
+    kind = options.pop('type')
+    check_options(f'structured {kind}', STRUCTURED[kind], options, given=GIVEN)
+    if site in LINEAR_SITES:
+        options['site'] = site  # since `proj` has no dropout
+        if not called:  # what only adds to a weight can drop nothing
+            options |= dict(dropout=0.0, drop_path=0.0)
+    return STRUCTURED[kind](*widths, **options)

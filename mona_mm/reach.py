@@ -1,0 +1,82 @@
+"""What of a backbone its outputs depend on: with ``out_indices`` that end early, the stages behind compute in vain."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mona_mm.sites import find_host, is_host
+
+_SIDE = 224  # of an image, where a backbone is for none in particular
+
+
+def unreached(module: nn.Module) -> set[str]:
+    """The parameters that train in the backbones of ``module`` (or in it, if it is one), and that none of their outputs
+    depends on.
+
+    Found by autograd, in a forward and a backward pass on the meta device, which cost no memory. A backbone that no
+    such pass can be made with counts as reached altogether.
+    """
+    found: set[str] = set()
+    for path, backbone in module.named_modules():
+        if _may_end_early(backbone) and any(p.requires_grad for p in backbone.parameters()):
+            found |= {f'{path}.{name}' if path else name for name in _without_gradient(backbone)}
+    return found
+
+
+def _may_end_early(module: nn.Module) -> bool:
+    if not isinstance(getattr(module, 'out_indices', None), list | tuple):
+        return False
+    return not (is_host(module) and find_host(module).ends_with_last_block(module))
+
+
+def _without_gradient(backbone: nn.Module) -> set[str]:
+    trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    state = {
+        name: torch.empty(
+            tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype, device='meta'
+        ).requires_grad_(name in trains)
+        for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
+    }
+    channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    size = getattr(backbone, 'img_size', None) or _SIDE
+    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    try:
+        with _plainly(backbone), torch.enable_grad():
+            outputs = functional_call(backbone, state, torch.empty(1, channels, *size, device='meta'))
+            total = sum(each.sum() for each in _tensors_in(outputs) if each.requires_grad)
+            if not isinstance(total, Tensor):
+                return trains
+            wanted = [state[name] for name in trains]
+            gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    except Exception:  # whatever a foreign forward does not do without values
+        return set()
+    return {name for name, gradient in zip(trains, gradients, strict=True) if gradient is None}
+
+
+@contextmanager
+def _plainly(backbone: nn.Module) -> Iterator[None]:
+    """In this context nothing is random and nothing is computed twice."""
+    before = [(m, m.training, m.__dict__.get('with_cp')) for m in backbone.modules()]
+    for m, _, with_cp in before:
+        m.training = False
+        if with_cp:
+            m.with_cp = False
+    try:
+        yield
+    finally:
+        for m, training, with_cp in before:
+            m.training = training
+            if with_cp:
+                m.with_cp = with_cp
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, list | tuple):
+        for each in outputs:
+            yield from _tensors_in(each)

@@ -1,0 +1,88 @@
+"""What lies behind a backbone's last output does not train, and is said to."""
+
+import pytest
+import torch
+from conftest import HOSTS
+from torch import nn
+
+import mona_mm
+from mona_mm.errors import ConfigError
+from mona_mm.freeze import check_trainable, count_trainable, freeze
+from mona_mm.reach import unreached
+from mona_mm.registry import MODELS
+
+EARLY = {name: dict(host, out_indices=(1,) if 'vit' in name else (0, 1)) for name, host in HOSTS.items()}
+
+
+def without_gradient(backbone: nn.Module) -> set[str]:
+    """By a real backward pass."""
+    backbone.eval()
+    outputs = backbone(torch.randn(1, 3, 64, 64))
+    sum(output.sum() for output in outputs).backward()
+    return {name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None}
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_what_gets_no_gradient_does_not_train(name, monkeypatch):
+    """On every host: a method's modules behind the last output are frozen, those before it train and get a gradient;
+    the log says so, and the record knows."""
+    base = dict(type='Mona', bottleneck=4)
+    said = []
+    monkeypatch.setattr('mona_mm.freeze.print_log', lambda message, **_: said.append(message))
+    backbone = mona_mm.PeftBackbone(base=dict(EARLY[name]), peft=base, trainable='norm')
+    assert [f'behind the last output of {type(backbone).__name__}' in message for message in said] == [True]
+    assert without_gradient(backbone) == set()
+    trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert (
+        0 < sum('.peft.' in name for name in trains) < sum('.peft.' in name for name, _ in backbone.named_parameters())
+    )
+    check_trainable(backbone)
+    assert count_trainable(backbone).trainable == sum(backbone.get_parameter(name).numel() for name in trains)
+    freeze(nn.ModuleDict(dict(backbone=backbone)), 'none')  # once more, around it
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_all_that_gets_no_gradient_is_found(name):
+    backbone = MODELS.build(dict(EARLY[name]))
+    backbone.train()
+    before = {path: m.training for path, m in backbone.named_modules()}
+    random = torch.get_rng_state()
+    found = unreached(backbone)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert before == {path: m.training for path, m in backbone.named_modules()}
+    assert found == without_gradient(backbone) and found
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_nothing_is_behind_the_last_stage(name):
+    backbone = MODELS.build(dict(HOSTS[name]))
+    assert unreached(backbone) == set()
+
+
+@pytest.mark.parametrize('rule', ['partial_1', 'stages.3', 'stages.2.blocks.0.norm1', ['bias', 'stages.3.blocks.0']])
+def test_a_rule_that_reaches_no_output_is_refused(rule):
+    """Also where another rule beside it does."""
+    with pytest.raises(
+        ConfigError, match=r'behind the last output of SwinTransformer \(out_indices=\(0, 1\)\).*stages'
+    ):
+        mona_mm.PeftBackbone(base=dict(EARLY['mmdet-swin']), trainable=rule)
+
+
+def test_stock_modules():
+    """Of a ResNet, alone or in a model, as of a supported host."""
+    resnet = dict(type='mmdet.ResNet', depth=18, out_indices=(0, 1))
+    with pytest.raises(ConfigError, match=r"trainable='layer3' lets train lies behind the last output of ResNet"):
+        mona_mm.FrozenModel(base=dict(resnet), trainable='layer3')
+    model = nn.ModuleDict(dict(backbone=MODELS.build(dict(resnet)), head=nn.Linear(2, 2)))
+    freeze(model, ['backbone', 'head'])
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert 'backbone.layer2.0.conv1.weight' in trains and 'head.weight' in trains
+    assert not any('layer3' in name or 'layer4' in name for name in trains)
+
+
+def test_a_method_all_of_which_is_behind(tmp_path):
+    """A plan of SPT for the last stage only, where the outputs end before it."""
+    peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), plan={'stages.3.blocks.0': ['q']})
+    mona_mm.PeftBackbone(base=dict(HOSTS['mmdet-swin']), peft=peft)
+    with pytest.raises(ConfigError, match='What the method lets train lies behind the last output'):
+        mona_mm.PeftBackbone(base=dict(EARLY['mmdet-swin']), peft=peft)
