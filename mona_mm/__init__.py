@@ -11,7 +11,18 @@ compat.install()  # before anything below can import mmcv.ops
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
 from mona_mm.checkpoint import loading  # noqa: E402, F401  lets every loader of mmengine read deltas
 from mona_mm.checkpoint.delta import load_delta, save_delta  # noqa: E402
+from mona_mm.checkpoint.lock import reading  # noqa: E402
+from mona_mm.checkpoint.merge import merge  # noqa: E402
 from mona_mm.freeze import count_trainable  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
-__all__ = ['FrozenModel', 'PeftBackbone', '__version__', 'count_trainable', 'load_delta', 'save_delta']
+__all__ = [
+    'FrozenModel',
+    'PeftBackbone',
+    '__version__',
+    'count_trainable',
+    'load_delta',
+    'merge',
+    'reading',
+    'save_delta',
+]

@@ -47,6 +47,8 @@ class FreezeRecord:
 
     rules: tuple[str, ...]
     trainable: frozenset[str]
+    frozen: frozenset[str] = frozenset()
+    """What would train had it not been asked for; what a host itself froze is not among it."""
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -131,9 +133,9 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
     kept = method_names(module).union(*selected.values())
-    for name, parameter in module.named_parameters():
-        if name not in kept:
-            parameter.requires_grad = False
+    frozen = {name for name, p in module.named_parameters() if name not in kept and p.requires_grad}
+    for name in frozen:
+        module.get_parameter(name).requires_grad = False
     module.train = partial(train, module)
     training = module.training
     module.train()
@@ -147,7 +149,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
                 '`trainable` of its own), so it would train nothing.'
             )
     module.train(training)
-    module.freeze_record = FreezeRecord(rules, trainable)
+    module.freeze_record = FreezeRecord(rules, trainable, frozenset(frozen))
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
