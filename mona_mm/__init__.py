@@ -12,7 +12,18 @@ from mona_mm import averages  # noqa: E402, F401  lets averages keep the frozen 
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
 from mona_mm.checkpoint import loading  # noqa: E402, F401  lets every loader of mmengine read deltas
 from mona_mm.checkpoint.delta import load_delta, save_delta  # noqa: E402
+from mona_mm.checkpoint.lock import reading  # noqa: E402
+from mona_mm.checkpoint.merge import merge  # noqa: E402
 from mona_mm.freeze import count_trainable  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
-__all__ = ['FrozenModel', 'PeftBackbone', '__version__', 'count_trainable', 'load_delta', 'save_delta']
+__all__ = [
+    'FrozenModel',
+    'PeftBackbone',
+    '__version__',
+    'count_trainable',
+    'load_delta',
+    'merge',
+    'reading',
+    'save_delta',
+]

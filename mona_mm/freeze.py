@@ -50,12 +50,18 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 class FreezeRecord:
     """What was asked of a module and what that selected; kept on the module as ``freeze_record``.
 
-    ``behind`` was selected, too, and stays frozen, since no output depends on it.
+    Args:
+        rules: what was asked for.
+        trainable: the parameters that train.
+        behind: parameters that were selected, too, and stay frozen, since no output depends on them.
+        frozen: the parameters that would train had :func:`freeze` not been called; what the host itself froze is not
+            among them.
     """
 
     rules: tuple[str, ...]
     trainable: frozenset[str]
     behind: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -150,9 +156,9 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
     kept = method_names(module).union(*selected.values())
-    for name, parameter in module.named_parameters():
-        if name not in kept:
-            parameter.requires_grad = False
+    frozen = {name for name, p in module.named_parameters() if name not in kept and p.requires_grad}
+    for name in frozen:
+        module.get_parameter(name).requires_grad = False
     module.train = partial(train, module)
     training = module.training
     module.train()
@@ -167,7 +173,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
                 '`trainable` of its own), so it would train nothing.'
             )
     module.train(training)
-    module.freeze_record = FreezeRecord(rules, trainable, frozenset(behind))
+    module.freeze_record = FreezeRecord(rules, trainable, frozenset(behind), frozenset(frozen | behind))
 
 
 def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:

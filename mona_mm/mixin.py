@@ -1,9 +1,11 @@
 """Change what one object of a class does, and nothing else: no name in its state dict, no other object."""
 
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from mona_mm.errors import ConfigError
 
 
 class Mixin:
@@ -15,9 +17,11 @@ class Mixin:
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class is made at run time, so pickle cannot find it by name.
         mixins, cls = [], type(self)
-        while issubclass(cls, Mixin):
+        while _is_mixed(cls):
             mixin, cls = cls.__bases__
             mixins.insert(0, mixin)
+        if issubclass(cls, Mixin):  # somebody has made a class of the mixed one, and pickles or refuses it as he does
+            return super().__reduce_ex__(protocol)
         return _new, (cls, *mixins), self.__dict__
 
 
@@ -28,27 +32,99 @@ def mix_in(module: nn.Module, mixin: type[Mixin]) -> None:
 
 def mix_out(module: nn.Module) -> None:
     """Undo the last :func:`mix_in`."""
-    module.__class__ = type(module).__bases__[1]
+    module.__class__ = _unmixed(type(module))
 
 
 def stock_class(module: nn.Module) -> type:
-    """The class of a module without mixins."""
-    cls = type(module)
-    while issubclass(cls, Mixin):
-        cls = cls.__bases__[1]
-    return cls
+    """The class of a module without mixins, and without what :mod:`torch.nn.utils.parametrize` makes of a class."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Mixin) and not _is_parametrized(cls))
 
 
 def qualified_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
 
 
-@cache
+_EXPORT = 'torch.fx.experimental.proxy_tensor'
+_CLASSES: dict[tuple[type, type[Mixin]], type] = {}
+
+
 def _mixed(cls: type, mixin: type[Mixin]) -> type:
-    return type(cls.__name__, (mixin, cls), {'__module__': __name__, '__doc__': mixin.__doc__})
+    made = _CLASSES.get((cls, mixin))
+    if made is None:
+        made = type(cls.__name__, (mixin, cls), {'__module__': __name__, '__doc__': mixin.__doc__})
+        made = _CLASSES.setdefault((cls, mixin), made)  # atomic: two threads get the same class
+    return made
+
+
+def _is_mixed(cls: type) -> bool:
+    return issubclass(cls, Mixin) and cls.__module__ == __name__ and len(cls.__bases__) == 2
+
+
+def _unmixed(cls: type) -> type:
+    if _is_mixed(cls):
+        return cls.__bases__[1]
+    # Made at run time of a mixed one: the same of what is left.
+    base, *others = cls.__bases__
+    own = {name: value for name, value in vars(cls).items() if name not in ('__dict__', '__weakref__')}
+    return type(cls.__name__, (_unmixed(base), *others), own)
+
+
+def _is_parametrized(cls: type) -> bool:
+    return cls.__module__ == 'torch.nn.utils.parametrize' and cls.__name__.startswith('Parametrized')
 
 
 def _new(cls: type, *mixins: type[Mixin]) -> nn.Module:
     for mixin in mixins:
         cls = _mixed(cls, mixin)
     return cls.__new__(cls)
+
+
+def substitute(module: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
+    """A stand-in for a module that has other parts, for one call: everything else it shares, and nothing is changed.
+
+    So nothing of a call is ever kept on a module, where another thread's call would find it.
+
+    Args:
+        module: whatever has the parts. Of its stand-in the caller runs the class's forward.
+        parts: by path, tensors to take for parameters, and callables for submodules.
+
+    Raises:
+        ConfigError: if a module within it, around a part, has been given a ``forward`` of its own, which would not
+            see the part.
+    """
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for path, part in parts.items():
+        child, _, rest = path.partition('.')
+        if rest:
+            inner.setdefault(child, {})[rest] = part
+        else:
+            own[child] = part
+    children = vars(module)['_modules']
+    for child, within in inner.items():
+        part = children.get(child)
+        if part is None or 'forward' in vars(part):
+            raise ConfigError(
+                f'{child} in this {type(module).__name__} is wrapped, or its forward replaced (by an activation '
+                f'checkpoint, for instance), which hides {", ".join(within)} in it. Wrap the block or the backbone '
+                'around it instead.'
+            )
+        own[child] = substitute(part, within)
+    cls = type(module)
+    attributes = dict(vars(module))
+    attributes.pop('forward', None)
+    while any(
+        base.__module__ == _EXPORT for base in cls.__mro__
+    ):  # torch.export's view of it, which has no other parts
+        cls = cls.__bases__[-1]
+    # A parametrized tensor is a property of the class, and would be found before the stand-in's.
+    while _is_parametrized(cls):
+        attributes.update({name: getattr(module, name) for name in module.parametrizations})
+        cls = cls.__bases__[0]
+    modules = {name: own.pop(name) for name in list(own) if name in children}
+    if modules:
+        attributes['_modules'] = {**children, **modules}
+    attributes.update(own)
+    stand_in = object.__new__(cls)
+    vars(stand_in).update(attributes)
+    return stand_in

@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch.utils import _python_dispatch
+
+# Where a later torch has renamed it, operations are counted in the fast forms.
+_is_in_dispatch_mode = getattr(_python_dispatch, 'is_in_torch_dispatch_mode', lambda: False)
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -14,5 +18,11 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, another tracer or ``torch.func`` follows what is computed now."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or are_functorch_transforms_active()
+    """Whether torch.compile, another tracer, ``torch.func`` or a dispatch mode (one that counts operations, or computes
+    shapes alone) follows what is computed now."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or are_functorch_transforms_active()
+        or _is_in_dispatch_mode()
+    )

@@ -30,10 +30,15 @@ to the weight can be there (LoRA without dropout, single weights).
 :func:`inject` puts a :class:`PeftBlock` in front of the class of every block, hangs the method's modules under the
 block's new child ``peft``, and hooks the DropPath and linear modules of the sites in use; nothing else changes. The
 names of the base's parameters stay, the backbone's own class stays, and with modules that do nothing the block computes
-what the stock one does, bit for bit.
+what the stock one does, bit for bit. :func:`remove` undoes it.
+
+A forward pass keeps nothing on a module, so that threads may share a model. The grid is an argument of the block: hosts
+that do not pass it do so by :func:`_forward_on_grid`. What is computed again in a backward pass, by whichever thread,
+then has it as well. Within the block, hooks find it in the thread's own :data:`_RUNNING`.
 """
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -42,11 +47,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
-from mona_mm.mixin import Mixin, mix_in, qualified_name, stock_class
+from mona_mm.mixin import Mixin, mix_in, mix_out, qualified_name, stock_class, substitute
+from mona_mm.observed import is_traced
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
 LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
@@ -56,10 +61,41 @@ class PeftModules(nn.ModuleDict):
     """The modules that a method added to one block, by site."""
 
 
-class TokenGrid:
-    """The ``(H, W)`` of the tokens in the running forward pass, shared by a backbone's patch embedding and blocks."""
+class _UnknownGrid:
+    """In the place of ``(H, W)`` where nobody has said it; an error only for a method that asks."""
 
-    hw: tuple[int, int] | None = None
+    def __getitem__(self, index: int) -> int:
+        raise ConfigError(
+            'The grid of the tokens is not known here, so this method cannot run. Either a block was called without '
+            'its backbone, which tells it the grid, or only a part of a block is under an activation checkpoint: put '
+            'the checkpoint around the whole block (with_cp=True does, where the backbone has it).'
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        yield self[0]
+
+
+@dataclass
+class _Call:
+    """What hooks within a block have to know of its call that runs.
+
+    Args:
+        block: that runs.
+        hw: the grid ``(H, W)`` of its tokens.
+        reached: the sites whose hooks have been called.
+    """
+
+    block: 'PeftBlock'
+    hw: tuple[int, int] | _UnknownGrid
+    reached: set[str]
+
+
+class _Running(threading.local):
+    call: _Call | None = None
+
+
+_RUNNING = _Running()
+"""The innermost block's call in this thread."""
 
 
 class PeftBlock(Mixin):
@@ -67,15 +103,15 @@ class PeftBlock(Mixin):
 
     host: 'Host'
     peft: PeftModules
-    grid: TokenGrid
+    hooked: frozenset[str]
+    """The sites that a hook reaches."""
 
     def stream(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
         """The stock block's forward, with :meth:`at` where the sites are."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``, or ``(B, C, H, W)`` where the host has it so; ``hw`` is passed by the hosts
-        whose attention needs it."""
+        """``(B, N, C) -> (B, N, C)``, ``hw`` being their grid, or ``(B, C, H, W)`` where the host has it so."""
         if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
             # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
             # base the first block's does not, though its modules do.
@@ -83,16 +119,28 @@ class PeftBlock(Mixin):
         return self._forward(x, *hw)
 
     def _forward(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
-        if hw:
-            self.grid.hw = hw[0]  # for the sites that are reached by a hook
-        return self.stream(x, *hw)
+        around, call = _RUNNING.call, _Call(self, hw[0] if hw else _UnknownGrid(), set())
+        _RUNNING.call = call
+        try:
+            x = self.stream(x, *hw)
+        finally:
+            _RUNNING.call = around
+        missed = self.hooked - call.reached
+        if missed and missed & set(self.peft):
+            raise ConfigError(
+                f'A module within this {type(self).__name__} was exchanged for another after the method had been '
+                f'attached, so that the method at {", ".join(sorted(missed))} is not reached. Give the new module the '
+                '_forward_hooks and _forward_pre_hooks of the old one, or exchange it before PeftBackbone is built.'
+            )
+        return x
 
     def at(self, site: str, x: Tensor) -> Tensor:
         """``x`` through the module at a stream site, if there is one."""
         if site not in self.peft:
             return x
         if x.dim() == 3:
-            return self.peft[site](x, self.grid.hw)
+            call = _call_of(self)
+            return self.peft[site](x, _UnknownGrid() if call is None else call.hw)
         hw = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), hw).transpose(1, 2).unflatten(2, hw)
 
@@ -105,24 +153,31 @@ class PeftBlock(Mixin):
         weights: dict[str, Tensor] = {}
         for site, linear in self.host.linears.items():
             if site in self.peft and not linear.called:
-                name = linear.weight.removeprefix('attn.')
-                weight = weights.get(name, self.get_parameter(linear.weight))
+                weight = weights.get(linear.weight)
+                weight = _tensor(self, linear.weight) if weight is None else weight
                 rows = linear.rows(weight)
                 delta = self.peft[site].delta_weight()
-                weights[name] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
+                weights[linear.weight] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
         for path in self.host.uncalled:
             module = self.get_submodule(path)
             for parameter, delta in getattr(module, 'peft', {}).items():
-                name = f'{path}.{parameter}'.removeprefix('attn.')
-                weights[name] = delta(weights.get(name, getattr(module, parameter)))
-        return functional_call(self.attn, weights, args, kwargs) if weights else self.attn(*args, **kwargs)
+                weight = weights.get(f'{path}.{parameter}')
+                weights[f'{path}.{parameter}'] = delta(getattr(module, parameter) if weight is None else weight)
+        return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
+
+
+def _tensor(module: nn.Module, path: str) -> Tensor:
+    """A parameter by its path; of a parametrized one the tensor that is computed with."""
+    path, _, name = path.rpartition('.')
+    return getattr(module.get_submodule(path), name)
 
 
 class PreNormBlock(PeftBlock):
     """Swin's and ViT's."""
 
     def stream(self, x: Tensor, *hw: tuple[int, int]) -> Tensor:
-        residual = self.at('post_attn', x + self.attend(self.norm1(x), *hw))
+        told = () if self.host.grid_source else hw
+        residual = self.at('post_attn', x + self.attend(self.norm1(x), *told))
         x = self.ffn(self.norm2(residual), identity=residual)
         return self.at('post_ffn', self.beside_ffn(x, residual))
 
@@ -184,7 +239,11 @@ class Linear:
 
     def rows(self, weight: Tensor) -> slice:
         """The rows of ``weight`` that are this linear's."""
-        length = len(weight) if self.third is None else len(weight) // 3
+        return self.part(len(weight))
+
+    def part(self, length: int) -> slice:
+        """What of an output of so many channels is this linear's."""
+        length = length if self.third is None else length // 3
         start = length * (self.third or 0)
         return slice(start, start + length)
 
@@ -383,28 +442,52 @@ def inject(backbone: nn.Module, method: Attachment) -> None:
         for site, module in attached.items():
             _check_reach(backbone, host, site, module)
     backbone.peft_name = method.name
-    grid = TokenGrid()
     if host.grid_source is not None:
-        source = backbone.get_submodule(host.grid_source)
-        source.grid = grid
-        source.register_forward_hook(_remember_grid)
+        # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
+        backbone.forward = partial(_forward_on_grid, backbone, host.grid_source, tuple(blocks))
     for path, block in blocks.items():
         mix_in(block, host.kind)
         block.host = host
-        block.grid = grid
         block.peft = PeftModules(modules.get(path, {}))
+        hooked = []
         added: dict[str, list[str]] = {}  # sites by linear layer
         for site in block.peft:
             branch, _, place = site.partition('_')
             if site in host.linears:
                 if host.linears[site].called:
                     added.setdefault(host.linears[site].module, []).append(site)
+                    hooked.append(site)
             elif place == 'branch':
-                _bound(block, host.ends[branch][0]).register_forward_pre_hook(partial(_map_branch, site))
+                end = block.get_submodule(host.ends[branch][0])
+                end.register_forward_pre_hook(partial(_map_branch, block, site))
+                hooked.append(site)
             elif place == 'out':
-                _bound(block, host.ends[branch][1]).register_forward_hook(partial(_map_out, site))
-        for linear, sites in added.items():
-            _bound(block, linear).register_forward_hook(partial(_add_to_linear, tuple(sites)))
+                end = block.get_submodule(host.ends[branch][1])
+                end.register_forward_hook(partial(_map_out, block, site))
+                hooked.append(site)
+        for path, sites in added.items():
+            linear = block.get_submodule(path)
+            channels = 1 if isinstance(linear, nn.Conv2d) else -1
+            linear.register_forward_hook(partial(_add_to_linear, block, tuple(sites), channels))
+        block.hooked = frozenset(hooked)
+
+
+def remove(backbone: nn.Module) -> None:
+    """Undo :func:`inject`, in place: the blocks are stock ones again, and the method's modules are gone."""
+    backbone.__dict__.pop('peft_name', None)
+    if _is_ours(backbone.__dict__.get('forward'), _forward_on_grid):
+        del backbone.forward
+    for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
+        for module in block.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [k for k, hook in hooks.items() if _is_ours(hook, _map_branch, _map_out, _add_to_linear)]:
+                    del hooks[key]
+        del block.peft, block.host, block.hooked
+        mix_out(block)
+
+
+def _is_ours(function: Any, *ours: Callable) -> bool:
+    return isinstance(function, partial) and function.func in ours
 
 
 def _widths(host: Host, block: nn.Module, site: str) -> tuple[int, ...]:
@@ -425,35 +508,76 @@ def _check_reach(backbone: nn.Module, host: Host, site: str, module: nn.Module) 
         )
 
 
-def _bound(block: nn.Module, path: str) -> nn.Module:
-    """A module of a block that knows the block, for hooks on it."""
-    module = block.get_submodule(path)
-    module.__dict__['peft_block'] = block  # not by setattr: as a child, the block would be its own descendant
-    return module
+def _forward_on_grid(
+    backbone: nn.Module, source: str, blocks: tuple[str, ...], *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    """The forward of a backbone whose blocks are not told the grid: here they are, by an argument.
+
+    Args:
+        backbone: whose class's forward it is.
+        source: path of the child that returns ``(tokens, (H, W))``.
+        blocks: paths of the blocks.
+        args: of the forward.
+        kwargs: of the forward.
+    """
+    grid: list[tuple[int, int]] = []
+    parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
+    parts[source] = partial(_remember_grid, backbone.get_submodule(source), grid)
+    return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
 
-# Hooks are module-level functions that read their host: a closure would keep serving the source model after a deepcopy.
+def _remember_grid(source: nn.Module, grid: list[tuple[int, int]], *args: Any) -> tuple[Tensor, tuple[int, int]]:
+    tokens, hw = source(*args)
+    grid[:] = [tuple(hw)]
+    return tokens, hw
 
 
-def _map_branch(site: str, end: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return end.peft_block.at(site, args[0]), *args[1:]
+def _on_grid(block: nn.Module, grid: list[tuple[int, int]], x: Tensor) -> Tensor:
+    return block(x, *grid)
 
 
-def _map_out(site: str, end: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    return end.peft_block.at(site, out)
+# Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
 
 
-def _add_to_linear(sites: tuple[str, ...], linear: nn.Linear | nn.Conv2d, args: tuple[Tensor], out: Tensor) -> Tensor:
-    block, channels = linear.peft_block, 1 if isinstance(linear, nn.Conv2d) else -1
+def _map_branch(block: PeftBlock, site: str, end: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    _reached(block, site)
+    return block.at(site, args[0]), *args[1:]
+
+
+def _map_out(block: PeftBlock, site: str, end: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    _reached(block, site)
+    return block.at(site, out)
+
+
+def _add_to_linear(
+    block: PeftBlock, sites: tuple[str, ...], channels: int, linear: nn.Module, args: tuple[Tensor], out: Tensor
+) -> Tensor:
+    _reached(block, *sites)
     x, out = args[0].movedim(channels, -1), out.movedim(channels, -1)
     starts, branches = [], []
     for site in sites:
-        rows = block.host.linears[site].rows(linear.weight)
-        starts.append(rows.start)
-        branches.append(block.peft[site](x, out[..., rows]))
+        part = block.host.linears[site].part(out.shape[-1])
+        starts.append(part.start)
+        branches.append(block.peft[site](x, out[..., part]))
     if branches[0].shape == out.shape:
         return (out + branches[0]).movedim(-1, channels)
+    if is_traced():  # nobody else can differentiate or write down the function
+        for start, branch in zip(starts, branches, strict=True):
+            out = out + F.pad(branch, (start, out.shape[-1] - start - branch.shape[-1]))
+        return out.movedim(-1, channels)
     return _AddToSlices.apply(out, starts, *branches).movedim(-1, channels)
+
+
+def _reached(block: PeftBlock, *sites: str) -> None:
+    call = _call_of(block)
+    if call is not None:
+        call.reached.update(sites)
+
+
+def _call_of(block: PeftBlock) -> _Call | None:
+    """The call of this block that runs in this thread. torch.export makes other objects of the same attributes."""
+    call = _RUNNING.call
+    return call if call is not None and vars(call.block) is vars(block) else None
 
 
 class _AddToSlices(torch.autograd.Function):
@@ -481,10 +605,6 @@ class _AddToSlices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, *(grad[..., part] for part in ctx.slices)
-
-
-def _remember_grid(patch_embed: nn.Module, args: tuple, output: tuple[Tensor, tuple[int, int]]) -> None:
-    patch_embed.grid.hw = tuple(output[1])
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import wraps
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
 from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, resized, same_names
+from mona_mm.checkpoint.lock import writing
 from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
 from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
@@ -135,10 +137,11 @@ def _absolute(file: str) -> str:
 def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> LoadedDelta:
     """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
 
-    So one process can serve several tasks on one backbone. Where the model is not on the delta's base yet, that is
-    loaded first: the whole model that the run started from (its ``load_from``), if it did and that is still there, or
-    beside the delta; else, unless the model has been initialised, what its own ``init_weights`` loads. Where the delta
-    is refused, the model is what it was.
+    So one process can serve several tasks on one backbone; threads that predict at the same time do so within
+    :func:`mona_mm.reading`, for which this waits. Where the model is not on the delta's base yet, that is loaded first:
+    the whole model that the run started from (its ``load_from``), if it did and that is still there, or beside the
+    delta; else, unless the model has been initialised, what its own ``init_weights`` loads. Where the delta is refused,
+    the model is what it was.
 
     Args:
         model: of the config that the delta was trained with.
@@ -161,6 +164,17 @@ def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = Fals
     return loaded
 
 
+def _exclusively(load: Callable) -> Callable:
+    """Whoever loads into a model waits for those that read its weights or load into it, and keeps them waiting."""
+
+    @wraps(load)
+    def alone(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with writing(model):
+            return load(model, *args, **kwargs)
+
+    return alone
+
+
 def allow_other_base(allow: bool = True) -> None:
     """Let every later delta load as with ``allow_other_base=True``, whoever loads it: the tools' option."""
     _ALLOW_OTHER_BASE.set(allow)
@@ -171,6 +185,7 @@ def set_base_file(file: str | None) -> None:
     _BASE_FILE.set(file)
 
 
+@_exclusively
 def apply_delta(
     model: nn.Module, delta: Delta, allow_other_base: bool = False, start: float | None = None
 ) -> LoadedDelta:

@@ -1,14 +1,21 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
+from collections.abc import Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.lock import writing
+from mona_mm.errors import ConfigError
+from mona_mm.fast.frozen_weights import kept_weights
 from mona_mm.methods.folded_mona import can_fold, folded_options
-from mona_mm.sites import PeftBlock, PeftModules, method_names
+from mona_mm.mixin import Mixin, mix_out
+from mona_mm.sites import PeftBlock, PeftModules, method_names, remove
 from mona_mm.type_names import is_ours, is_type, with_names
 
 
@@ -24,32 +31,143 @@ def unmergeable(model: nn.Module) -> list[str]:
     )
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What the parameters become to which a method adds: the sums, by name in the state dict, under every name.
 
-    ``model`` itself is not changed. The sum is computed in float64. Weights in half precision (``frozen_dtype``) come
-    out in float32: there they would round small additions away.
+    ``model`` itself is not changed. A low-rank product is added in float64. Weights in half precision come out in
+    float32: there they would round small additions away.
 
     Raises:
-        ValueError: if something in the model is :func:`unmergeable`.
+        ConfigError: if something in the model is :func:`unmergeable`; a weight is parametrized; or it is shared with a
+            module to which nothing is added, or something else.
     """
     left = unmergeable(model)
     if left:
-        raise ValueError(f'{", ".join(left)} cannot be merged into the weights of a base.')
-    own = method_names(model)
-    state = {name: _single(t) for name, t in self_contained_state_dict(model).items() if name not in own}
-    merged = set()
+        raise ConfigError(
+            f'{", ".join(left)} cannot be merged into the weights of a base: it computes what no stock model does. '
+            '`tools/delta.py merge` writes such a model with a config of its own.'
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+
+    sums: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor:
+        if name not in parameters:
+            raise ConfigError(
+                f'{name} is parametrized; torch.nn.utils.parametrize.remove_parametrizations comes first.'
+            )
+        if holders[id(parameters[name])] > 1:
+            raise ConfigError(
+                f'{", ".join(names[id(parameters[name])])} are one weight, so that what is added to it for one of the '
+                'modules would be added for all.'
+            )
+        return sums.get(name, parameters[name])
+
     with torch.no_grad():
+        for path, _, changes in _changed(model):
+            for name, change in changes.items():
+                full = f'{path}.{name}' if path else name
+                sums[full] = change(current(full))
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
-                weight = state[f'{path}.{linear.weight}' if path else linear.weight]
-                if (weight.data_ptr(), site) in merged:  # under another name of a block that has several
-                    continue
-                merged.add((weight.data_ptr(), site))
+                full = f'{path}.{linear.weight}' if path else linear.weight
+                sums[full] = weight = _single(current(full)).clone()
                 rows = weight[linear.rows(weight)]
                 rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
-    return state
+    return {other: _single(total) for name, total in sums.items() for other in names[id(parameters[name])]}
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
+
+    ``model`` itself is not changed. Weights in half precision (``frozen_dtype``) come out in float32.
+
+    Raises:
+        ConfigError: see :func:`merged_weights`.
+    """
+    sums, own = merged_weights(model), method_names(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    return {name: sums[name] if name in sums else _single(tensor.detach().clone()) for name, tensor in state.items()}
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Merge a method into the weights of its base and remove everything of mona_mm from ``model``, in place.
+
+    What is left is the stock model: its classes, the names of its state dict, its ``init_weights`` and ``train``; what
+    :mod:`mona_mm.freeze` froze trains again, and the fast forms (``fast=True``) are gone. The parameters stay the
+    objects that they were, so that an optimizer which has them goes on. Weights that ``frozen_dtype`` kept in half
+    precision are in float32, and the backbone computes in the precision of its input. An average of the model
+    (``EMAHook``) is another model, and merged on its own.
+
+    Args:
+        model: a model, or a backbone alone, whose methods are additions to weights (LoRA, SPT with LoRA modules and
+            single weights) or only a choice of what trains (BitFit, ...). For inference with a Mona see
+            :func:`mona_mm.methods.fold_mona`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ConfigError: if it holds another method; or a weight is parametrized, or shared with another module. The model
+            is not changed then.
+        UserError: within :func:`mona_mm.reading` of the model.
+    """
+    with writing(model), torch.no_grad():
+        sums = merged_weights(model)
+        for module in [m for m in model.modules() if hasattr(m, 'frozen_dtype')]:
+            for weight in kept_weights(module):
+                weight.data = weight.data.float()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, total in sums.items():
+            parameters[name].copy_(total)
+        for _, module, changes in list(_changed(model)):
+            for name in changes:
+                getattr(module, name).requires_grad = True
+            del module.peft
+        for module in [m for m in model.modules() if 'peft_name' in vars(m)]:
+            remove(module)
+        for module in model.modules():
+            _make_stock(module)
+    return model
+
+
+def _make_stock(module: nn.Module) -> None:
+    """Take from a module, in place, what PeftBackbone and FrozenModel gave it."""
+    record = vars(module).get('freeze_record')
+    for name, parameter in module.named_parameters() if record is not None else ():
+        if name in record.frozen:
+            parameter.requires_grad = True
+    while isinstance(module, Mixin):
+        mix_out(module)
+    for name in _METHODS:
+        function = vars(module).get(name)
+        if isinstance(function, partial) and function.func.__module__.startswith('mona_mm.'):
+            del vars(module)[name]
+    for name in _ATTRIBUTES:
+        vars(module).pop(name, None)
+    if isinstance(module, BaseModule):
+        module.is_init = True  # else a Runner would load what init_cfg names over the merged weights
+
+
+_METHODS = ('forward', 'train', 'init_weights')
+_ATTRIBUTES = ('peft_config', 'freeze_record', 'frozen_dtype', 'feature_cache', 'before_delta', 'base_file', '_masks')
+
+
+def _changed(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module, PeftModules]]:
+    """The modules, by path, that have a module of their own beside a parameter, which maps it to what the forward
+    computes with (SPT's single weights), and those."""
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        changes = None if isinstance(module, PeftBlock) else module._modules.get('peft')
+        if isinstance(changes, PeftModules):
+            yield path, module, changes
 
 
 def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -57,13 +175,9 @@ def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     # What has several names, because modules share it, is one tensor here, too.
     state = deepcopy(dict(model.state_dict()))
     with torch.no_grad():
-        for path, module in model.named_modules(remove_duplicate=False):
-            # A module of its own beside a parameter, which maps it to what the forward computes with.
-            inner = None if isinstance(module, PeftBlock) else module._modules.get('peft')
-            if not isinstance(inner, PeftModules):
-                continue
+        for path, _, changes in _changed(model, remove_duplicate=False):
             prefix = f'{path}.' if path else ''
-            for name, change in inner.items():
+            for name, change in changes.items():
                 state[prefix + name] = change(state[prefix + name])
             state = {name: tensor for name, tensor in state.items() if not name.startswith(f'{prefix}peft.')}
     return state

@@ -20,7 +20,6 @@ trains (:data:`_FEWEST`), where it is the faster one. The order of the windows i
 draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
 """
 
-from contextlib import nullcontext
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -177,8 +176,7 @@ class FastWindowAttention(Mixin):
         index = window_index(batch, (int(height), int(width)), window, shift, query.device)
         x = query.reshape(-1, channels)
         x = _Gather.apply(x, index.there, index.padding, index.back, None).view(-1, window**2, channels)
-        with inner.effective_parameters() if hasattr(inner, 'effective_parameters') else nullcontext():
-            x = self._attend(x, index.groups, shift)
+        x = self._attend(inner.effective() if hasattr(inner, 'effective') else inner, x, index.groups, shift)
         x = _Gather.apply(x.view(-1, channels), index.back, None, index.there, index.padding)
         return self.drop(x.view(batch, tokens, channels))
 
@@ -200,9 +198,8 @@ class FastWindowAttention(Mixin):
             )
         return self.shift_size if side > self.window_size else 0
 
-    def _attend(self, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
-        """``(windows, N, C) -> (windows, N, C)``."""
-        inner = self.w_msa
+    def _attend(self, inner: nn.Module, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
+        """``(windows, N, C) -> (windows, N, C)``, as the ``WindowMSA`` ``inner`` does."""
         count, length, _ = x.shape
         qkv = inner.qkv(x).reshape(count, length, 3, inner.num_heads, -1).permute(2, 0, 3, 1, 4)
         table = inner.relative_position_bias_table
@@ -225,10 +222,12 @@ class FastWindowAttention(Mixin):
             return self._make_masks(table, dtype, shift)
         # The table's storage is kept beside the masks, so that its address can be no other table's.
         key = (table.data_ptr(), table._version, table.device, dtype, shift)
-        if self._masks is None or self._masks[0] != key:
+        kept = self._masks  # looked at once: another thread may exchange them at any time
+        if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                self._masks = key, table.detach(), self._make_masks(table, dtype, shift)
-        return self._masks[2]
+                kept = key, table.detach(), self._make_masks(table, dtype, shift)
+            self._masks = kept
+        return kept[2]
 
     def _make_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
         """Of every group of windows, ``(1, heads, N, N)``."""

@@ -17,8 +17,8 @@ pickle has them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
 from functools import partial
 from hashlib import blake2b
 from logging import WARNING
@@ -32,7 +32,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from mona_mm.checkpoint.fingerprint import fingerprint
 from mona_mm.errors import ConfigError
 from mona_mm.freeze import check_trainable
-from mona_mm.mixin import qualified_name
+from mona_mm.mixin import qualified_name, substitute
 from mona_mm.sites import HOSTS, find_host, method_modules
 
 
@@ -64,7 +64,7 @@ class Features(NamedTuple):
 
 
 class FeatureCache:
-    """The features of images, by key, and the weights that they belong to.
+    """The features of images, by key, and the weights that they belong to. Threads may share it.
 
     Args:
         gib: how much memory they may take, in GiB.
@@ -79,16 +79,28 @@ class FeatureCache:
         self._is_full = False
         # Their marks, fingerprint and, so that their addresses can be no others', storages.
         self._weights: tuple[list, dict, list[Tensor]] = [], {}, []
+        self._age = 0  # how often the weights have changed
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple:
         return FeatureCache, (self.gib,)
 
-    def follow(self, backbone: nn.Module) -> None:
-        """Drop all features if they are of other weights than those that ``backbone`` has now.
+    def look_up(self, backbone: nn.Module, keys: Sequence[tuple]) -> tuple[list[Features | None], int]:
+        """The features of images, None where there are none, and the age of the weights, which :meth:`keep` asks for.
+
+        All features are dropped first if they are of other weights than those that ``backbone`` has now.
 
         Raises:
             FreezeError: if what the features were kept for as frozen trains now.
         """
+        with self._lock:
+            self._follow(backbone)
+            found = [self.features.get(key) for key in keys]
+            self.asked += len(found)
+            self.found += sum(each is not None for each in found)
+            return found, self._age
+
+    def _follow(self, backbone: nn.Module) -> None:
         trainable = backbone.freeze_record.trainable
         tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
         marks = [
@@ -97,6 +109,7 @@ class FeatureCache:
             if name not in trainable
         ]
         if self.switched:
+            self.switched = False  # before the weights are looked at: who calls train() from now on is not overlooked
             self.report()
         elif marks == self._weights[0]:
             return
@@ -107,8 +120,8 @@ class FeatureCache:
                 print_log('The frozen weights have changed: the features kept are dropped.', logger='current')
             self.features.clear()
             self.bytes, self._is_full = 0, False
+            self._age += 1
         self._weights = marks, current, [t.detach() for _, t in tensors]
-        self.switched = False
 
     def report(self) -> None:
         """Say how many images were found since the last report."""
@@ -120,28 +133,22 @@ class FeatureCache:
             )
         self.asked = self.found = 0
 
-    def find(self, keys: Sequence[tuple]) -> list[Features | None]:
-        """The features of images, None where there are none."""
-        found = [self.features.get(key) for key in keys]
-        self.asked += len(found)
-        self.found += sum(each is not None for each in found)
-        return found
-
-    def keep(self, key: tuple, features: Features) -> None:
-        """Keep a copy of the features of an image, if there is room for them."""
-        if key in self.features:
-            return
-        if self.bytes + features.nbytes <= self.gib * 2**30:
-            self.features[key] = features.copy()
-            self.bytes += features.nbytes
-        elif not self._is_full:
-            self._is_full = True
-            print_log(
-                f'cache_features={self.gib} GiB are full: the features of {len(self.features)} images are kept, those '
-                'of others are computed every time.',
-                logger='current',
-                level=WARNING,
-            )
+    def keep(self, key: tuple, features: Features, age: int) -> None:
+        """Keep a copy of the features of an image, if there is room for them and the weights are still that old."""
+        with self._lock:
+            if key in self.features or age != self._age:
+                return
+            if self.bytes + features.nbytes <= self.gib * 2**30:
+                self.features[key] = features.copy()
+                self.bytes += features.nbytes
+            elif not self._is_full:
+                self._is_full = True
+                print_log(
+                    f'cache_features={self.gib} GiB are full: the features of {len(self.features)} images are kept, '
+                    'those of others are computed every time.',
+                    logger='current',
+                    level=WARNING,
+                )
 
 
 def cache_features(backbone: nn.Module, gib: float) -> None:
@@ -207,9 +214,8 @@ def _train(inner: partial, cache: FeatureCache, mode: bool = True) -> nn.Module:
 def _forward(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor) -> Sequence[Tensor]:
     if x.requires_grad or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return inner(x)
-    cache.follow(backbone)
     keys = _keys(x)
-    features = cache.find(keys)
+    features, age = cache.look_up(backbone, keys)
     missing = [i for i, found in enumerate(features) if found is None]
     if len(missing) == len(features):
         outputs, computed = _compute(backbone, inner, x)
@@ -218,7 +224,7 @@ def _forward(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor
         with torch.no_grad():
             computed = _compute(backbone, inner, x[missing])[1] if missing else []
     for i, each in zip(missing, computed, strict=True):
-        cache.keep(keys[i], each)
+        cache.keep(keys[i], each, age)
         features[i] = each
     return _assemble(backbone, features, x.device) if outputs is None else outputs
 
@@ -237,8 +243,8 @@ def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[T
     if not backbone.freeze_record.trainable:
         outputs = inner(x)
         return outputs, [Features(tuple(image), container=type(outputs)) for image in zip(*outputs, strict=True)]
-    with _listening(backbone) as heard:
-        outputs = inner(x)
+    heard: dict[str, Any] = {}
+    outputs = _compute_heard(backbone, heard, x)
     tokens, *arguments = heard['block']
     hw = heard.get('hw') or arguments[0]
     return outputs, [
@@ -253,19 +259,25 @@ def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[T
     ]
 
 
-@contextmanager
-def _listening(backbone: nn.Module) -> Iterator[dict[str, Any]]:
-    """What the last block is called with, and the grid where it is not told."""
-    host, heard = find_host(backbone), {}
-    hooks = [_last_block(backbone).register_forward_pre_hook(lambda m, args: heard.update(block=args))]
+def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of a batch; what the last block is called with, and the grid where it is not told, is then heard."""
+
+    def block(*args: Any) -> Tensor:
+        heard.update(block=args)
+        return last(*args)
+
+    def grid(*args: Any) -> tuple[Tensor, tuple[int, int]]:
+        tokens, hw = source(*args)
+        heard.update(hw=hw)
+        return tokens, hw
+
+    host, last = find_host(backbone), _last_block(backbone)
+    *_, path = host.blocks(backbone)
+    parts = {path: block}
     if host.grid_source is not None:
         source = backbone.get_submodule(host.grid_source)
-        hooks.append(source.register_forward_hook(lambda m, args, output: heard.update(hw=output[1])))
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
+        parts[host.grid_source] = grid
+    return type(backbone).forward(substitute(backbone, parts), x)
 
 
 def _last_block(backbone: nn.Module) -> nn.Module:

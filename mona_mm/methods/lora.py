@@ -76,7 +76,12 @@ class LoRA(PeftModule):
 
     def delta_weight(self) -> Tensor:
         """What the branch adds to the linear's weight when it is merged, ``(out_channels, in_channels)``."""
-        return self.up.weight @ self.down.weight * self.scale
+        return _weight(self.up) @ _weight(self.down) * self.scale
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """The weight of a linear layer, of one that dynamic quantization has made of it, too."""
+    return linear.weight().dequantize() if callable(linear.weight) else linear.weight
 
 
 def reset_projections(down: nn.Linear, up: nn.Linear, init: Init) -> None:

@@ -22,8 +22,8 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -34,7 +34,8 @@ from torch.amp import is_autocast_available as _has_autocast  # not on every dev
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mona_mm.errors import ConfigError
-from mona_mm.mixin import Mixin, mix_in, mix_out, stock_class
+from mona_mm.mixin import Mixin, mix_in, mix_out, stock_class, substitute
+from mona_mm.observed import is_traced
 from mona_mm.sites import PeftModules
 
 # About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
@@ -119,25 +120,18 @@ class SparseModule(Mixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if 'weight' in self.peft and _is_linear(stock_class(self)):
             return self._linear(*args, **kwargs)
-        with self.effective_parameters():
-            return super().forward(*args, **kwargs)
+        return super(SparseModule, self.effective()).forward(*args, **kwargs)
 
-    @contextmanager
-    def effective_parameters(self) -> Iterator[None]:
-        """In this context the parameters that have a delta are found with it; for who reads them from outside."""
-        effective = {name: delta(getattr(self, name)) for name, delta in self.peft.items()}
-        attributes = vars(self)  # found before the parameters, which stay where they are
-        attributes.update(effective)
-        try:
-            yield
-        finally:
-            for name in effective:
-                del attributes[name]
+    def effective(self) -> nn.Module:
+        """A stand-in for this module whose parameters are the effective ones, for one call."""
+        return substitute(self, {name: delta(getattr(self, name)) for name, delta in self.peft.items()})
 
     def _linear(self, input: Tensor) -> Tensor:
         delta, bias = self.peft['weight'], self.bias
         if 'bias' in self.peft:
             bias = self.peft['bias'](bias)
+        if is_traced():
+            return F.linear(input, delta(self.weight), bias)
         dtype = self.weight.dtype
         device = input.device.type
         # As autocast treats F.linear. Here, so that its own cast of the input is part of the graph.
