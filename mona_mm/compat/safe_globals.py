@@ -57,11 +57,11 @@ class _DType:
             _refuse('a numpy type with fields, a shape or metadata')
         if (state[0], *state[5:]) != (3, -1, -1, 0):
             _refuse('a numpy type of another size, alignment or kind than it says')
-        self._order = state[1]
+        self._order = state[1].replace('|', '=')  # which says of one byte that it has none
 
     def plain(self) -> np.dtype:
         """numpy's own."""
-        return np.dtype(self._kind).newbyteorder(self._order)
+        return np.dtype(self._order + self._kind)
 
 
 class _Array(np.ndarray):
