@@ -26,6 +26,7 @@ from torch import nn
 
 from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
+from mona_mm.checkpoint.header import LONGEST_OF_OTHERS, check_length
 from mona_mm.checkpoint.pretrained import (
     FETCHED,
     RECOMPUTED,
@@ -119,6 +120,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 @_loader(r'.*(?<!\.delta)\.safetensors$')
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Tensors by name, as timm publishes them."""
+    check_length(filename, LONGEST_OF_OTHERS)
     return safetensors.torch.load_file(filename)
 
 
