@@ -38,7 +38,8 @@ def _are(values: Any, *types: type) -> bool:
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: the type of plain numbers, without fields, shape, objects or metadata."""
+    """Stands for ``numpy.dtype``: the type of plain numbers, without fields, shape, objects or metadata. It is pickled
+    as numpy's own."""
 
     __slots__ = ('_kind', '_order')
     __hash__ = None
@@ -62,6 +63,9 @@ class _DType:
     def plain(self) -> np.dtype:
         """numpy's own."""
         return np.dtype(self._order + self._kind)
+
+    def __reduce__(self) -> Any:
+        return np.dtype, (self._order + self._kind,)
 
 
 class _Array(np.ndarray):

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.pretrained import UNREADABLE
+from mona_mm.checkpoint.pretrained import UNREADABLE, reason
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
@@ -118,7 +118,7 @@ def _read(path: str | os.PathLike) -> dict:
     except UNREADABLE as error:
         raise PlanError(
             f'{path} cannot be read as a published plan: it is damaged, something else, or holds more than numbers, '
-            f'names and tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
+            f'names and tensors ({reason(error)}).'
         ) from error
     if not isinstance(published, dict) or not published.keys() >= _KEYS:
         raise PlanError(f'{path} is no published plan: it does not hold {", ".join(sorted(_KEYS))}.')
