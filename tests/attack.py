@@ -12,6 +12,7 @@ import base64
 import copy
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -164,6 +165,23 @@ def pieces() -> tuple[dict[str, bytes], dict[str, bytes]]:
     return attacked, weapons
 
 
+def forged_objects() -> dict[str, bytes]:
+    """Arrays and scalars of types with a field that says of eight bytes that they are a Python object's address."""
+    inner = called('numpy.dtype', *map(encoded, ('O8', False, True)))
+    field = pickle.EMPTY_DICT + encoded('x') + tuple_of(inner, encoded(0)) + pickle.SETITEM
+    address = encoded(struct.pack('<Q', 8))
+    made = {}
+    for kind, core in itertools.product(('f8', 'i8', 'V8', 'O8'), ('core', '_core')):
+        empty = called(f'numpy.{core}.multiarray._reconstruct', named('numpy.ndarray'), encoded((0,)), encoded(b'b'))
+        for flags in (0, 0b11001):  # of which one says that there are references to count
+            state = tuple_of(*map(encoded, (3, '<', None, ('x',))), field, *map(encoded, (8, 8, flags)))
+            dtype = called('numpy.dtype', *map(encoded, (kind, False, True))) + state + pickle.BUILD
+            filled = tuple_of(*map(encoded, (1, (1,))), dtype, encoded(False), address)
+            made[f'{core}: array of {kind}, {flags}'] = empty + filled + pickle.BUILD
+            made[f'{core}: scalar of {kind}, {flags}'] = called(f'numpy.{core}.multiarray.scalar', dtype, address)
+    return made
+
+
 def programs() -> Iterator[tuple[str, bytes]]:
     """Every allowed global, and everything made of one, under every opcode that can follow, with every value."""
     ours, torchs = allowed_names()
@@ -281,12 +299,13 @@ def problem(value, exact: bool, depth: int = 0) -> str:
     if of is np.dtype or isinstance(value, np.dtype):
         return '' if value.kind in 'biufc' and value.isbuiltin and not value.metadata else f'a type {value!r}'
     if isinstance(value, np.ndarray):
+        repr(value)
         if exact and of is not np.ndarray:
             return f'an array of type {of}'
         if exact or value.dtype.kind != 'S':
             if value.dtype.kind not in 'biufc' or value.dtype.hasobject:
                 return f'an array {value.dtype}'
-            value.sum(), value.copy(), repr(value), pickle.dumps(value), copy.deepcopy(value)
+            value.sum(), value.copy(), pickle.dumps(value), copy.deepcopy(value)
         return ''
     if of is HistoryBuffer:
         own = {'max_length', '_log_history', '_count_history', 'statistics_methods'}  # the last one once it is copied
@@ -320,6 +339,8 @@ def load_pickles(folder: Path, chosen: list[tuple[str, bytes]]) -> Counter:
     }
     warnings.simplefilter('ignore')
     path = folder / 'a.pth'
+    path.write_bytes(archive(encoded(b'a') + pieces()[0]['tensor'] + pickle.TUPLE2))
+    torch.load(path)  # and what torch imports for it
     for name, body in chosen:
         (folder / 'at').write_text(name)
         path.write_bytes(archive(body))
@@ -368,6 +389,7 @@ def child(folder: Path, count: int, seed: int) -> None:
     rng, every = random.Random(seed), list(programs())
     chosen = every if not count or count >= len(every) else rng.sample(every, count)
     chosen += [random_program(rng) for _ in range(count or len(every))]
+    chosen += forged_objects().items()
     print(json.dumps(load_pickles(folder, chosen)))
 
 
@@ -467,16 +489,23 @@ def attack_by_damage(kind: str, files: list[Path], read: Callable, refusal: type
     honest, rng, found = read(str(files[0])), random.Random(f'{kind} {seed}'), Counter()
     bad = files[0].with_name(f'bad{"".join(files[0].suffixes)}')
     for i in range(count):
-        bad.write_bytes(damaged(data, other, rng))
+        content = damaged(data, other, rng)
+        while content == other:  # all of it in the place of all of the first
+            content = damaged(data, other, rng)
+        bad.write_bytes(content)
         try:
             loaded = read(str(bad))
         except refusal as error:
             outcome = 'refused' if bad.name in str(error) and '\n' not in str(error) else 'else'
+            if outcome == 'else':
+                print(f'not a line about the file: {error!r}', file=sys.stderr)
         except BaseException:
             traceback.print_exc()
             outcome = 'else'
         else:
             outcome = 'equal' if same(loaded, honest) else 'else'
+            if outcome == 'else':
+                print(f'loaded as another: {str(loaded)[:200]}', file=sys.stderr)
         if outcome == 'else':
             print(f'{kind}: damage {i} of seed {seed}', file=sys.stderr)
         found[outcome] += 1

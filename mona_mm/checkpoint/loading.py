@@ -140,14 +140,18 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     return torch.load(filename, map_location=map_location)
 
 
-def _check_archive(filename: str) -> None:
-    """Refuse a damaged archive of torch, and one that takes up much more memory than it has bytes."""
+def _check_archive(filename: str, compressed: bool = False) -> None:
+    """Refuse a damaged archive, of whose checksums neither torch nor numpy takes notice, and one that takes up much
+    more memory than it has bytes; torch compresses nothing."""
     with zipfile.ZipFile(filename) as archive:
-        infos = archive.infolist()
-        if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        infos, most = archive.infolist(), osp.getsize(filename)
+        if compressed:
+            most = max(_LARGEST, _TIMES * most)
+        elif any(info.compress_type != zipfile.ZIP_STORED for info in infos):
             raise zipfile.BadZipFile('its records are compressed, and torch compresses none')
-        if sum(info.file_size for info in infos) > osp.getsize(filename):
-            raise zipfile.BadZipFile('its records are larger than itself')
+        size = sum(info.file_size for info in infos)
+        if size > most:
+            raise zipfile.BadZipFile(f'its records would take {size:,} bytes, far more than itself')
         for info in infos:
             if info.CRC:  # else torch was told to write none, or the record is empty
                 with archive.open(info) as record:
@@ -165,10 +169,8 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
 @_loader(r'.*\.npz$')
 def load_from_npz(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
+    _check_archive(filename, compressed=True)
     with np.load(filename, allow_pickle=False) as arrays:
-        size = sum(info.file_size for info in arrays.zip.infolist())
-        if size > max(_LARGEST, _TIMES * osp.getsize(filename)):
-            raise zipfile.BadZipFile(f'its arrays would take {size:,} bytes, far more than itself')
         return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
 
 

@@ -9,6 +9,7 @@ from http.client import HTTPException
 from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
+from tokenize import TokenError
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import BadZipFile
@@ -32,6 +33,7 @@ _CLASSIFIER = ('norm.', 'head.')
 UNREADABLE = (
     UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, ImportError,
+    SyntaxError, TokenError,
 )  # fmt: skip
 FETCHED = ('.safetensors', '.npz')  # without torch.hub
 UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
