@@ -69,6 +69,7 @@ def save_delta(
     dataset_meta: Mapping[str, Any] | None = None,
     progress: Mapping[str, Any] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write what of ``model`` trains, and what else training changes, to one ``.delta.safetensors`` file.
 
@@ -89,9 +90,11 @@ def save_delta(
         dataset_meta: names (and colours) of the classes.
         progress: see :class:`~mona_mm.hooks.DeltaCheckpointHook`, which can be resumed from.
         state_dict: values to take in place of the model's own (averaged ones).
+        allow_nonfinite: write it even if it holds values that are not finite.
 
     Raises:
         ConfigError: if the name of the file ends otherwise, a part does not exist, or nothing in the model trains.
+        CheckpointMismatchError: if a tensor holds values that are not finite; it names it.
     """
     if not str(path).endswith(SUFFIX):
         raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}; by it the file is recognised.')
@@ -127,14 +130,17 @@ def save_delta(
         shared=_shared({name: tensor for name, tensor in own.items() if name in names}),
         copies=copies,
     )
-    write_delta(path, header, {n: _halved(state[n]) if half and n in trained else state[n] for n in names})
+    tensors = {n: _halved(state[n]) if half and n in trained else state[n] for n in names}
+    write_delta(path, header, tensors, allow_nonfinite)
 
 
 def _absolute(file: str) -> str:
     return osp.abspath(osp.expanduser(file)) if file and '://' not in file else file
 
 
-def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = False) -> LoadedDelta:
+def load_delta(
+    model: nn.Module, path: str | Path, allow_other_base: bool = False, *, allow_nonfinite: bool = False
+) -> LoadedDelta:
     """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
 
     So one process can serve several tasks on one backbone; threads that predict at the same time do so within
@@ -147,14 +153,15 @@ def load_delta(model: nn.Module, path: str | Path, allow_other_base: bool = Fals
         model: of the config that the delta was trained with.
         path: a file that :func:`save_delta` wrote.
         allow_other_base: only warn if the frozen base is not the one that the delta was trained on.
+        allow_nonfinite: load it even if it holds values that are not finite.
 
     Raises:
         MissingFileError: if there is no such file.
         CheckpointMismatchError: if it is damaged; or is of another method, width or number of classes, or for another
-            base: it says which, and names the first tensors.
+            base: it says which, and names the first tensors; or holds values that are not finite.
     """
     start = time.perf_counter()
-    loaded = apply_delta(model, read_delta(path), allow_other_base, start)
+    loaded = apply_delta(model, read_delta(path, allow_nonfinite), allow_other_base, start)
     print_log(
         f'Loaded {path}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}, in '
         f'{loaded.seconds:.2f} s; {loaded.restored} tensors of an earlier delta were put back; '
@@ -281,7 +288,9 @@ def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 def _check_method(model: nn.Module, delta: Delta) -> None:
     here, there = describe_methods(model), delta.header.methods
-    if {path: _resolved(each) for path, each in here.items()} == {path: _resolved(e) for path, e in there.items()}:
+    # What a file calls a method is compared and never looked up: a registry imports whatever module a name begins with.
+    same = {path: each.get('type') for path, each in here.items()} == {p: each.get('type') for p, each in there.items()}
+    if same and all(_resolved(each) == _resolved(there[path]) for path, each in here.items()):
         return
     raise CheckpointMismatchError(
         f'{delta.file} is a delta of another method than the model has: {_show(there)} in the file, {_show(here)} in '
@@ -332,7 +341,7 @@ def _resolved(described: Mapping[str, Any]) -> Any:
             defaults['sites'] = sorted(method.sites)
     options = {**defaults, **described.get('options', {})}
     if isinstance(options.get('sites'), list | tuple):
-        options['sites'] = sorted(options['sites'])
+        options['sites'] = sorted(options['sites'], key=str)
     options = {name: _as_json(value) for name, value in options.items() if name not in _FREE_OPTIONS}
     return type_, options, sorted(described.get('trainable', []))
 
@@ -595,7 +604,7 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 
 def _halved(tensor: Tensor) -> Tensor:
-    fits = tensor.is_floating_point() and tensor.abs().max() <= torch.finfo(torch.float16).max
+    fits = tensor.is_floating_point() and (tensor.abs() <= torch.finfo(torch.float16).max).all()  # of no values, too
     return tensor.half() if fits else tensor
 
 

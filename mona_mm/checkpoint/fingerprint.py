@@ -20,17 +20,22 @@ def fingerprint(frozen: Mapping[str, Tensor]) -> dict[str, Any]:
 
     Swin-B takes 0.1 s on one CPU core.
     """
-    names = sorted(frozen)
-    sums = [checksum(frozen[name]) for name in names]
+    sums = [checksum(frozen[name]) for name in sorted(frozen)]
     short = base64.b85encode(struct.pack(f'<{len(sums)}H', *(of & 0xFFFF for of in sums))).decode()
-    positions = {name: list(frozen[name].shape) for name in names if name.endswith(_POSITIONS)}
-    recorded = dict(count=len(names), names=_names_checksum(names), all=_checksum_of(sums), short=short)
+    positions = {name: list(t.shape) for name, t in frozen.items() if name.endswith(_POSITIONS)}
+    recorded = dict(**names_of(frozen), all=_checksum_of(sums), short=short)
     return {**recorded, **(dict(positions=positions) if positions else {})}
 
 
+def names_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many tensors these are, and a checksum of their names."""
+    return dict(count=len(tensors), names=_names_checksum(sorted(tensors)))
+
+
 def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> bool:
-    """Whether a fingerprint was taken of tensors of the same names."""
-    return recorded['count'] == len(frozen) and recorded['names'] == _names_checksum(sorted(frozen))
+    """Whether a fingerprint (or :func:`names_of`) was taken of tensors of the same names."""
+    now = names_of(frozen)
+    return all(recorded[key] == now[key] for key in now)
 
 
 def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:

@@ -7,6 +7,7 @@ to be the right one. So the tensors carry the delta as their ``_metadata``, whic
 
 import os
 import os.path as osp
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
@@ -22,10 +23,11 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import PretrainedInit
 from mmengine.runner import checkpoint as mmengine_checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from mona_mm.checkpoint.delta import apply_delta, changing
 from mona_mm.checkpoint.delta_file import Delta, read_delta
+from mona_mm.checkpoint.header import LONGEST_OF_OTHERS, check_length
 from mona_mm.checkpoint.pretrained import (
     FETCHED,
     UNREACHABLE,
@@ -37,11 +39,13 @@ from mona_mm.checkpoint.pretrained import (
 )
 from mona_mm.checkpoint.rehearsal import innermost, rehearse
 from mona_mm.checkpoint.rehearsal import load_state_dict as _load_state_dict
-from mona_mm.compat.safe_globals import weights_only
+from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.sites import method_names
 
 _WEB = ('http', 'https')
+_CHUNK = 2**20
+_LARGEST, _TIMES = 2**28, 20  # bytes of an archive's contents, and how many times the file they may be beyond that
 _load_checkpoint = mmengine_checkpoint.CheckpointLoader.load_checkpoint.__func__
 
 
@@ -51,7 +55,7 @@ def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: 
     fetches most addresses, asks torch.load for everything. What cannot be fetched or read is a UserError."""
     try:
         with weights_only():
-            checkpoint = _load_checkpoint(cls, _fetched(filename), map_location, logger)
+            checkpoint = finished(_load_checkpoint(cls, _fetched(filename), map_location, logger))
     except (UserError, FileNotFoundError):
         raise
     except UNREACHABLE as error:
@@ -60,14 +64,32 @@ def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: 
         if urlparse(str(filename)).scheme in _WEB:
             filename = f'{filename} (now at {download_place(filename)}; without that, it is downloaded again)'
         raise unreadable(filename, error) from error
-    if not isinstance(checkpoint, Mapping):
-        raise CheckpointMismatchError(
-            f'{filename} is no checkpoint: it holds a {type(checkpoint).__name__} and not tensors by name.'
-        )
+    _check_names(filename, checkpoint)
     return checkpoint
 
 
 mmengine_checkpoint.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
+# What the fork's readers of other addresses allow beside: getattr and numpy's own classes, which forge any object.
+if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
+    mmengine_checkpoint.get_torch_safe_globals = list
+
+
+def _check_names(filename: str, checkpoint: Any) -> None:
+    """Refuse what is no mapping of tensors by name, wherever a reader looks for one."""
+    found = [checkpoint]
+    if isinstance(checkpoint, Mapping):
+        if 'state_dict' in checkpoint:
+            found.append(checkpoint['state_dict'])
+        if isinstance(checkpoint.get('model'), Mapping):  # else it may be the name of one
+            found.append(checkpoint['model'])
+    for tensors in found:
+        if not isinstance(tensors, Mapping):
+            raise CheckpointMismatchError(
+                f'{filename} is no checkpoint: it holds a {type(tensors).__name__} and not tensors by name.'
+            )
+        wrong = [name for name, value in tensors.items() if isinstance(value, Tensor) and not isinstance(name, str)]
+        if wrong:
+            raise CheckpointMismatchError(f'{filename} is no checkpoint: {str(wrong[0])[:80]} is no name of a tensor.')
 
 
 def _fetched(filename: str) -> str:
@@ -110,19 +132,45 @@ def _loader(pattern: str) -> Callable:
 
 @_loader('')
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """mmengine's own, which loads weights only; the fork's would then try again and execute the pickle."""
+    """mmengine's own, which loads weights only; the fork's would then try again and execute the pickle.
+
+    torch itself does not look at the checksums that it writes.
+    """
+    if zipfile.is_zipfile(filename):
+        _check_archive(filename)
     return torch.load(filename, map_location=map_location)
+
+
+def _check_archive(filename: str, compressed: bool = False) -> None:
+    """Refuse a damaged archive, of whose checksums neither torch nor numpy takes notice, and one that takes up much
+    more memory than it has bytes; torch compresses nothing."""
+    with zipfile.ZipFile(filename) as archive:
+        infos, most = archive.infolist(), osp.getsize(filename)
+        if compressed:
+            most = max(_LARGEST, _TIMES * most)
+        elif any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+            raise zipfile.BadZipFile('its records are compressed, and torch compresses none')
+        size = sum(info.file_size for info in infos)
+        if size > most:
+            raise zipfile.BadZipFile(f'its records would take {size:,} bytes, far more than itself')
+        for info in infos:
+            if info.CRC:  # else torch was told to write none, or the record is empty
+                with archive.open(info) as record:
+                    while record.read(_CHUNK):  # raises at the end, if the checksum is another
+                        pass
 
 
 @_loader(r'.*(?<!\.delta)\.safetensors$')
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Tensors by name, as timm publishes them."""
+    check_length(filename, LONGEST_OF_OTHERS)
     return safetensors.torch.load_file(filename)
 
 
 @_loader(r'.*\.npz$')
 def load_from_npz(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
+    _check_archive(filename, compressed=True)
     with np.load(filename, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
 

@@ -9,6 +9,7 @@ from http.client import HTTPException
 from lzma import LZMAError
 from os.path import basename, join
 from pickle import UnpicklingError
+from tokenize import TokenError
 from urllib.error import URLError
 from urllib.parse import urlparse
 from zipfile import BadZipFile
@@ -34,6 +35,7 @@ _CLASSIFIER = ('norm.', 'head.')
 UNREADABLE = (
     UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
     ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, ImportError,
+    SyntaxError, TokenError,
 )  # fmt: skip
 FETCHED = ('.safetensors', '.npz')  # without torch.hub
 UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
@@ -216,12 +218,17 @@ def unreachable(file: str, error: Exception) -> MissingFileError:
 
 def unreadable(file: str, error: Exception) -> CheckpointMismatchError:
     """What to tell of a file that could not be read: why, and how to read it all the same."""
-    reason = f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
     return CheckpointMismatchError(
         f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
-        f'weights-only loading allows ({reason}). No pickle in it was executed. If you trust whoever made it, '
+        f'weights-only loading allows ({reason(error)}). No pickle in it was executed. If you trust whoever made it, '
         'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
     )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error; of torch's about weights-only loading, which begins with advice, what it is about."""
+    about = str(error).rpartition('WeightsUnpickler error: ')[2].lstrip()
+    return f'{type(error).__name__}: {about.partition(chr(10))[0]}'
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend  # noqa: F401  registers what backend_args names
+from mona_mm.compat.safe_globals import portable_names
 from mona_mm.errors import ConfigError
 from mona_mm.registry import HOOKS
 
@@ -53,16 +54,17 @@ class SafeCheckpointHook(CheckpointHook):
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
-            filename,
-            save_optimizer=self.save_optimizer,
-            save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
-            by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
-        )
+        with portable_names():
+            runner.save_checkpoint(
+                self.out_dir,
+                filename,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
         if is_main_process():
             self.file_backend.put_text(self.last_ckpt, Path(runner.work_dir, 'last_checkpoint'))
             if outdated is not None:
@@ -71,7 +73,8 @@ class SafeCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         backend, self.file_backend = self.file_backend, _DeferredRemoval(self.file_backend)
         try:
-            super()._save_best_checkpoint(runner, metrics)
+            with portable_names():
+                super()._save_best_checkpoint(runner, metrics)
             outdated = self.file_backend.removed
         finally:
             self.file_backend = backend

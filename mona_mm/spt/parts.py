@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mona_mm.checkpoint.header import parse
 from mona_mm.sites import Host, find_host, method_names
 
 # Tables of relative positions and what computes them: outside the selection, as ViT's position embedding is.
@@ -123,7 +124,7 @@ class Architecture:
     @classmethod
     def loads(cls, text: str) -> 'Architecture':
         """From :meth:`dumps`."""
-        fields: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = parse(text)
         fields['shapes'] = {name: tuple(shape) for name, shape in fields['shapes'].items()}
         fields['parts'] = tuple(
             Part(**{**p, 'rows': p['rows'] and tuple(p['rows']), 'shape': tuple(p['shape'])}) for p in fields['parts']

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.checkpoint.header import check_length, parse
 from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.options import LARGEST, show
@@ -192,17 +194,19 @@ class Plan:
         try:
             plan = cls(
                 architecture=Architecture.loads(metadata['architecture']),
-                structured_config=json.loads(metadata['structured_config']),
-                structured={block: tuple(sites) for block, sites in json.loads(metadata['structured']).items()},
-                vectors=tuple((name, rows and tuple(rows)) for name, rows in json.loads(metadata['vectors'])),
+                structured_config=parse(metadata['structured_config']),
+                structured={block: tuple(sites) for block, sites in parse(metadata['structured']).items()},
+                vectors=tuple((name, rows and tuple(rows)) for name, rows in parse(metadata['vectors'])),
                 weights={name.removeprefix('weights/'): t.long() for name, t in tensors.items()},
-                info={**json.loads(metadata['info']), 'file': str(path)},
+                info={**parse(metadata['info']), 'file': str(path)},
             )
-            counts = json.loads(metadata['counts'])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            counts, stated = {**plan.counts.__dict__, 'total': plan.counts.total}, parse(metadata['counts'])
+            if not all(name.startswith('weights/') for name in tensors):
+                raise ValueError('it holds other tensors than indices of weights')
+        except UNREADABLE as error:
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
-        if counts != {**plan.counts.__dict__, 'total': plan.counts.total}:
-            raise PlanError(f'{path} is damaged: it states {counts} parameters and holds {plan.counts}.')
+        if stated != counts:
+            raise PlanError(f'{path} is damaged: it states {stated} parameters and holds {plan.counts}.')
         return plan
 
 
@@ -272,10 +276,19 @@ def base_digest(backbone: nn.Module, architecture: Architecture) -> str:
 
 
 def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with a checksum in its metadata; it appears whole or not at all."""
+    """Write a safetensors file with a checksum in its metadata; it appears whole or not at all.
+
+    Raises:
+        PlanError: if its header would be longer than is read.
+    """
     metadata = {'format': kind, 'mona_mm_version': __version__, **metadata}
     metadata['checksum'] = _checksum(tensors, metadata)
-    AtomicLocalBackend().put(save(dict(tensors), metadata), path)
+    data = save(dict(tensors), metadata)
+    try:
+        check_length(BytesIO(data))
+    except ValueError as error:
+        raise PlanError(f'{path} is not written: {error}.') from None
+    AtomicLocalBackend().put(data, path)
 
 
 def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -289,6 +302,7 @@ def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[st
         raise MissingFileError(f'There is no file {path}.')
     what = kind.partition('/')[0].rpartition('.')[2]
     try:
+        check_length(path)
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,16 +1,14 @@
 """The names and the pickled plans of the published SPT code, for a ViT."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.pretrained import UNREADABLE
-from mona_mm.compat.safe_globals import only_safe
+from mona_mm.checkpoint.pretrained import UNREADABLE, reason
+from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
 from mona_mm.spt.plan import Plan, structured_module
@@ -144,24 +142,13 @@ def _read(path: str | os.PathLike) -> dict:
     if not os.path.isfile(path):
         raise MissingFileError(f'There is no plan {path}.')
     try:
-        with only_safe(_numpy_scalars()):
-            published = torch.load(path, map_location='cpu', weights_only=True)
+        with weights_only():
+            published = finished(torch.load(path, map_location='cpu', weights_only=True))
     except UNREADABLE as error:
         raise PlanError(
             f'{path} cannot be read as a published plan: it is damaged, something else, or holds more than numbers, '
-            f'names and tensors ({type(error).__name__}: {str(error).partition(chr(10))[0]}).'
+            f'names and tensors ({reason(error)}).'
         ) from error
     if not isinstance(published, dict) or not published.keys() >= _KEYS:
         raise PlanError(f'{path} is no published plan: it does not hold {", ".join(sorted(_KEYS))}.')
     return published
-
-
-def _numpy_scalars() -> list[Callable | tuple[Callable, str]]:
-    """What the pickles hold beside tensors; under numpy 1's name for it, too, which numpy 2 has changed."""
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    return [
-        (multiarray.scalar, 'numpy.core.multiarray.scalar'),
-        (multiarray.scalar, 'numpy._core.multiarray.scalar'),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in 'bhilqBHILQefd?'),
-    ]

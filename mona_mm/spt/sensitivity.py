@@ -25,7 +25,9 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mona_mm.checkpoint.pretrained import pretrained_file
+from mona_mm.checkpoint.delta_file import nonfinite
+from mona_mm.checkpoint.header import parse
+from mona_mm.checkpoint.pretrained import UNREADABLE, pretrained_file
 from mona_mm.data import datasets, sensitivity_split
 from mona_mm.errors import ConfigError, PlanError, SensitivityError
 from mona_mm.sites import method_modules
@@ -67,12 +69,15 @@ class Sensitivity:
         """
         squares, metadata = read(path, FORMAT)
         try:
-            architecture, info = Architecture.loads(metadata['architecture']), json.loads(metadata['info'])
+            architecture, info = Architecture.loads(metadata['architecture']), parse(metadata['info'])
             shapes = {part.name: architecture.shapes[part.name] for part in architecture.parts}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except UNREADABLE as error:
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
         if shapes != {name: tuple(t.shape) for name, t in squares.items()}:
             raise PlanError(f'{path} is damaged: it does not hold the tensors of its own architecture.')
+        wrong = nonfinite(squares)
+        if wrong:
+            raise PlanError(f'{path} cannot be used: {wrong}.')
         return cls(architecture, squares, info)
 
 
