@@ -8,8 +8,9 @@ taken in the order of how many configs share their outline (the config without i
 before the second of any. ``shipped_configs.json`` keeps what is finished, and the next call goes on from there.
 
 An image has 128 x 128 pixels; a model that cannot take that gets a larger one, last of all the config's own size.
-What fails then is run again without this package, where every operator of mmcv is missing or, with ``--reference
-DIR``, compiled (see ``upstream.py``). A config counts as
+A BERT of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run
+again without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
+``upstream.py``). A config counts as
 
 * ``passed``;
 * ``stock``: it fails without this package too, and in the same way (with the reason);
@@ -32,6 +33,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -180,9 +182,8 @@ def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: 
                 flip_direction=None,
                 border=[0, height, 0, width],
                 homography_matrix=np.eye(3, dtype=np.float32),
-                text='cat. dog. bird.',
+                text=('cat', 'dog', 'bird'),
                 custom_entities=False,
-                tokens_positive=None,
                 img_path='noise.png',
             )
         )
@@ -264,6 +265,29 @@ def self_supervised_batch(path: str, seed: int = 0) -> dict:
             for image in images
         ]
     )
+
+
+def small_bert(folder: Path) -> str:
+    """A BERT of two layers and random weights with its tokenizer, as transformers loads one from a folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    letters = [chr(number) for number in range(ord('a'), ord('z') + 1)]
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', ',', 'cat', 'dog', 'bird']
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'vocab.txt').write_text('\n'.join([*words, *letters, *(f'##{letter}' for letter in letters)]))
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=200, num_hidden_layers=2, intermediate_size=64)).save_pretrained(folder)
+    BertTokenizerFast(str(folder / 'vocab.txt')).save_pretrained(folder)
+    return str(folder)
+
+
+def with_bert(config, bert: str):
+    """The config with every BERT of the hub replaced by the one in a folder."""
+    if isinstance(config, dict):
+        return type(config)({key: with_bert(value, bert) for key, value in config.items()})
+    if isinstance(config, (list, tuple)):
+        return type(config)(with_bert(item, bert) for item in config)
+    return bert if config == 'bert-base-uncased' else config
 
 
 # ---- one model ----
@@ -396,7 +420,6 @@ def _batches(kind: set[str], config: dict, size: tuple[int, int], path: str | No
 def work(job: dict) -> None:
     """Run the configs of ``job`` and append what happened to its record, a line each."""
     import resource
-    import signal
     import warnings
 
     warnings.simplefilter('ignore')
@@ -410,55 +433,66 @@ def work(job: dict) -> None:
         if job['reference']:
             sys.path.insert(0, job['reference'])
         bare_mmcv_ext()
-    from mmengine.config import Config
     from mmengine.logging import MMLogger
 
     torch.set_num_threads(1)
     MMLogger.get_instance('shipped', log_level='ERROR')
-    library = job['library']
-    for each in ('mmdet', 'mmseg', 'mmpretrain'):
+    for library in LIBRARIES:
         # Configs of one library use another's models. Where one cannot be imported, those configs say so.
         with contextlib.suppress(ImportError):
-            importlib.import_module(f'{each}.utils').register_all_modules(init_default_scope=False)
-    os.chdir(installed_configs(library))  # a distilled model names the config of its teacher from there
-
-    def stop(*_):
-        raise TimeoutError(f'more than {job["timeout"]} seconds of the processor')
-
-    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
-    with open(job['record'], 'a', buffering=1) as record:
+            importlib.import_module(f'{library}.utils').register_all_modules(init_default_scope=False)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _inside(job['library']),
+        open(job['record'], 'a', buffering=1) as record,
+    ):
+        bert = small_bert(Path(folder)) if importlib.util.find_spec('transformers') else None
         for path in job['configs']:
             if time.time() > job['until']:
                 return
             record.write(json.dumps(dict(event='start', config=path)) + '\n')
-            began, entry = time.process_time(), {}
-            config = Config.fromfile(path).model.to_dict()
-            for size in own_sizes(config):
-                entry = dict(size=size)
-                signal.setitimer(signal.ITIMER_PROF, job['timeout'])
-                model = None
-                try:
-                    with stage('build'):
-                        model = build_model(library, config, size)
-                    entry.update(parameters=sum(p.numel() for p in model.parameters()))
-                    entry.update(run_model(model, config, size, path), outcome='passed')
-                except Exception as error:
-                    cause = error.__cause__ if isinstance(error, Stage) else error
-                    where = traceback.extract_tb(cause.__traceback__)[-1]
-                    entry.update(
-                        outcome='failed',
-                        stage=str(error) if isinstance(error, Stage) else 'data',
-                        error=f'{type(cause).__name__}: {cause}'[:600],
-                        where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
-                    )
-                finally:
-                    signal.setitimer(signal.ITIMER_PROF, 0)
-                    del model
-                    gc.collect()
-                if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
-                    break
-            entry['seconds'] = round(time.process_time() - began, 1)
+            entry = run_config(job['library'], path, bert, job['timeout'])
             record.write(json.dumps(dict(event='end', config=path, **entry)) + '\n')
+
+
+def run_config(library: str, path: str, bert: str | None, timeout: float) -> dict:
+    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went."""
+    import signal
+
+    from mmengine.config import Config
+
+    def stop(*_):
+        raise TimeoutError(f'more than {timeout} seconds of the processor')
+
+    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
+    began = time.process_time()
+    config = Config.fromfile(path).model.to_dict()
+    if bert:
+        config = with_bert(config, bert)
+    for size in own_sizes(config):
+        entry, model = dict(size=size), None
+        signal.setitimer(signal.ITIMER_PROF, timeout)
+        try:
+            with stage('build'):
+                model = build_model(library, config, size)
+            entry.update(parameters=sum(p.numel() for p in model.parameters()))
+            entry.update(run_model(model, config, size, path), outcome='passed')
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, Stage) else error
+            where = traceback.extract_tb(cause.__traceback__)[-1]
+            entry.update(
+                outcome='failed',
+                stage=str(error) if isinstance(error, Stage) else 'data',
+                error=f'{type(cause).__name__}: {cause}'[:600],
+                where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
+            )
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            del model
+            gc.collect()
+        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
+            break
+    return dict(entry, seconds=round(time.process_time() - began, 1))
 
 
 def final(error: str) -> bool:
@@ -622,7 +656,7 @@ def main() -> int:
         todo = [path for path in order(part['index']) if path not in results]
         todo = [path for path in todo if arguments.only is None or re.search(arguments.only, path)]
         while todo and time.time() < until:
-            batch, todo = todo[:40], todo[40:]
+            batch, todo = todo[:20], todo[20:]
             run_configs(library, batch, True, arguments, until, keep)
             doubtful = [
                 p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours'

@@ -152,6 +152,7 @@ def work(job: dict) -> int:
         [
             *job['paths'],
             '-c', os.devnull, '--rootdir', os.getcwd(), '-q', '--no-header', '--tb=short', '-p', 'no:cacheprovider',
+            '--continue-on-collection-errors',
             f'--timeout={job["timeout"]}', *(argument for test in job['deselect'] for argument in ('--deselect', test)),
         ],
         plugins=[Recorder(job['record'])],
