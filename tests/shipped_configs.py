@@ -1,0 +1,672 @@
+"""Build and run every model config that mmdet, mmseg and mmpretrain ship, with the operators of this package.
+
+    python tests/shipped_configs.py --minutes 30
+
+For each config: the model is built without its pretrained weights, trained for one step (loss and backward) and asked
+for one prediction, on two small images of noise. Configs that describe the same model are run once. The models are
+taken in the order of how many configs share their outline (the config without its numbers), one of each outline
+before the second of any. ``shipped_configs.json`` keeps what is finished, and the next call goes on from there.
+
+An image has 128 x 128 pixels; a model that cannot take that gets a larger one, last of all the config's own size.
+A BERT of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run
+again without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
+``upstream.py``). A config counts as
+
+* ``passed``;
+* ``stock``: it fails without this package too, and in the same way (with the reason);
+* ``too large``: the model and its gradients exceed ``--memory``;
+* ``missing operator``: it needs an operator of mmcv for which there is no stand-in;
+* ``ours``: all others. There must be none, and the exit status is 1 if there is one.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import gc
+import glob
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+SIZE = 128
+
+
+# ---- the configs ----
+
+
+def installed_configs(library: str) -> Path:
+    """The folder above ``configs/`` in the installed ``library``."""
+    return Path(importlib.util.find_spec(library).origin).parent / '.mim'
+
+
+def without_pretrained(config):
+    """A copy of a model config that loads nothing: every ``init_cfg`` of kind Pretrained and every path is gone."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(without_pretrained(item) for item in config)
+    if not isinstance(config, dict):
+        return config
+    result = {}
+    for key, value in config.items():
+        if key in ('pretrained', 'teacher_ckpt') and isinstance(value, (str, bool)):
+            value = False if isinstance(value, bool) else None
+        elif key == 'init_cfg':
+            entries = value if isinstance(value, (list, tuple)) else [value]
+            entries = [e for e in entries if isinstance(e, dict) and 'checkpoint' not in e]
+            value = [without_pretrained(entry) for entry in entries] or None
+        else:
+            value = without_pretrained(value)
+        result[key] = value
+    return result
+
+
+def plain(config):
+    """A config as JSON can hold it; a class stands by its name, as new-style configs name types by classes."""
+    if isinstance(config, dict):
+        return {str(key): plain(value) for key, value in sorted(config.items(), key=lambda item: str(item[0]))}
+    if isinstance(config, (list, tuple)):
+        return [plain(item) for item in config]
+    if config is None or isinstance(config, (str, int, float, bool)):
+        return config
+    return getattr(config, '__name__', str(config))
+
+
+def outline(config):
+    """A plain config with each number replaced by 0: what says which parts a model has, but not of what size."""
+    if isinstance(config, dict):
+        return {key: outline(value) for key, value in config.items() if key != 'init_cfg'}
+    if isinstance(config, list):
+        return [outline(item) for item in config]
+    if isinstance(config, (int, float)) and not isinstance(config, bool):
+        return 0
+    return config
+
+
+def digest(config) -> str:
+    return hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_index(library: str, known: dict, extra: list[Path]) -> dict:
+    """``{config: dict(model, outline, type) or dict(error)}`` of every config of a library; ``known`` is kept."""
+    from mmengine.config import Config
+
+    index = dict(known)
+    with _inside(library):
+        paths = [path for path in glob.glob('configs/**/*.py', recursive=True) if '_base_' not in Path(path).parts]
+        for root in extra:
+            paths += [str(path) for path in sorted(root.rglob('*.py')) if '_base_' not in path.parts]
+        for path in sorted(paths):
+            if path in index or path.endswith('__init__.py'):
+                continue
+            try:
+                config = Config.fromfile(path)
+            except Exception as error:
+                index[path] = dict(error=f'{type(error).__name__}: {error}'[:500])
+                continue
+            if config.get('model') is None or not config.model.get('type'):
+                index[path] = dict(error='no model in it')
+                continue
+            model = plain(without_pretrained(config.model.to_dict()))
+            index[path] = dict(model=digest(model), outline=digest(outline(model)), type=str(model['type']))
+    return index
+
+
+@contextlib.contextmanager
+def _inside(library: str):
+    """The working directory is where the configs of a library are: some name others from there."""
+    before = os.getcwd()
+    os.chdir(installed_configs(library))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+# ---- generated data ----
+
+
+def _numbers(config, key: str) -> list[int]:
+    """Every number that stands under ``key`` anywhere in a config."""
+    if isinstance(config, dict):
+        own = [config[key]] if isinstance(config.get(key), int) else []
+        return own + [n for value in config.values() for n in _numbers(value, key)]
+    if isinstance(config, (list, tuple)):
+        return [n for item in config for n in _numbers(item, key)]
+    return []
+
+
+def _image(size, generator) -> torch.Tensor:
+    return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+
+
+def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: int = 2) -> dict:
+    """Images with three objects each: boxes, masks, a semantic map, a caption, and proposals."""
+    import numpy as np
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData, PixelData
+
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    things, stuff = _numbers(config, 'num_things_classes'), _numbers(config, 'num_stuff_classes')
+    classes = min([n for n in _numbers(config, 'num_classes') + things if n > 0], default=1)
+    batch = dict(inputs=[], data_samples=[])
+    boxes = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.9], [0.55, 0.05, 0.8, 0.3]])
+    boxes = boxes * torch.tensor([width, height, width, height])
+    for number in range(images):
+        masks = np.zeros((3, height, width), np.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        sample = DetDataSample(
+            metainfo=dict(
+                img_id=number,
+                img_shape=size,
+                ori_shape=size,
+                pad_shape=size,
+                batch_input_shape=size,
+                scale_factor=(1.0, 1.0),
+                flip=False,
+                flip_direction=None,
+                border=[0, height, 0, width],
+                homography_matrix=np.eye(3, dtype=np.float32),
+                text=('cat', 'dog', 'bird'),
+                custom_entities=False,
+                img_path='noise.png',
+            )
+        )
+        labels = torch.arange(3) % min(classes, 3)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))
+        sample.ignored_instances = InstanceData(
+            bboxes=boxes[:0], labels=labels[:0], masks=BitmapMasks(masks[:0], height, width)
+        )
+        sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
+        total = (things + [classes])[0] + sum(stuff[:1])
+        semantic = torch.full((1, height, width), total - 1)
+        for label, (x1, y1, x2, y2) in zip(labels, boxes.int().tolist(), strict=True):
+            semantic[:, y1:y2, x1:x2] = label
+        sample.gt_sem_seg = PixelData(sem_seg=semantic)
+        batch['inputs'].append(_image(size, generator))
+        batch['data_samples'].append(sample)
+    return batch
+
+
+def segmentation_batch(config: dict, size: tuple[int, int], seed: int = 0) -> dict:
+    """Two images with a map of classes in blocks, and a map of depths."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(seed)
+    classes = min((n for n in _numbers(config, 'num_classes') if n > 0), default=2)
+    batch = dict(inputs=[], data_samples=[])
+    for _ in range(2):
+        sample = SegDataSample(
+            metainfo=dict(
+                img_shape=size,
+                ori_shape=size,
+                pad_shape=size,
+                scale_factor=(1.0, 1.0),
+                flip=False,
+                flip_direction=None,
+                img_path='noise.png',
+            )
+        )
+        blocks = torch.randint(0, max(classes, 2), (1, 4, 4), generator=generator).float()[None]
+        labels = torch.nn.functional.interpolate(blocks, size, mode='nearest')[0].long()
+        sample.gt_sem_seg = PixelData(data=labels)
+        sample.gt_edge_map = PixelData(data=(labels == 0).long())
+        sample.gt_depth_map = PixelData(data=labels.float() + 1)
+        batch['inputs'].append(_image(size, generator))
+        batch['data_samples'].append(sample)
+    return batch
+
+
+def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> dict:
+    """Two images, each with a class and, where the head wants several, a score for every class."""
+    from mmpretrain.structures import DataSample
+
+    generator = torch.Generator().manual_seed(seed)
+    classes = min((n for n in _numbers(config, 'num_classes') if n > 1), default=2)
+    batch = dict(inputs=[], data_samples=[])
+    for number in range(2):
+        sample = DataSample(metainfo=dict(img_shape=size, ori_shape=size, num_classes=classes))
+        sample.set_gt_label([number] if 'MultiLabel' in json.dumps(plain(config)) else number)
+        batch['inputs'].append(_image(size, generator))
+        batch['data_samples'].append(sample)
+    return batch
+
+
+def self_supervised_batch(path: str, seed: int = 0) -> dict:
+    """Two images of noise through the training pipeline of the config, which knows the views and the masks."""
+    import numpy as np
+    from mmengine.config import Config
+    from mmengine.dataset import Compose, pseudo_collate
+    from mmpretrain.registry import TRANSFORMS
+
+    np.random.seed(seed)
+    pipeline = Config.fromfile(path).train_dataloader.dataset.pipeline
+    steps = [TRANSFORMS.build(dict(step)) for step in pipeline if 'LoadImage' not in str(step['type'])]
+    pipeline, images = Compose(steps), np.random.randint(0, 256, (2, 256, 256, 3), np.uint8)
+    return pseudo_collate(
+        [
+            pipeline(dict(img=image, img_path='noise.png', gt_label=0, img_shape=(256, 256), ori_shape=(256, 256)))
+            for image in images
+        ]
+    )
+
+
+def small_bert(folder: Path) -> str:
+    """A BERT of two layers and random weights with its tokenizer, as transformers loads one from a folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    letters = [chr(number) for number in range(ord('a'), ord('z') + 1)]
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', ',', 'cat', 'dog', 'bird']
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'vocab.txt').write_text('\n'.join([*words, *letters, *(f'##{letter}' for letter in letters)]))
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=200, num_hidden_layers=2, intermediate_size=64)).save_pretrained(folder)
+    BertTokenizerFast(str(folder / 'vocab.txt')).save_pretrained(folder)
+    return str(folder)
+
+
+def with_bert(config, bert: str):
+    """The config with every BERT of the hub replaced by the one in a folder."""
+    if isinstance(config, dict):
+        return type(config)({key: with_bert(value, bert) for key, value in config.items()})
+    if isinstance(config, (list, tuple)):
+        return type(config)(with_bert(item, bert) for item in config)
+    return bert if config == 'bert-base-uncased' else config
+
+
+# ---- one model ----
+
+
+class Stage(Exception):
+    """In which part of the run a model failed; the cause is chained."""
+
+
+@contextlib.contextmanager
+def stage(name: str):
+    try:
+        yield
+    except Exception as error:
+        raise Stage(name) from error
+
+
+def own_sizes(config: dict) -> list[tuple[int, int]]:
+    """The sizes to try, the smallest first; the last is that of the config itself."""
+    own = []
+    for key in ('size', 'img_size', 'crop_size', 'input_size', 'image_size'):
+        own += _sizes(config.get('data_preprocessor') or {}, key) + _sizes(config, key)
+    own = [size for size in own if SIZE < max(size) <= 800]
+    return [(SIZE, SIZE), *own[:1], *([] if own else [(320, 320), (512, 512)])]
+
+
+def _sizes(config, key: str) -> list[tuple[int, int]]:
+    if isinstance(config, dict):
+        value = config.get(key)
+        own = []
+        if isinstance(value, int) and not isinstance(value, bool):
+            own = [(value, value)]
+        elif isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(n, int) for n in value):
+            own = [tuple(value)]
+        return own + [size for item in config.values() for size in _sizes(item, key)]
+    if isinstance(config, (list, tuple)):
+        return [size for item in config for size in _sizes(item, key)]
+    return []
+
+
+def build_model(library: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
+    """The model of a shipped config, with random weights, fit for images of ``size`` and for one process."""
+    from mmengine.config import ConfigDict
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(library)
+    config = ConfigDict(without_pretrained(config))  # some detectors look options up as attributes
+    if library == 'mmseg':
+        if (config.get('data_preprocessor') or {}).get('size') is not None:
+            config['data_preprocessor']['size'] = size
+        if (config.get('test_cfg') or {}).get('mode') == 'slide':
+            config['test_cfg'].update(crop_size=size, stride=tuple(side * 2 // 3 for side in size))
+    torch.manual_seed(0)
+    model = revert_sync_batchnorm(MODELS.build(config))
+    model.init_weights()
+    return model
+
+
+def run_model(model: torch.nn.Module, config: dict, size: tuple[int, int], path: str | None = None) -> dict:
+    """One step of training and one prediction; the loss, and how many of the trained parameters got a gradient."""
+    from mmengine.logging import MessageHub
+
+    kind = {cls.__name__ for cls in type(model).__mro__}
+    MessageHub.get_current_instance().update_info_dict(dict(iter=0, epoch=0, max_iters=10, max_epochs=10))
+    result = {}
+    train, test = _batches(kind, config, size, path)
+    torch.manual_seed(1)
+    model.train()
+    if train is not None:
+        with stage('loss'):
+            data = train if 'BaseReID' in kind else model.data_preprocessor(train, True)
+            losses = model(**data, mode='loss')
+            total, _ = model.parse_losses(losses)
+        with stage('backward'):
+            total.backward()
+        result.update(
+            loss=total.item(),
+            trained=sum(p.requires_grad for p in model.parameters()),
+            with_gradient=sum(p.grad is not None for p in model.parameters()),
+        )
+        finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        result['finite'] = bool(finite and total.isfinite())
+        model.zero_grad(set_to_none=True)
+    model.eval()
+    if test is not None:
+        with stage('predict'), torch.no_grad():
+            data = test if 'BaseReID' in kind else model.data_preprocessor(test, False)
+            model(**data, mode='predict')
+    return result
+
+
+def _batches(kind: set[str], config: dict, size: tuple[int, int], path: str | None):
+    """What a model of this kind learns from and predicts on; None for what it does not do."""
+    if 'BaseSelfSupervisor' in kind:
+        return self_supervised_batch(path), None
+    if 'BaseReID' in kind:
+        from mmdet.structures import ReIDDataSample
+
+        inputs = torch.rand(1, 4, 3, 256, 128, generator=torch.Generator().manual_seed(0))
+        batch = dict(inputs=inputs, data_samples=[ReIDDataSample().set_gt_label(label) for label in (0, 0, 1, 1)])
+        return batch, batch
+    if 'BaseMOTModel' in kind:
+        from mmdet.testing import demo_track_inputs
+
+        video = dict(batch_size=1, num_frames=2, image_shapes=[(3, *size)], num_classes=1, with_mask=True)
+        train = demo_track_inputs(**video, key_frames_inds=[0])
+        if kind & {'ByteTrack', 'OCSORT'}:  # they train their detector
+            train = detection_batch(config, size)
+        elif kind & {'DeepSORT', 'StrongSORT'}:  # their parts are trained one by one
+            train = None
+        return train, demo_track_inputs(**video)
+    if 'SemiBaseDetector' in kind:
+        batch = detection_batch(config, size)
+        branches = ('sup', 'unsup_teacher', 'unsup_student')
+        train = {key: {branch: copy.deepcopy(value) for branch in branches} for key, value in batch.items()}
+        return train, detection_batch(config, size, images=1)
+    if 'BaseDetector' in kind:
+        # Some heads take one image only when they predict, as mmdet's test loaders have it.
+        return detection_batch(config, size), detection_batch(config, size, seed=1, images=1)
+    if 'BaseSegmentor' in kind:
+        return segmentation_batch(config, size), segmentation_batch(config, size, seed=1)
+    predicted = None if 'BaseRetriever' in kind else classification_batch(config, size, seed=1)
+    return classification_batch(config, size), predicted
+
+
+# ---- in the worker: models one after another, until the process ends or is ended ----
+
+
+def work(job: dict) -> None:
+    """Run the configs of ``job`` and append what happened to its record, a line each."""
+    import resource
+    import warnings
+
+    warnings.simplefilter('ignore')
+    resource.setrlimit(resource.RLIMIT_DATA, (job['memory'], job['memory']))
+    if job['ours']:
+        sys.path.insert(0, str(ROOT))
+        import mona_mm  # noqa: F401  first: its operators are what all below runs on
+    else:
+        from upstream import bare_mmcv_ext
+
+        if job['reference']:
+            sys.path.insert(0, job['reference'])
+        bare_mmcv_ext()
+    from mmengine.logging import MMLogger
+
+    torch.set_num_threads(1)
+    MMLogger.get_instance('shipped', log_level='ERROR')
+    for library in LIBRARIES:
+        # Configs of one library use another's models. Where one cannot be imported, those configs say so.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(f'{library}.utils').register_all_modules(init_default_scope=False)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _inside(job['library']),
+        open(job['record'], 'a', buffering=1) as record,
+    ):
+        bert = small_bert(Path(folder)) if importlib.util.find_spec('transformers') else None
+        for path in job['configs']:
+            if time.time() > job['until']:
+                return
+            record.write(json.dumps(dict(event='start', config=path)) + '\n')
+            entry = run_config(job['library'], path, bert, job['timeout'])
+            record.write(json.dumps(dict(event='end', config=path, **entry)) + '\n')
+
+
+def run_config(library: str, path: str, bert: str | None, timeout: float) -> dict:
+    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went."""
+    import signal
+
+    from mmengine.config import Config
+
+    def stop(*_):
+        raise TimeoutError(f'more than {timeout} seconds of the processor')
+
+    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
+    began = time.process_time()
+    config = Config.fromfile(path).model.to_dict()
+    if bert:
+        config = with_bert(config, bert)
+    for size in own_sizes(config):
+        entry, model = dict(size=size), None
+        signal.setitimer(signal.ITIMER_PROF, timeout)
+        try:
+            with stage('build'):
+                model = build_model(library, config, size)
+            entry.update(parameters=sum(p.numel() for p in model.parameters()))
+            entry.update(run_model(model, config, size, path), outcome='passed')
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, Stage) else error
+            where = traceback.extract_tb(cause.__traceback__)[-1]
+            entry.update(
+                outcome='failed',
+                stage=str(error) if isinstance(error, Stage) else 'data',
+                error=f'{type(cause).__name__}: {cause}'[:600],
+                where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
+            )
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            del model
+            gc.collect()
+        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
+            break
+    return dict(entry, seconds=round(time.process_time() - began, 1))
+
+
+def final(error: str) -> bool:
+    """Whether a larger image cannot help against ``error``."""
+    return bool(
+        re.match(r'NotImplementedError|ImportError|ModuleNotFoundError|TimeoutError|MemoryError|OSError', error)
+    )
+
+
+# ---- in the parent ----
+
+
+def run_configs(library: str, configs: list[str], ours: bool, arguments, until: float, keep) -> None:
+    """Run ``configs`` in workers, handing each entry to ``keep(config, entry)``; a config that kills one is noted."""
+    record = arguments.out.with_suffix(f'.{os.getpid()}.jsonl')
+    left = list(configs)
+    while left and time.time() < until:
+        record.write_text('')
+        job = dict(
+            library=library,
+            configs=left,
+            ours=ours,
+            reference=arguments.reference,
+            record=str(record),
+            until=until,
+            timeout=arguments.timeout,
+            memory=int(arguments.memory * 2**30),
+        )
+        process = subprocess.Popen(
+            ['nice', '-n', '10', sys.executable, '-W', 'ignore', __file__, '--worker', json.dumps(job)],
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        errors = process.communicate()[1]
+        started = None
+        for line in record.read_text().splitlines():
+            entry = json.loads(line)
+            config, event = entry.pop('config'), entry.pop('event')
+            started = config if event == 'start' else None
+            if event == 'end':
+                keep(config, entry)
+                left.remove(config)
+        if started is not None:
+            keep(started, dict(outcome='failed', stage='process', error=f'died with {process.returncode}'))
+            left.remove(started)
+        elif process.returncode:
+            raise RuntimeError(f'the worker ended with {process.returncode}:\n{errors[-3000:]}')
+    record.unlink(missing_ok=True)
+
+
+def order(index: dict) -> list[str]:
+    """One config of each model: by how many configs share its outline, and one of each outline first."""
+    models = {}
+    for path, entry in index.items():
+        if 'model' in entry:
+            models.setdefault(entry['model'], path)
+    sizes = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
+    seen, first, rest = set(), [], []
+    for path in models.values():
+        shape = index[path]['outline']
+        (rest if shape in seen else first).append(path)
+        seen.add(shape)
+    return [path for paths in (first, rest) for path in sorted(paths, key=lambda p: -sizes[index[p]['outline']])]
+
+
+def classify(entry: dict) -> tuple[str, str]:
+    """What the result of a config means, and the reason: see the head of this file."""
+    from upstream import MISSING_OPERATOR, STOCK_REASONS, normalised
+
+    if entry['outcome'] == 'passed':
+        return 'passed', ''
+    missing = MISSING_OPERATOR.search(entry['error'])
+    if missing:
+        return 'missing operator', missing[1] or missing[2]
+    if re.search(r'MemoryError|allocate memory|alloc_cpu|died with -9', entry['error']):
+        return 'too large', ''
+    stock = entry.get('stock')
+    if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(entry['error']):
+        for reason, pattern in STOCK_REASONS.items():
+            if re.search(pattern, entry['error']):
+                return 'stock', reason
+        return 'stock', normalised(entry['error'])
+    return 'ours', f'{entry["stage"]}: {entry["error"]}'
+
+
+def summary(state: dict) -> tuple[str, int]:
+    """The Markdown summary and the number of configs whose failure is ours."""
+    kinds = ('passed', 'stock', 'too large', 'missing operator', 'ours', 'not run yet')
+    head = '| library | configs | with a model | distinct models | outlines | ' + ' | '.join(kinds) + ' |'
+    lines = [head, '|---|' + '---:|' * (head.count('|') - 2)]
+    reasons, bad, ours_models = collections.Counter(), [], 0
+    for library, part in state.items():
+        index, results, counts = part['index'], part['results'], collections.Counter()
+        by_model = {index[path]['model']: classify(entry) for path, entry in results.items() if path in index}
+        for entry in index.values():
+            if 'model' not in entry:
+                if entry['error'] != 'no model in it':
+                    reasons[library, 'not a config', entry['error'][:100].split('\n')[0]] += 1
+                continue
+            kind, reason = by_model.get(entry['model'], ('not run yet', ''))
+            counts[kind] += 1
+            if reason and kind != 'ours':
+                reasons[library, kind, reason] += 1
+        for path, entry in results.items():
+            kind, reason = classify(entry)
+            ours_models += kind == 'ours'
+            if kind == 'ours':
+                bad.append(f'- {library}: `{path}`: {reason}')
+        models = [entry for entry in index.values() if 'model' in entry]
+        sizes = (len(index), len(models), len({e['model'] for e in models}), len({e['outline'] for e in models}))
+        lines.append(f'| {library} | ' + ' | '.join(map(str, (*sizes, *(counts[kind] for kind in kinds)))) + ' |')
+    lines += ['', '| library | kind | reason | configs |', '|---|---|---|---:|']
+    lines += [f'| {" | ".join(key)} | {number} |' for key, number in sorted(reasons.items())]
+    return '\n'.join([*lines, '', *bad]), ours_models
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    parser.add_argument('--libraries', nargs='+', choices=LIBRARIES, default=LIBRARIES)
+    parser.add_argument('--only', metavar='REGEX', help='of the configs, those whose path matches')
+    parser.add_argument('--new-style', nargs='+', type=Path, default=[], help='folders of more configs, of mmdet')
+    parser.add_argument('--minutes', type=float, default=60, help='stop after so long; the next call goes on')
+    parser.add_argument('--again', metavar='KIND', help='forget the results of this kind first, such as "ours"')
+    parser.add_argument('--reference', metavar='DIR', help='a folder with a compiled mmcv, for the run without us')
+    parser.add_argument('--timeout', type=int, default=180, help='seconds of processor time a model may take')
+    parser.add_argument('--memory', type=float, default=8, help='GiB that a model and its gradients may take')
+    parser.add_argument('--report', action='store_true', help='only print the summary of what is there')
+    parser.add_argument('--out', type=Path, default=Path('shipped_configs.json'))
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(json.loads(arguments.worker))
+        return 0
+
+    until = time.time() + 60 * arguments.minutes
+    arguments.out = arguments.out.resolve()
+    state = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    sys.path.insert(0, str(ROOT))
+    for library in () if arguments.report else arguments.libraries:
+        part = state.setdefault(library, dict(index={}, results={}))
+        if not part['index'] or arguments.new_style:
+            import mona_mm  # noqa: F401  some configs import their library's models when they are read
+
+            extra = [path.resolve() for path in arguments.new_style] if library == 'mmdet' else []
+            part['index'] = read_index(library, part['index'], extra)
+            arguments.out.write_text(json.dumps(state))
+        results = part['results']
+        for path in [p for p, entry in results.items() if arguments.again and classify(entry)[0] == arguments.again]:
+            del results[path]
+
+        def keep(path, entry, results=results):
+            results[path] = entry
+            kind, reason = classify(entry)
+            print(f'{time.strftime("%X")} {entry.get("seconds")}s {kind:8} {path} {reason}', flush=True)
+
+        def keep_stock(path, entry, results=results):
+            results[path]['stock'] = entry
+
+        todo = [path for path in order(part['index']) if path not in results]
+        todo = [path for path in todo if arguments.only is None or re.search(arguments.only, path)]
+        while todo and time.time() < until:
+            batch, todo = todo[:20], todo[20:]
+            run_configs(library, batch, True, arguments, until, keep)
+            doubtful = [
+                p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours'
+            ]
+            run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
+            arguments.out.write_text(json.dumps(state))
+    text, ours = summary(state)
+    print(text)
+    return 1 if ours else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

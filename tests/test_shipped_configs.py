@@ -1,0 +1,123 @@
+"""A few configs that mmdet and mmseg ship, one or two for each operator of mmcv that they need, made small.
+
+``tests/shipped_configs.py`` runs them all. Here a backbone has an eighth of its channels and an image 96 pixels a side.
+"""
+
+import functools
+import logging
+
+import pytest
+from mmengine.config import Config
+from shipped_configs import build_model, installed_configs, outline, own_sizes, plain, run_model, without_pretrained
+
+ext = pytest.importorskip('mmcv._ext', reason='mmcv is compiled, and has no CPU form of some of these operators')
+if not ext.__file__.endswith('.py'):
+    pytest.skip('mmcv is compiled, and has no CPU form of some of these operators', allow_module_level=True)
+
+SIDE = 96
+DCN = ('deform_conv_forward', 'deform_conv_backward_input', 'deform_conv_backward_parameters')
+MASKED = ('masked_im2col_forward', 'masked_col2im_forward')
+DCN_V2 = ('modulated_deform_conv_forward', 'modulated_deform_conv_backward')
+DEFORM_POOL = ('deform_roi_pool_forward', 'deform_roi_pool_backward')
+
+# library, config, the operators that it must call
+CASES = [
+    ('mmdet', 'dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco', (*DCN, 'roi_align_forward', 'roi_align_backward', 'nms')),
+    ('mmdet', 'dcnv2/faster-rcnn_r50-mdconv-group4-c3-c5_fpn_1x_coco', DCN_V2),
+    ('mmdet', 'dyhead/atss_r50_fpn_dyhead_1x_coco', DCN_V2),
+    ('mmdet', 'detectors/cascade-rcnn_r50-sac_1x_coco', DCN),
+    ('mmdet', 'reppoints/reppoints-moment_r50_fpn_1x_coco', DCN),
+    ('mmdet', 'vfnet/vfnet_r50_fpn_1x_coco', DCN),
+    ('mmdet', 'tood/tood_r50_fpn_1x_coco', DCN[:2]),  # weights are constants
+    ('mmdet', 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco', DCN),
+    (
+        'mmdet',
+        'guided_anchoring/ga-retinanet_r50_fpn_1x_coco',
+        (*DCN, *MASKED),
+    ),
+    ('mmdet', 'carafe/faster-rcnn_r50_fpn-carafe_1x_coco', ('carafe_forward', 'carafe_backward')),
+    ('mmdet', 'dcn/faster-rcnn_r50_fpn_dpool_1x_coco', DEFORM_POOL),
+    ('mmdet', 'dcnv2/faster-rcnn_r50_fpn_mdpool_1x_coco', DEFORM_POOL),
+    ('mmdet', 'pisa/faster-rcnn_r50_fpn_pisa_1x_coco', ('nms_match',)),
+    ('mmdet', 'faster_rcnn/faster-rcnn_r50_fpn_soft-nms_1x_coco', ('softnms',)),
+    ('mmseg', 'psanet/psanet_r50-d8_4xb4-80k_ade20k-512x512', ('psamask_forward', 'psamask_backward')),
+]
+
+
+def shrunk(config: dict) -> dict:
+    """The config with an eighth of the channels in its ResNet, in what follows it, and in the heads that it has."""
+    config = without_pretrained(config)
+    config['backbone']['base_channels'] = 8
+    channels = [32, 64, 128, 256]
+    neck = config.get('neck')
+    for part in neck if isinstance(neck, list) else [neck] if neck else []:
+        if part['type'].startswith(('FPN', 'PAFPN')):
+            part['in_channels'] = channels
+    if config['backbone'].get('rfp_backbone'):
+        config['backbone']['rfp_backbone']['base_channels'] = 8
+    for key, stage in (('decode_head', 3), ('auxiliary_head', 2)):
+        if key in config:
+            config[key].update(in_channels=channels[stage], channels=16)
+    if config.get('decode_head', {}).get('type') == 'PSAHead':
+        config['decode_head']['mask_size'] = (9, 9)
+    if 'roi_head' in config:
+        # On a small image there are few boxes, and with random weights none that is sure of its class.
+        config['train_cfg']['rcnn'] = few(config['train_cfg']['rcnn'])
+        config['test_cfg']['rcnn']['score_thr'] = 0.0
+        config['test_cfg']['rcnn']['max_per_img'] = 5
+        for part in (config['train_cfg']['rpn_proposal'], config['test_cfg']['rpn']):
+            part.update(nms_pre=100, max_per_img=50)
+    return config
+
+
+def few(rcnn):
+    """The training settings of a RoI head, or of each of its stages, with eight samples an image."""
+    if isinstance(rcnn, (list, tuple)):
+        return [few(stage) for stage in rcnn]
+    sampler = dict(rcnn['sampler'], num=8)
+    if sampler['type'] == 'ScoreHLRSampler':
+        sampler['score_thr'] = 0.0
+    return dict(rcnn, sampler=sampler)
+
+
+@pytest.mark.parametrize(('library', 'name', 'operators'), CASES, ids=[name.split('/')[1] for _, name, _ in CASES])
+def test_a_shipped_config_trains_and_predicts(library, name, operators, monkeypatch):
+    called = set()
+
+    def watched(operator, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            called.add(operator)
+            return function(*args, **kwargs)
+
+        return call
+
+    logging.getLogger('mmengine').setLevel(logging.ERROR)  # it would log how each weight is initialised
+    for operator in operators:
+        monkeypatch.setattr(ext, operator, watched(operator, getattr(ext, operator)))
+    path = installed_configs(library) / 'configs' / f'{name}.py'
+    config = shrunk(Config.fromfile(path).model.to_dict())
+    model = build_model(library, config, (SIDE, SIDE))
+    result = run_model(model, config, (SIDE, SIDE))
+    assert result['finite'] and result['loss'] > 0
+    assert result['with_gradient'] >= 0.8 * result['trained'], 'most of the model had no part in the loss'
+    assert called == set(operators)
+
+
+def test_what_makes_two_configs_one_model():
+    """The sweep runs a config once for all that build the same model; their outline leaves out the numbers only."""
+    first = dict(type='A', init_cfg=dict(type='Pretrained', checkpoint='x'), depth=50, stages=(True, False))
+    second = dict(type='A', pretrained='y', depth=50, stages=[True, False])
+    third = dict(type='A', depth=101, stages=[True, False])
+    models = [plain(without_pretrained(config)) for config in (first, second, third)]
+    for model in models:
+        model.pop('init_cfg', None), model.pop('pretrained', None)
+    assert models[0] == models[1] != models[2]
+    assert outline(models[0]) == outline(models[2]) != outline(dict(models[2], stages=[True, True]))
+    kept = without_pretrained(dict(init_cfg=[dict(type='Pretrained', checkpoint='x'), dict(type='Xavier')]))
+    assert kept == dict(init_cfg=[dict(type='Xavier')])
+
+
+def test_a_model_is_given_its_own_size_at_last():
+    assert own_sizes(dict(data_preprocessor=dict(size=(512, 1024)))) == [(128, 128), (320, 320), (512, 512)]
+    assert own_sizes(dict(backbone=dict(img_size=384))) == [(128, 128), (384, 384)]
