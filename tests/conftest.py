@@ -23,6 +23,7 @@ pytest.register_assert_rewrite('helpers', 'suite')
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / 'tests/golden'
 SHARED = ROOT.parent / 'shared'
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -88,18 +89,24 @@ HOSTS = {
 }
 
 
-def shared(name: str) -> Path:
-    """A file or folder of the independent evidence; the test says so and skips where it is not there."""
-    path = SHARED / name
+def real_images(name: str) -> Path:
+    """A folder of real images beside the checkout, which are too large to be in it; a test that needs them says so and
+    skips where they are not there."""
+    path = SHARED / 'data' / name
     if not path.exists():
-        pytest.skip(f'the independent evidence shared/{name} is not on this machine')
+        pytest.skip(f'the real images of {path} are not on this machine')
     return path
 
 
-def golden(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of one file of outputs of the published code."""
-    with safe_open(shared(f'golden/{name}.safetensors'), 'pt') as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+def golden(name: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors, in ``dtype``, and the metadata of one file of outputs of the published code; see
+    tests/golden/README.md. A Swin with a method has the weights, input and cotangents of the one base."""
+    tensors = {}
+    for each in ('swin_base', name) if name.startswith('swin_') else (name,):
+        with safe_open(GOLDEN / f'{each}.safetensors', 'pt') as file:
+            tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+    return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}, metadata
 
 
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ Numbers are the published ones (settings and training logs of the Mona paper's c
 """
 
 import copy
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, shared
+from conftest import ROOT, real_images
 from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
@@ -33,6 +32,7 @@ from mona_mm.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.freeze import count_trainable
 from mona_mm.meta import build_on_meta
+from mona_mm.reproduce import published_results
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / 'configs').rglob('*.py'))}
 PARTS = ('default_runtime', 'classification_swin_l')  # of other configs, no configs themselves
@@ -204,7 +204,7 @@ def test_mona_formula():
 
 def test_numbers_are_the_evidence():
     """What this file holds of the published numbers is what `published.json` says."""
-    published = json.loads(shared('reference/published.json').read_text())
+    published = published_results()
     for key, numbers in TRAINABLE.items():
         assert numbers == {k: n for k, (n, _) in published['trainable_params_backbone'][f'swin_{key}'].items()}
     elsewhere = published['trainable_params_backbone_other_tasks']
@@ -509,9 +509,9 @@ def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
 
 
 REAL = {
-    'cascade_swin_b_coco': 'data/coco',
-    'retinanet_swin_l_voc': 'data/VOCdevkit',
-    'upernet_swin_l_ade20k': 'data/ade/ADEChallengeData2016',
+    'cascade_swin_b_coco': 'coco',
+    'retinanet_swin_l_voc': 'VOCdevkit',
+    'upernet_swin_l_ade20k': 'ade/ADEChallengeData2016',
 }
 
 
@@ -524,7 +524,7 @@ ON_REAL_IMAGES = pytest.mark.parametrize(
 @ON_REAL_IMAGES
 def test_trains_and_evaluates_on_real_images(task, tmp_path):
     """The dense tasks again, on the real images where they are."""
-    small_run(task, shared(REAL[task]), tmp_path)
+    small_run(task, real_images(REAL[task]), tmp_path)
 
 
 def test_voc_scores_of_the_truth(tiny_data):
@@ -598,9 +598,9 @@ def test_classes_that_do_not_fit_the_annotations(tiny_data, tmp_path):
 @pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])
 def test_real_data(task):
     """The real data sets, where they are: loaders and pipelines as shipped give a training and a test batch."""
-    root = REAL.get(task, 'data/VOCdevkit/VOC2007')
+    root = REAL.get(task, 'VOCdevkit/VOC2007')
     loaders = {key: value for key, value in NARROW.items() if 'loader' in key}
-    cfg = load_config(str(CONFIGS[task]), {'data_root': str(shared(root)), **loaders})
+    cfg = load_config(str(CONFIGS[task]), {'data_root': str(real_images(root)), **loaders})
     check_data(cfg, ('train', 'val', 'test'))
     init_default_scope(cfg.default_scope)
     for options in (cfg.train_dataloader, cfg.val_dataloader):

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, shared
+from conftest import ROOT, SHARED, real_images
 
 from mona_mm.cli import build_runner
 from mona_mm.config import adapt_to_device, load_config
@@ -38,7 +38,7 @@ def test_full_size_trains_and_validates(tmp_path, two_threads):
     """The shipped config, unchanged but for the data, the pretrained weights and the CPU: three iterations at batch 1
     and one validation image."""
     options = {
-        'data_root': str(shared('data/coco')),
+        'data_root': str(real_images('coco')),
         'model.backbone.base.init_cfg': None,
         'train_dataloader.dataset.indices': 3,
         'val_dataloader.dataset.indices': 1,
@@ -76,7 +76,7 @@ def scaled_down(ann_file) -> dict:
     cfg = load_config(
         CONFIG,
         {
-            'data_root': str(shared('data/coco')),
+            'data_root': str(real_images('coco')),
             'model.backbone.base.init_cfg': None,
             'model.backbone.base.embed_dims': 32,
             'model.backbone.base.depths': [2, 2, 2, 2],
@@ -127,7 +127,7 @@ def scaled_down(ann_file) -> dict:
 
 def test_overfits_eight_real_images(tmp_path, two_threads):
     """With the base frozen at random values, Mona and the heads learn eight real images by heart: AP50 above 0.5."""
-    shared('data/coco')
+    real_images('coco')
     assert len(eight_images(tmp_path / 'eight.json')['images']) == 8
     log = run(scaled_down(tmp_path / 'eight.json'), tmp_path / 'overfit')
     scores = dict(re.findall(r'coco/(\w+): ([-\d.]+)', log))

@@ -207,9 +207,8 @@ def test_a_plan_for_other_weights_or_another_network_is_refused(tmp_path):
 @pytest.mark.parametrize('kind', ['lora', 'adapter'])
 def test_golden_blocks(kind, tmp_path):
     """Two ViT blocks of the published code, structured modules on some of their matrices, through a plan: output, the
-    input's gradient and every gradient of the modules, each within 1e-5 of its largest value."""
-    tensors, metadata = golden(f'spt_block_{kind}')
-    tensors = {name: t.double() for name, t in tensors.items()}
+    input's gradient and every gradient of the modules, each within 1e-11 of its largest value."""
+    tensors, metadata = golden(f'spt_block_{kind}', torch.float64)
     dim, rank = int(metadata['dim']), int(metadata['rank'])
     sites = metadata['order'].split(',')
     host = dict(
@@ -250,10 +249,11 @@ def test_golden_blocks(kind, tmp_path):
     for block in model.layers:
         out = block(out)
     out.backward(tensors['cotangent'])
-    assert_near(out, tensors['output'])
-    assert_near(x.grad, tensors['grad_input'])
+    assert_near(out, tensors['output'], 1e-11)
+    assert_near(x.grad, tensors['grad_input'], 1e-11)
     gradients = {name: g for name, g in part(tensors, 'grad/').items() if name in modules}
-    assert_near({name: p.grad for name, p in modules.items()}, gradients)
+    # The gradient of a key's bias is zero but for rounding: a constant added to all scores changes no softmax.
+    assert_near({name: p.grad for name, p in modules.items()}, gradients, 1e-11, least=1.0)
 
 
 def spt_detector(config, **options):

@@ -1,16 +1,19 @@
 """SPT's allocation and plan file: the published selection exactly, budgets kept exactly, damage noticed."""
 
+import hashlib
 import json
 import math
 import os
 import pickle
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import golden, shared
+from conftest import GOLDEN
 
 from mona_mm import PeftBackbone
 from mona_mm.compat.safe_globals import register_safe_globals
@@ -18,7 +21,7 @@ from mona_mm.errors import ConfigError, MissingFileError, PlanError
 from mona_mm.meta import meta_device
 from mona_mm.spt import Plan, Sensitivity, allocate, load_published_plan
 from mona_mm.spt.allocation import parse_budget
-from mona_mm.spt.parts import Architecture
+from mona_mm.spt.parts import Architecture, Part
 from mona_mm.spt.plan import base_digest, module_cost
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.published import _read, published_names
@@ -68,25 +71,43 @@ def recount(plan: Plan) -> int:
 # ---------------------------------------------------------------------------------------- the published selection
 
 
+def gradients_of_integers(names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The gradients that the published selection was run on: computed from integers by products that are exact or
+    rounded alike everywhere, so that no file has to hold them."""
+    gradients = {}
+    for index, name in enumerate(names, start=1):
+        i = np.arange(math.prod(shapes[name]), dtype=np.uint64) + np.uint64(index * 1_000_003)
+        u = (i * np.uint64(2_654_435_761)) % np.uint64(2**32)
+        u = (u ^ (u >> np.uint64(15))) * np.uint64(2_246_822_519) % np.uint64(2**32)
+        v = (u >> np.uint64(8)).astype(np.float32) * np.float32(2**-24)
+        scale = np.float32((1 + (index * 7919) % 61) / 32)
+        gradients[name] = torch.from_numpy(v * v * v * scale).view(shapes[name])
+    return gradients
+
+
 @pytest.fixture(scope='module')
 def published_sensitivity():
-    tensors, metadata = golden('spt_plan')
     base = dict(embed_dims=128, num_layers=12, num_heads=4, feedforward_channels=512)
     architecture = Architecture.of(build(dict(type='mmpretrain.VisionTransformer', arch=base, img_size=64)))
     names = published_names(architecture)
     squares = {part.name: torch.full(architecture.shapes[part.name], math.nan) for part in architecture.parts}
-    for name, part in names.items():
-        part.of(squares[part.name]).copy_(tensors[f'sensitivity/{name}'])
-    return Sensitivity(architecture, squares), names, tensors, metadata
+    order = ('norm1', 'attn.q', 'attn.k', 'attn.v', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
+    listed = [f'blocks.{i}.{module}.{end}' for i in range(12) for module in order for end in ('weight', 'bias')]
+    listed += ['norm.weight', 'norm.bias']
+    assert set(listed) == set(names)
+    for name, gradient in gradients_of_integers(listed, {n: part.shape for n, part in names.items()}).items():
+        part = names[name]
+        part.of(squares[part.name]).copy_(gradient**2)
+    return Sensitivity(architecture, squares), names, json.loads((GOLDEN / 'spt_plan.json').read_text())
 
 
 @pytest.mark.parametrize('key', ['lora', 'adapter', 'lora_alpha1_beta2'])
 @pytest.mark.parametrize('budget', ['0.05', '0.1', '0.2', '0.4', '0.6', '0.8', '1.0'])
 def test_published_selection(published_sensitivity, key, budget):
-    """rule='published' on the published code's own sensitivities: the same structured matrices, whole vectors and
-    single weights, one by one, and the same counts, for every budget and set of parameters of the golden file."""
-    sensitivity, names, tensors, metadata = published_sensitivity
-    settings = json.loads(metadata[key])
+    """rule='published' on sensitivities that the published code was run on: the same structured matrices, whole vectors
+    and single weights, one by one, and the same counts, for every budget and set of parameters of the golden file."""
+    sensitivity, names, golden = published_sensitivity
+    settings = golden[key]
     expected = settings['budgets'][budget]
     width = {'lora': ('LoRA', 'rank'), 'adapter': ('Adapter', 'bottleneck')}[settings['structured_type']]
     plan = allocate(
@@ -102,19 +123,9 @@ def test_published_selection(published_sensitivity, key, budget):
     assert table == expected['tuned_matrices']
     assert plan.vectors[0] == ('cls_token', None)
     assert plan.vectors[1:] == tuple((names[n].name, names[n].rows) for n in expected['tuned_vectors'])
-
-    # Resolve the golden indices, into the listed tensors laid end to end, by writing ones there.
-    flat = np.zeros(sum(names[n].numel for n in expected['unstructured_names']), bool)
-    flat[tensors[f'plan/{key}/{budget}/unstructured_indexes'].numpy()] = True
-    start, found = 0, {name: torch.zeros(shape, dtype=torch.bool) for name, shape in plan.architecture.shapes.items()}
-    for name in expected['unstructured_names']:
-        part = names[name]
-        part.of(found[part.name])[:] = torch.from_numpy(flat[start : start + part.numel]).view(part.shape)
-        start += part.numel
-    golden_weights = {name: mask.flatten().nonzero().flatten() for name, mask in found.items() if mask.any()}
-    assert plan.weights.keys() == golden_weights.keys()
-    for name, indices in golden_weights.items():
-        assert torch.equal(plan.weights[name], indices), name
+    indices = indices_end_to_end(plan, names, expected['unstructured_names'])
+    assert hashlib.sha256(indices.astype('<i8').tobytes()).hexdigest() == expected['unstructured_sha256']
+    assert len(indices) == plan.counts.weights
 
     token = 128  # counted as 768 there, whatever the width
     assert plan.counts.structured + plan.counts.vectors - token == expected['structured']
@@ -122,20 +133,35 @@ def test_published_selection(published_sensitivity, key, budget):
     assert plan.counts.total == round(expected['params_m'] * 1e6) - 768 + token
 
 
+def indices_end_to_end(plan: Plan, names: Mapping[str, Part], listed: Sequence[str]) -> np.ndarray:
+    """The plan's single weights as the published code writes them: their indices into the listed tensors laid end to
+    end, by its names."""
+    masks = {name: torch.zeros(math.prod(shape), dtype=torch.bool) for name, shape in plan.architecture.shapes.items()}
+    for name, chosen in plan.weights.items():
+        masks[name][chosen] = True
+    parts = [names[name] for name in listed]
+    flat = [p.of(masks[p.name].view(plan.architecture.shapes[p.name])).flatten() for p in parts]
+    return torch.cat(flat).nonzero().flatten().numpy()
+
+
 @pytest.fixture(scope='module')
 def vit_b():
     return build(dict(type='mmpretrain.VisionTransformer', arch='b'))
+
+
+def published_file(kind: str, budget: str) -> Path:
+    """A plan that was published for CIFAR-100 and a ViT-B/16."""
+    return GOLDEN / f'spt_plans/{kind}_cifar_{budget}.pth'
 
 
 KIND_OF_FILE = {'lora': dict(type='LoRA', rank=8), 'adapter': dict(type='Adapter', bottleneck=8)}
 
 
 @pytest.mark.parametrize('kind', KIND_OF_FILE)
-@pytest.mark.parametrize('task', ['cifar', 'clevr_count'])
 @pytest.mark.parametrize('budget', ['0.1', '0.4'])
-def test_published_plans_load(vit_b, kind, task, budget, tmp_path):
+def test_published_plans_load(vit_b, kind, budget, tmp_path):
     """The published files load for a ViT-B/16, have the totals they state, part by part, and survive our own file."""
-    path = shared(f'spt_plans/{kind}/{task}/param_req_{budget}.pth')
+    path = published_file(kind, budget)
     plan = load_published_plan(path, vit_b, KIND_OF_FILE[kind])
     plan.check(vit_b)
     stated = _read(path)
@@ -157,7 +183,7 @@ def test_published_plans_load(vit_b, kind, task, budget, tmp_path):
 def test_adapters_on_a_plan_for_lora(vit_b, budget):
     """The published SPT-Adapter runs train adapters on the plans that were selected for LoRA: the same sites, vectors
     and single weights, and the file's number is that of LoRA; the other way round there were no runs."""
-    path = shared(f'spt_plans/lora/cifar/param_req_{budget}.pth')
+    path = published_file('lora', budget)
     lora, adapter = (load_published_plan(path, vit_b, kind) for kind in KIND_OF_FILE.values())
     assert adapter.structured_config == KIND_OF_FILE['adapter']
     assert (adapter.structured, adapter.vectors) == (lora.structured, lora.vectors)
@@ -171,7 +197,7 @@ def test_adapters_on_a_plan_for_lora(vit_b, budget):
     )
     assert adapter.info['stated_parameters'] == lora.counts.total
     assert adapter.info['stated_parameters_are'] == 'those with LoRA modules and 768 for the class token'
-    path = shared(f'spt_plans/adapter/cifar/param_req_{budget}.pth')
+    path = published_file('adapter', budget)
     with pytest.raises(PlanError, match='another structured module'):
         load_published_plan(path, vit_b, KIND_OF_FILE['lora'])
 
@@ -179,12 +205,15 @@ def test_adapters_on_a_plan_for_lora(vit_b, budget):
 @pytest.mark.parametrize('key', ['lora', 'adapter'])
 def test_published_plans_of_another_width_count_768_for_the_class_token(published_sensitivity, key, tmp_path):
     """A published plan of a ViT that is 128 wide: its number has 768 for the class token, of which 128 train."""
-    sensitivity, names, tensors, metadata = published_sensitivity
-    settings = json.loads(metadata[key])
+    sensitivity, names, golden = published_sensitivity
+    settings = golden[key]
     expected = settings['budgets']['0.2']
+    width = {'lora': dict(type='LoRA', rank=8), 'adapter': dict(type='Adapter', bottleneck=8)}[key]
+    ours = allocate(sensitivity, '0.2M', width, rule='published')
+    indices = indices_end_to_end(ours, names, expected['unstructured_names'])
     file = dict(
         unstructured_name_shapes={name: tuple(names[name].shape) for name in expected['unstructured_names']},
-        unstructured_indexes=tensors[f'plan/{key}/0.2/unstructured_indexes'].long(),
+        unstructured_indexes=torch.from_numpy(indices),
         tuned_matrices=expected['tuned_matrices'],
         tuned_vectors=expected['tuned_vectors'],
         params=expected['params_m'],
@@ -192,9 +221,6 @@ def test_published_plans_of_another_width_count_768_for_the_class_token(publishe
     torch.save(file, tmp_path / 'plan.pth')
     base = dict(embed_dims=128, num_layers=12, num_heads=4, feedforward_channels=512)
     vit = build(dict(type='mmpretrain.VisionTransformer', arch=base, img_size=64))
-    width = {'lora': dict(type='LoRA', rank=settings['rank'])}.get(key) or dict(
-        type='Adapter', bottleneck=settings['rank']
-    )
     plan = load_published_plan(tmp_path / 'plan.pth', vit, width)
     assert plan.counts.structured + plan.counts.vectors - 128 == expected['structured']
     assert plan.counts.weights == expected['unstructured']
@@ -215,7 +241,7 @@ def test_published_plans_of_another_width_count_768_for_the_class_token(publishe
 
 def test_published_plans_are_refused_elsewhere(vit_b, tmp_path):
     """For another ViT, a Swin, a file cut short, a file of something else, or one that would run code: one error."""
-    path = shared('spt_plans/lora/cifar/param_req_0.1.pth')
+    path = published_file('lora', '0.1')
     lora = KIND_OF_FILE['lora']
     with pytest.raises(PlanError, match=r'is \(768, 768\) there'):
         small = {**TINY['vit']['arch'], 'num_layers': 12}
@@ -251,7 +277,7 @@ def test_reading_a_published_plan_leaves_no_trace(vit_b):
     """What weights-only loading allows is afterwards as before: a checkpoint of mmengine can still be resumed."""
     register_safe_globals()
     before = set(map(str, torch.serialization.get_safe_globals()))
-    load_published_plan(shared('spt_plans/lora/cifar/param_req_0.1.pth'), vit_b, KIND_OF_FILE['lora'])
+    load_published_plan(published_file('lora', '0.1'), vit_b, KIND_OF_FILE['lora'])
     assert set(map(str, torch.serialization.get_safe_globals())) == before
 
 

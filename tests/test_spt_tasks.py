@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import shared
+from conftest import real_images
 from helpers import assert_near
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -35,7 +35,7 @@ def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch
     monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
     narrow = copy.deepcopy(NARROW | NARROW_TASK[kind(task)])
     narrow |= {'model.backbone.peft.structured.rank': 2, 'model.backbone.peft.num_batches': 2}
-    narrow |= {'model.backbone.peft.budget': '3%', 'data_root': str(shared(REAL[task]))}
+    narrow |= {'model.backbone.peft.budget': '3%', 'data_root': str(real_images(REAL[task]))}
     cfg = load_config(str(CONFIGS[f'spt_lora_{task}']), narrow)
     check_data(cfg, ('train', 'val'))
     init_default_scope(cfg.default_scope)
