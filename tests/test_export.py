@@ -1,0 +1,175 @@
+"""Adapted models in the hands of tools that look into them: traced, exported, counted, quantized, parametrized."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from adapted import PAIRS, adapted, assert_close, image
+from mmengine.analysis import get_model_complexity_info
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from mona_mm.errors import ConfigError
+from mona_mm.mixin import mix_out, qualified_name, stock_class
+from mona_mm.sites import PeftBlock, find_host
+from mona_mm.spt.sparse import attach_sparse, merge_sparse
+
+pairs = pytest.mark.parametrize(('host', 'method'), PAIRS)
+
+
+@pairs
+def test_traced_saved_and_exported(host, method):
+    """torch.jit.trace, saved and loaded, and torch.export compute for another image what the model does."""
+    model, other = adapted(host, method), image(64, 64, seed=9)
+    with torch.no_grad():
+        expected = model(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(model, image(64, 64), check_trace=False)
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        with torch.no_grad():
+            assert_close(torch.jit.load(file)(other), expected)
+            exported = torch.export.export(model, (image(64, 64),), strict=False).module()
+            assert_close(exported(other), expected)
+    with torch.no_grad():
+        assert all(map(torch.equal, model(other), expected))
+
+
+@pairs
+def test_torch_func(host, method):
+    """functional_call with other values, and vmap over images, against one call after the other."""
+    model = adapted(host, method)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    values = {name: p * 0.9 for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        expected = model(image(64, 64))
+        other = torch.func.functional_call(model, values, (image(64, 64),))
+        assert not torch.equal(other[-1], expected[-1])
+        model.load_state_dict({**state, **values})
+        assert_close(model(image(64, 64)), other)
+        model.load_state_dict(state)
+        images = torch.stack([image(64, 64), image(64, 64, seed=2)])
+        mapped = torch.func.vmap(model)(images)
+        for i in range(2):
+            assert_close([out[i] for out in mapped], model(images[i]))
+
+
+@pytest.mark.parametrize(('host', 'method'), [p for p in PAIRS if p[0] in ('Swin', 'ViT', 'PVTv2')])
+def test_counters(host, method):
+    """Operations: mmengine's counter runs, and torch's counts in the fast form what it counts in the plain one."""
+    model, plain = (adapted(host, method, fast=fast) for fast in (True, False))
+    assert get_model_complexity_info(model, (3, 64, 64))['flops'] > 0
+    counts = []
+    for each in (model, plain):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+            each(image(64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(('host', 'method'), [p for p in PAIRS if p[0] != 'SwinV2'])
+def test_dynamic_quantization(host, method):
+    """Linears in 8 bits: near the model in single precision, and the method still reached. (SwinV2 reads the weight of
+    a linear by itself, which no quantized one has; the stock one fails as well.)"""
+    model = adapted(host, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        assert_close(quantized(image(64, 64)), model(image(64, 64)), 0.2)
+        off = copy.deepcopy(quantized)
+        for module in (m for m in off.modules() if isinstance(m, PeftBlock)):
+            module.peft = type(module.peft)()
+        assert not torch.equal(off(image(64, 64))[-1], quantized(image(64, 64))[-1])
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+    def right_inverse(self, x):
+        return x / 2
+
+
+@pairs
+def test_parametrized(host, method):
+    """Every weight parametrized, or weight-normalised, computes what it did; copies do; classes are known again."""
+    model = adapted(host, method)
+    with torch.no_grad():
+        expected = model(image(64, 64))
+    blocks = list(find_host(model).blocks(model))
+    for register in (lambda m: parametrize.register_parametrization(m, 'weight', Twice()), parametrizations.weight_norm):
+        wrapped = copy.deepcopy(model)
+        for module in list(wrapped.modules()):
+            weight = module._parameters.get('weight')
+            if isinstance(weight, nn.Parameter) and weight.dim() > 1:
+                register(module)
+        assert list(find_host(wrapped).blocks(wrapped)) == blocks
+        with torch.no_grad():
+            assert_close(wrapped(image(64, 64)), expected, 1e-4)
+            assert_close(copy.deepcopy(wrapped)(image(64, 64)), expected, 1e-4)
+
+
+def test_parametrized_classes():
+    """stock_class, mix_out and single weights under and over a parametrization."""
+    linear = nn.Linear(4, 4)
+    delta = attach_sparse(linear, [0, 5])
+    nn.init.ones_(delta.values)
+    x = torch.randn(3, 4)
+    expected = linear(x)
+    parametrize.register_parametrization(linear, 'bias', Twice())
+    assert stock_class(linear) is nn.Linear
+    torch.testing.assert_close(linear(x), expected)
+    parametrize.remove_parametrizations(linear, 'bias')
+    assert stock_class(linear) is nn.Linear
+    merge_sparse(linear)
+    assert type(linear) is nn.Linear
+    norm = nn.LayerNorm(4)
+    attach_sparse(norm, [1])
+    nn.init.ones_(norm.peft['weight'].values)
+    expected = norm(x)
+    parametrize.register_parametrization(norm, 'weight', Twice())
+    torch.testing.assert_close(norm(x), expected)
+    mix_out(norm)
+    assert qualified_name(stock_class(norm)) == 'torch.nn.modules.normalization.LayerNorm'
+    assert not torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize('method', ['LoRA', 'Adapter', 'LoRand'])
+def test_an_exchanged_module_is_no_silent_loss(method):
+    """Where what a hook is on has been exchanged, the method would be left out without a word."""
+    path = dict(LoRA='attn.w_msa.qkv', Adapter='attn.drop', LoRand='ffn.dropout_layer')[method]
+    model = adapted('Swin', method)
+    expected = model(image(64, 64))
+    block = model.stages[0].blocks[0]
+    old, new = block.get_submodule(path), copy.copy(block.get_submodule(path))
+    new._forward_hooks, new._forward_pre_hooks = type(old._forward_hooks)(), type(old._forward_pre_hooks)()
+    block.set_submodule(path, new)
+    with pytest.raises(ConfigError, match='exchanged for another'):
+        model(image(64, 64))
+    new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+    assert all(map(torch.equal, model(image(64, 64)), expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('host', 'method'), [('SwinV2', 'LoRA'), ('PVTv2', 'Mona'), ('Swin', 'Mona in the branches')])
+def test_compiled(host, method):
+    """torch.compile, forward and backward."""
+    torch._dynamo.reset()
+    model = adapted(host, method)
+    compiled = torch.compile(copy.deepcopy(model), backend='aot_eager')
+    assert_close(compiled(image(64, 64)), model(image(64, 64)))
+    torch._dynamo.reset()
+
+
+def test_a_host_that_reads_a_weight_wrapped_away():
+    """LoRA at a weight that the host reads by itself, behind a wrapper: an error and not a forward without it."""
+    model = adapted('SwinV2', 'LoRA')
+    attention = model.stages[0].blocks[0].attn
+    attention.forward = attention.forward
+    with pytest.raises(ConfigError, match='is wrapped, or its forward replaced'):
+        model(image(64, 64))
