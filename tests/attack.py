@@ -31,6 +31,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 if __name__ == '__main__':
@@ -83,6 +84,7 @@ def called(function: str, *pieces: bytes) -> bytes:
     return named(function) + tuple_of(*pieces) + pickle.REDUCE
 
 
+@cache
 def allowed_names() -> tuple[list[str], list[str]]:
     """The globals that a file may name: those of the package, and torch's own."""
     import torch._weights_only_unpickler as unpickler
@@ -92,6 +94,7 @@ def allowed_names() -> tuple[list[str], list[str]]:
     return ours, sorted(get())
 
 
+@cache
 def pieces() -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Values to attack, made as honest files make them and otherwise; and values to attack them with."""
     history = HistoryBuffer()
@@ -259,6 +262,11 @@ _RUNS = ('subprocess', 'os.system', 'os.exec', 'os.spawn', 'os.posix_spawn', 'os
          'exec', 'compile', 'import', 'shutil.', 'webbrowser', 'urllib')  # fmt: skip
 
 
+# Of the standard library, what runs code that it has generated: for named tuples and the like, and for imports.
+_GENERATE = ('typing.py', '__init__.py', 'dataclasses.py', 'enum.py', '<frozen importlib._bootstrap>',
+             '<frozen importlib._bootstrap_external>', 'linecache.py')  # fmt: skip
+
+
 class Watch:
     """Notes what a load does beside reading: files that it writes, modules that it imports, code that it runs."""
 
@@ -277,7 +285,7 @@ class Watch:
             return
         if event == 'import' and str(arguments[0]).startswith(('encodings.', 'torch.')):
             return  # a codec, whose name a pickle states, and what torch imports late
-        if event in ('exec', 'compile') and any(name in str(arguments) for name in ('encodings', 'torch')):
+        if event in ('exec', 'compile') and Path(sys._getframe(1).f_code.co_filename).name in _GENERATE:
             return
         self.seen.append(f'{event} {str(arguments)[:100]}')
 
@@ -340,7 +348,7 @@ def load_pickles(folder: Path, chosen: list[tuple[str, bytes]]) -> Counter:
     warnings.simplefilter('ignore')
     path = folder / 'a.pth'
     path.write_bytes(archive(encoded(b'a') + pieces()[0]['tensor'] + pickle.TUPLE2))
-    torch.load(path)  # and what torch imports for it
+    repr(torch.load(path))  # and what torch imports for it
     for name, body in chosen:
         (folder / 'at').write_text(name)
         path.write_bytes(archive(body))

@@ -49,7 +49,7 @@ def test_forged_deltas(files):
 
 def test_forged_pickles():
     """Allowed globals under every opcode that can follow: refused or plain values, nothing run, written or crashed."""
-    found = attack.attack_pickles(1200, seed=1)
+    found = attack.attack_pickles(400, seed=1)
     assert set(found) == {'refused', 'plain'} and found['refused'] > 10 * found['plain'] > 0, found
 
 
@@ -216,7 +216,7 @@ def test_names_that_are_no_strings(content, tmp_path):
         read_checkpoint(str(tmp_path / 'a.pth'))
 
 
-def test_archives_that_are_larger_than_they_look(tmp_path):
+def test_archives_that_are_larger_than_they_look(tmp_path, monkeypatch):
     """Compressed records in a .pth, which torch never writes; arrays of an .npz far larger than the file."""
     data = io.BytesIO()
     torch.save({'a': torch.zeros(10**6)}, data)
@@ -226,9 +226,11 @@ def test_archives_that_are_larger_than_they_look(tmp_path):
     with pytest.raises(CheckpointMismatchError, match='compressed'):
         read_checkpoint(str(tmp_path / 'a.pth'))
     with zipfile.ZipFile(tmp_path / 'a.npz', 'w', zipfile.ZIP_DEFLATED) as target, target.open('a.npy', 'w') as file:
-        np.lib.format.write_array_header_1_0(file, dict(descr='<f4', fortran_order=False, shape=(2**27,)))
-        for _ in range(2**9):
+        np.lib.format.write_array_header_1_0(file, dict(descr='<f4', fortran_order=False, shape=(2**24,)))
+        for _ in range(2**6):
             file.write(bytes(2**20))
+    assert len(read_checkpoint(str(tmp_path / 'a.npz'))['a']) == 2**24  # small enough for any ratio
+    monkeypatch.setattr('mona_mm.checkpoint.loading._LARGEST', 2**25)
     with pytest.raises(CheckpointMismatchError, match='far more than itself'):
         read_checkpoint(str(tmp_path / 'a.npz'))
 
@@ -311,7 +313,7 @@ def test_no_module_is_imported_because_a_delta_names_it(tuned, tmp_path, monkeyp
 def test_a_header_that_is_too_long_to_be_read(tuned, tmp_path):
     """A config of megabytes is left out, and anything else refused when it is written, not when it is needed."""
     file = tmp_path / 'a.delta.safetensors'
-    text = np.random.default_rng(0).bytes(2**20).hex()
+    text = np.random.default_rng(0).bytes(2**19).hex()
     save_delta(tuned, file, config=text)
     assert read_delta(file).header.config == ''
     with pytest.raises(CheckpointMismatchError, match='is not written: its header .* for dataset_meta'):
