@@ -102,7 +102,10 @@ def test_parametrized(host, method):
     with torch.no_grad():
         expected = model(image(64, 64))
     blocks = list(find_host(model).blocks(model))
-    for register in (lambda m: parametrize.register_parametrization(m, 'weight', Twice()), parametrizations.weight_norm):
+    for register in (
+        lambda m: parametrize.register_parametrization(m, 'weight', Twice()),
+        parametrizations.weight_norm,
+    ):
         wrapped = copy.deepcopy(model)
         for module in list(wrapped.modules()):
             weight = module._parameters.get('weight')

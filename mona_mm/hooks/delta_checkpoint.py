@@ -56,8 +56,33 @@ class DeltaCheckpointHook(Hook):
         if self._checkpoints is not None and runner.rank == 0:
             for partial in Path(self._checkpoints.out_dir).glob(f'*{SUFFIX}.*.partial'):
                 partial.unlink(missing_ok=True)
-        earlier = map(Path, runner.message_hub.runtime_info.get('delta_of', []))  # than this process, when resumed
-        self._written = {path: _version(path) for path in earlier if path.is_file()}
+        self._written = {}
+        if self._checkpoints is not None and self._useful:
+            self._adopt(runner.message_hub.runtime_info)
+            self._record(runner)
+
+    def _adopt(self, info: Mapping[str, Any]) -> None:
+        """Go on with the deltas of the run that is resumed, by what its checkpoint knows of itself and of those before.
+
+        By their names, in this run's folder: what else is there is somebody's own, and so is by now a delta whose
+        checkpoint somebody else than the checkpoint hook has deleted.
+        """
+        if 'delta_of' not in info:  # nothing is resumed, or no run of this hook
+            return
+        hook = self._checkpoints
+        best = {Path(path).name for key, path in info.items() if key.startswith('best_ckpt') and path}
+        steps = {hook.filename_tmpl.format(step) for step in info.get('keep_ckpt_ids', ())}
+        others = {Path(path).name for path in (*info['delta_of'], info.get('last_ckpt')) if path}
+        kept = best | {hook.filename_tmpl.format(step) for step in getattr(hook, 'keep_ckpt_ids', ())}
+        for name in best | steps | others:
+            path = Path(hook.out_dir, name)
+            if path.is_file():
+                self._written[path] = _version(path)
+            elif name not in kept and (hook.max_keep_ckpts > 0 or name.startswith('best_')):
+                _delta_of(path).unlink(missing_ok=True)
+
+    def _record(self, runner: Runner) -> None:
+        runner.message_hub.update_info('delta_of', [str(path) for path in self._written])
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Keep what the whole checkpoint is made of, until it has been written and has a name."""
@@ -99,7 +124,7 @@ class DeltaCheckpointHook(Hook):
         for path in [path for path in self._written if not path.exists()]:
             _delta_of(path).unlink(missing_ok=True)
             del self._written[path]
-        runner.message_hub.update_info('delta_of', [str(path) for path in self._written])
+        self._record(runner)
 
     def _save(self, runner: Runner, checkpoint: dict[str, Any], path: Path, metrics: Mapping[str, float]) -> None:
         meta = checkpoint['meta']
