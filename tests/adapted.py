@@ -46,6 +46,14 @@ METHODS = {
     'single weights': dict(type='LoRA', rank=4, sites=['fc1']),
 }
 PAIRS = [(host, method) for host in HOSTS for method in METHODS]
+COVER = [
+    (host, method)
+    for host, method in PAIRS
+    if host == 'Swin'
+    or method in ('LoRA', 'single weights')
+    or (host, method) in (('ViT', 'Mona'), ('PVTv2', 'Adapter'))
+]
+"""Every host and every method, and all pairs of those that read or change weights: for what takes seconds a pair."""
 
 
 def adapted(host: str, method: str, **options) -> nn.Module:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from adapted import PAIRS, adapted, assert_close, image
+from adapted import COVER, adapted, assert_close, image
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -16,7 +16,7 @@ from mona_mm.mixin import mix_out, qualified_name, stock_class
 from mona_mm.sites import PeftBlock, find_host
 from mona_mm.spt.sparse import attach_sparse, merge_sparse
 
-pairs = pytest.mark.parametrize(('host', 'method'), PAIRS)
+pairs = pytest.mark.parametrize(('host', 'method'), COVER)
 
 
 @pairs
@@ -58,7 +58,7 @@ def test_torch_func(host, method):
             assert_close([out[i] for out in mapped], model(images[i]))
 
 
-@pytest.mark.parametrize(('host', 'method'), [p for p in PAIRS if p[0] in ('Swin', 'ViT', 'PVTv2')])
+@pytest.mark.parametrize(('host', 'method'), [p for p in COVER if p[0] in ('Swin', 'ViT', 'PVTv2')])
 def test_counters(host, method):
     """Operations: mmengine's counter runs, and torch's counts in the fast form what it counts in the plain one."""
     model, plain = (adapted(host, method, fast=fast) for fast in (True, False))
@@ -71,7 +71,7 @@ def test_counters(host, method):
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(('host', 'method'), [p for p in PAIRS if p[0] != 'SwinV2'])
+@pytest.mark.parametrize(('host', 'method'), [p for p in COVER if p[0] != 'SwinV2'])
 def test_dynamic_quantization(host, method):
     """Linears in 8 bits: near the model in single precision, and the method still reached. (SwinV2 reads the weight of
     a linear by itself, which no quantized one has; the stock one fails as well.)"""

@@ -46,7 +46,8 @@ def test_is_the_stock_model(host, method):
     with torch.no_grad():
         assert_close(model(image(64, 96)), expected)
         assert_close(twin(image(64, 96)), expected, 0)
-    other = stock(host).eval()
+    other = stock(host)
+    other.eval()  # some hosts' own returns nothing
     assert classes(model) == classes(other)
     assert list(model.state_dict()) == list(other.state_dict())
     assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
@@ -56,7 +57,9 @@ def test_is_the_stock_model(host, method):
         assert not a._forward_hooks and not a._forward_pre_hooks
     pickle.loads(pickle.dumps(model))
 
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(
+        model.state_dict(), strict=False
+    )  # SwinV2 takes tables that it computes out of what it is given
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
     for each in (model, other):
         optimizer = torch.optim.SGD(each.parameters(), 0.01)
@@ -71,8 +74,9 @@ def test_low_rank_and_single_weights_together(host):
     sites = [site for site in EVERYWHERE['sites'] if host != 'ConvNeXt' or site.startswith('fc')]
     with DefaultScope.overwrite_default_scope(HOSTS[host]['type'].split('.')[0]):
         model = PeftBackbone(HOSTS[host], dict(EVERYWHERE, sites=sites)).eval()
-    for module in [m for m in model.modules() if type(m) is nn.Linear and m.in_features > 8]:
-        attach_sparse(module, [1, 5, 9])
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and '.peft.' not in path and '.cpb_mlp' not in path:
+            attach_sparse(module, [1, 5, 9])
     for p in model.parameters():
         nn.init.normal_(p, 0.5 * (p.dim() == 1), 0.1)
     with torch.no_grad():
