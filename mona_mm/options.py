@@ -178,7 +178,7 @@ def _describe(hint: Any) -> str:
     if origin in (Sequence, list, tuple):
         return f'a list, each of it {_describe(arguments[0])}'
     if origin in (Mapping, dict):
-        return 'a dict'
+        return 'a dict with names as keys' if arguments[0] is str else 'a dict'
     names = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string', NoneType: 'None'}
     return names.get(hint, f'a {getattr(hint, "__name__", hint)}')
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from mmengine.optim import _ParamScheduler
+from mmengine.optim.scheduler.param_scheduler import INF
 
 from mona_mm.options import Ratio, checked
 from mona_mm.registry import PARAM_SCHEDULERS
@@ -30,16 +31,34 @@ class WarmupCosineLR(_ParamScheduler):
         warmup: :math:`w`, in epochs (iterations with ``by_epoch=False``).
         start_ratio: :math:`s`, the first rate's part of the peak.
         end_ratio: :math:`e`, the part that the cosine falls to.
-        options: ``begin``, ``end`` (by default the whole training), ``by_epoch``, ``last_step`` and ``verbose`` of
-            mmengine's schedulers.
+        begin: as ``end``, ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
+        end: by default that of the training.
+        last_step: of a run that is resumed.
+        by_epoch: whether a step is an epoch.
+        verbose: whether every rate is printed.
+
+    Raises:
+        ConfigError: if ``warmup`` or a ratio is not a number of at least 0, or another option is of a wrong type.
+        UnknownOptionError: if there is no such option.
     """
 
     @checked
-    def __init__(self, optimizer: Any, warmup: Ratio, start_ratio: Ratio, end_ratio: Ratio, **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        warmup: Ratio,
+        start_ratio: Ratio,
+        end_ratio: Ratio,
+        begin: int = 0,
+        end: int = INF,
+        last_step: int = -1,
+        by_epoch: bool = True,
+        verbose: bool = False,
+    ) -> None:
         self.warmup = warmup
         self.start_ratio = start_ratio
         self.end_ratio = end_ratio
-        super().__init__(optimizer, 'lr', **options)
+        super().__init__(optimizer, 'lr', begin, end, last_step, by_epoch, verbose)
 
     def _get_value(self) -> list[float]:
         """The rates of the optimizer's groups after ``last_step`` steps."""

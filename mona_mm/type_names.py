@@ -86,9 +86,11 @@ def look_up(registry: Registry, type_: Any) -> Any:
         return type_.build()
     if not isinstance(type_, str):
         return type_
+    if not all(type_.split('.')):  # mmengine would import a package of no name
+        return None
     try:
         return registry.get(type_)
-    except RuntimeError:  # mmengine's, of a name that is not one of Python's
+    except (RuntimeError, ValueError):  # mmengine's and Python's, of what is no name of an object
         return None
 
 

@@ -74,7 +74,7 @@ def test_every_spelling_of_a_type(type_):
 def test_what_is_no_type():
     for value in (None, 3, [], {}, {'a': 1}, ''):
         assert type_name(value) == '' and not is_type(value, 'BN') and not is_ours(value)
-    assert look_up(METHODS, '') is None and look_up(METHODS, 'a.b') is None
+    assert all(look_up(METHODS, name) is None for name in ('', '.', 'a.', '.a', 'a.b', 'a b.c', 'a\0.b'))
     assert is_type('mmdet.SwinTransformer', 'SwinTransformer') and not is_type('mmdet.Mona', 'mona_mm.Mona')
     assert full_name(nn.SyncBatchNorm) == 'torch.nn.modules.batchnorm.SyncBatchNorm'
 

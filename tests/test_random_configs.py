@@ -38,7 +38,7 @@ def test_random_configs():
         (dict(type='SPT', plan={}, structured=dict(type='LoRA', rank=10**9)), None),
         (dict(type='SPT', plan={'stages.0.blocks.0': ['q']}, structured=dict(type='LoRA', rank=10**9)), 'widest block'),
         (dict(type='SPT', plan={}, structured=dict(type='LoRA', rank=True)), 'rank=True'),
-        (dict(type='SPT', plan={}, structured={'type': 'LoRA', 3: 4}), 'structured='),
+        (dict(type='SPT', plan={}, structured={'type': 'LoRA', 3: 4}), 'must be a dict with names as keys'),
         (dict(type='LoRand', branches=10**30), 'branches=10{30} must be a whole number'),
         (dict(type='LoRand', branches=10**9), 'branches=10{9} is larger than the widest block'),
         (dict(type='LoRand', inner=192, branches=192), 'LoRand: .*more than 4 times as many parameters'),
@@ -59,7 +59,7 @@ def test_random_configs():
         (dict(type='LoRA', init=['zero']), r"init=\['zero'\] must be 'zero' or 'trunc_normal'"),
         (dict(type='LoRA', sites=[['q']]), 'cannot attach at sites='),
         (dict(type='LoRA', sites={'q': 1}), 'cannot attach at sites='),
-        ({'type': 'LoRA', 1: 2}, 'no argument 1'),
+        ({'type': 'LoRA', 1: 2}, 'must be a dict with names as keys'),
     ],
 )
 def test_options_of_methods(peft, message):

@@ -348,7 +348,7 @@ def test_plans_found_and_missing(detector_config, tmp_path):
         ('structured', dict(type='Adapter', dropout=2), 'dropout=2 must be a probability'),
         ('structured', dict(type='LoRa'), "structured={'type': 'LoRa'}: the structured module is"),
         ('alpha', 'x', "alpha='x' must be a number above 0"),
-        ('rule', 'best', "rule='best' must be one of"),
+        ('rule', 'best', "rule='best' must be 'budget' or 'published'"),
         ('budget', '2Q', "budget='2Q' must be"),
     ],
 )

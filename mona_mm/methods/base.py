@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from mona_mm.errors import ConfigError
+from mona_mm.errors import ConfigError, UserError
+from mona_mm.meta import meta_device
 from mona_mm.observed import is_hooked
 from mona_mm.options import check_options, show
 from mona_mm.options import widths as widths_of
@@ -196,8 +196,13 @@ def check_size(
     counts = Counter((site, widths[path][site]) for path, of in sites.items() for site in of)
     total = 0
     for (site, width), count in counts.items():
-        with torch.device('meta'):
-            module = build(site, width)
+        try:
+            with meta_device():
+                module = build(site, width)
+        except UserError:
+            raise
+        except Exception:  # somebody's module, which computes with values: it is made without being measured
+            return
         total += count * sum(p.numel() for p in module.parameters())
         if total > LARGEST_SHARE * tuned:
             raise ConfigError(
