@@ -1,10 +1,13 @@
 """What several test modules use and that is no fixture: comparisons that hold on every processor, pairs of options,
 processes of their own."""
 
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
 from pathlib import Path
@@ -113,3 +116,52 @@ def scores(log: str) -> list[str]:
     """The AP values of the last evaluation in a log."""
     last = [line for line in log.splitlines() if 'coco/bbox_mAP:' in line][-1]
     return re.findall(r'coco/(?:bbox|segm)_mAP\w*: [-\d.]+', last)
+
+
+def in_processes(count: int, folder: Path, target: Callable, *arguments: object) -> str:
+    """What a function prints in ``count`` processes with the environment and the store that torchrun gives them.
+
+    They are forked from a server that has imported the libraries once, which takes each process of its own ten seconds.
+
+    Args:
+        count: The number of processes.
+        folder: Where their outputs are kept.
+        target: A function of a module, :func:`run_tool` for one.
+        arguments: What it is called with.
+    """
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['mona_mm', 'mmdet.models', 'mmpretrain.models'])
+    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    variables = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=store.port, OMP_NUM_THREADS=1)
+    variables |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
+    files = [folder / f'process_{rank}.txt' for rank in range(count)]
+    processes = [
+        context.Process(target=_run, args=(variables | dict(RANK=rank, LOCAL_RANK=rank), str(file), target, arguments))
+        for rank, file in enumerate(files)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    output = ''.join(file.read_text() for file in files)
+    assert [process.exitcode for process in processes] == [0] * count, output[-5000:]
+    return output
+
+
+def _run(variables: dict, file: str, target: Callable, arguments: tuple) -> None:
+    """One of those processes: the two outputs go into a file, also what is written past Python."""
+    with open(file, 'w') as out:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(out.fileno(), stream.fileno())
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    target(*arguments)
+
+
+def run_tool(name: str, *arguments: str) -> None:
+    """Run a command of tools/ as if it were the program of this process."""
+    os.chdir(ROOT)
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import HOSTS, ROOT, golden, part
-from helpers import assert_near, command, pairwise, scores
+from helpers import assert_near, in_processes, pairwise, run_tool, scores
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from suite import (
@@ -266,12 +266,8 @@ def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config
     """`tools/train.py` says that it makes the plan, stores it in the work dir, and trains exactly that under DDP;
     `tools/test.py` finds it there and repeats the scores."""
     spt_detector(detector_config, budget='2%').dump(tmp_path / 'config.py')
-    result = command(
-        '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(ROOT / 'tools/train.py'),
-        str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'work'),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    log = result.stdout + result.stderr
+    arguments = str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir', str(tmp_path / 'work')
+    log = in_processes(2, tmp_path, run_tool, 'train.py', *arguments)
     assert log.count('There is no plan yet: measuring the sensitivity of the backbone on 3 batches') == 1
     assert f'Plan: {tmp_path}/work/plan.safetensors' in log
     plan = Plan.load(tmp_path / 'work/plan.safetensors')

@@ -3,16 +3,13 @@
 import copy
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import assert_near
+from helpers import assert_near, in_processes, run_tool
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
@@ -274,44 +271,28 @@ def test_pretrained_weights_are_loaded_and_remembered(detector_config, tmp_path)
 
 # ---------------------------------------------------------------------------------------- several processes
 
-TWO_PROCESSES = """
-import sys
-import torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-from test_spt_sensitivity import class_batches, classifier
-from mona_mm.errors import SensitivityError
-from mona_mm.spt import compute_sensitivity
 
-dist.init_process_group('gloo')
-rank = dist.get_rank()
-batches = list(class_batches(3))
-found = compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
-if rank == 0:
-    found.save({out!r})
-if rank == 1:
-    batches[1]['inputs'][0] = torch.full((3, 32, 32), float('nan'))
-try:
-    compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
-except SensitivityError as error:
-    print(f'process {{rank}}: {{error}}', flush=True)
-dist.destroy_process_group()
-"""
-
-
-def torchrun(*arguments) -> str:
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
-    run = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *map(str, arguments)]
-    result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    return result.stdout
+def measure_a_part(out: str) -> None:
+    """One of two processes: every other batch, into a file; and again with one that only the second process meets."""
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
+    batches = list(class_batches(3))
+    found = compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
+    if rank == 0:
+        found.save(out)
+    if rank == 1:
+        batches[1]['inputs'][0] = torch.full((3, 32, 32), float('nan'))
+    try:
+        compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
+    except SensitivityError as error:
+        print(f'process {rank}: {error}', flush=True)
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
     """Three batches over two gloo processes give the sums of one; what only the second process meets, a loss that is
     not finite, ends both with the same error instead of leaving the first one waiting."""
-    script = TWO_PROCESSES.format(tests=str(Path(__file__).parent), out=str(tmp_path / 's.safetensors'))
-    (tmp_path / 'script.py').write_text(script)
-    out = torchrun(tmp_path / 'script.py')
+    out = in_processes(2, tmp_path, measure_a_part, str(tmp_path / 's.safetensors'))
     expected = compute_sensitivity(classifier('swin'), class_batches(3), 3, progress=False)
     found = Sensitivity.load(tmp_path / 's.safetensors')
     assert_alike(found, expected.squares)
@@ -327,7 +308,8 @@ def test_two_processes_of_the_command_line(detector_config, tmp_path, tool):
     detector_config.dump(tmp_path / 'config.py')
     common = [tmp_path / 'config.py', '--budget', '2%', '--num-batches', '3']
     outputs = [['--work-dir', tmp_path / n, '--save-sensitivity', tmp_path / n / 's'] for n in ('two', 'one')]
-    torchrun('tools/spt_sensitivity.py', *common, *outputs[0], '--launcher', 'pytorch')
+    arguments = *map(str, (*common, *outputs[0])), '--launcher', 'pytorch'
+    in_processes(2, tmp_path, run_tool, 'spt_sensitivity.py', *arguments)
     status, out, err = tool(*common, *outputs[1])
     assert status == 0, err
     two, one = (Sensitivity.load(tmp_path / name / 's') for name in ('two', 'one'))
