@@ -8,7 +8,16 @@ import logging
 
 import pytest
 from mmengine.config import Config
-from shipped_configs import build_model, installed_configs, outline, own_sizes, plain, run_model, without_pretrained
+from shipped_configs import (
+    build_model,
+    installed_configs,
+    outline,
+    own_sizes,
+    plain,
+    run_model,
+    scaled_down,
+    without_pretrained,
+)
 
 ext = pytest.importorskip('mmcv._ext', reason='mmcv is compiled, and has no CPU form of some of these operators')
 if not ext.__file__.endswith('.py'):
@@ -44,29 +53,37 @@ CASES = [
 ]
 
 
+def narrow(config, channels: int = 64):
+    """The config with 256 channels, and 1,024 of a fully connected layer, replaced by a few."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(narrow(item, channels) for item in config)
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: channels if key.endswith('channels') and value in (256, 1024) else narrow(value, channels)
+        for key, value in config.items()
+    }
+
+
 def shrunk(config: dict) -> dict:
-    """The config with an eighth of the channels in its ResNet, in what follows it, and in the heads that it has."""
-    config = without_pretrained(config)
+    """The config with an eighth of the channels in its ResNet, and with few in what follows it."""
+    config = narrow(without_pretrained(config))
     config['backbone']['base_channels'] = 8
     channels = [32, 64, 128, 256]
     neck = config.get('neck')
     for part in neck if isinstance(neck, list) else [neck] if neck else []:
-        if part['type'].startswith(('FPN', 'PAFPN')):
+        if part['type'].startswith('FPN'):
             part['in_channels'] = channels
-    if config['backbone'].get('rfp_backbone'):
-        config['backbone']['rfp_backbone']['base_channels'] = 8
-    for key, stage in (('decode_head', 3), ('auxiliary_head', 2)):
+    for key, number in (('decode_head', 3), ('auxiliary_head', 2)):
         if key in config:
-            config[key].update(in_channels=channels[stage], channels=16)
+            config[key].update(in_channels=channels[number], channels=16)
     if config.get('decode_head', {}).get('type') == 'PSAHead':
         config['decode_head']['mask_size'] = (9, 9)
     if 'roi_head' in config:
         # On a small image there are few boxes, and with random weights none that is sure of its class.
         config['train_cfg']['rcnn'] = few(config['train_cfg']['rcnn'])
         config['test_cfg']['rcnn']['score_thr'] = 0.0
-        config['test_cfg']['rcnn']['max_per_img'] = 5
-        for part in (config['train_cfg']['rpn_proposal'], config['test_cfg']['rpn']):
-            part.update(nms_pre=100, max_per_img=50)
+        config = scaled_down(config, most=50)
     return config
 
 
