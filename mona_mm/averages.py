@@ -7,6 +7,7 @@ model with something frozen by :mod:`mona_mm.freeze` copies the frozen part afte
 """
 
 from functools import wraps
+from weakref import WeakKeyDictionary
 
 import torch
 from mmengine.model.averaged_model import BaseAveragedModel
@@ -15,6 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from mona_mm.checkpoint.delta import changing, unwrap
 from mona_mm.mixin import Mixin, mix_in
+
+# By copy: what trained when the names of the frozen tensors were looked for, which is slow, and those.
+_FROZEN: WeakKeyDictionary[nn.Module, tuple[list[bool], list[str]]] = WeakKeyDictionary()
 
 
 class KeepsFrozenPart(Mixin):
@@ -34,10 +38,13 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def keep_frozen_part(copy: nn.Module, model: nn.Module) -> None:
     """Give ``copy`` the frozen tensors of ``model``, in place."""
-    state = copy.state_dict()
+    flags = [p.requires_grad for p in model.parameters()]
+    if copy not in _FROZEN or _FROZEN[copy][0] != flags:
+        _FROZEN[copy] = flags, list(frozen_tensors(model))
+    state, given = copy.state_dict(), model.state_dict()
     with torch.no_grad():
-        for name, tensor in frozen_tensors(model).items():
-            state[name].copy_(tensor)
+        for name in _FROZEN[copy][1]:
+            state[name].copy_(given[name])
 
 
 def differing_frozen(copy: nn.Module, model: nn.Module) -> list[str]:

@@ -310,7 +310,7 @@ def test_the_delta_of_an_averaged_run(kind, base_file, tmp_path):
     load_delta(fresh, tmp_path / 'epoch_2.delta.safetensors')
     actual = fresh.state_dict()
     assert all(torch.equal(actual[name], tensor) for name, tensor in whole['state_dict'].items())
-    assert 'unchanged, bit for bit, and so are those of 1 copies of the model (EMAHook)' in log_of(runner)
+    assert 'unchanged, bit for bit, in the model and in its copies (EMAHook)' in log_of(runner)
 
 
 def test_a_copy_that_a_hook_makes(base_file, tmp_path):
@@ -320,7 +320,7 @@ def test_a_copy_that_a_hook_makes(base_file, tmp_path):
     (hook,) = (hook for hook in runner.hooks if isinstance(hook, HookWithACopy))
     assert not differing_frozen(hook.copies[0], runner.model)
     assert all(torch.equal(hook.taught[name], tensor) for name, tensor in hook.teacher.state_dict().items())
-    assert 'copies of the model (HookWithACopy)' in log_of(runner)
+    assert 'in its copies (HookWithACopy)' in log_of(runner)
 
 
 def test_the_proof_sees_a_copy(base_file, tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_a_teacher_follows(method, skip_buffer, base_file, tmp_path):
     runner = run(config, tmp_path, hooks, resume=str(tmp_path / 'epoch_1.pth'))
     model = runner.model
     assert moving_copies(model) == {'teacher': 'student'}
-    assert 'bit for bit, and so are those of 1 copies of the model (teacher)' in log_of(runner)
+    assert 'bit for bit, in the model and in its copies (teacher)' in log_of(runner)
     delta = read_delta(tmp_path / 'epoch_2.delta.safetensors')
     names = changing(model.student)
     assert set(delta.tensors) == {f'{part}.{name}' for part in ('student', 'teacher') for name in names}

@@ -125,7 +125,7 @@ class ParamFreezeHook(Hook):
         self._keep_copies(runner)
         self._check_frozen(runner)
         whose = [*self._copies.values(), *(self._followers or ())]
-        copies = f', and so are those of {len(whose)} copies of the model ({", ".join(whose)})' if whose else ''
+        copies = f', in the model and in its copies ({", ".join(whose)})' if whose else ''
         print_log(f'{len(self._checksums)} frozen parameters are unchanged, bit for bit{copies}.', logger='current')
 
     def _find_copies(self, runner: Runner) -> None:
