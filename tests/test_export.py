@@ -10,6 +10,7 @@ from adapted import COVER, adapted, assert_close, image
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 from mona_mm.errors import ConfigError
 from mona_mm.mixin import mix_out, qualified_name, stock_class
@@ -49,9 +50,9 @@ def test_torch_func(host, method):
         expected = model(image(64, 64))
         other = torch.func.functional_call(model, values, (image(64, 64),))
         assert not torch.equal(other[-1], expected[-1])
-        model.load_state_dict({**state, **values})
+        model.load_state_dict({**state, **values}, strict=False)  # SwinV2 drops tables that it computes
         assert_close(model(image(64, 64)), other)
-        model.load_state_dict(state)
+        model.load_state_dict(state, strict=False)
         images = torch.stack([image(64, 64), image(64, 64, seed=2)])
         mapped = torch.func.vmap(model)(images)
         for i in range(2):
@@ -65,7 +66,7 @@ def test_counters(host, method):
     assert get_model_complexity_info(model, (3, 64, 64))['flops'] > 0
     counts = []
     for each in (model, plain):
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             each(image(64, 64))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
@@ -79,12 +80,16 @@ def test_dynamic_quantization(host, method):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    called, every = set(), set()
+    for path, block in quantized.named_modules():
+        for site, module in block.peft.items() if isinstance(block, PeftBlock) else ():
+            linear = block.host.linears.get(site)
+            if linear is None or linear.called:
+                every.add((path, site))
+                module.register_forward_hook(lambda *_, at=(path, site): called.add(at))
     with torch.no_grad():
         assert_close(quantized(image(64, 64)), model(image(64, 64)), 0.2)
-        off = copy.deepcopy(quantized)
-        for module in (m for m in off.modules() if isinstance(m, PeftBlock)):
-            module.peft = type(module.peft)()
-        assert not torch.equal(off(image(64, 64))[-1], quantized(image(64, 64))[-1])
+    assert called == every
 
 
 class Twice(nn.Module):
