@@ -20,22 +20,26 @@ from mona_mm.compat.safe_globals import register_safe_globals
 from mona_mm.config import adapt_to_device, find_last_checkpoint, resume_from
 from mona_mm.hooks import iteration_seed
 
+STOP = 3
+"""The iteration after which runs are stopped, and an epoch's number of images; whole runs have twice as many."""
+
 
 def iteration_based(cfg, iterations: int):
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=100)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
-    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=6)
+    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=STOP)
 
 
 def epoch_based(cfg, iterations: int):
-    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=iterations // 6, val_interval=100)
+    cfg.train_dataloader.dataset.indices = STOP
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=iterations // STOP, val_interval=100)
 
 
 def with_noise(cfg):
     """DropPath, dropout and random flips, so that equality shows the random state is right."""
     cfg.model.backbone.base.drop_path_rate = 0.3
     cfg.model.backbone.peft.dropout = 0.1
-    cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[4, 9], gamma=0.5)]
+    cfg.param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[2, 4], gamma=0.5)]
 
 
 class Stopped(Exception):
@@ -43,10 +47,10 @@ class Stopped(Exception):
 
 
 class StopHook(Hook):
-    """Stops a run at its seventh iteration, as a signal would."""
+    """Stops a run at the beginning of an iteration, as a signal would."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == 6:
+        if runner.iter == STOP:
             raise Stopped
 
 
@@ -90,16 +94,18 @@ def with_frozen_bfloat16(cfg, iterations):
     epoch_based(cfg, iterations)
 
 
-@pytest.mark.parametrize('loop', [epoch_based, iteration_based, with_frozen_bfloat16])
+@pytest.mark.parametrize(
+    'loop', [epoch_based, iteration_based, pytest.param(with_frozen_bfloat16, marks=pytest.mark.slow)]
+)
 def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
-    """Six iterations, stop, six more after --resume: the losses of twelve straight ones, and every tensor of the
+    """Three iterations, stop, three more after --resume: the losses of six straight ones, and every tensor of the
     model and the optimizer, bit for bit; data order, augmentation, DropPath and dropout included."""
     with_noise(detector_config)
-    loop(detector_config, 12)
+    loop(detector_config, 2 * STOP)
     straight, expected = train(detector_config, tmp_path / 'straight')
     first, _ = train(detector_config, tmp_path / 'stopped', stop=True)
     second, actual = train(detector_config, tmp_path / 'stopped', resume='auto')
-    assert len(straight) == 12 and len(first) == len(second) == 6
+    assert len(straight) == 2 * STOP and len(first) == len(second) == STOP
     assert first + second == straight
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
         a, b = dict(flat(actual[part])), dict(flat(expected[part]))
@@ -111,7 +117,7 @@ def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
 def test_a_run_depends_on_its_seed(detector_config, tmp_path):
     """The test above could not pass if nothing were random: another seed gives other losses."""
     with_noise(detector_config)
-    epoch_based(detector_config, 6)
+    epoch_based(detector_config, STOP)
     first, _ = train(detector_config, tmp_path / 'a')
     detector_config.randomness = dict(seed=1)
     second, _ = train(detector_config, tmp_path / 'b')
@@ -131,12 +137,12 @@ def test_every_source_of_randomness_is_seeded_by_the_iteration(detector_config, 
     """Resuming with random pixels in the main process: each fetch, the ones that resuming skips included, and each
     step begin from the seed of their iteration, so any one of them left out changes the losses."""
     with_noise(detector_config)
-    iteration_based(detector_config, 12)
+    iteration_based(detector_config, 2 * STOP)
     detector_config.train_dataloader.dataset.pipeline.insert(-1, dict(type='Noise'))
     straight, _ = train(detector_config, tmp_path / 'straight')
     train(detector_config, tmp_path / 'stopped', stop=True)
     second, _ = train(detector_config, tmp_path / 'stopped', resume='auto')
-    assert second == straight[6:]
+    assert second == straight[STOP:]
 
 
 def test_seeds_differ_by_iteration_rank_and_purpose(monkeypatch):
