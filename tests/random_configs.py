@@ -222,7 +222,8 @@ def _hook(rng: np.random.Generator) -> Case:
 
 
 def _schedule(rng: np.random.Generator) -> Case:
-    own = _options(rng, ['warmup', 'start_ratio', 'end_ratio'], 0.3)
+    required = ['warmup', 'start_ratio', 'end_ratio']
+    own = {name: _value(rng, name, 0.1) for name in required} | _options(rng, required, 0.3)
     others = _options(rng, ['begin', 'end', 'by_epoch'], 0.2)
 
     def build(**config: Any) -> Any:
