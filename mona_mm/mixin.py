@@ -36,8 +36,13 @@ def mix_out(module: nn.Module) -> None:
 
 
 def stock_class(module: nn.Module) -> type:
-    """The class of a module without mixins, and without what :mod:`torch.nn.utils.parametrize` makes of a class."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Mixin) and not _is_parametrized(cls))
+    """The class of a module without mixins, and without what :mod:`torch.nn.utils.parametrize` and torch.export make of
+    a class."""
+    return next(
+        cls
+        for cls in type(module).__mro__
+        if issubclass(cls, nn.Module) and not issubclass(cls, Mixin) and not _is_parametrized(cls)
+    )
 
 
 def qualified_name(cls: type) -> str:

@@ -176,7 +176,7 @@ def _describe(hint: Any) -> str:
         *others, last = _alternatives(hint)
         return f'{", ".join(others)} or {last}' if others else last
     if origin in (Sequence, list, tuple):
-        return f'a list, each of it {_describe(arguments[0])}'
+        return f'a list whose entries are each {_describe(arguments[0])}'
     if origin in (Mapping, dict):
         return 'a dict with names as keys' if arguments[0] is str else 'a dict'
     names = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string', NoneType: 'None'}

@@ -320,5 +320,6 @@ def test_a_backbone_keeps_less():
         (dict(trainable='norm'), 0, 0.75),
         (dict(trainable='bias'), 0.8, 1),
     ):
-        stock, fast = (sum(kept(PeftBackbone(HOSTS['mmdet-swin'], fast=f, **options), x).values()) for f in (0, 1))
+        models = [PeftBackbone(HOSTS['mmdet-swin'], fast=fast, **options) for fast in (False, True)]
+        stock, fast = (sum(kept(model, x).values()) for model in models)
         assert least * stock <= fast <= most * stock, options

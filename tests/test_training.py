@@ -240,7 +240,7 @@ DEMO = 'configs/demo/demo_mona_shapes.py'
         (
             'train.py',
             [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainabel=norm'],
-            "unexpected keyword argument 'trainabel'",
+            "PeftBackbone has no argument 'trainabel'",
         ),
         (
             'train.py',

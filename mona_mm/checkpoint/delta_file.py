@@ -257,7 +257,7 @@ def _unpack(header: DeltaHeader, tensors: dict[str, Tensor]) -> dict[str, Tensor
     if header.holds and not same_names(header.holds, tensors):
         raise ValueError(f'it announces {header.holds["count"]} tensors and holds {len(tensors)}, or others')
     if header.parts is not None:
-        parts = {header.part(name) for name in tensors}
+        parts = {header.part(name) for name in (*tensors, *header.shared)}
         if parts != set(header.parts):
             raise ValueError(f'it announces {", ".join(header.parts)} and holds {", ".join(sorted(parts))}')
     return tensors

@@ -176,10 +176,6 @@ def cache_features(backbone: nn.Module, gib: float) -> None:
             f"cache_features with trainable='partial_1' is there for {ends}, and not for "
             f"{qualified_name(type(backbone))}; with trainable='fixed' it is."
         )
-    if trainable and not host.ends_with_last_block(backbone):
-        raise ConfigError(
-            f'cache_features: out_indices={list(backbone.out_indices)} leaves out the last block, which is what trains.'
-        )
     for path, module in backbone.named_modules():
         rate = _drop_rate(module)
         if rate and not (trainable and f'{path}.'.startswith(f'{last}.')):
