@@ -138,13 +138,14 @@ class HookWithACopy(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if not self.copies:
             self.copies.append(copy.deepcopy(runner.model))
-        blend(self.copies[0], runner.model)
+        else:
+            blend(self.copies[0], runner.model)
 
 
 def blend(averaged, model):
     for mine, source in zip(averaged.state_dict().values(), model.state_dict().values(), strict=True):
         if mine.is_floating_point():
-            mine.mul_(0.7).add_(source, alpha=0.3)
+            mine.mul_(0.9998).add_(source, alpha=0.0002)  # whose rounding makes it drift
 
 
 AVERAGES = {

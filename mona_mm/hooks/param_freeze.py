@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from mmengine.hooks import Hook
@@ -18,6 +19,8 @@ from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 from mona_mm.sites import method_names
 
+_FEW = 64  # things that a hook holds in one place: what is longer is its history
+
 
 @HOOKS.register_module()
 class ParamFreezeHook(Hook):
@@ -30,7 +33,7 @@ class ParamFreezeHook(Hook):
     Copies of the model are kept on its frozen part, bit for bit, whoever averages them, and however: those that other
     hooks hold (an ``EMAHook``) before they are validated or saved, and a teacher in the model
     (:func:`mona_mm.freeze.moving_copies`) before every iteration. A copy whose frozen part was another one when
-    training began (a teacher with weights of its own) is left alone.
+    the hook first saw it (a teacher with weights of its own) is left alone.
 
     Args:
         trainable: a rule or a list of rules of :mod:`mona_mm.freeze`, over the names of the whole model
@@ -50,6 +53,7 @@ class ParamFreezeHook(Hook):
         self.trainable = trainable
         self._checksums: dict[str, Tensor] = {}
         self._copies: dict[nn.Module, str] = {}  # that hooks hold, with whose
+        self._seen: WeakSet[nn.Module] = WeakSet()  # what hooks hold, copy or not
         self._followers: dict[str, str] | None = None  # in the model: see moving_copies
 
     def before_run(self, runner: Runner) -> None:
@@ -95,7 +99,7 @@ class ParamFreezeHook(Hook):
         print_log(f'What trains:\n{count.table()}', logger='current')
         self._checksums = checksums(model)
         self._followers = None
-        self._copies = {}
+        self._copies, self._seen = {}, WeakSet()
         self._find_copies(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -109,6 +113,7 @@ class ParamFreezeHook(Hook):
                 or not differing_frozen(model.get_submodule(copy), model.get_submodule(followed))
             }
         self._keep_followers(model)
+        self._find_copies(runner)
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Keep the frozen part of what is validated."""
@@ -129,11 +134,15 @@ class ParamFreezeHook(Hook):
         print_log(f'{len(self._checksums)} frozen parameters are unchanged, bit for bit{copies}.', logger='current')
 
     def _find_copies(self, runner: Runner) -> None:
+        """Look for copies in what the hooks hold and has not been looked at: some begin late."""
         model = _unwrap(runner.model)
         for hook in runner.hooks:
-            for held in _modules_in(vars(hook)):
+            for held in _modules_in(hook):
+                if held in self._seen:
+                    continue
+                self._seen.add(held)
                 copy = next((m for m in held.modules() if alike(m, model)), None)
-                if copy is None or copy is model or copy in self._copies:
+                if copy is None or copy is model:
                     continue
                 if _is_averaged(held) or not differing_frozen(copy, model):
                     self._copies[copy] = type(hook).__name__
@@ -141,7 +150,7 @@ class ParamFreezeHook(Hook):
     def _keep_copies(self, runner: Runner) -> None:
         if not self._checksums:
             return
-        self._find_copies(runner)  # some hooks begin late
+        self._find_copies(runner)
         model = _unwrap(runner.model)
         self._keep_followers(model)
         for copy in self._copies:
@@ -190,12 +199,12 @@ def _is_averaged(module: nn.Module, path: str = '') -> bool:
     return any(hasattr(m, 'update_parameters') for m in around)
 
 
-def _modules_in(held: Any) -> Iterator[nn.Module]:
-    if isinstance(held, nn.Module):
-        yield held
-    elif isinstance(held, dict | list | tuple):
-        for each in held.values() if isinstance(held, dict) else held:
-            yield from _modules_in(each)
+def _modules_in(hook: Hook) -> Iterator[nn.Module]:
+    for value in vars(hook).values():
+        several = isinstance(value, dict | list | tuple) and len(value) <= _FEW
+        for each in (value.values() if isinstance(value, dict) else value) if several else [value]:
+            if isinstance(each, nn.Module):
+                yield each
 
 
 def checksums(model: nn.Module) -> dict[str, Tensor]:
