@@ -81,15 +81,15 @@ class Recorder:
     def pytest_runtest_logstart(self, nodeid, location) -> None:
         self._write(event='start', test=nodeid)
 
-    def pytest_exception_interact(self, node, call, report) -> None:
-        error = call.excinfo
-        self._errors[report.nodeid] = f'{error.typename}: {error.value}'[-2000:]
+    def pytest_runtest_makereport(self, item, call) -> None:
+        if call.excinfo is not None:
+            self._errors[item.nodeid] = f'{call.excinfo.typename}: {call.excinfo.value}'[:2000]
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            error = self._errors.get(report.nodeid) or str(report.longrepr)
-            cause = [line for line in str(report.longrepr).splitlines() if line.startswith('E ')]
-            self._write(event='end', test=report.nodeid, outcome='failed', error=cause[-1] if cause else error[-2000:])
+            text = str(report.longrepr)
+            causes = [line.removeprefix('E').strip() for line in text.splitlines() if line.startswith('E ')]
+            self._write(event='end', test=report.nodeid, outcome='failed', error=causes[-1] if causes else text[-2000:])
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed or report.when == 'call' or (report.when == 'setup' and report.skipped):
