@@ -275,19 +275,28 @@ def self_supervised_batch(path: str, seed: int = 0) -> dict:
     """Two images of noise through the training pipeline of the config, which knows the views and the masks."""
     import numpy as np
     from mmengine.config import Config
-    from mmengine.dataset import Compose, pseudo_collate
+    from mmengine.dataset import Compose, default_collate
     from mmpretrain.registry import TRANSFORMS
 
     np.random.seed(seed)
-    pipeline = Config.fromfile(path).train_dataloader.dataset.pipeline
+    pipeline = without_hue(Config.fromfile(path).train_dataloader.dataset.pipeline)
     steps = [TRANSFORMS.build(dict(step)) for step in pipeline if 'LoadImage' not in str(step['type'])]
     pipeline, images = Compose(steps), np.random.randint(0, 256, (2, 256, 256, 3), np.uint8)
-    return pseudo_collate(
+    return default_collate(
         [
             pipeline(dict(img=image, img_path='noise.png', gt_label=0, img_shape=(256, 256), ori_shape=(256, 256)))
             for image in images
         ]
     )
+
+
+def without_hue(pipeline):
+    """The transforms without a change of hue, for which mmcv casts negative numbers to uint8: numpy 2 refuses that."""
+    if isinstance(pipeline, (list, tuple)):
+        return [without_hue(step) for step in pipeline]
+    if not isinstance(pipeline, dict):
+        return pipeline
+    return {key: 0.0 if key == 'hue' else without_hue(value) for key, value in pipeline.items()}
 
 
 def small_bert(folder: Path) -> str:

@@ -55,7 +55,7 @@ STOCK_REASONS = {
     'needs a file that is not there': r'FileNotFoundError|No such file',
     'weights-only loading of torch 2.6': r'Weights only load failed|weights_only',
     'numpy 2': r'numpy.*has no attribute|np\.[a-z_0-9]+.* was removed|only 0-dimensional arrays|only length-1 arrays'
-    r'|NumPy',
+    r'|NumPy|out of bounds for u?int',
     'takes too long': r'Timeout',
     'another version of the library': r'is not in the .* registry|unexpected keyword argument',
     'an assertion of the test': r'AssertionError|Failed: DID NOT RAISE|^E? *assert ',
