@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
 from safetensors import safe_open
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
@@ -192,8 +193,11 @@ def tool(monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Every test begins from the same random numbers, no default scope, and no logger of a test before it."""
+    """Every test begins from the same random numbers, and without the scope, loggers, message hubs and visualizers of a
+    test before it."""
     torch.manual_seed(0)
     yield
-    for manager in (DefaultScope, MMLogger):
+    managers = [DefaultScope, MMLogger, MessageHub, Visualizer]
+    for manager in managers:
+        managers += manager.__subclasses__()
         manager._instance_dict.clear()
