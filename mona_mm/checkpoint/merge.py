@@ -1,6 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.fast.frozen_weights import kept_weights
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.mixin import Mixin, mix_out
-from mona_mm.sites import PeftBlock, PeftModules, method_names, remove
+from mona_mm.sites import Linear, PeftBlock, PeftModules, method_names, remove
 from mona_mm.type_names import is_ours, is_type, with_names
 
 
@@ -56,9 +56,9 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
 
-    sums: dict[str, Tensor] = {}
+    sums: dict[int, Tensor] = {}  # by parameter and not by name, of which it has several where a part has two paths
 
-    def current(name: str) -> Tensor:
+    def add(name: str, change: Callable[[Tensor], Tensor]) -> None:
         if name not in parameters:
             raise ConfigError(
                 f'{name} is parametrized; torch.nn.utils.parametrize.remove_parametrizations comes first.'
@@ -68,21 +68,25 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 f'{", ".join(names[id(parameters[name])])} are one weight, so that what is added to it for one of the '
                 'modules would be added for all.'
             )
-        return sums.get(name, parameters[name])
+        key = id(parameters[name])
+        sums[key] = change(sums.get(key, parameters[name]))
 
     with torch.no_grad():
         for path, _, changes in _changed(model):
             for name, change in changes.items():
-                full = f'{path}.{name}' if path else name
-                sums[full] = change(current(full))
+                add(f'{path}.{name}' if path else name, change)
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
-                full = f'{path}.{linear.weight}' if path else linear.weight
-                sums[full] = weight = _single(current(full)).clone()
-                rows = weight[linear.rows(weight)]
-                rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
-    return {other: _single(total) for name, total in sums.items() for other in names[id(parameters[name])]}
+                add(f'{path}.{linear.weight}' if path else linear.weight, partial(_with_rows, linear, module))
+    return {name: _single(total) for key, total in sums.items() for name in names[key]}
+
+
+def _with_rows(linear: Linear, module: nn.Module, weight: Tensor) -> Tensor:
+    weight = _single(weight).clone()
+    rows = weight[linear.rows(weight)]
+    rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
+    return weight
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -189,8 +193,7 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
-    modules = model.named_modules(remove_duplicate=False)
-    return [(path, module) for path, module in modules if isinstance(module, PeftBlock)]
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, PeftBlock)]
 
 
 def stock_config(cfg: Config) -> Config:
