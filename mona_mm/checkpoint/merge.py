@@ -106,10 +106,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Merge a method into the weights of its base and remove everything of mona_mm from ``model``, in place.
 
     What is left is the stock model: its classes, the names of its state dict, its ``init_weights`` and ``train``; what
-    :mod:`mona_mm.freeze` froze trains again, and the fast forms (``fast=True``) are gone. The parameters stay the
-    objects that they were, so that an optimizer which has them goes on. Weights that ``frozen_dtype`` kept in half
-    precision are in float32, and the backbone computes in the precision of its input. An average of the model
-    (``EMAHook``) is another model, and merged on its own.
+    :mod:`mona_mm.freeze` froze trains again (in a teacher or an average, where nothing trains, nothing does), and the
+    fast forms (``fast=True``) are gone. The parameters stay the objects that they were, so that an optimizer which has
+    them goes on. Weights that ``frozen_dtype`` kept in half precision are in float32, and the backbone computes in the
+    precision of its input. An average of the model (``EMAHook``) is another model, and merged on its own.
 
     Args:
         model: a model, or a backbone alone, whose methods are additions to weights (LoRA, SPT with LoRA modules and
@@ -126,6 +126,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     with writing(model), torch.no_grad():
         sums = merged_weights(model)
+        still = [module for module in model.modules() if _is_kept_from_training(module)]
         for module in [m for m in model.modules() if hasattr(m, 'frozen_dtype')]:
             for weight in kept_weights(module):
                 weight.data = weight.data.float()
@@ -140,7 +141,15 @@ def merge(model: nn.Module) -> nn.Module:
             remove(module)
         for module in model.modules():
             _make_stock(module)
+        for module in still:
+            module.requires_grad_(False)
     return model
+
+
+def _is_kept_from_training(module: nn.Module) -> bool:
+    """Whether nothing in a module trains, though something was built to: a teacher, an average."""
+    built_to = any(m.freeze_record.trainable for m in module.modules() if hasattr(m, 'freeze_record'))
+    return built_to and not any(p.requires_grad for p in module.parameters())
 
 
 def _make_stock(module: nn.Module) -> None:
