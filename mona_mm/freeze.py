@@ -221,7 +221,8 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _refuse_frozen_methods(module: nn.Module) -> None:
-    modules = method_modules(module)
+    followers = {id(m) for path in moving_copies(module) for m in module.get_submodule(path).modules()}
+    modules = [m for m in method_modules(module) if id(m) not in followers]
     behind = {id(module.get_parameter(name)) for name in behind_outputs(module)}
     reached = [
         m for m in modules if not m.training or not all(p.requires_grad or id(p) in behind for p in m.parameters())

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 # Where a later torch has renamed it, operations are counted in the fast forms.
@@ -18,11 +19,12 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, another tracer, ``torch.func`` or a dispatch mode (one that counts operations, or computes
-    shapes alone) follows what is computed now."""
+    """Whether torch.compile, another tracer, ``torch.func``, derivatives in forward mode or a dispatch mode (one that
+    counts operations, or computes shapes alone) follow what is computed now."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or are_functorch_transforms_active()
+        or getattr(forward_ad, '_current_level', -1) >= 0  # within forward_ad.dual_level()
         or _is_in_dispatch_mode()
     )

@@ -477,3 +477,15 @@ def test_a_delta_of_another_base_is_refused(base_file, tmp_path):
         other.neck[1].running_mean.add_(1)
     with pytest.raises(CheckpointMismatchError, match='another frozen base.*neck.1.running_mean'):
         load_delta(other, tmp_path / 'x.delta.safetensors')
+
+
+def test_a_teacher_in_a_frozen_model_and_merged():
+    """Rules of a whole student and teacher leave the teacher to its hook; merged, it still does not train."""
+    detector = dict(
+        type='CopiedModel', backbone=dict(type='mona_mm.PeftBackbone', base=SWIN, peft=dict(type='LoRA', rank=2))
+    )
+    model = mona_mm.FrozenModel(dict(type='StudentAndTeacher', detector=detector), 'student.head')
+    assert moving_copies(model) == dict(teacher='student')
+    mona_mm.merge(model)
+    assert all(p.requires_grad for p in model.student.parameters())
+    assert not any(p.requires_grad for p in model.teacher.parameters())

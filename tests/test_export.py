@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from adapted import COVER, adapted, assert_close, image
+from adapted import COVER, METHODS, adapted, assert_close, image
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,6 +58,16 @@ def test_torch_func(host, method):
         mapped = torch.func.vmap(model)(images)
         for i in range(2):
             assert_close([out[i] for out in mapped], model(images[i]))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_derivatives_in_forward_mode(method):
+    """Dual numbers through a Swin, whose stock form knows them, against torch.func's."""
+    model, x, direction = adapted('Swin', method), image(64, 64), image(64, 64, seed=3)
+    with forward_ad.dual_level():
+        outputs = model(forward_ad.make_dual(x, direction))
+        tangents = [forward_ad.unpack_dual(out).tangent for out in outputs]
+    assert_close(tangents, torch.func.jvp(lambda x: tuple(model(x)), (x,), (direction,))[1])
 
 
 @pytest.mark.parametrize(('host', 'method'), [p for p in COVER if p[0] in ('Swin', 'ViT', 'PVTv2')])

@@ -86,6 +86,21 @@ def test_low_rank_and_single_weights_together(host):
     assert classes(model) == classes(stock(host))
 
 
+def test_a_backbone_that_has_two_paths():
+    """As in models that keep backbone and neck in a sequence as well: what is added is added once, all of it."""
+    backbone = adapted('Swin', 'LoRA')
+    sparse = attach_sparse(backbone.stages[0].blocks[0].attn.w_msa.qkv, range(0, 768, 2))
+    nn.init.normal_(sparse.values)
+    model = nn.ModuleDict(dict(backbone=backbone, encoder=nn.Sequential(backbone, nn.Identity())))
+    written = merged_state_dict(model)
+    with torch.no_grad():
+        expected = backbone(image(64, 64))
+        mona_mm.merge(model)
+        assert_close(backbone(image(64, 64)), expected)
+    assert model.state_dict().keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize('method', ['Mona', 'Adapter', 'AdaptFormer', 'LoRand'])
 def test_what_is_no_addition_to_weights_is_refused(method):
     model = adapted('Swin', method)

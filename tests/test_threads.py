@@ -76,9 +76,8 @@ def test_four_threads_get_what_one_gets(host, method, fast):
                 assert torch.equal(a, b)
     for size, expected in zip(SIZES, predicted, strict=True):
         assert all(map(torch.equal, predict(size), expected))
-    assert {path: set(vars(m)) - {'_masks'} for path, m in model.named_modules()} == {
-        path: names - {'_masks'} for path, names in attributes.items()
-    }
+    # No new attribute either, which a thread that copies the model at the same time would stumble over.
+    assert {path: set(vars(m)) for path, m in model.named_modules()} == attributes
 
 
 @pytest.mark.parametrize('around', ['with_cp', 'module', 'call'])

@@ -1,6 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.fast.frozen_weights import kept_weights
 from mona_mm.methods.folded_mona import can_fold, folded_options
 from mona_mm.mixin import Mixin, mix_out
-from mona_mm.sites import PeftBlock, PeftModules, method_names, remove
+from mona_mm.sites import Linear, PeftBlock, PeftModules, method_names, remove
 from mona_mm.type_names import is_ours, is_type, with_names
 
 
@@ -56,9 +56,9 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
 
-    sums: dict[str, Tensor] = {}
+    sums: dict[int, Tensor] = {}  # by parameter and not by name, of which it has several where a part has two paths
 
-    def current(name: str) -> Tensor:
+    def add(name: str, change: Callable[[Tensor], Tensor]) -> None:
         if name not in parameters:
             raise ConfigError(
                 f'{name} is parametrized; torch.nn.utils.parametrize.remove_parametrizations comes first.'
@@ -68,21 +68,25 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 f'{", ".join(names[id(parameters[name])])} are one weight, so that what is added to it for one of the '
                 'modules would be added for all.'
             )
-        return sums.get(name, parameters[name])
+        key = id(parameters[name])
+        sums[key] = change(sums.get(key, parameters[name]))
 
     with torch.no_grad():
         for path, _, changes in _changed(model):
             for name, change in changes.items():
-                full = f'{path}.{name}' if path else name
-                sums[full] = change(current(full))
+                add(f'{path}.{name}' if path else name, change)
         for path, block in _blocks(model):
             for site, module in block.peft.items():
                 linear = block.host.linears[site]
-                full = f'{path}.{linear.weight}' if path else linear.weight
-                sums[full] = weight = _single(current(full)).clone()
-                rows = weight[linear.rows(weight)]
-                rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
-    return {other: _single(total) for name, total in sums.items() for other in names[id(parameters[name])]}
+                add(f'{path}.{linear.weight}' if path else linear.weight, partial(_with_rows, linear, module))
+    return {name: _single(total) for key, total in sums.items() for name in names[key]}
+
+
+def _with_rows(linear: Linear, module: nn.Module, weight: Tensor) -> Tensor:
+    weight = _single(weight).clone()
+    rows = weight[linear.rows(weight)]
+    rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
+    return weight
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -102,10 +106,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Merge a method into the weights of its base and remove everything of mona_mm from ``model``, in place.
 
     What is left is the stock model: its classes, the names of its state dict, its ``init_weights`` and ``train``; what
-    :mod:`mona_mm.freeze` froze trains again, and the fast forms (``fast=True``) are gone. The parameters stay the
-    objects that they were, so that an optimizer which has them goes on. Weights that ``frozen_dtype`` kept in half
-    precision are in float32, and the backbone computes in the precision of its input. An average of the model
-    (``EMAHook``) is another model, and merged on its own.
+    :mod:`mona_mm.freeze` froze trains again (in a teacher or an average, where nothing trains, nothing does), and the
+    fast forms (``fast=True``) are gone. The parameters stay the objects that they were, so that an optimizer which has
+    them goes on. Weights that ``frozen_dtype`` kept in half precision are in float32, and the backbone computes in the
+    precision of its input. An average of the model (``EMAHook``) is another model, and merged on its own.
 
     Args:
         model: a model, or a backbone alone, whose methods are additions to weights (LoRA, SPT with LoRA modules and
@@ -122,6 +126,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     with writing(model), torch.no_grad():
         sums = merged_weights(model)
+        still = [module for module in model.modules() if _is_kept_from_training(module)]
         for module in [m for m in model.modules() if hasattr(m, 'frozen_dtype')]:
             for weight in kept_weights(module):
                 weight.data = weight.data.float()
@@ -136,7 +141,15 @@ def merge(model: nn.Module) -> nn.Module:
             remove(module)
         for module in model.modules():
             _make_stock(module)
+        for module in still:
+            module.requires_grad_(False)
     return model
+
+
+def _is_kept_from_training(module: nn.Module) -> bool:
+    """Whether nothing in a module trains, though something was built to: a teacher, an average."""
+    built_to = any(m.freeze_record.trainable for m in module.modules() if hasattr(m, 'freeze_record'))
+    return built_to and not any(p.requires_grad for p in module.parameters())
 
 
 def _make_stock(module: nn.Module) -> None:
@@ -189,8 +202,7 @@ def _single(tensor: Tensor) -> Tensor:
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
-    modules = model.named_modules(remove_duplicate=False)
-    return [(path, module) for path, module in modules if isinstance(module, PeftBlock)]
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, PeftBlock)]
 
 
 def stock_config(cfg: Config) -> Config:

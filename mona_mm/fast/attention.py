@@ -55,6 +55,7 @@ def make_fast(module: nn.Module) -> bool:
     if inner is None or qualified_name(type(module.w_msa)) != inner:
         return False
     mix_in(module, FastWindowAttention)
+    module._masks = None  # from the start: a thread that copies the module meets no attribute that another one adds
     return True
 
 
@@ -251,4 +252,4 @@ class FastWindowAttention(Mixin):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         new, arguments, state = super().__reduce_ex__(protocol)
-        return new, arguments, {key: value for key, value in state.items() if key != '_masks'}
+        return new, arguments, {**state, '_masks': None}
