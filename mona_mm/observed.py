@@ -2,11 +2,11 @@
 
 import torch
 from torch import nn
-from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
-# Where a later torch has renamed it, operations are counted in the fast forms.
+# Private names of torch: where a later one has renamed them, the fast forms are taken there, too.
+_are_functorch_transforms_active = getattr(torch._C, '_are_functorch_transforms_active', lambda: False)
 _is_in_dispatch_mode = getattr(_python_dispatch, 'is_in_torch_dispatch_mode', lambda: False)
 
 
@@ -24,7 +24,7 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or are_functorch_transforms_active()
+        or _are_functorch_transforms_active()
         or getattr(forward_ad, '_current_level', -1) >= 0  # within forward_ad.dual_level()
         or _is_in_dispatch_mode()
     )

@@ -594,6 +594,11 @@ def forged_deltas(data: bytes) -> Iterator[tuple[str, bytes]]:
     yield 'another name', entry(['evil', entries[0][1]])
     yield 'a type more', says(packed={**said['packed'], 'torch.float64': [['evil', [1]]]})
     yield 'packed of a number', says(packed={dtype: 3})
+    for key in ('shared', 'copies'):
+        for value in (3, None, ['x'], {'a': 'b'}):
+            yield f'{key} with {value!r}', says(**{key: {'x': value}})
+    yield 'a tensor that is shared and stored', says(shared={entries[0][0]: entries[1][0]})
+    yield 'shared with nothing', says(shared={'x': 'y'})
     yield 'parts that are not there', says(parts=['method', 'neck'])
     yield 'parts that are numbers', says(parts=[1])
     yield 'no parts', says(parts=[])

@@ -548,3 +548,15 @@ def test_merged_configs_name_no_pretrained_file(init_cfg, merging):
     kept = [dict(type='Kaiming', layer='Conv2d')] if isinstance(init_cfg, list) else None
     assert backbone.init_cfg == kept
     assert cfg.model.neck.init_cfg == dict(type='Xavier', layer='Conv2d') and cfg.model.pretrained is None
+
+
+def test_merged_configs_forget_pretrained_files_in_tuples():
+    """Heads may be a tuple, as pure-Python configs write them."""
+    from mona_mm.checkpoint.merge import self_contained_config, stock_config
+
+    head = dict(type='H', init_cfg=(dict(type='Xavier', layer='Conv2d'), dict(type='Pretrained', checkpoint='a.pth')))
+    model = dict(type='D', decode_head=(head, dict(type='H', init_cfg=dict(type='Pretrained', checkpoint='b.pth'))))
+    for merged in (stock_config, self_contained_config):
+        cfg = merged(Config(copy.deepcopy(dict(model=model))))
+        first, second = cfg.model.decode_head
+        assert first.init_cfg == [dict(type='Xavier', layer='Conv2d')] and second.init_cfg is None

@@ -113,6 +113,9 @@ def _check(header: DeltaHeader) -> DeltaHeader:
         raise TypeError('holds does not say what it holds')
     if not isinstance(header.dataset_meta.get('classes', []), list | str | NoneType):
         raise TypeError('its classes are no list')
+    for name in ('shared', 'copies'):
+        if not _are_texts(getattr(header, name)):
+            raise TypeError(f'{name} are no texts')
     _check_packed(header.packed)
     _check_progress(header.progress)
     return header
@@ -256,6 +259,9 @@ def _unpack(header: DeltaHeader, tensors: dict[str, Tensor]) -> dict[str, Tensor
         tensors = unpacked
     if header.holds and not same_names(header.holds, tensors):
         raise ValueError(f'it announces {header.holds["count"]} tensors and holds {len(tensors)}, or others')
+    twice = sorted(header.shared.keys() & tensors.keys())
+    if twice:
+        raise ValueError(f'it says that {twice[0][:80]} is another tensor, and holds it as well')
     if header.parts is not None:
         parts = {header.part(name) for name in (*tensors, *header.shared)}
         if parts != set(header.parts):

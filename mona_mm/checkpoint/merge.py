@@ -1,6 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -274,7 +274,7 @@ def _stock(node: Any) -> Any:
 
 
 def _forget_pretrained(node: Any) -> None:
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in _children(node):
         if key == 'init_cfg':
             several = [each for each in value if not _names_file(each)] if isinstance(value, list | tuple) else []
             node[key] = None if _names_file(value) else several or value
@@ -282,6 +282,11 @@ def _forget_pretrained(node: Any) -> None:
             node[key] = None if isinstance(value, str) else False
         else:
             _forget_pretrained(value)
+
+
+def _children(node: Any) -> Iterable[tuple[Any, Any]]:
+    """What a dict, list or tuple holds, by key or index; nothing of anything else."""
+    return node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
 
 
 def _names_file(init_cfg: Any) -> bool:
@@ -292,7 +297,7 @@ def _names_file(init_cfg: Any) -> bool:
 
 
 def _fold(node: Any) -> None:
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, value in _children(node):
         if key == 'peft' and isinstance(value, dict) and can_fold(value):
             node[key] = folded_options(value)
         else:
