@@ -1,10 +1,12 @@
 """What lets the OpenMMLab stack run on current torch without compiled operators."""
 
 from mona_mm.compat.mmcv_ext import install_mmcv_ext
+from mona_mm.compat.multimodal import install_multimodal_check
 from mona_mm.compat.safe_globals import register_safe_globals
 
 
 def install() -> None:
-    """Make ``mmcv.ops`` importable and checkpoints of mmengine loadable with weights-only loading."""
+    """Make ``mmcv.ops`` and mmpretrain importable and checkpoints of mmengine loadable with weights-only loading."""
     install_mmcv_ext()
+    install_multimodal_check()
     register_safe_globals()

@@ -172,7 +172,8 @@ def softnms(
         if method == 2:
             np.multiply(iou, -iou, out=iou)
             iou /= sigma
-            return np.exp(iou, out=iou)
+            # By way of float64, as numpy's float32 rounds less well than C's, and equal scores may hang on it.
+            return np.exp(iou, dtype=np.float64).astype(iou.dtype)
         return np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1).astype(iou.dtype)
 
     ready, count, step = {}, len(boxes), 0
