@@ -24,6 +24,7 @@ run that was stopped goes on, and prints the summary as Markdown.
 
 import argparse
 import collections
+import functools
 import json
 import os
 import re
@@ -49,8 +50,7 @@ STOCK_REASONS = {
     r'|implementation for device',
     'needs the network': r'URLError|ConnectionError|MaxRetryError|[Nn]ame ?[Rr]esolution|HTTPS?Connection|HTTPError'
     r'|huggingface|Network is unreachable|gaierror|openmmlab\.com|RemoteDisconnected|timed out',
-    'needs a GPU': r'Torch not compiled with CUDA|NVIDIA driver|No CUDA GPUs|CUDA error|cuda is not available|nccl'
-    r'|Input type .* and bias type',  # CUDA's autocast does nothing on the CPU
+    'needs a GPU': r'Torch not compiled with CUDA|NVIDIA driver|No CUDA GPUs|CUDA error|cuda is not available|nccl',
     'needs a package that is not installed': r'ModuleNotFoundError|No module named|ImportError|[Pp]lease install'
     r'|is required|is not installed|pip install',
     'needs a file that is not there': r'FileNotFoundError|No such file',
@@ -143,6 +143,7 @@ def let_the_cpu_stand_for_the_gpu() -> None:
     os.environ['CUDA_VISIBLE_DEVICES'] = '0'  # mmengine's logger looks its number up there
     torch.cuda.is_available = lambda: True
     torch.nn.Module.cuda = lambda self, device=None: self
+    torch.cuda.amp.autocast = functools.partial(torch.autocast, 'cpu', dtype=torch.float16)
     OnCPU().__enter__()  # until the process ends
 
 
