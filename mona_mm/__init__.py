@@ -8,13 +8,13 @@ from mona_mm import compat
 
 compat.install()  # before anything below can import mmcv.ops
 
-from mona_mm import averages  # noqa: E402, F401  lets averages keep the frozen part
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
 from mona_mm.checkpoint import loading  # noqa: E402, F401  lets every loader of mmengine read deltas
 from mona_mm.checkpoint.delta import load_delta, save_delta  # noqa: E402
 from mona_mm.checkpoint.lock import reading  # noqa: E402
 from mona_mm.checkpoint.merge import merge  # noqa: E402
-from mona_mm.freeze import count_trainable  # noqa: E402
+from mona_mm.frozen import averages  # noqa: E402, F401  lets averages keep the frozen part
+from mona_mm.frozen.count import count_trainable  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
 __all__ = [

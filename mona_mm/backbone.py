@@ -8,14 +8,16 @@ from torch import nn
 
 from mona_mm.checkpoint.pretrained import initialise_as_stock, load_pretrained, pretrained_file
 from mona_mm.errors import ConfigError
-from mona_mm.fast import make_fast
-from mona_mm.fast.feature_cache import cache_features as keep_features
-from mona_mm.fast.frozen_weights import in_float32, keep_frozen
-from mona_mm.freeze import Rules, as_rules, freeze
+from mona_mm.frozen.feature_cache import cache_features as keep_features
+from mona_mm.frozen.half_precision import in_float32, keep_frozen
+from mona_mm.frozen.rules import Rules, as_rules, freeze
+from mona_mm.hosts import find_host, is_host, make_fast, method_modules
 from mona_mm.methods import Method, build_method
+from mona_mm.methods import deploy as put_in_deploy_forms
+from mona_mm.methods.base import start_from_base
 from mona_mm.options import Positive, checked, show
+from mona_mm.record import make_record
 from mona_mm.registry import METHODS, MODELS
-from mona_mm.sites import find_host, is_host, method_modules
 from mona_mm.type_names import look_up, with_names
 
 
@@ -29,6 +31,7 @@ def PeftBackbone(
     compile: bool | dict[str, Any] = False,
     frozen_dtype: Literal['bfloat16', 'float16'] | None = None,
     cache_features: Positive | None = None,
+    deploy: bool = False,
 ) -> nn.Module:
     """A stock backbone with a method in its blocks and its other weights frozen.
 
@@ -39,25 +42,28 @@ def PeftBackbone(
     Args:
         base: the stock backbone's config; a ``Pretrained`` ``init_cfg`` in it may name a file of any known format.
         peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
-        trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.freeze`. By default
-            none under a method, all without one.
-        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.fast`. Without it the
+        trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.frozen.rules`. By
+            default none under a method, all without one.
+        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.hosts`. Without it the
             backbone computes what the stock one does, bit for bit, and a method its plain form.
         compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
             it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
             on a CPU. Copies are not compiled.
         frozen_dtype: ``'bfloat16'`` or ``'float16'`` keeps the frozen weights of linear layers and convolutions in that
-            type; what trains stays in float32: see :mod:`mona_mm.fast.frozen_weights`. Forward and backward are in
+            type; what trains stays in float32: see :mod:`mona_mm.frozen.half_precision`. Forward and backward are in
             mixed precision then, with or without an AmpOptimWrapper; float16 needs the loss scaling of one.
         cache_features: GiB of memory in which to keep what the frozen part makes of every image, for the next epoch;
             with ``trainable`` ``'fixed'`` or ``'partial_1'`` and a pipeline that is not random: see
-            :mod:`mona_mm.fast.feature_cache`.
+            :mod:`mona_mm.frozen.feature_cache`.
+        deploy: put the form for inference in the place of every module of the method (of Mona the one with its
+            parameters folded together); ``tools/delta.py merge`` writes such configs, with the weights for them.
 
     Raises:
-        UnsupportedHostError: if the base is not one of :data:`mona_mm.sites.HOSTS`.
+        UnsupportedHostError: if the base is not one of :data:`mona_mm.hosts.HOSTS`.
         ConfigError: unknown base or method, a method that this host has no sites for or that is wider than its blocks,
             a rule that matches nothing, ``frozen_stages`` under a method, or ``frozen_dtype`` where nothing is frozen;
-            ``cache_features`` where the features of an image change, or with ``compile``.
+            ``cache_features`` where the features of an image change, or with ``compile``; ``deploy`` of a method
+            without a form for inference.
         UnknownOptionError: an option that the method does not have.
     """
     method = None if peft is None else build_method(peft)
@@ -68,10 +74,15 @@ def PeftBackbone(
             make_fast(module)
     if method is not None:
         method.attach(backbone)
+    if deploy and not put_in_deploy_forms(backbone):
+        raise ConfigError(
+            f'deploy=True: {"no method" if method is None else method.name} has no form for inference of its own; Mona '
+            'has. Leave deploy out.'
+        )
     if not fast:
         for module in method_modules(backbone):
             module.fast = False
-    backbone.peft_config = _plain(peft)  # for deltas to say what they belong to
+    make_record(backbone).config = _plain(peft)  # for deltas to say what they belong to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
@@ -101,7 +112,7 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
 
     Args:
         base: the module's own config.
-        trainable: a rule or a list of rules of :mod:`mona_mm.freeze`.
+        trainable: a rule or a list of rules of :mod:`mona_mm.frozen.rules`.
 
     Raises:
         ConfigError: unknown base, or a rule that matches nothing.
@@ -149,3 +160,4 @@ def init_weights(self: nn.Module, method: Method | None = None) -> None:
             method.check_base(self)
     for module in method_modules(self):
         module.reset_parameters()
+    start_from_base(self)

@@ -20,7 +20,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['mona_mm.optim'],
 )
 PARAM_SCHEDULERS = Registry(
-    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mona_mm', locations=['mona_mm.schedule']
+    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mona_mm', locations=['mona_mm.optim']
 )
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mona_mm', locations=['mona_mm.datasets'])
-METHODS = Registry('peft method', scope='mona_mm', locations=['mona_mm.methods'])
+METHODS = Registry('peft method', scope='mona_mm', locations=['mona_mm.methods', 'mona_mm.spt'])

@@ -15,7 +15,7 @@ from mmengine.visualization import Visualizer
 from safetensors import safe_open
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.config import load_config
+from mona_mm.commands.config import load_config
 
 pytest.register_assert_rewrite('helpers', 'suite')
 
@@ -146,7 +146,7 @@ def host(request) -> dict:
 @pytest.fixture(scope='session')
 def demo_data(tmp_path_factory) -> Path:
     """Six training and two validation images in COCO's layout."""
-    from mona_mm.demo_data import make_demo_dataset
+    from mona_mm.datasets.shapes import make_demo_dataset
 
     root = tmp_path_factory.mktemp('data') / 'shapes'
     make_demo_dataset(root, train=6, val=2)

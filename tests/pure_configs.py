@@ -13,8 +13,8 @@ from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
 from torch.optim import SGD
 
 from mona_mm.hooks import DeltaCheckpointHook, IterationSeedHook, LoadCheckHook, ParamFreezeHook, SafeCheckpointHook
-from mona_mm.optim import PeftOptimWrapperConstructor
-from mona_mm.schedule import WarmupCosineLR
+from mona_mm.optim.constructor import PeftOptimWrapperConstructor
+from mona_mm.optim.schedule import WarmupCosineLR
 
 default_scope = None
 default_hooks = dict(

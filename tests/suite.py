@@ -17,8 +17,8 @@ from mmengine.registry import MODELS
 from mmpretrain.models import ConvNeXt, VisionTransformer
 
 from mona_mm import PeftBackbone
+from mona_mm.hosts import LINEAR_SITES, find_host, method_modules, method_names
 from mona_mm.methods import PeftModule
-from mona_mm.sites import LINEAR_SITES, find_host, method_modules, method_names
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import SparseDelta

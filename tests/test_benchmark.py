@@ -18,7 +18,7 @@ from mona_mm.benchmark import backbone
 from mona_mm.benchmark.backbone import DEPLOYED, WAYS, Case, build_backbone, build_cases, choose_ways, count_operations
 from mona_mm.benchmark.plot import plot_cost
 from mona_mm.benchmark.records import read_records, write_record
-from mona_mm.cli import run
+from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError, MissingFileError
 
 TINY = dict(t=dict(embed_dims=64, depths=(1, 2), num_heads=(2, 4), strides=(4, 2), out_indices=(0, 1), window_size=7))
@@ -301,7 +301,7 @@ def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize('unbuffered', [pytest.param('', marks=pytest.mark.slow), '1'], ids=['buffered', 'unbuffered'])
 def test_closed_pipe(unbuffered):
     """A tool whose reader has gone ends quietly; a broken pipe elsewhere is an error as before."""
-    code = "import mona_mm.cli; mona_mm.cli.run(lambda: print('x' * 100_000))"
+    code = "import mona_mm.commands.cli; mona_mm.commands.cli.run(lambda: print('x' * 100_000))"
     env = {**os.environ, 'PYTHONUNBUFFERED': unbuffered, 'PYTHONPATH': str(ROOT)}
     process = subprocess.Popen(
         [sys.executable, '-W', 'ignore', '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -26,12 +26,12 @@ from mmengine.structures import InstanceData
 from torch import nn
 from write_metafiles import COUNT, listed
 
-from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, load_config
-from mona_mm.data import check_data
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.cli import build_runner
+from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.data import check_data
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.freeze import count_trainable
-from mona_mm.meta import build_on_meta
+from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce import published_results
 
 CONFIGS = {path.stem: path for path in sorted((ROOT / 'configs').rglob('*.py'))}

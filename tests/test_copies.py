@@ -15,12 +15,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mona_mm
 from mona_mm import load_delta, save_delta
-from mona_mm.averages import differing_frozen, frozen_tensors
 from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.delta_file import read_delta
-from mona_mm.cli import build_runner
+from mona_mm.commands.cli import build_runner
 from mona_mm.errors import CheckpointMismatchError, FreezeError
-from mona_mm.freeze import count_trainable, moving_copies
+from mona_mm.frozen.averages import differing_frozen, frozen_tensors
+from mona_mm.frozen.rules import count_trainable, moving_copies
 
 UPDATES = 40
 SWIN = dict(type='mmdet.SwinTransformer', embed_dims=8, depths=(1, 1), num_heads=(1, 2), window_size=4, strides=(4, 2))

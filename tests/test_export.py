@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from mona_mm.errors import ConfigError
-from mona_mm.mixin import mix_out, qualified_name, stock_class
-from mona_mm.sites import PeftBlock, find_host
+from mona_mm.hosts import PeftBlock, find_host
+from mona_mm.nn.mixin import mix_out, qualified_name, stock_class
 from mona_mm.spt.sparse import attach_sparse, merge_sparse
 
 pairs = pytest.mark.parametrize(('host', 'method'), COVER)

@@ -11,7 +11,7 @@ from torch import nn
 import mona_mm.methods.mona as mona_module
 from mona_mm.benchmark import module as benchmark
 from mona_mm.methods import Mona
-from mona_mm.ops.mona import linear
+from mona_mm.nn.products import linear
 
 GRIDS = {  # (batch, (H, W), extra tokens)
     'odd': (2, (5, 9), 0),

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, FreezeError
-from mona_mm.sites import find_host
+from mona_mm.hosts import find_host
 
 STILL = {name: dict(host, drop_path_rate=0.0) for name, host in HOSTS.items()}
 WITH_END = [name for name in HOSTS if 'swinv2' not in name and ('swin' in name or 'vit' in name)]

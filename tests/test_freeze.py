@@ -10,8 +10,8 @@ from torch import nn
 
 from mona_mm import FrozenModel, PeftBackbone, count_trainable
 from mona_mm.errors import ConfigError, FreezeError
-from mona_mm.freeze import METHOD_RULES, check_trainable, freeze, select
-from mona_mm.sites import find_host
+from mona_mm.frozen.rules import METHOD_RULES, check_trainable, freeze, select
+from mona_mm.hosts import find_host
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
 

@@ -16,8 +16,8 @@ from torch import nn
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.checkpoint.merge import merged_state_dict
 from mona_mm.errors import ConfigError
-from mona_mm.meta import meta_device
-from mona_mm.sites import method_modules
+from mona_mm.hosts import method_modules
+from mona_mm.nn.meta import meta_device
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
 RULES = ('fixed', 'bitfit', 'norm_tuning', 'partial_1')

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from mona_mm import FrozenModel, PeftBackbone
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.errors import CheckpointMismatchError, ConfigError, FreezeError
-from mona_mm.freeze import freeze
+from mona_mm.frozen.rules import freeze
 from mona_mm.hooks import SafeCheckpointHook
 from mona_mm.hooks.checkpoint import AtomicLocalBackend
 from mona_mm.hooks.param_freeze import checksums

@@ -30,9 +30,9 @@ from suite import (
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
+from mona_mm.hosts import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
 from mona_mm.methods import PeftModule, build_method
 from mona_mm.registry import METHODS
-from mona_mm.sites import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
 
 
 def pytest_generate_tests(metafunc):
@@ -383,7 +383,7 @@ class ScaleShift(PeftModule):
 
 def test_second_method_is_refused(every_site):
     """One backbone carries one method."""
-    from mona_mm.sites import inject
+    from mona_mm.hosts import inject
 
     model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona'))
     with pytest.raises(ConfigError, match='already carries'):

@@ -28,6 +28,6 @@ def test_import_adds_only_its_own_modules():
     assert 'mona_mm.backbone' in added
     packages = {name.partition('.')[0] for name in added} - set(sys.stdlib_module_names)
     assert packages == {'mona_mm', 'safetensors'}
-    optional = ('mona_mm.benchmark', 'mona_mm.reproduce', 'mona_mm.datasets', 'mona_mm.demo_data')
+    optional = ('mona_mm.benchmark', 'mona_mm.reproduce', 'mona_mm.datasets', 'mona_mm.datasets.shapes')
     assert not [name for name in added if name.startswith(optional)]
     assert all(registered)

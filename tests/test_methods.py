@@ -9,9 +9,9 @@ from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.errors import ConfigError
-from mona_mm.meta import meta_device
+from mona_mm.hosts import find_host, method_modules
 from mona_mm.methods import Adapter, AdaptFormer, LoRA, LoRand
-from mona_mm.sites import find_host, method_modules
+from mona_mm.nn.meta import meta_device
 
 # Trainable backbone parameters of Swin-T, -B and -L, from the authors' logs and code.
 COUNTS = {

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from test_configs import NARROW, NARROW_TASK
 
-from mona_mm.demo_data import CLASSES, make_demo_dataset
+from mona_mm.datasets.shapes import CLASSES, make_demo_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

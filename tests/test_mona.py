@@ -10,9 +10,9 @@ from helpers import assert_near
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone, count_trainable
-from mona_mm.meta import meta_device
+from mona_mm.hosts import method_modules
 from mona_mm.methods import FoldedMona, Mona
-from mona_mm.sites import method_modules
+from mona_mm.nn.meta import meta_device
 
 SIZES = {
     'swin_t': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),

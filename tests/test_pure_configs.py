@@ -17,11 +17,11 @@ from torch import nn
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import stock_config, types_left
-from mona_mm.config import adapt_to_device, fine_tune_from, load_config
-from mona_mm.data import check_data
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.config import adapt_to_device, fine_tune_from, load_config
+from mona_mm.commands.data import check_data
 from mona_mm.errors import ConfigError
 from mona_mm.hooks import LoadCheckHook
-from mona_mm.meta import build_on_meta
 from mona_mm.methods import LoRA
 from mona_mm.registry import METHODS, MODELS
 from mona_mm.reproduce.cells import differences

@@ -7,8 +7,8 @@ from torch import nn
 
 import mona_mm
 from mona_mm.errors import ConfigError
-from mona_mm.freeze import check_trainable, count_trainable, freeze
-from mona_mm.reach import unreached
+from mona_mm.frozen.reach import unreached
+from mona_mm.frozen.rules import check_trainable, count_trainable, freeze
 from mona_mm.registry import MODELS
 
 EARLY = {name: dict(host, out_indices=(1,) if 'vit' in name else (0, 1)) for name, host in HOSTS.items()}
@@ -28,7 +28,7 @@ def test_what_gets_no_gradient_does_not_train(name, monkeypatch):
     the log says so, and the record knows."""
     base = dict(type='Mona', bottleneck=4)
     said = []
-    monkeypatch.setattr('mona_mm.freeze.print_log', lambda message, **_: said.append(message))
+    monkeypatch.setattr('mona_mm.frozen.rules.print_log', lambda message, **_: said.append(message))
     backbone = mona_mm.PeftBackbone(base=dict(EARLY[name]), peft=base, trainable='norm')
     assert [f'behind the last output of {type(backbone).__name__}' in message for message in said] == [True]
     assert without_gradient(backbone) == set()

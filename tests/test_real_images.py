@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, real_images
 
-from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, load_config
+from mona_mm.commands.cli import build_runner
+from mona_mm.commands.config import adapt_to_device, load_config
 
 pytestmark = pytest.mark.slow
 CONFIG = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')

@@ -12,8 +12,8 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
-from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, load_config, resume_from
+from mona_mm.commands.cli import build_runner
+from mona_mm.commands.config import adapt_to_device, load_config, resume_from
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.reproduce import (
     build_tables,

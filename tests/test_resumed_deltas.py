@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS
 from torch import nn
 
 import mona_mm
-from mona_mm.cli import build_runner
+from mona_mm.commands.cli import build_runner
 
 SUFFIX = '.delta.safetensors'
 

@@ -14,10 +14,10 @@ from mona_mm import count_trainable, load_delta, save_delta
 from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.delta_file import read_delta, write_delta
 from mona_mm.checkpoint.merge import merged_state_dict
-from mona_mm.cli import build_runner
+from mona_mm.commands.cli import build_runner
 from mona_mm.errors import CheckpointMismatchError, ConfigError
-from mona_mm.freeze import freeze, select
-from mona_mm.optim import PeftOptimWrapperConstructor
+from mona_mm.frozen.rules import freeze, select
+from mona_mm.optim.constructor import PeftOptimWrapperConstructor
 
 SWIN = dict(
     type='mmdet.SwinTransformer', embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), out_indices=(1, 2, 3)

@@ -18,7 +18,7 @@ from conftest import GOLDEN
 from mona_mm import PeftBackbone
 from mona_mm.compat.safe_globals import register_safe_globals
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
-from mona_mm.meta import meta_device
+from mona_mm.nn.meta import meta_device
 from mona_mm.spt import Plan, Sensitivity, allocate, load_published_plan
 from mona_mm.spt.allocation import parse_budget
 from mona_mm.spt.parts import Architecture, Part

@@ -12,11 +12,11 @@ from mmengine.registry import MODELS, init_default_scope
 from test_configs import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 
 import mona_mm
-from mona_mm.cli import build_runner
-from mona_mm.config import adapt_to_device, load_config
-from mona_mm.data import check_data
+from mona_mm.commands.cli import build_runner
+from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.data import check_data
+from mona_mm.commands.planning import make_plan
 from mona_mm.spt import Plan
-from mona_mm.spt.planning import make_plan
 
 
 def tensors(result) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch import nn
 from mona_mm import PeftBackbone
 from mona_mm.benchmark import spt as benchmark
 from mona_mm.errors import ConfigError
-from mona_mm.sites import method_modules, method_names
+from mona_mm.hosts import method_modules, method_names
 from mona_mm.spt import sparse
 from mona_mm.spt.sparse import (
     attach_sparse,

@@ -27,15 +27,16 @@ from torch import nn
 from torchvision import transforms
 from write_metafiles import BUDGET, COUNT, listed
 
-from mona_mm.cli import build_runner, read_run_config, run_parser
-from mona_mm.config import adapt_to_device, load_config
-from mona_mm.data import check_data
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.cli import build_runner, read_run_config, run_parser
+from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.data import check_data
+from mona_mm.commands.planning import make_plan
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.freeze import count_trainable
-from mona_mm.meta import build_on_meta, meta_device
-from mona_mm.schedule import WarmupCosineLR
+from mona_mm.frozen.count import count_trainable
+from mona_mm.nn.meta import meta_device
+from mona_mm.optim.schedule import WarmupCosineLR
 from mona_mm.spt import Plan
-from mona_mm.spt.planning import make_plan
 from mona_mm.spt.published import load_published_plan
 from mona_mm.spt.sensitivity import build_loader
 

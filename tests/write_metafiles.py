@@ -28,18 +28,18 @@ SPT = ('Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning', 'https://arxi
 # Folder: name, code, paper. Methods without a paper of their own are cited as Mona's paper defines and measures them.
 METHODS = {
     'mona': ('Mona', 'mona_mm/methods/mona.py', MONA),
-    'full': ('Full', 'mona_mm/freeze.py', SWIN),
-    'fixed': ('Fixed', 'mona_mm/freeze.py', MONA),
+    'full': ('Full', 'mona_mm/frozen/rules.py', SWIN),
+    'fixed': ('Fixed', 'mona_mm/frozen/rules.py', MONA),
     'bitfit': (
         'BitFit',
-        'mona_mm/freeze.py',
+        'mona_mm/frozen/rules.py',
         (
             'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models',
             'https://arxiv.org/abs/2106.10199',
         ),
     ),
-    'norm_tuning': ('NormTuning', 'mona_mm/freeze.py', MONA),
-    'partial_1': ('Partial-1', 'mona_mm/freeze.py', MONA),
+    'norm_tuning': ('NormTuning', 'mona_mm/frozen/rules.py', MONA),
+    'partial_1': ('Partial-1', 'mona_mm/frozen/rules.py', MONA),
     'adapter': (
         'Adapter',
         'mona_mm/methods/adapter.py',
@@ -67,9 +67,9 @@ METHODS = {
             'Yin_1_VS_100_Parameter-Efficient_Low_Rank_Adapter_for_Dense_Predictions_CVPR_2023_paper.html',
         ),
     ),
-    'spt_lora': ('SPT-LoRA', 'mona_mm/methods/spt.py', SPT),
-    'spt_adapter': ('SPT-Adapter', 'mona_mm/methods/spt.py', SPT),
-    'spt_mona': ('SPT-Mona', 'mona_mm/methods/spt.py', SPT),
+    'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
+    'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
+    'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
 }
 # Part of a config's name: what it trains on.
 DATA = {
@@ -185,10 +185,10 @@ def dump(content: Any) -> str:
 
 
 def write() -> None:
-    from mona_mm.config import load_config
-    from mona_mm.freeze import count_trainable
-    from mona_mm.meta import build_on_meta
-    from mona_mm.spt.planning import spt_config
+    from mona_mm.commands.build import build_on_meta
+    from mona_mm.commands.config import load_config
+    from mona_mm.commands.planning import spt_config
+    from mona_mm.frozen.count import count_trainable
 
     published = json.loads(PUBLISHED.read_text())
     for method in METHODS:

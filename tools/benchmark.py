@@ -18,7 +18,7 @@ import torch
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.benchmark import backbone, detector, module, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
-from mona_mm.cli import run
+from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')

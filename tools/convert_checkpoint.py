@@ -13,15 +13,22 @@ from torch import Tensor
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.convert import backbone_tensors, convert_model, to_colin, to_published, unwrap_checkpoint
+from mona_mm.checkpoint.convert import (
+    backbone_tensors,
+    convert_model,
+    left_out,
+    recognise,
+    to_colin,
+    to_published,
+    unwrap_checkpoint,
+)
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.checkpoint.formats import left_out, recognise
 from mona_mm.checkpoint.pretrained import UNREADABLE, load_pretrained, read_checkpoint
-from mona_mm.cli import new_file, run
+from mona_mm.commands.cli import new_file, run
+from mona_mm.commands.config import load_config
 from mona_mm.compat.safe_globals import weights_only
-from mona_mm.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
-from mona_mm.sites import method_names
+from mona_mm.hosts import method_names
 from mona_mm.type_names import enter_scope
 
 WAYS = dict(mm=convert_model, published=to_published, colin=to_colin)

@@ -8,11 +8,11 @@ from typing import Any
 from mmengine.config import Config
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import add_cfg_options, run, work_dir
-from mona_mm.config import load_config
-from mona_mm.freeze import count_trainable
-from mona_mm.meta import build_on_meta
-from mona_mm.spt.planning import PLAN_FILE, find_plan, spt_config
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.cli import add_cfg_options, run, work_dir
+from mona_mm.commands.config import load_config
+from mona_mm.commands.planning import PLAN_FILE, find_plan, spt_config
+from mona_mm.frozen.count import count_trainable
 
 
 def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:

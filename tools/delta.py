@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.checkpoint.base import base_file, whole_model_base
 from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta, set_base_file
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.merge import (
@@ -25,12 +26,12 @@ from mona_mm.checkpoint.merge import (
 )
 from mona_mm.checkpoint.pretrained import compare, misfit, read_checkpoint
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
-from mona_mm.cli import add_cfg_options, new_file, run, work_dir
-from mona_mm.config import adapt_to_device, base_file, load_config, whole_model_base
+from mona_mm.commands.build import build_on_meta, freeze_by_hooks
+from mona_mm.commands.cli import add_cfg_options, new_file, run, work_dir
+from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.planning import put_plan_in, require_plan
 from mona_mm.errors import CheckpointMismatchError, ConfigError
-from mona_mm.meta import build_on_meta, freeze_by_hooks
-from mona_mm.methods import fold_mona
-from mona_mm.spt.planning import put_plan_in, require_plan
+from mona_mm.methods import deploy
 from mona_mm.type_names import enter_scope
 
 
@@ -108,7 +109,7 @@ def merge(args: argparse.Namespace) -> None:
         cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
     left = unmergeable(model)
     if left or args.self_contained:
-        folded = 0 if args.self_contained else fold_mona(model)
+        folded = 0 if args.self_contained else deploy(model)
         state, config = self_contained_state_dict(model), self_contained_config(cfg, folded > 0)
         put_plan_in(config)
         reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'

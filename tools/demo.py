@@ -22,9 +22,9 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, InstanceData
 
 import mona_mm
-from mona_mm.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.config import find_last_checkpoint
-from mona_mm.demo_data import make_demo_dataset
+from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
+from mona_mm.commands.config import find_last_checkpoint
+from mona_mm.datasets.shapes import make_demo_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'

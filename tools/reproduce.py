@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import run
+from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
     FORMATS,

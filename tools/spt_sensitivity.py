@@ -8,12 +8,13 @@ import os.path as osp
 from mmengine.dist import is_main_process
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.cli import join_process_group, new_file, read_run_config, run, run_parser
-from mona_mm.data import check_data, sensitivity_split
+from mona_mm.commands.cli import join_process_group, new_file, read_run_config, run, run_parser
+from mona_mm.commands.data import check_data, sensitivity_split
+from mona_mm.commands.planning import PLAN_FILE
+from mona_mm.commands.sensitivity import measure
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
-from mona_mm.spt.planning import PLAN_FILE
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
-from mona_mm.spt.sensitivity import Sensitivity, measure
+from mona_mm.spt.sensitivity import Sensitivity
 
 STRUCTURED = ('LoRA', 'Adapter', 'Mona', 'none')
 

@@ -7,13 +7,14 @@ from mmengine.evaluator import DumpResults
 from torch import nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.checkpoint.delta import set_base_file, unwrap
+from mona_mm.checkpoint.base import whole_model_base
+from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.config import whole_model_base
-from mona_mm.data import check_data
+from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
+from mona_mm.commands.data import check_data
+from mona_mm.commands.planning import require_plan
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.spt.planning import require_plan
+from mona_mm.nn.wrappers import innermost
 from mona_mm.type_names import is_type
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
     runner = build_runner(cfg)
     if args.out:
-        runner.test_evaluator.metrics.append(dump_metric(args.out, unwrap(runner.model)))
+        runner.test_evaluator.metrics.append(dump_metric(args.out, innermost(runner.model)))
     runner.test()
 
 

@@ -1,13 +1,14 @@
 """Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]"""
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.cli import build_runner, join_process_group, read_run_config, run, run_parser
-from mona_mm.config import fine_tune_from, resume_from, whole_model_base
-from mona_mm.data import check_data
+from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
+from mona_mm.commands.config import fine_tune_from, resume_from
+from mona_mm.commands.data import check_data
+from mona_mm.commands.planning import make_plan
 from mona_mm.errors import ConfigError
-from mona_mm.spt.planning import make_plan
 
 
 def main() -> None:

@@ -49,11 +49,11 @@ from mona_mm.benchmark.timing import (
 )
 from mona_mm.checkpoint.merge import merged_state_dict
 from mona_mm.errors import ConfigError
-from mona_mm.freeze import METHOD_RULES
-from mona_mm.meta import meta_device
-from mona_mm.methods.folded_mona import fold_mona
+from mona_mm.frozen.rules import METHOD_RULES
+from mona_mm.hosts import method_modules
+from mona_mm.methods import deploy
 from mona_mm.methods.lora import LoRA
-from mona_mm.sites import method_modules
+from mona_mm.nn.meta import meta_device
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import SparseDelta
@@ -110,7 +110,7 @@ def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> 
         return MODELS.build(base)
     if way == 'mona_folded':
         model = build_backbone('mona', base, fast)
-        fold_mona(model)
+        deploy(model)
         return model
     if way in DEPLOYED:
         tuned = build_backbone(DEPLOYED[way], base)

@@ -4,7 +4,7 @@ Every block has two, of its stage's width and grid; one module of each stage is 
 ways:
 
 =============  ========================================================================================================
-``ours``       :class:`mona_mm.methods.Mona` as it is used: its fast form (:mod:`mona_mm.ops.mona`)
+``ours``       :class:`mona_mm.methods.Mona` as it is used: its fast form (:mod:`mona_mm.methods.fast_mona`)
 ``plain``      the same with ``fast = False``
 ``published``  the operations of Mona's published code, one by one: three convolutions of a channels-last view
 ``adapter``    :class:`mona_mm.methods.Adapter` of the same width, which has no convolutions and no norm: for comparison
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mona_mm.benchmark.timing import cells, heading, kept_bytes, seconds, take_turns, times, times_floor, with_spread
 from mona_mm.methods import Adapter, Mona
-from mona_mm.ops.mona import linear
+from mona_mm.nn.products import linear
 
 SWINS = {'swin_t': (96, (2, 2, 6, 2)), 'swin_b': (128, (2, 2, 18, 2)), 'swin_l': (192, (2, 2, 18, 2))}
 """Width of the first stage, and blocks of each."""

@@ -1,58 +1,99 @@
-"""Names and layouts of published checkpoints, turned into those of the OpenMMLab backbones."""
+"""Names and layouts of published checkpoints, turned into those of the OpenMMLab backbones.
+
+================  ====================================================================================================
+``'swin'``        Microsoft's Swin and SwinV2, timm's, and the published Mona code: ``layers.I.blocks.J.attn.qkv``
+``'vit'``         timm's ViT, MAE, MoCo v3 and others of the same names: ``blocks.I.attn.qkv``
+``'vit-npz'``     Google's ViT, ``.npz``: ``Transformer/encoderblock_I/...``
+``'pvt'``         the official PVT and PVTv2: ``block1.0.attn.q``
+``'convnext'``    the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
+``'convnext-timm'``  timm's: ``stages.I.blocks.J.conv_dw``
+``'colin'``       the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release: ``stages.I.blocks.J.lorand1``
+``'mm'``          mmdet's, mmseg's, mmpretrain's, and mona_mm's own: nothing to do
+================  ====================================================================================================
+
+What is known about each is beside the host, in :mod:`mona_mm.hosts`. Of a checkpoint of a known format every name is
+one that the OpenMMLab backbone or a method has, once it is converted, or is one that no backbone has a use for (a
+classifier's, a decoder's); anything else is refused by name.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor
 
-from mona_mm.checkpoint.formats import (
-    PUBLISHED_MODULE,
-    check_names,
-    convert_convnext,
-    convert_convnext_timm,
-    convert_pvt,
-    convert_vit,
-    convert_vit_npz,
-    left_out,
-    put,
-    recognise,
+from mona_mm.checkpoint.published import (
+    COLIN,
+    MODULE_NAMES,
+    convert_colin_back,
+    convert_modules,
+    convert_modules_back,
 )
 from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.hosts import HOSTS
+from mona_mm.hosts.formats import CheckpointFormat
+from mona_mm.hosts.swin import MICROSOFT, convert_to_microsoft
+from mona_mm.hosts.swin import OWN_NAMES as SWIN_NAMES
 
-# Microsoft's Swin and the published Mona code share these names; in order, on the part after `layers.I.`.
-_SWIN_RENAMES = (
-    (r'^layers\.', 'stages.'),
-    (r'(\.blocks\.\d+)\.attn\.', r'\1.attn.w_msa.'),
-    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
-    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
-    (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
-)
-_MODULE_RENAMES = (
-    (r'(\.peft\.\w+)\.(norm\.|gamma)', r'\1.entrance.\2'),
-    (r'\.project1\.', '.down.'),
-    (r'\.project2\.', '.up.'),
-    (r'\.adapter_conv\.conv1\.', '.depthwise.0.'),
-    (r'\.adapter_conv\.conv2\.', '.depthwise.1.'),
-    (r'\.adapter_conv\.conv3\.', '.depthwise.2.'),
-    (r'\.adapter_conv\.projector\.', '.pointwise.'),
-)
 _MOCO = 'base_encoder.'
-# The CoLin release's, on the part after `blocks.J.`: behind attention and FFN, DropPath included.
-_COLIN_SITES = ((r'\.lorand1\.', '.peft.attn_out.'), (r'\.lorand2\.', '.peft.ffn_out.'), *(
-    (rf'\.adapter{i}\.', f'.peft.{branch}_branch.') for i, branch in ((1, 'attn'), (2, 'ffn'))
-))  # fmt: skip
+
+
+def _formats() -> list[CheckpointFormat]:
+    return list(dict.fromkeys((COLIN, *(form for host in HOSTS.values() for form in host.formats))))
+
+
+def recognise(names: Iterable[str]) -> str | None:
+    """The format of a backbone's checkpoint, one of those above; None if it is none of them."""
+    names = list(names)
+    for form in _formats():
+        if any(re.match(form.recognised_by, name) for name in names):
+            return form.name
+    in_blocks = '|'.join(host.own_names.in_blocks for host in HOSTS.values() if host.own_names)
+    return 'mm' if any(re.match(rf'{in_blocks}|.*\.peft\.', name) for name in names) else None
+
+
+def _format(name: str | None) -> CheckpointFormat | None:
+    return next((form for form in _formats() if form.name == name), None)
+
+
+def left_out(form: str | None, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's names that no backbone has a use for, and that are left out on converting."""
+    known = _format(form)
+    return [name for name in names if known is not None and known.is_left_out(name)]
+
+
+def check_names(form: str | None, converted: Iterable[str]) -> None:
+    """Check that each of a backbone's names, as converted from ``form``, is one that a supported host or a method has.
+
+    Raises:
+        CheckpointMismatchError: if one is not; it names the first.
+    """
+    hosts = [host for host in HOSTS.values() if host.own_names]
+    if form == 'mm':
+        patterns = [host.own_names.pattern for host in hosts] + [r'(.*\.)?peft\..*']
+    elif form == COLIN.name:
+        patterns = [SWIN_NAMES.pattern, MODULE_NAMES]
+    else:
+        patterns = [host.own_names.pattern for host in hosts if form in [known.name for known in host.formats]]
+        patterns += [MODULE_NAMES] if form == MICROSOFT.name else []
+    known = re.compile('|'.join(dict.fromkeys(patterns)))
+    unknown = [name for name in converted if patterns and not known.fullmatch(name)]
+    if unknown:
+        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
+        raise CheckpointMismatchError(
+            f'The names are those of the format {form!r}, but for {", ".join(unknown[:3])}{more} (as they are after '
+            'converting), which no backbone or method of that format has: what they are would be lost. Was the file '
+            'made by code with modules of its own? Take them out of it first, if they are not needed.'
+        )
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known: bool = True) -> dict[str, Tensor]:
     """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
-    The format is recognised from the names, see :mod:`mona_mm.checkpoint.formats`; among them are Microsoft's Swin and
-    the published Mona code (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of
-    the CoLin release. A checkpoint of no known format is returned with its names unchanged. A checkpoint may be the
-    whole file (``{'model': ...}``, ``{'state_dict': ...}``) or the tensors alone, of a backbone or of a detector
-    (``backbone.*``, of which only the backbone is returned). What is left out:
-    :data:`mona_mm.checkpoint.formats.NOT_IN_A_BACKBONE`, and of MoCo v3 all but the encoder that is kept.
+    The format is recognised from the names; among them are Microsoft's Swin and the published Mona code (with the
+    modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of the CoLin release. A checkpoint of
+    no known format is returned with its names unchanged. A checkpoint may be the whole file (``{'model': ...}``,
+    ``{'state_dict': ...}``) or the tensors alone, of a backbone or of a detector (``backbone.*``, of which only the
+    backbone is returned). What no backbone has a use for is left out, and of MoCo v3 all but the encoder that is kept.
 
     Args:
         state_dict: names to tensors, in the checkpoint's own names.
@@ -66,11 +107,15 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known
         CheckpointMismatchError: if two tensors would get one name, or a name is not known.
     """
     tensors = backbone_tensors(state_dict, prefix)
-    form = recognise(tensors)
-    convert = _CONVERTERS.get(form)
-    converted = convert(tensors) if convert else tensors
+    name = recognise(tensors)
+    form = _format(name)
+    if form is None:
+        converted = tensors
+    else:
+        kept = {key: tensor for key, tensor in tensors.items() if not form.is_left_out(key)}
+        converted = form.convert(convert_modules(kept) if form is MICROSOFT else kept)
     if known:
-        check_names(form, converted)
+        check_names(name, converted)
     return converted
 
 
@@ -83,48 +128,6 @@ def convert_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**{f'backbone.{name}': t for name, t in convert_state_dict(tensors).items()}, **rest}
 
 
-def _convert_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    renames = (*_SWIN_RENAMES, *_sites(tensors), *_MODULE_RENAMES)
-    second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
-    shift = _downsample_shift(tensors, second_version)
-    converted, dropped = {}, set(left_out('swin', tensors))
-    for source, tensor in tensors.items():
-        name = source
-        if source in dropped:
-            continue
-        if '.downsample.' in name:
-            if not (second_version and '.norm.' in name):  # which there comes after the reduction
-                tensor = _reorder_neighbours(tensor)
-            name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        for part_name, part in _lora_slices(name, tensor).items():
-            put(converted, part_name, part, source)
-    return _stack_factors(converted)
-
-
-def _convert_colin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmdet's names already, but for the modules."""
-    converted, dropped = {}, set(left_out('colin', tensors))
-    for source, tensor in tensors.items():
-        name = source
-        if source in dropped:
-            continue
-        for pattern, replacement in (*_COLIN_SITES, *_MODULE_RENAMES):
-            name = re.sub(pattern, replacement, name)
-        put(converted, name, tensor, source)
-    return _stack_factors(converted)
-
-
-def _downsample_shift(tensors: Mapping[str, Tensor], second_version: bool) -> int:
-    """By how many stages the merging of patches is elsewhere in the OpenMMLab backbone than in the file: it is the end
-    of a stage with Microsoft and in Swin, the beginning of the next one in the newer timm and in mmpretrain's SwinV2.
-    """
-    stages = {int(match[1]) for name in tensors if (match := re.match(r'layers\.(\d+)\.downsample\.', name))}
-    at_the_beginning = bool(stages) and 0 not in stages
-    return second_version - at_the_beginning
-
-
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`convert_model` for Swin: the names and layouts of the published Mona code.
 
@@ -134,20 +137,7 @@ def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: if it is not one, or its method was never published for a Swin.
     """
-    tensors = unwrap_checkpoint(state_dict)
-    start = 'backbone.' if any(name.startswith('backbone.') for name in tensors) else ''
-    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-    if not any(re.match(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.', name) for name in inner):
-        raise ConfigError('Only a Swin in the names of mmdet, mmseg or mmpretrain has published names to go back to.')
-    _check_published(inner)
-    published = {name: t for name, t in tensors.items() if not name.startswith(start)}
-    for name, tensor in _unslice_lora(_unstack_factors(inner)).items():
-        if '.downsample.' in name:
-            tensor = _restore_neighbours(tensor)
-        for pattern, replacement in _TO_PUBLISHED:
-            name = re.sub(pattern, replacement, name)
-        published[f'{start}{name}'] = tensor
-    return published
+    return _convert_swin_in(state_dict, lambda tensors: convert_to_microsoft(convert_modules_back(tensors)))
 
 
 def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,90 +146,18 @@ def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: if it is not one, or has a module that is not in that release.
     """
+    return _convert_swin_in(state_dict, convert_colin_back)
+
+
+def _convert_swin_in(state_dict: Mapping[str, Tensor], convert: Callable) -> dict[str, Tensor]:
     tensors = unwrap_checkpoint(state_dict)
     start = 'backbone.' if any(name.startswith('backbone.') for name in tensors) else ''
-    inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-    if recognise(inner) != 'mm' or not any('.attn.w_msa.' in name for name in inner):
-        raise ConfigError('The CoLin release is of a Swin in the names of mmdet; this is none.')
-    _check_published(inner)
-    written = {name: t for name, t in tensors.items() if not name.startswith(start)}
-    for name, tensor in _unstack_factors(inner).items():
-        for pattern, replacement in _TO_COLIN:
-            name = re.sub(pattern, replacement, name)
-        if '.peft.' in name:
-            raise ConfigError(f'{name}: the CoLin release has no such module, but LoRand and Adapter.')
-        written[f'{start}{name}'] = tensor
-    return written
-
-
-def _check_published(tensors: Mapping[str, Tensor]) -> None:
-    check_names('mm', tensors)
-    for name in tensors:
-        if '.peft.' in name and not re.fullmatch(PUBLISHED_MODULE, name):
-            raise ConfigError(f'{name}: the published code has no such module.')
-
-
-_TO_COLIN = (
-    (r'\.peft\.attn_out\.', '.lorand1.'),
-    (r'\.peft\.ffn_out\.', '.lorand2.'),
-    (r'\.peft\.attn_branch\.', '.adapter1.'),
-    (r'\.peft\.ffn_branch\.', '.adapter2.'),
-    (r'(\.(?:lorand|adapter)\d)\.down\.', r'\1.project1.'),
-    (r'(\.(?:lorand|adapter)\d)\.up\.', r'\1.project2.'),
-)
-
-
-_TO_PUBLISHED = (
-    (r'\.peft\.(post_attn|attn_branch|attn_out|parallel_ffn)\.', '.my_module_1.'),
-    (r'\.peft\.(post_ffn|ffn_branch|ffn_out)\.', '.my_module_2.'),
-    (r'(\.my_module_\d)\.entrance\.', r'\1.'),
-    (r'(\.my_module_\d)\.down\.', r'\1.project1.'),
-    (r'(\.my_module_\d)\.up\.', r'\1.project2.'),
-    (r'(\.my_module_\d)\.depthwise\.(\d)\.', lambda match: f'{match[1]}.adapter_conv.conv{int(match[2]) + 1}.'),
-    (r'(\.my_module_\d)\.pointwise\.', r'\1.adapter_conv.projector.'),
-    (r'\.attn\.w_msa\.', '.attn.'),
-    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
-    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
-    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
-    (r'^stages\.', 'layers.'),
-)
-
-
-def _sites(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
-    """Which sites ``my_module_1`` and ``my_module_2`` stand for: it depends on the method, seen from its other keys."""
-    if any('.adapter_conv.' in name for name in tensors):
-        sites = ('post_attn', 'post_ffn')  # Mona
-    elif any('.param_dict.' in name for name in tensors):
-        sites = ('attn_out', 'ffn_out')  # LoRand
-    elif any('.my_module_2.' in name for name in tensors):
-        sites = ('attn_branch', 'ffn_branch')  # Adapter
-    else:
-        sites = ('parallel_ffn',)  # AdaptFormer
-    return tuple((rf'\.my_module_{i}\.', f'.peft.{site}.') for i, site in enumerate(sites, start=1))
-
-
-def _lora_slices(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Published LoRA keeps q's and v's factors in one tensor, q's rows first."""
-    match = re.match(r'(.*\.)attn\.w_msa\.qkv\.lora_([AB])$', name)
-    if match is None:
-        return {name: tensor}
-    block, part = match[1], 'down' if match[2] == 'A' else 'up'
-    q, v = tensor.chunk(2)
-    return {f'{block}peft.q.{part}.weight': q, f'{block}peft.v.{part}.weight': v}
-
-
-def _stack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published LoRand numbers its factors (``param_dict.A0``, ``g0``, ``B0``, ...); ours are one tensor a kind."""
-    pattern = re.compile(r'(.*\.)?param_dict\.([AgGB])(\d+)$')
-    stacks: dict[str, dict[int, Tensor]] = {}
-    for name in [name for name in tensors if pattern.match(name)]:
-        path, kind, index = pattern.match(name).groups()
-        stacks.setdefault(f'{path or ""}{kind.lower()}', {})[int(index)] = tensors.pop(name)
-    for name, of in stacks.items():
-        if sorted(of) != list(range(len(of))) or len({factor.shape for factor in of.values()}) > 1:
-            raise CheckpointMismatchError(f'{name}: the factors are numbered {sorted(of)}, or are not of one shape.')
-        tensors[name] = torch.stack([of[i] for i in sorted(of)])
-    return tensors
+    swin = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+    if not any(re.match(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.', name) for name in swin):
+        raise ConfigError('Only a Swin in the names of mmdet, mmseg or mmpretrain has published names to go back to.')
+    check_names('mm', swin)
+    rest = {name: t for name, t in tensors.items() if not name.startswith(start)}
+    return {**rest, **{f'{start}{name}': tensor for name, tensor in convert(swin).items()}}
 
 
 def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]:
@@ -258,58 +176,3 @@ def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
     tensors = {name.removeprefix('module.'): t for name, t in checkpoint.items() if isinstance(t, Tensor)}
     encoder = {name.removeprefix(_MOCO): t for name, t in tensors.items() if name.startswith(_MOCO)}
     return encoder or tensors
-
-
-def _restore_neighbours(tensor: Tensor) -> Tensor:
-    """The inverse of :func:`_reorder_neighbours`."""
-    neighbours = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4, C)
-    return neighbours[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
-
-
-def _unslice_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`_lora_slices`."""
-    joined = {}
-    for name, tensor in tensors.items():
-        match = re.match(r'(.*\.)peft\.([qv])\.(down|up)\.weight$', name)
-        if match is None:
-            joined[name] = tensor
-        elif match[2] == 'q':
-            other = tensors.get(f'{match[1]}peft.v.{match[3]}.weight')
-            if other is None:
-                raise ConfigError(f'{name}: the published LoRA is on q and on v.')
-            joined[f'{match[1]}attn.w_msa.qkv.lora_{"A" if match[3] == "down" else "B"}'] = torch.cat((tensor, other))
-    return joined
-
-
-def _unstack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`_stack_factors`."""
-    unstacked = {}
-    for name, tensor in tensors.items():
-        match = re.match(r'(.*\.peft\.(?:attn|ffn)_out\.(?:.*\.)?)([agb])$', name)
-        if match is None:
-            unstacked[name] = tensor
-        else:
-            kind = match[2] if match[2] == 'g' else match[2].upper()
-            unstacked.update({f'{match[1]}param_dict.{kind}{i}': factor for i, factor in enumerate(tensor)})
-    return unstacked
-
-
-def _reorder_neighbours(tensor: Tensor) -> Tensor:
-    """From the published order of the four merged neighbours' channels to mmdet's.
-
-    ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in mmdet's
-    PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
-    """
-    neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
-    return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()
-
-
-_CONVERTERS = {
-    'swin': _convert_swin,
-    'colin': _convert_colin,
-    'vit': convert_vit,
-    'vit-npz': convert_vit_npz,
-    'pvt': convert_pvt,
-    'convnext': convert_convnext,
-    'convnext-timm': convert_convnext_timm,
-}

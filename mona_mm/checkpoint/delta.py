@@ -16,22 +16,24 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.checkpoint.delta_file import SUFFIX, Delta, DeltaHeader, part_of, read_delta, write_delta
-from mona_mm.checkpoint.fingerprint import checksum, differing, fingerprint, resized, same_names
 from mona_mm.checkpoint.lock import writing
-from mona_mm.checkpoint.pretrained import RECOMPUTED, compare, read_checkpoint
-from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
+from mona_mm.checkpoint.pretrained import compare, read_checkpoint
+from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
-from mona_mm.freeze import alike, backbone_path, is_under, moving_copies
+from mona_mm.frozen.changes import changing, state_tensors
+from mona_mm.frozen.copies import alike, is_under, moving_copies
+from mona_mm.frozen.count import backbone_path
+from mona_mm.hosts import method_names, position_table_names, recomputed_names
+from mona_mm.nn.fingerprint import checksum, differing, fingerprint, resized, same_names
+from mona_mm.nn.wrappers import innermost
+from mona_mm.record import freeze_records, make_record, record_of
 from mona_mm.registry import METHODS
-from mona_mm.sites import method_names
 from mona_mm.version import __version__
 
 # Options of a method that change neither what its weights mean nor, in evaluation, what they do.
 _FREE_OPTIONS = ('dropout', 'plan')
-PLACES = '.indices'  # of a SparseDelta, at the end of their names
 _ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
 _BASE_FILE: ContextVar[str | None] = ContextVar('base_file', default=None)
 _LOADING: ContextVar[frozenset[Path]] = ContextVar('loading', default=frozenset())  # each on the base that is next
@@ -98,8 +100,8 @@ def save_delta(
     """
     if not str(path).endswith(SUFFIX):
         raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}; by it the file is recognised.')
-    model = unwrap(model)
-    own = _tensors(model)
+    model = innermost(model)
+    own = state_tensors(model)
     state = own if state_dict is None else state_dict
     backbone = _backbone_prefix(model)
     names = changing(model)
@@ -120,7 +122,7 @@ def save_delta(
         backbone=backbone,
         parts=None if parts is None else sorted(parts),
         half=half,
-        base=fingerprint(frozen),
+        base=fingerprint(frozen, position_table_names()),
         versions=versions(),
         base_file=_absolute(base_file or ''),
         config=config,
@@ -198,12 +200,13 @@ def apply_delta(
 ) -> LoadedDelta:
     """:func:`load_delta` of a delta that has been read."""
     start = time.perf_counter() if start is None else start
-    model, header = unwrap(model), delta.header
-    state = _tensors(model)
+    model, header = innermost(model), delta.header
+    state = state_tensors(model)
     _check_method(model, delta)
     base = _BASE_FILE.get()
-    if base and model.__dict__.get('base_file') != base:
-        model.__dict__['base_file'] = base
+    record = make_record(model)
+    if base and record.base_file != base:
+        record.base_file = base
         _load_whole(model, base)
     delta = replace(delta, tensors=_fitted(model, state, delta.tensors))
     given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
@@ -227,7 +230,7 @@ def apply_delta(
     _check_base(model, delta, frozen, allow_other_base or _ALLOW_OTHER_BASE.get())
     # Not an attribute of the module: no state dict has it. Each value is what was there before and, in a checksum,
     # what the delta wrote: where that is no longer so, somebody has loaded or trained since, and theirs stays.
-    kept: dict[str, tuple[Tensor, int]] = model.__dict__.setdefault('before_delta', {})
+    kept = record.replaced
     with torch.no_grad():
         for name in [name for name, entry in kept.items() if not _is_ours(state.get(name), *entry)]:
             del kept[name]
@@ -268,7 +271,7 @@ def _fitted(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str,
     if not other:
         return dict(tensors)
     # Some hosts take for granted that what they compute by themselves is in the file.
-    computed = {name: tensor for name, tensor in state.items() if name.endswith(RECOMPUTED)}
+    computed = {name: tensor for name, tensor in state.items() if name.endswith(recomputed_names())}
     values = rehearse(model, {**computed, **tensors, **other}).values
     return {name: values.get(name, tensor) if name in other else tensor for name, tensor in tensors.items()}
 
@@ -313,20 +316,20 @@ def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
     """By path of every module that a PeftBackbone or FrozenModel made: its method, the options and the rules, and what
     type its frozen weights are kept in, if not float32."""
     return {
-        path: dict(type=type_, options=options, trainable=list(module.freeze_record.rules), **_frozen_type(module))
-        for path, module in model.named_modules()
-        if hasattr(module, 'freeze_record')
+        path: dict(type=type_, options=options, trainable=list(record.rules), **_frozen_type(module))
+        for path, module, record in freeze_records(model)
         for type_, options in [_method_of(module)]
     }
 
 
 def _method_of(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    options = dict(getattr(module, 'peft_config', None) or {})
+    options = dict(record_of(module).config or {})
     return options.pop('type', None), options
 
 
 def _frozen_type(module: nn.Module) -> dict[str, str]:
-    return dict(frozen_dtype=module.frozen_dtype) if hasattr(module, 'frozen_dtype') else {}
+    dtype = record_of(module).frozen_dtype
+    return dict(frozen_dtype=dtype) if dtype else {}
 
 
 def _resolved(described: Mapping[str, Any]) -> Any:
@@ -431,29 +434,32 @@ def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:
     """What puts back all that initialising ``model``, or loading into it, changes; or the tensors of these names."""
-    tensors = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+    tensors = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
     initialised = {module: module.is_init for module in model.modules() if isinstance(module, BaseModule)}
-    attributes = {key: model.__dict__[key] for key in ('base_file', 'dataset_meta') if key in model.__dict__}
-    kept = dict(model.__dict__.get('before_delta', {}))
+    has_meta, meta = 'dataset_meta' in vars(model), vars(model).get('dataset_meta')
+    record = make_record(model)
+    base, replaced = record.base_file, dict(record.replaced)
 
     def put_back(names: Collection[str] | None = None) -> None:
-        names = tensors if names is None else names
+        whole = names is None
+        names = tensors if whole else names
         with torch.no_grad():
-            for name, tensor in _tensors(model).items():
+            for name, tensor in state_tensors(model).items():
                 if name in names:
                     tensor.copy_(tensors[name])
-        now = model.__dict__.get('before_delta', {})
-        model.__dict__['before_delta'] = {
-            **{name: entry for name, entry in now.items() if name not in names},
-            **{name: entry for name, entry in kept.items() if name in names},
+        record.replaced = {
+            **{name: entry for name, entry in record.replaced.items() if name not in names},
+            **{name: entry for name, entry in replaced.items() if name in names},
         }
-        if names is not tensors:
+        if not whole:
             return
         for module, is_init in initialised.items():
             module.is_init = is_init
-        for key in ('base_file', 'dataset_meta'):
-            model.__dict__.pop(key, None)
-        model.__dict__.update(attributes)
+        record.base_file = base
+        if has_meta:
+            model.dataset_meta = meta
+        else:
+            vars(model).pop('dataset_meta', None)
 
     return put_back
 
@@ -480,7 +486,7 @@ def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor],
             _LOADING.reset(token)
         if not left:
             if header.parts is not None:
-                put_back({name for name in _tensors(model) if header.part(name) not in header.parts})
+                put_back({name for name in state_tensors(model) if header.part(name) not in header.parts})
             print_log(f'Loaded {file}, on which {delta.file} was trained.', logger='current')
             return left
         put_back()
@@ -495,46 +501,10 @@ def _load_whole(model: nn.Module, file: str) -> None:
     if delta is not None:  # as mona_mm.checkpoint.loading hands them on, from an address, too
         apply_delta(model, delta)
         return
-    state = _tensors(model)
+    state = state_tensors(model)
     with torch.no_grad():
         for name, value in rehearse(model, model_state(checkpoint)).values.items():
             state[name].copy_(value)
-
-
-def changing(model: nn.Module) -> set[str]:
-    """The names, in the state dict, of what training changes in ``model``.
-
-    These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
-    frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
-    parameters of it or of the innermost module around it that has some, one trains. The places of single weights
-    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint. What follows another part
-    (a teacher its student) changes where that does, and so do the buffers of what averages it.
-    """
-    method = method_names(model)
-    places = {name for name in method if name.endswith(PLACES)}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = {name for name, p in parameters.items() if p.requires_grad} | method - places
-    state = _tensors(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in state.keys() - names - parameters.keys():
-        path = name.rpartition('.')[0]
-        module = modules[path]
-        if name in places or name.endswith(RECOMPUTED):
-            continue
-        if isinstance(module, _NormBase) and not module.affine:
-            names.add(name)  # freeze.train leaves these in training mode
-            continue
-        while path and next(module.parameters(), None) is None:
-            path = path.rpartition('.')[0]
-            module = modules[path]
-        if any(p.requires_grad for p in module.parameters()):
-            names.add(name)
-    for copy, followed in moving_copies(model).items():
-        inside = {name for name in state if name.startswith(f'{copy}.')}
-        names -= inside
-        names |= {name for name in inside if followed + name.removeprefix(copy) in names}
-        names |= {name for name in state if copy.startswith(f'{name.rpartition(".")[0]}.') and name not in parameters}
-    return names & state.keys()
 
 
 def _frozen(
@@ -544,7 +514,7 @@ def _frozen(
         name: tensor
         for name, tensor in state.items()
         if name not in changed
-        and not name.endswith(RECOMPUTED)
+        and not name.endswith(recomputed_names())
         and not is_under(name, copies)
         and (parts is None or part_of(name, backbone) in parts)
     }
@@ -569,10 +539,6 @@ def _same_frozen(state: Mapping[str, Tensor], changed: set[str], copy: str, of: 
 def _are_alike(model: nn.Module, first: str, second: str) -> bool:
     modules = dict(model.named_modules())
     return first in modules and second in modules and alike(modules[first], modules[second])
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -616,8 +582,3 @@ def versions() -> dict[str, str]:
         if module is not None:
             found[name] = str(getattr(module, '__version__', ''))
     return found
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper, for distributed training or test-time augmentation."""
-    return innermost(model)

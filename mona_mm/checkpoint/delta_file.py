@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.fingerprint import names_of, same_names
 from mona_mm.checkpoint.header import LONGEST, check_length, parse
 from mona_mm.errors import CheckpointMismatchError, MissingFileError
+from mona_mm.nn.fingerprint import names_of, same_names
 
 SUFFIX = '.delta.safetensors'
 FORMAT = 'mona_mm.delta/1'
@@ -42,7 +42,7 @@ class DeltaHeader:
         backbone: prefix of the backbone's names, ``'backbone.'``; empty for a delta of a backbone alone.
         parts: of the model, that it holds; None for all. ``'method'`` is what trains in the backbone.
         half: whether trained values were rounded to float16.
-        base: the fingerprint of the frozen tensors; see :mod:`mona_mm.checkpoint.fingerprint`.
+        base: the fingerprint of the frozen tensors; see :mod:`mona_mm.nn.fingerprint`.
         base_file: the whole model that the run started from (its ``load_from``), its absolute path or its address;
             empty where the base is what the ``init_cfg`` loads.
         versions: of the packages that wrote it.

@@ -25,7 +25,7 @@ from mmengine.model import PretrainedInit
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.delta import apply_delta, changing
+from mona_mm.checkpoint.delta import apply_delta
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.header import LONGEST_OF_OTHERS, check_length
 from mona_mm.checkpoint.pretrained import (
@@ -37,11 +37,13 @@ from mona_mm.checkpoint.pretrained import (
     unreachable,
     unreadable,
 )
-from mona_mm.checkpoint.rehearsal import innermost, rehearse
 from mona_mm.checkpoint.rehearsal import load_state_dict as _load_state_dict
+from mona_mm.checkpoint.rehearsal import rehearse
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
-from mona_mm.sites import method_names
+from mona_mm.frozen.changes import changing
+from mona_mm.hosts import method_names
+from mona_mm.nn.wrappers import innermost
 
 _WEB = ('http', 'https')
 _CHUNK = 2**20

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
 from mona_mm.errors import UserError
+from mona_mm.nn.wrappers import innermost
 
 
 class _Lock:
@@ -79,10 +79,8 @@ _GUARD = threading.Lock()
 
 
 def _lock_of(model: nn.Module) -> _Lock:
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
     with _GUARD:
-        return _LOCKS.setdefault(model, _Lock())
+        return _LOCKS.setdefault(innermost(model), _Lock())
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Merge a method into the weights of its base, where it is an addition to them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from mona_mm.checkpoint.lock import writing
 from mona_mm.errors import ConfigError
-from mona_mm.fast.frozen_weights import kept_weights
-from mona_mm.methods.folded_mona import can_fold, folded_options
-from mona_mm.mixin import Mixin, mix_out
-from mona_mm.sites import Linear, PeftBlock, PeftModules, method_names, remove
-from mona_mm.type_names import is_ours, is_type, with_names
+from mona_mm.frozen.half_precision import kept_weights
+from mona_mm.hosts import Linear, PeftBlock, PeftModules, method_names, remove
+from mona_mm.methods.base import PeftModule
+from mona_mm.nn.mixin import Mixin, mix_out
+from mona_mm.record import freeze_records, record_of
+from mona_mm.registry import METHODS
+from mona_mm.type_names import is_ours, is_type, look_up, with_names
 
 
 def unmergeable(model: nn.Module) -> list[str]:
@@ -85,7 +87,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
 def _with_rows(linear: Linear, module: nn.Module, weight: Tensor) -> Tensor:
     weight = _single(weight).clone()
     rows = weight[linear.rows(weight)]
-    rows.copy_(rows.double() + module.delta_weight().double().view_as(rows))
+    delta = module.delta_weight(rows.flatten(1))
+    rows.copy_(rows.double() + delta.double().view_as(rows))
     return weight
 
 
@@ -106,15 +109,15 @@ def merge(model: nn.Module) -> nn.Module:
     """Merge a method into the weights of its base and remove everything of mona_mm from ``model``, in place.
 
     What is left is the stock model: its classes, the names of its state dict, its ``init_weights`` and ``train``; what
-    :mod:`mona_mm.freeze` froze trains again (in a teacher or an average, where nothing trains, nothing does), and the
-    fast forms (``fast=True``) are gone. The parameters stay the objects that they were, so that an optimizer which has
-    them goes on. Weights that ``frozen_dtype`` kept in half precision are in float32, and the backbone computes in the
-    precision of its input. An average of the model (``EMAHook``) is another model, and merged on its own.
+    :mod:`mona_mm.frozen.rules` froze trains again (in a teacher or an average, where nothing trains, nothing does), and
+    the fast forms (``fast=True``) are gone. The parameters stay the objects that they were, so that an optimizer which
+    has them goes on. Weights that ``frozen_dtype`` kept in half precision are in float32, and the backbone computes in
+    the precision of its input. An average of the model (``EMAHook``) is another model, and merged on its own.
 
     Args:
         model: a model, or a backbone alone, whose methods are additions to weights (LoRA, SPT with LoRA modules and
             single weights) or only a choice of what trains (BitFit, ...). For inference with a Mona see
-            :func:`mona_mm.methods.fold_mona`.
+            :func:`mona_mm.methods.deploy`.
 
     Returns:
         ``model``.
@@ -127,7 +130,7 @@ def merge(model: nn.Module) -> nn.Module:
     with writing(model), torch.no_grad():
         sums = merged_weights(model)
         still = [module for module in model.modules() if _is_kept_from_training(module)]
-        for module in [m for m in model.modules() if hasattr(m, 'frozen_dtype')]:
+        for module in [m for m in model.modules() if record_of(m).frozen_dtype]:
             for weight in kept_weights(module):
                 weight.data = weight.data.float()
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -137,7 +140,7 @@ def merge(model: nn.Module) -> nn.Module:
             for name in changes:
                 getattr(module, name).requires_grad = True
             del module.peft
-        for module in [m for m in model.modules() if 'peft_name' in vars(m)]:
+        for module in [m for m in model.modules() if record_of(m).method]:
             remove(module)
         for module in model.modules():
             _make_stock(module)
@@ -148,13 +151,13 @@ def merge(model: nn.Module) -> nn.Module:
 
 def _is_kept_from_training(module: nn.Module) -> bool:
     """Whether nothing in a module trains, though something was built to: a teacher, an average."""
-    built_to = any(m.freeze_record.trainable for m in module.modules() if hasattr(m, 'freeze_record'))
+    built_to = any(record.trainable for _, _, record in freeze_records(module))
     return built_to and not any(p.requires_grad for p in module.parameters())
 
 
 def _make_stock(module: nn.Module) -> None:
     """Take from a module, in place, what PeftBackbone and FrozenModel gave it."""
-    record = vars(module).get('freeze_record')
+    record = record_of(module).freeze
     for name, parameter in module.named_parameters() if record is not None else ():
         if name in record.frozen:
             parameter.requires_grad = True
@@ -171,7 +174,7 @@ def _make_stock(module: nn.Module) -> None:
 
 
 _METHODS = ('forward', 'train', 'init_weights')
-_ATTRIBUTES = ('peft_config', 'freeze_record', 'frozen_dtype', 'feature_cache', 'before_delta', 'base_file', '_masks')
+_ATTRIBUTES = ('peft_record', '_masks')
 
 
 def _changed(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module, PeftModules]]:
@@ -251,15 +254,15 @@ def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
     return [warmup, dict(type='CosineAnnealingLR', eta_min_ratio=scheduler['end_ratio'], begin=middle, **options)]
 
 
-def self_contained_config(cfg: Config, folded: bool = False) -> Config:
+def self_contained_config(cfg: Config, deploy: bool = False) -> Config:
     """A config for a :func:`self_contained_state_dict`, which needs no pretrained file.
 
-    ``folded`` makes every Mona a :class:`~mona_mm.methods.FoldedMona`.
+    With ``deploy`` the methods are in their forms for inference, as :func:`mona_mm.methods.deploy` puts them.
     """
     plain = with_names(cfg.to_dict())
     _forget_pretrained(plain['model'])
-    if folded:
-        _fold(plain['model'])
+    if deploy:
+        _deploy(plain['model'])
     return Config({**plain, 'load_from': None})
 
 
@@ -296,9 +299,15 @@ def _names_file(init_cfg: Any) -> bool:
     return isinstance(init_cfg, dict) and (is_type(init_cfg, 'Pretrained') or 'checkpoint' in init_cfg)
 
 
-def _fold(node: Any) -> None:
-    for key, value in _children(node):
-        if key == 'peft' and isinstance(value, dict) and can_fold(value):
-            node[key] = folded_options(value)
-        else:
-            _fold(value)
+def _deploy(node: Any) -> None:
+    if is_type(node, 'mona_mm.PeftBackbone') and _has_deploy_form(node.get('peft')):
+        node['deploy'] = True
+    for _, value in _children(node):
+        _deploy(value)
+
+
+def _has_deploy_form(peft: Mapping[str, Any] | None) -> bool:
+    method = look_up(METHODS, (peft or {}).get('type'))
+    if is_type(peft, 'mona_mm.SPT'):  # whose modules may be Mona's
+        method = look_up(METHODS, (peft.get('structured') or {}).get('type'))
+    return getattr(method, 'to_deploy', PeftModule.to_deploy) is not PeftModule.to_deploy

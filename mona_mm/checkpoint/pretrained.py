@@ -15,22 +15,18 @@ from urllib.parse import urlparse
 from zipfile import BadZipFile
 
 import torch
-import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict
-from mona_mm.checkpoint.formats import recognise
+from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict, recognise
 from mona_mm.checkpoint.rehearsal import Rehearsal, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError, UserError
-from mona_mm.sites import find_host, method_names
+from mona_mm.hosts import find_host, method_names, recomputed_names
 from mona_mm.type_names import is_type
 
-# Buffers that the host derives from its configuration, and what a classifier has beyond the backbone.
-RECOMPUTED = ('relative_position_index', 'relative_coords_table', 'attn_mask')
-_CLASSIFIER = ('norm.', 'head.')
+_CLASSIFIER = ('norm.', 'head.')  # what a classifier has beyond the backbone
 # What torch, numpy, zipfile and safetensors raise of a file that is damaged.
 UNREADABLE = (
     UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
@@ -95,7 +91,7 @@ class LoadReport:
 
     Args:
         file: the file.
-        format: of its names; see :mod:`mona_mm.checkpoint.formats`.
+        format: of its names; see :mod:`mona_mm.checkpoint.convert`.
         loaded: tensors of the model that were in it.
         missing: tensors of the model that were not, and need not be.
         unexpected: tensors of the file that the model has no use for, and need not have.
@@ -127,7 +123,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     have, may be absent; everything else must be there.
 
     Args:
-        backbone: an instance of one of :data:`mona_mm.sites.HOSTS`, with or without a method.
+        backbone: an instance of one of :data:`mona_mm.hosts.HOSTS`, with or without a method.
         file: a path or an address that mmengine can read.
         prefix: of the backbone's names in the file; without one, ``backbone.`` is found by itself.
 
@@ -140,7 +136,9 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     state_dict = convert_state_dict(checkpoint, prefix, known=False)  # it is compared with the backbone below
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    _resize_position_tables(state_dict, current)
+    host = find_host(backbone)
+    if host.fit_checkpoint is not None:
+        host.fit_checkpoint(state_dict, current)
     for name in state_dict.keys() & current.keys():
         shape = current[name].shape
         if state_dict[name].shape != shape and _squeezed(state_dict[name]) == _squeezed(current[name]):
@@ -148,14 +146,15 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
             state_dict[name] = state_dict[name].reshape(shape)
             in_file[name] = tuple(shape)
 
-    output_norms, method = find_host(backbone).output_norms, method_names(backbone)
+    method = method_names(backbone)
+    recomputed = recomputed_names()
     without_class_token = () if getattr(backbone, 'cls_token', 0) is not None else ('cls_token',)
 
     def optional(name: str) -> bool:
         return (
             name in method
-            or name.startswith((*output_norms, *_CLASSIFIER))
-            or name.endswith((*RECOMPUTED, *without_class_token))
+            or name.startswith((*host.output_norms, *_CLASSIFIER))
+            or name.endswith((*recomputed, *without_class_token))
         )
 
     wrong = misfit(rehearse(backbone, state_dict), optional)
@@ -166,11 +165,11 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
         )
     missing, unexpected = backbone.load_state_dict(state_dict, strict=False)
     loaded = [name for name in state_dict if name in current and name not in unexpected]
-    absent = [name for name in missing if not name.endswith(RECOMPUTED)]
+    absent = [name for name in missing if not name.endswith(recomputed)]
     resized = [
         (name, in_file[name], tuple(current[name].shape))
         for name in loaded
-        if name in in_file and in_file[name] != current[name].shape and not name.endswith(RECOMPUTED)
+        if name in in_file and in_file[name] != current[name].shape and not name.endswith(recomputed)
     ]
     report = LoadReport(file, form, loaded, absent, list(unexpected), resized)
     print_log(
@@ -254,11 +253,11 @@ def misfit(rehearsal: Rehearsal, optional: Callable[[str], bool]) -> str:
     """Describe what does not fit in what loading would do; the empty string if all of it does.
 
     Keys that are ``optional`` may be missing in the file or in the model, and of those that the host computes from its
-    configuration, :data:`RECOMPUTED`, it does not matter what the file holds.
+    configuration it does not matter what the file holds.
     """
-    reshaped = [f'{n} {shapes}' for n, shapes in rehearsal.reshaped.items() if not n.endswith(RECOMPUTED)]
-    missing = [name for name in rehearsal.missing if not name.endswith(RECOMPUTED)]
-    unexpected = [name for name in rehearsal.unexpected if not name.endswith(RECOMPUTED)]
+    reshaped = [f'{n} {shapes}' for n, shapes in rehearsal.reshaped.items() if not n.endswith(recomputed_names())]
+    missing = [name for name in rehearsal.missing if not name.endswith(recomputed_names())]
+    unexpected = [name for name in rehearsal.unexpected if not name.endswith(recomputed_names())]
     wrong = _describe(missing, unexpected, reshaped, optional)
     return f'{wrong} The model itself fails at it: {rehearsal.problem}.'.strip() if rehearsal.problem else wrong
 
@@ -277,18 +276,3 @@ def _first(label: str, names: Sequence[str], count: int = 3) -> str:
         return ''
     more = f' and {len(names) - count} more' if len(names) > count else ''
     return f'{label}{", ".join(names[:count])}{more}.'
-
-
-def _resize_position_tables(state_dict: dict[str, Tensor], current: dict[str, Tensor]) -> None:
-    """Interpolate relative-position bias tables ``((2w-1)^2, heads)`` of another window size, in place."""
-    for name, table in list(state_dict.items()):
-        if not name.endswith('relative_position_bias_table') or name not in current:
-            continue
-        length, heads = current[name].shape
-        if table.shape[0] == length or table.shape[1] != heads:
-            continue
-        old, new = round(table.shape[0] ** 0.5), round(length**0.5)
-        grid = table.T.reshape(1, heads, old, old).float()
-        resized = F.interpolate(grid, size=(new, new), mode='bicubic')
-        state_dict[name] = resized.view(heads, length).T.contiguous().to(table.dtype)
-        state_dict.pop(name.replace('bias_table', 'index'), None)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from mona_mm.nn.wrappers import inner
 
 load_state_dict = mmengine_checkpoint.load_state_dict  # before mona_mm.checkpoint.loading puts its own in that place
 # What hosts raise of tensors that they cannot make anything of.
@@ -39,18 +40,6 @@ class Rehearsal:
     unexpected: list[str] = field(default_factory=list)
     reshaped: dict[str, str] = field(default_factory=dict)
     problem: str = ''
-
-
-def inner(module: nn.Module) -> nn.Module:
-    """The module that mmengine loads into: behind one wrapper, for distributed training or test-time augmentation."""
-    return module.module if is_model_wrapper(module) or isinstance(module, BaseTTAModel) else module
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The model inside all of its wrappers."""
-    while inner(module) is not module:
-        module = inner(module)
-    return module
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> OrderedDict:

@@ -9,9 +9,10 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mona_mm.checkpoint.delta import save_delta, unwrap
+from mona_mm.checkpoint.base import base_file
+from mona_mm.checkpoint.delta import save_delta
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta, write_delta
-from mona_mm.config import base_file
+from mona_mm.nn.wrappers import innermost
 from mona_mm.options import Rule, checked
 from mona_mm.registry import HOOKS
 
@@ -50,7 +51,7 @@ class DeltaCheckpointHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Say so if there is nothing to do, and clear what a stopped process left half-written."""
         self._checkpoints = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
-        self._useful = any(not p.requires_grad for p in unwrap(runner.model).parameters())
+        self._useful = any(not p.requires_grad for p in innermost(runner.model).parameters())
         if not self._useful:
             print_log('Nothing is frozen, so a delta would be the whole model: none is written.', logger='current')
         if self._checkpoints is not None and runner.rank == 0:

@@ -10,15 +10,15 @@ from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.convert import backbone_tensors
-from mona_mm.checkpoint.formats import recognise
+from mona_mm.checkpoint.convert import backbone_tensors, recognise
 from mona_mm.checkpoint.loading import check_loading, is_delta
 from mona_mm.checkpoint.pretrained import misfit
-from mona_mm.checkpoint.rehearsal import innermost, model_state, rehearse
+from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.errors import CheckpointMismatchError
+from mona_mm.hosts import method_names
+from mona_mm.nn.wrappers import innermost
 from mona_mm.options import checked
 from mona_mm.registry import HOOKS
-from mona_mm.sites import method_names
 
 
 @HOOKS.register_module()

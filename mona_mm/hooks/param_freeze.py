@@ -12,12 +12,15 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
-from mona_mm.averages import differing_frozen, keep_frozen_part
 from mona_mm.errors import FreezeError
-from mona_mm.freeze import Rules, alike, behind_outputs, check_trainable, count_trainable, freeze, moving_copies, select
+from mona_mm.frozen.averages import differing_frozen, keep_frozen_part
+from mona_mm.frozen.copies import alike, moving_copies
+from mona_mm.frozen.count import count_trainable
+from mona_mm.frozen.rules import Rules, behind_outputs, check_trainable, freeze, select
+from mona_mm.hosts import method_names
 from mona_mm.options import checked
+from mona_mm.record import freeze_records
 from mona_mm.registry import HOOKS
-from mona_mm.sites import method_names
 
 _FEW = 64  # things that a hook holds in one place: what is longer is its history
 
@@ -32,11 +35,11 @@ class ParamFreezeHook(Hook):
 
     Copies of the model are kept on its frozen part, bit for bit, whoever averages them, and however: those that other
     hooks hold (an ``EMAHook``) before they are validated or saved, and a teacher in the model
-    (:func:`mona_mm.freeze.moving_copies`) before every iteration. A copy whose frozen part was another one when
+    (:func:`mona_mm.frozen.copies.moving_copies`) before every iteration. A copy whose frozen part was another one when
     the hook first saw it (a teacher with weights of its own) is left alone.
 
     Args:
-        trainable: a rule or a list of rules of :mod:`mona_mm.freeze`, over the names of the whole model
+        trainable: a rule or a list of rules of :mod:`mona_mm.frozen.rules`, over the names of the whole model
             (``['backbone.stages.3', 'neck', 'roi_head']``). None checks what the model's parts were built with.
 
     Raises:
@@ -62,7 +65,7 @@ class ParamFreezeHook(Hook):
         only_tests = not isinstance(runner._train_loop, BaseLoop)  # the loop's config, or None, until it trains
         if self.trainable is None or only_tests:
             return
-        if any(hasattr(m, 'freeze_record') for m in model.modules()):
+        if any(freeze_records(model)):
             self._check_rules(model)
             return
         if is_model_wrapper(runner.model):

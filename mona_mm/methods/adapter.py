@@ -2,13 +2,14 @@
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned
+from mona_mm.hosts import Grid
+from mona_mm.methods.base import StreamModule
 from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
 
 
 @METHODS.register_module()
-class Adapter(PeftModule):
+class Adapter(StreamModule):
     r"""Bottleneck with a residual, on the output of the attention and of the FFN, before DropPath.
 
     .. math:: y = x + \mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
@@ -45,10 +46,6 @@ class Adapter(PeftModule):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The bottleneck without its residual, ``(..., C) -> (..., C)``, to be changed in place."""
-        return owned(self.up, self.dropout(self.act(self.down(x))))
-
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """``(B, N, C) -> (B, N, C)``."""
-        return add_residual(self.branch(as_rows(x)), x)
+        return self.residual(x, lambda x: self.up(self.dropout(self.act(self.down(x)))))

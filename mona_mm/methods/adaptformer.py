@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
+from mona_mm.hosts import Grid
 from mona_mm.methods.adapter import Adapter
-from mona_mm.methods.base import as_rows
 from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
 
@@ -36,6 +36,6 @@ class AdaptFormer(Adapter):
         super().__init__(channels, bottleneck, dropout)
         self.scale = float(scale)  # a whole number may be too large for a tensor's operations
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """``(B, N, C)`` to what is added, ``(B, N, C)``."""
-        return self.branch(as_rows(x)).mul_(self.scale).view(x.shape)
+        return self.scale * self.up(self.dropout(self.act(self.down(x))))

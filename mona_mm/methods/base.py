@@ -1,4 +1,4 @@
-"""What every method is: a module attached at named sites of a host's blocks."""
+"""What every method is: modules attached at named sites of a host's blocks."""
 
 import inspect
 import math
@@ -10,15 +10,28 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UserError
-from mona_mm.meta import meta_device
-from mona_mm.observed import is_hooked
+from mona_mm.hosts import (
+    LINEAR_SITES,
+    STREAM_SITES,
+    Grid,
+    Host,
+    PeftModules,
+    SiteWidths,
+    StockLinear,
+    find_host,
+    inject,
+    modules_beside_linears,
+    site_widths,
+)
+from mona_mm.nn.meta import meta_device
+from mona_mm.nn.tracing import is_hooked
 from mona_mm.options import check_options, show
-from mona_mm.options import widths as widths_of
+from mona_mm.options import widths as width_options
+from mona_mm.record import make_record
 from mona_mm.registry import METHODS
-from mona_mm.sites import LINEAR_SITES, STREAM_SITES, Host, inject
 from mona_mm.type_names import look_up
 
-GIVEN = ('channels', 'in_channels', 'out_channels', 'site')
+NOT_OPTIONS = ('channels', 'in_channels', 'out_channels', 'site')
 """Arguments of modules that are no options: what they attach to says them."""
 
 LARGEST_SHARE = 4
@@ -26,39 +39,97 @@ LARGEST_SHARE = 4
 
 
 class PeftModule(nn.Module):
-    """Base class of the methods.
+    """Base class of :class:`StreamModule` and :class:`LinearModule`.
 
-    A subclass is constructed once for every (block, site) pair: as ``cls(channels, **options)`` at a stream site, as
-    ``cls(in_channels, out_channels, **options)`` at a linear site, where ``options`` are what the config's
+    A subclass is constructed once for every (block, site) pair, with the ``options`` that the config's
     ``peft=dict(type=..., **options)`` says. They are checked against the annotations of the constructor, see
     :mod:`mona_mm.options`; one that says how wide the method is inside is a :data:`~mona_mm.options.Width`.
     """
 
     sites: ClassVar[tuple[str, ...]]
-    """The sites (see :mod:`mona_mm.sites`) at which the method attaches in every block, unless the config's ``sites``
+    """The sites (see :mod:`mona_mm.hosts`) at which the method attaches in every block, unless the config's ``sites``
     names others of the same kind. Those of them that a host does not have are left out."""
 
-    is_weight_delta: bool = False
-    """At a linear site: whether :meth:`forward` is what ``delta_weight()``, added to the linear's weight, would do."""
+    possible_sites: ClassVar[tuple[str, ...]]
+    """All sites that the config's ``sites`` may name."""
 
     fast: bool = True
-    """Whether :meth:`forward` may compute the same in fewer operations, where the method has such a form."""
+    """Whether ``forward`` may compute the same in fewer operations, where the method has such a form."""
 
     def reset_parameters(self) -> None:
         """Give the method's own parameters their initial values.
 
-        Called after the base has been initialised or loaded, so that no initialisation pass of the host, which
+        This is called after the base has been initialised or loaded, so that no initialisation pass of the host, which
         would overwrite them with its own rule, decides what training starts from.
         """
         raise NotImplementedError
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """At a stream site, map ``(B, N, C)``, whose last ``H*W`` tokens are the row-major ``(H, W)`` grid.
+    def to_deploy(self) -> nn.Module | None:
+        """A module for inference that computes the same in fewer operations; None where the method has none."""
+        return None
 
-        At a linear site the second argument is not the grid but the linear's output (or slice of it): map input
-        ``(..., in_channels)`` and output ``(..., out_channels)`` to what is added to the output.
+
+class StreamModule(PeftModule):
+    """A method at a stream site, constructed as ``cls(channels, **options)``."""
+
+    possible_sites = STREAM_SITES
+
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
+        """Map the tokens of a block.
+
+        Args:
+            x: ``(B, N, C)``, whose last ``H*W`` tokens are the row-major grid.
+            hw: ``(H, W)``.
+
+        Returns:
+            ``(B, N, C)``: what takes the place of ``x``, or at ``parallel_ffn`` what is added beside the FFN.
         """
         raise NotImplementedError
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x + branch(x)``, for a branch of layers of this module that ends with a linear one.
+
+        The tokens are handed to the branch as ``(B*N, C)`` and the sum is written over what it returns: otherwise that
+        would be a view, of whose base autograd copies the gradient once more. What is not contiguous stays as it is (a
+        linear layer computes it by other products), and so does what a hook of one of the layers may hold.
+        """
+        if not x.is_contiguous() or is_hooked(*self.modules()):
+            return x + branch(x)
+        rows = x.flatten(0, -2)
+        out = branch(rows)
+        return (out.add_(rows) if out.dtype == x.dtype else rows + out).view(x.shape)
+
+
+class LinearModule(PeftModule):
+    """A method at a linear site, constructed as ``cls(in_channels, out_channels, **options)``."""
+
+    possible_sites = LINEAR_SITES
+
+    is_weight_delta: bool = False
+    """Whether :meth:`forward` is what :meth:`delta_weight`, added to the linear's weight, would do."""
+
+    def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
+        """What is added to the output of a linear layer, or of the slice of a fused one.
+
+        Args:
+            x: the layer's input, ``(..., in_channels)``.
+            out: its output, ``(..., out_channels)``.
+            linear: the layer itself, which has the weight and the bias.
+
+        Returns:
+            ``(..., out_channels)``.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """What is added to the linear's ``weight`` when the method is merged, both ``(out_channels, in_channels)``."""
+        raise NotImplementedError
+
+    def start_from(self, weight: Tensor) -> None:
+        """Give initial values to what depends on the weight of the base, ``(out_channels, in_channels)``.
+
+        This is called after :meth:`~PeftModule.reset_parameters`, with the weights that training starts from.
+        """
 
 
 class Method:
@@ -70,25 +141,62 @@ class Method:
 
     @property
     def name(self) -> str:
+        """What reports and messages call the method."""
         return type(self).__name__
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Rules of :mod:`mona_mm.freeze` for what of the base the method trains."""
+        """Rules of :mod:`mona_mm.frozen.rules` for what of the base the method trains."""
         return ()
 
     def attach(self, backbone: nn.Module) -> None:
-        """Put the method into a supported backbone, in place; see :func:`mona_mm.sites.inject` for what is raised."""
-        inject(backbone, self)
+        """Put the method into a supported backbone, in place.
+
+        Raises:
+            UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
+            ConfigError: if the backbone already carries a method, or this one cannot attach to such a host.
+        """
+        inject(backbone, self.modules(find_host(backbone), site_widths(backbone)))
+        make_record(backbone).method = self.name
+        start_from_base(backbone)
 
     def check_base(self, backbone: nn.Module) -> None:
-        """Called when the base holds the weights that training starts from; raises a UserError if they do not fit."""
+        """Raise a UserError if the base, which holds the weights that training starts from, does not fit."""
 
-    def modules(
-        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
-    ) -> dict[str, dict[str, nn.Module]]:
-        """See :class:`mona_mm.sites.Attachment`."""
+    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+        """By path of a block and site, the modules to attach.
+
+        Args:
+            host: of the backbone.
+            widths: of all of its sites.
+
+        Raises:
+            ConfigError: if the method cannot attach to such a host.
+        """
         raise NotImplementedError
+
+
+def start_from_base(backbone: nn.Module) -> None:
+    """Let the modules at linear sites of a backbone start from the weights that it holds, in place."""
+    for module, weight in modules_beside_linears(backbone):
+        if isinstance(module, LinearModule):
+            module.start_from(weight.detach())
+
+
+def deploy(model: nn.Module) -> int:
+    """Put the form for inference in the place of every module of a method that has one, in place.
+
+    Returns:
+        How many there were.
+    """
+    count = 0
+    for attached in [m for m in model.modules() if isinstance(m, PeftModules)]:
+        for site, module in list(attached.items()):
+            form = module.to_deploy() if isinstance(module, PeftModule) else None
+            if form is not None:
+                attached[site] = form
+                count += 1
+    return count
 
 
 @dataclass(frozen=True)
@@ -107,12 +215,11 @@ class ModuleMethod(Method):
 
     @property
     def name(self) -> str:
+        """The name of the class."""
         return self.cls.__name__
 
-    def modules(
-        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
-    ) -> dict[str, dict[str, PeftModule]]:
-        """See :class:`mona_mm.sites.Attachment`.
+    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+        """See :meth:`Method.modules`.
 
         Raises:
             ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block, or
@@ -128,17 +235,13 @@ class ModuleMethod(Method):
         sites = self.sites or tuple(site for site in self.cls.sites if site in host.sites)
         wrong = [site for site in sites if site not in host.sites]
         if wrong or not sites:
-            name, block = self.cls.__name__, host.block.rpartition('.')[2]
-            possible = ', '.join(site for site in _same_kind(self.cls) if site in host.sites)
+            block = host.block.rpartition('.')[2]
+            possible = ', '.join(site for site in self.cls.possible_sites if site in host.sites)
             raise ConfigError(
-                f'peft: {name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no such '
-                f"site. Name some of those it has in peft=dict(type='{name}', sites=[...]): {possible}."
+                f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no '
+                f"such site. Name some of those it has in peft=dict(type='{self.name}', sites=[...]): {possible}."
             )
         return sites
-
-
-def _same_kind(method: type[PeftModule]) -> tuple[str, ...]:
-    return LINEAR_SITES if method.sites[0] in LINEAR_SITES else STREAM_SITES
 
 
 def build_method(cfg: dict[str, Any]) -> Method:
@@ -154,30 +257,32 @@ def build_method(cfg: dict[str, Any]) -> Method:
     options = dict(cfg)
     given_type = options.pop('type', None)
     method = look_up(METHODS, given_type)
-    if not (inspect.isclass(method) and issubclass(method, PeftModule | Method)):
+    if not (inspect.isclass(method) and issubclass(method, StreamModule | LinearModule | Method)):
         raise ConfigError(
             f'peft={show(cfg)}: unknown method {show(given_type)}; methods are '
             f'{", ".join(sorted(METHODS.module_dict))}.'
         )
-    name = method.__name__
-
     is_module = issubclass(method, PeftModule)
-    sites = options.pop('sites', None) if is_module else None
-    if sites is not None:
-        given, possible = sites, _same_kind(method)
-        sites = (sites,) if isinstance(sites, str) else tuple(sites) if isinstance(sites, Sequence) else ()
-        if not sites or any(site not in possible or sites.count(site) > 1 for site in sites):
-            raise ConfigError(
-                f'peft: {name} cannot attach at sites={show(given)}; its sites are {", ".join(possible)}, each once.'
-            )
-
-    check_options(f'peft: {name}', method, options, given=GIVEN, more=['sites'] if is_module else [])
+    sites = _sites(method, options.pop('sites', None)) if is_module else None
+    check_options(f'peft: {method.__name__}', method, options, given=NOT_OPTIONS, more=['sites'] if is_module else [])
     return ModuleMethod(method, sites, options) if is_module else method(**options)
+
+
+def _sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    sites = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
+    if not sites or any(site not in method.possible_sites or sites.count(site) > 1 for site in sites):
+        raise ConfigError(
+            f'peft: {method.__name__} cannot attach at sites={show(given)}; its sites are '
+            f'{", ".join(method.possible_sites)}, each once.'
+        )
+    return sites
 
 
 def check_size(
     name: str,
-    widths: Mapping[str, Mapping[str, tuple[int, ...]]],
+    widths: SiteWidths,
     sites: Mapping[str, Iterable[str]],
     build: Callable[[str, tuple[int, ...]], nn.Module],
 ) -> None:
@@ -185,7 +290,7 @@ def check_size(
 
     Args:
         name: of the method.
-        widths: see :meth:`Method.modules`.
+        widths: of all sites that the blocks have.
         sites: by path of a block, where a module is to be.
         build: makes the module of a site and its widths.
 
@@ -211,41 +316,17 @@ def check_size(
             )
 
 
-def check_widths(
-    name: str, function: Callable, options: Mapping[str, Any], widths: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> None:
+def check_widths(name: str, function: Callable, options: Mapping[str, Any], widths: SiteWidths) -> None:
     """Check that no :data:`~mona_mm.options.Width` among ``options`` exceeds the widest block.
 
     Raises:
         ConfigError: if one does.
     """
     widest = max(max(width) for of in widths.values() for width in of.values())
-    for option in widths_of(function):
+    for option in width_options(function):
         value = options.get(option, inspect.signature(function).parameters[option].default)
         if value > widest:
             raise ConfigError(
                 f'{name}: {option}={value} is larger than the widest block of this backbone, {widest}; give at most '
                 'that.'
             )
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """``(..., C) -> (tokens, C)``, for a linear layer whose output is to be changed in place.
-
-    Of more axes that output would be a view, of whose base autograd copies the gradient once more. What is not
-    contiguous stays as it is: a linear layer computes it by other products.
-    """
-    return x.flatten(0, -2) if x.is_contiguous() else x
-
-
-def owned(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, to be changed in place: a copy of its own where a hook of the layer may hold the output."""
-    out = layer(x)
-    return out.clone() if is_hooked(layer) else out
-
-
-def add_residual(branch: Tensor, x: Tensor) -> Tensor:
-    """``x`` plus the ``branch`` of ``as_rows(x)``, written over the branch where type and layout are those of ``x``."""
-    if branch.dtype == x.dtype and x.is_contiguous():
-        return branch.add_(as_rows(x)).view(x.shape)
-    return x + branch.view(x.shape)

@@ -1,24 +1,19 @@
 """Mona as it is deployed: with fewer operations, for the same outputs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule
-from mona_mm.methods.mona import KernelSize, Mona, Place, ScaledLayerNorm
-from mona_mm.observed import is_hooked, is_traced
-from mona_mm.ops.mona import linear, merged_filters
-from mona_mm.options import Width, checked
-from mona_mm.registry import METHODS
-from mona_mm.sites import PeftBlock
-from mona_mm.type_names import look_up
+from mona_mm.hosts import Grid
+from mona_mm.methods.base import StreamModule
+from mona_mm.methods.fast_mona import merged_filters
+from mona_mm.nn.products import linear
+from mona_mm.nn.tracing import is_hooked, is_traced
 
 
-@METHODS.register_module()
-class FoldedMona(PeftModule):
+class FoldedMona(StreamModule):
     r"""A trained :class:`~mona_mm.methods.Mona` with its parameters folded together, for inference.
 
     The depthwise convolutions, their average and the identity beside them are one depthwise convolution of the largest
@@ -27,7 +22,8 @@ class FoldedMona(PeftModule):
 
     .. math:: y = x + W_\mathrm{up}\,\mathrm{GELU}(P\,\mathrm{DWConv}(W_\mathrm{down}(\mathrm{LN}(x) + \gamma_x x)))
 
-    The outputs are those of the original in evaluation, but for rounding. It is made by :func:`fold_mona`.
+    The outputs are those of the original in evaluation, but for rounding. It is no method of its own: what is trained
+    is Mona, and :func:`mona_mm.methods.deploy` puts this in its place.
 
     Args:
         channels: width ``C`` of the token stream.
@@ -36,16 +32,7 @@ class FoldedMona(PeftModule):
         scaled_norm: as in the original; one before the 1x1 convolution keeps the identity beside that one apart.
     """
 
-    sites = ('post_attn', 'post_ffn')
-
-    @checked
-    def __init__(
-        self,
-        channels: int,
-        bottleneck: Width = 64,
-        kernel_size: KernelSize = 7,
-        scaled_norm: Sequence[Place] = ('down',),
-    ) -> None:
+    def __init__(self, channels: int, bottleneck: int, kernel_size: int, scaled_norm: Sequence[str]) -> None:
         super().__init__()
         self.entrance = _FoldedNorm(channels) if 'down' in scaled_norm else nn.Identity()
         self.down = nn.Linear(channels, bottleneck)
@@ -60,7 +47,7 @@ class FoldedMona(PeftModule):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
         p = _project(self.down, self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
@@ -72,8 +59,8 @@ class FoldedMona(PeftModule):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, mona: Mona) -> 'FoldedMona':
-        """The folded form of a module."""
+    def of(cls, mona: StreamModule) -> 'FoldedMona':
+        """The folded form of a :class:`~mona_mm.methods.Mona`."""
         norms = [name for name, norm in (('down', mona.entrance), ('pointwise', mona.middle)) if _is_scaled(norm)]
         size = max(conv.kernel_size[0] for conv in mona.depthwise)
         folded = cls(mona.down.in_features, mona.down.out_features, size, norms).to(mona.down.weight)
@@ -116,32 +103,5 @@ class _FoldedNorm(nn.Module):
         return torch.addcmul(self.norm(x), x, self.gammax)
 
 
-def _is_scaled(norm: nn.Module) -> bool:
-    return isinstance(norm, ScaledLayerNorm)
-
-
-def can_fold(options: Mapping[str, Any] | None) -> bool:
-    """Whether the ``peft`` config of a backbone is Mona's, so that :func:`folded_options` can say its folded form.
-
-    SPT with Mona modules is not: its plan says what is where.
-    """
-    return look_up(METHODS, (options or {}).get('type')) is Mona
-
-
-def fold_mona(model: nn.Module) -> int:
-    """Replace every Mona by its :class:`FoldedMona`, in place, in the backbones of ``model`` whose config can say so
-    (:func:`can_fold`); returns how many there were."""
-    count = 0
-    for backbone in [m for m in model.modules() if can_fold(getattr(m, 'peft_config', None))]:
-        for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
-            for site, module in list(block.peft.items()):
-                if isinstance(module, Mona):
-                    block.peft[site] = FoldedMona.of(module)
-                    count += 1
-    return count
-
-
-def folded_options(options: dict) -> dict:
-    """The ``peft`` config of a backbone whose Mona, of this ``peft`` config, has been folded."""
-    kept = {name: value for name, value in options.items() if name in ('bottleneck', 'scaled_norm', 'sites')}
-    return dict(type='FoldedMona', kernel_size=max(options.get('kernel_sizes', (3, 5, 7))), **kept)
+def _is_scaled(norm: nn.Module | None) -> bool:
+    return not isinstance(norm, nn.Identity | None)

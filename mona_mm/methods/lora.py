@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, owned
+from mona_mm.hosts import StockLinear
+from mona_mm.methods.base import LinearModule
 from mona_mm.options import Probability, Width, checked
 from mona_mm.registry import METHODS
 
@@ -13,7 +14,7 @@ Init = Literal['zero', 'trunc_normal']
 
 
 @METHODS.register_module()
-class LoRA(PeftModule):
+class LoRA(LinearModule):
     r"""Low-rank branch in parallel to a linear layer, or to the q, k or v slice of a fused one.
 
     .. math:: \Delta = \tfrac{\alpha}{r}\, W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x)
@@ -66,17 +67,18 @@ class LoRA(PeftModule):
         """``down`` Kaiming-uniform with a = sqrt(5) and ``up`` zero, or what ``init`` says."""
         reset_projections(self.down, self.up, self.init)
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``(..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``; that is not read."""
-        return self.drop_path(owned(self.up, self.down(self.dropout(x))).mul_(self.scale))
+    def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
+        """``x (..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``."""
+        return self.drop_path(self.up(self.scale * self.down(self.dropout(x))))  # scaled where it is narrow
 
     @property
     def is_weight_delta(self) -> bool:
+        """Whether nothing is dropped at random."""
         return self.dropout.p == 0 and self.drop_path.drop_prob == 0
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, weight: Tensor) -> Tensor:
         """What the branch adds to the linear's weight when it is merged, ``(out_channels, in_channels)``."""
-        return _weight(self.up) @ _weight(self.down) * self.scale
+        return self.scale * (_weight(self.up) @ _weight(self.down))
 
 
 def _weight(linear: nn.Module) -> Tensor:

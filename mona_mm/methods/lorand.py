@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule, add_residual, as_rows, owned
+from mona_mm.hosts import Grid
+from mona_mm.methods.base import StreamModule
 from mona_mm.options import Width, checked
 from mona_mm.registry import METHODS
 
@@ -43,7 +44,7 @@ class LoRandLinear(nn.Module):
 
 
 @METHODS.register_module()
-class LoRand(PeftModule):
+class LoRand(StreamModule):
     r"""Adapter of :class:`LoRandLinear` projections, on the output of the attention and of the FFN after DropPath.
 
     .. math:: y = x + \mathrm{up}(\mathrm{GELU}(\mathrm{down}(x)))
@@ -76,6 +77,6 @@ class LoRand(PeftModule):
         self.down.reset_parameters()
         self.up.reset_parameters()
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """``(B, N, C) -> (B, N, C)``."""
-        return add_residual(owned(self.up, self.act(self.down(as_rows(x)))), x)
+        return self.residual(x, lambda x: self.up(self.act(self.down(x))))

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from mona_mm.methods.base import PeftModule
-from mona_mm.observed import is_hooked, is_traced
-from mona_mm.ops.mona import ScaledNorm, mona
+from mona_mm.hosts import Grid
+from mona_mm.methods.base import StreamModule
+from mona_mm.methods.fast_mona import ScaledNorm, mona
+from mona_mm.methods.folded_mona import FoldedMona
+from mona_mm.nn.tracing import is_hooked, is_traced
 from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
 
@@ -60,7 +62,7 @@ class ScaledLayerNorm(nn.Module):
 
 
 @METHODS.register_module()
-class Mona(PeftModule):
+class Mona(StreamModule):
     r"""Multi-kernel convolutional adapter, one after the attention residual and one after the FFN residual.
 
     .. math::
@@ -136,7 +138,7 @@ class Mona(PeftModule):
         for conv in (*self.depthwise, self.pointwise):
             conv.reset_parameters()
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
         if self.fast and not is_traced() and self._fits_fast(x):
             return self._fast(x, hw)
@@ -149,7 +151,7 @@ class Mona(PeftModule):
         return x + self.up(self.dropout(self.act(p)))
 
     def _fits_fast(self, x: Tensor) -> bool:
-        """Whether :func:`mona_mm.ops.mona.mona` does the same here, and sooner.
+        """Whether :func:`mona_mm.methods.fast_mona.mona` does the same here, and sooner.
 
         It calls no submodule, so that none may have a hook or have been replaced; it takes parameters of the input's
         type or, under autocast, in float32; and it was written for CPUs and CUDA.
@@ -171,7 +173,7 @@ class Mona(PeftModule):
             for m in child.modules()
         )
 
-    def _fast(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def _fast(self, x: Tensor, hw: Grid) -> Tensor:
         norm = None
         if isinstance(self.entrance, ScaledLayerNorm):
             inner = self.entrance.norm
@@ -188,7 +190,11 @@ class Mona(PeftModule):
             self.dropout.p if self.dropout.training else 0.0,
         )
 
-    def _mix(self, p: Tensor, hw: tuple[int, int]) -> Tensor:
+    def to_deploy(self) -> FoldedMona:
+        """This module with its parameters folded together, for inference."""
+        return FoldedMona.of(self)
+
+    def _mix(self, p: Tensor, hw: Grid) -> Tensor:
         """The spatial part, ``(B, H*W, n) -> (B, H*W, n)``."""
         # (B, n, H, W), channels-last; transpose and unflatten would be taken for channels-first at batch 1
         grid = p.unflatten(1, hw).permute(0, 3, 1, 2)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mona_mm.config import load_config
+from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.freeze import METHOD_RULES, published_name
+from mona_mm.frozen.rules import METHOD_RULES, published_name
 from mona_mm.registry import METHODS as METHOD_CLASSES
 from mona_mm.reproduce.logs import Log, planned
 from mona_mm.type_names import look_up, type_name

@@ -10,9 +10,9 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mona_mm.commands.build import build_on_meta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
-from mona_mm.freeze import count_trainable
-from mona_mm.meta import build_on_meta
+from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce.cells import (
     METHODS,
     TASKS,

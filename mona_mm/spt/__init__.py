@@ -3,21 +3,10 @@
 Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023.
 """
 
-from importlib import import_module
-from typing import Any
+from mona_mm.spt.allocation import allocate
+from mona_mm.spt.method import SPT
+from mona_mm.spt.plan import Plan
+from mona_mm.spt.published import load_published_plan
+from mona_mm.spt.sensitivity import Sensitivity, compute_sensitivity
 
-_MODULES = dict(
-    Plan='plan',
-    Sensitivity='sensitivity',
-    allocate='allocation',
-    compute_sensitivity='sensitivity',
-    load_published_plan='published',
-)
-__all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    # At first use: measuring needs mmengine's runner, which takes a second to import.
-    if name not in _MODULES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
+__all__ = ['SPT', 'Plan', 'Sensitivity', 'allocate', 'compute_sensitivity', 'load_published_plan']

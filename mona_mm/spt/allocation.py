@@ -162,7 +162,7 @@ def _candidates(
             for site, members in groups.items():
                 if any((block, s) not in index for s in members):
                     continue
-                if config['type'] == 'Adapter' and not architecture.matrices[block, site].called:
+                if config['type'] == 'Adapter' and not architecture.matrices[block, site].is_called:
                     continue  # it reads the output of a module that there is none of
                 cost = module_cost(config, architecture, block, site)
                 found.append(

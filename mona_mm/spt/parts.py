@@ -10,12 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.header import parse
-from mona_mm.sites import Host, find_host, method_names
-
-# Tables of relative positions and what computes them: outside the selection, as ViT's position embedding is.
-_POSITIONS = ('relative_position_bias_table', 'cpb_mlp')
-# The norms behind the last block of a ViT: its published selection holds the final norm.
-_FINAL_NORMS = ('ln1', 'ln2')
+from mona_mm.hosts import Host, find_host, method_names
 
 
 @dataclass(frozen=True)
@@ -29,7 +24,7 @@ class Part:
         block: path of the block, empty behind the last one.
         op: the linear site (``'q'``) that the part is weight or bias of, or the path of its module in the block.
         kind: ``'matrix'`` (the weight of a linear site), ``'vector'`` (one axis), ``'other'``.
-        called: whether the host calls a linear site as a module; else only an addition to its weight can be there.
+        is_called: whether the host calls a linear site as a module; else only an addition to its weight can be there.
     """
 
     name: str
@@ -38,7 +33,7 @@ class Part:
     block: str
     op: str
     kind: str
-    called: bool = True
+    is_called: bool = True
 
     @property
     def numel(self) -> int:
@@ -81,7 +76,7 @@ class Architecture:
         tables of relative positions, and the norms of the outputs.
 
         Raises:
-            UnsupportedHostError: see :func:`mona_mm.sites.find_host`.
+            UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
         """
         host = find_host(backbone)
         method = method_names(backbone)
@@ -141,7 +136,7 @@ def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parame
             if linear.bias:
                 biases.setdefault(f'{path}.{linear.bias}', []).append(site)
         for name in [name for name in parameters if name.startswith(f'{path}.')]:
-            if any(word in name for word in _POSITIONS):
+            if any(word in name for word in host.not_selected):
                 continue
             shape = tuple(parameters[name].shape)
             kind = 'matrix' if name in weights else 'vector' if len(shape) == 1 else 'other'
@@ -149,13 +144,13 @@ def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parame
             sites = weights.get(name) or biases.get(name) or [name.removeprefix(f'{path}.').rpartition('.')[0]]
             length = shape[0] // len(sites) if shape else 1
             for i, site in enumerate(sites):
-                called = kind != 'matrix' or host.linears[site].called
+                is_called = kind != 'matrix' or host.linears[site].is_called
                 if len(sites) == 1:
-                    yield Part(name, None, shape, path, site, kind, called)
+                    yield Part(name, None, shape, path, site, kind, is_called)
                 else:
                     rows = (i * length, (i + 1) * length)
-                    yield Part(name, rows, (length, *shape[1:]), path, site, kind, called)
-    for module in _FINAL_NORMS:
+                    yield Part(name, rows, (length, *shape[1:]), path, site, kind, is_called)
+    for module in host.final_norms:
         for end in ('weight', 'bias'):
             name = f'{module}.{end}'
             if name in parameters:

@@ -18,8 +18,10 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.header import check_length, parse
 from mona_mm.checkpoint.pretrained import UNREADABLE
 from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.nn.meta import meta_device
 from mona_mm.options import LARGEST, show
 from mona_mm.spt.parts import Architecture
+from mona_mm.spt.structured import build_structured
 from mona_mm.type_names import type_name
 from mona_mm.version import __version__
 
@@ -251,18 +253,15 @@ def module_cost(config: Mapping[str, Any], architecture: Architecture, block: st
         ConfigError: if the module cannot be built with these options.
         UnknownOptionError: if it has no such option.
     """
-    called = site in STREAM_GROUPS or architecture.matrices[block, site].called
-    return _cost(json.dumps(dict(config), sort_keys=True), *widths(architecture, block, site), site, called)
+    is_called = site in STREAM_GROUPS or architecture.matrices[block, site].is_called
+    return _cost(json.dumps(dict(config), sort_keys=True), *widths(architecture, block, site), site, is_called)
 
 
 @cache
-def _cost(config: str, in_channels: int, out_channels: int, site: str, called: bool) -> int:
-    from mona_mm.meta import meta_device  # here: these import this module
-    from mona_mm.spt.structured import build_structured
-
+def _cost(config: str, in_channels: int, out_channels: int, site: str, is_called: bool) -> int:
     widths = (in_channels,) if site in STREAM_GROUPS else (in_channels, out_channels)
     with meta_device():
-        module = build_structured(json.loads(config), widths, site, called)
+        module = build_structured(json.loads(config), widths, site, is_called)
     return sum(p.numel() for p in module.parameters())
 
 

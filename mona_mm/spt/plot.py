@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from mona_mm.sites import LINEAR_SITES
+from mona_mm.hosts import LINEAR_SITES
 from mona_mm.spt.parts import Part
 from mona_mm.spt.plan import STREAM_GROUPS, Plan
 from mona_mm.spt.sensitivity import Sensitivity

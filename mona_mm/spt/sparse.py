@@ -4,7 +4,7 @@ A parameter :math:`W` of a module stays frozen, and the module computes with
 
 .. math:: W' = W + \mathrm{scatter}(\delta), \qquad \delta \in \mathbb{R}^K,\ \delta = 0 \text{ at the start}
 
-:func:`attach_sparse` puts :class:`SparseModule` in front of the module's class, as :mod:`mona_mm.sites` does with
+:func:`attach_sparse` puts :class:`SparseModule` in front of the module's class, as :mod:`mona_mm.hosts` does with
 blocks, and hangs the :class:`SparseDelta` under the new child ``peft``; the names of the base's parameters stay. For
 any module whose forward reads the parameter as its attribute (LayerNorm, convolutions, biases, tables) autograd does
 the rest. For the weight of a linear it would make the gradient of the whole matrix, so there
@@ -34,9 +34,10 @@ from torch.amp import is_autocast_available as _has_autocast  # not on every dev
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mona_mm.errors import ConfigError
-from mona_mm.mixin import Mixin, mix_in, mix_out, stock_class, substitute
-from mona_mm.observed import is_traced
-from mona_mm.sites import PeftModules
+from mona_mm.hosts import PeftModules
+from mona_mm.nn.mixin import Mixin, mix_in, mix_out, stock_class
+from mona_mm.nn.substitute import substitute
+from mona_mm.nn.tracing import is_traced
 
 # About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
 warnings.filterwarnings('ignore', message='Sparse (CSR tensor support is in beta|invariant checks are implicitly)')

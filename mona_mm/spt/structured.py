@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mona_mm.methods.base import GIVEN, PeftModule
+from mona_mm.hosts import LINEAR_SITES, StockLinear
+from mona_mm.methods.base import NOT_OPTIONS, LinearModule
 from mona_mm.methods.lora import Init, LoRA, reset_projections
 from mona_mm.methods.mona import Mona
 from mona_mm.options import Probability, Width, check_options, checked
-from mona_mm.sites import LINEAR_SITES
 
 
 class StructuredLoRA(LoRA):
@@ -29,7 +29,7 @@ class StructuredLoRA(LoRA):
     Args:
         in_channels: width of the linear's input.
         out_channels: width of its output, or of the slice.
-        site: one of :data:`mona_mm.sites.LINEAR_SITES`; at ``proj`` there is no dropout.
+        site: one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
         rank: :math:`r`.
         dropout: drop probability of the branch's input.
         drop_path: probability of dropping the branch, for each element of the first dimension: for an image, and for a
@@ -56,7 +56,7 @@ class StructuredLoRA(LoRA):
         super().__init__(in_channels, out_channels, rank, rank, 0.0 if site == 'proj' else dropout, drop_path, init)
 
 
-class StructuredAdapter(PeftModule):
+class StructuredAdapter(LinearModule):
     r"""Adapter on the output of a linear layer; at ``proj`` alone in parallel to it, on its input.
 
     .. math::
@@ -69,7 +69,7 @@ class StructuredAdapter(PeftModule):
     Args:
         in_channels: width of the linear's input.
         out_channels: width of its output, or of the slice.
-        site: one of :data:`mona_mm.sites.LINEAR_SITES`; at ``proj`` there is no dropout.
+        site: one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
         bottleneck: :math:`r`, the hidden width.
         dropout: drop probability of the branch's input.
         drop_path: probability of dropping the branch, for each element of the first dimension: for an image, and for a
@@ -111,9 +111,9 @@ class StructuredAdapter(PeftModule):
         """See ``init``."""
         reset_projections(self.down, self.up, self.init)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``x (..., in_channels)`` and ``y (..., out_channels)`` to what is added to ``y``."""
-        z = x if self.parallel else y
+    def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
+        """``x (..., in_channels)`` and ``out (..., out_channels)`` to what is added to ``out``."""
+        z = x if self.parallel else out
         return self.drop_path(self.up(self.act(self.down(self.dropout(z)))))
 
 
@@ -121,14 +121,16 @@ STRUCTURED = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona
 """The classes of structured modules by the ``type`` in a config."""
 
 
-def build_structured(config: Mapping[str, Any], widths: tuple[int, ...], site: str, called: bool = True) -> nn.Module:
+def build_structured(
+    config: Mapping[str, Any], widths: tuple[int, ...], site: str, is_called: bool = True
+) -> nn.Module:
     """A structured module as it is at a site.
 
     Args:
         config: of the module, with its ``type``: ``'LoRA'``, ``'Adapter'``, or ``'Mona'`` at a stream site.
         widths: ``(channels,)`` at a stream site, ``(in_channels, out_channels)`` at a linear site.
-        site: see :mod:`mona_mm.sites`.
-        called: whether the host calls the linear layer of the site as a module.
+        site: see :mod:`mona_mm.hosts`.
+        is_called: whether the host calls the linear layer of the site as a module.
 
     Raises:
         ConfigError: if an option's value cannot be.
@@ -136,9 +138,9 @@ def build_structured(config: Mapping[str, Any], widths: tuple[int, ...], site: s
     """
     options = dict(config)
     kind = options.pop('type')
-    check_options(f'structured {kind}', STRUCTURED[kind], options, given=GIVEN)
+    check_options(f'structured {kind}', STRUCTURED[kind], options, given=NOT_OPTIONS)
     if site in LINEAR_SITES:
         options['site'] = site  # since `proj` has no dropout
-        if not called:  # what only adds to a weight can drop nothing
+        if not is_called:  # what only adds to a weight can drop nothing
             options |= dict(dropout=0.0, drop_path=0.0)
     return STRUCTURED[kind](*widths, **options)

@@ -1,4 +1,4 @@
-"""Which parameters train: rules, freezing, and counting.
+"""Which parameters train: rules and freezing.
 
 Rules select by module structure, never by a substring of a parameter's name:
 
@@ -17,20 +17,21 @@ The second names are the methods' in the tables of the Mona paper, and in report
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from logging import WARNING
 from typing import Annotated
 
 from mmengine.logging import print_log
-from torch import Size, Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
+from mona_mm.frozen.copies import is_under, moving_copies
+from mona_mm.frozen.reach import unreached
+from mona_mm.hosts import find_host, method_modules, method_names
 from mona_mm.options import Rule
-from mona_mm.reach import unreached
-from mona_mm.sites import find_host, method_modules, method_names
+from mona_mm.record import FreezeRecord, freeze_records, make_record
 
 Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
 
@@ -44,24 +45,6 @@ def published_name(rule: str) -> str:
 
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
-
-
-@dataclass(frozen=True)
-class FreezeRecord:
-    """What was asked of a module and what that selected; kept on the module as ``freeze_record``.
-
-    Args:
-        rules: what was asked for.
-        trainable: the parameters that train.
-        behind: parameters that were selected, too, and stay frozen, since no output depends on them.
-        frozen: the parameters that would train had :func:`freeze` not been called; what the host itself froze is not
-            among them.
-    """
-
-    rules: tuple[str, ...]
-    trainable: frozenset[str]
-    behind: frozenset[str] = frozenset()
-    frozen: frozenset[str] = frozenset()
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -173,7 +156,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
                 '`trainable` of its own), so it would train nothing.'
             )
     module.train(training)
-    module.freeze_record = FreezeRecord(rules, trainable, frozenset(behind), frozenset(frozen | behind))
+    make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(behind), frozenset(frozen | behind))
 
 
 def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
@@ -204,11 +187,7 @@ def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> se
 
 def behind_outputs(model: nn.Module) -> set[str]:
     """The parameters that were selected to train and stay frozen, since no output of their backbone depends on them."""
-    return {
-        f'{path}.{name}' if path else name
-        for path, module in model.named_modules()
-        for name in getattr(getattr(module, 'freeze_record', None), 'behind', ())
-    }
+    return {f'{path}.{name}' if path else name for path, _, record in freeze_records(model) for name in record.behind}
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -237,54 +216,6 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
         )
 
 
-def moving_copies(model: nn.Module) -> dict[str, str]:
-    """The parts of ``model`` that follow another one: a teacher its student, a momentum encoder its encoder.
-
-    Such a part was built to train and is kept from it: something in it has a :class:`FreezeRecord` that says so, or it
-    is an averaging object (with ``update_parameters``), or the ``teacher`` beside a ``student``. What it follows is a
-    child of the model, of the same class and with the same tensors, in which something trains.
-
-    Returns:
-        By path of the copy, the path of what it follows.
-    """
-    followed = {
-        name: child for name, child in model.named_children() if any(p.requires_grad for p in child.parameters())
-    }
-    found: dict[str, str] = {}
-
-    def look(path: str, module: nn.Module, kept_from_training: bool) -> None:
-        if not kept_from_training and not any(p.requires_grad for p in module.parameters()):
-            kept_from_training = (
-                hasattr(module, 'update_parameters')
-                or (path == 'teacher' and 'student' in followed)
-                or any(m.freeze_record.trainable for m in module.modules() if hasattr(m, 'freeze_record'))
-            )
-        if kept_from_training:
-            like = next((name for name, child in followed.items() if alike(child, module)), None)
-            if like is not None:
-                found[path] = like
-                return
-        for name, child in module.named_children():
-            look(f'{path}.{name}' if path else name, child, kept_from_training)
-
-    look('', model, False)
-    return found
-
-
-def alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules are of one class and have the same tensors, values apart."""
-    return type(first) is type(second) and _shapes(first) == _shapes(second)
-
-
-def _shapes(module: nn.Module) -> dict[str, Size]:
-    return {name: t.shape for name, t in module.state_dict().items() if isinstance(t, Tensor)}
-
-
-def is_under(path: str, parents: Iterable[str]) -> bool:
-    """Whether a path is one of ``parents``, or leads into it."""
-    return any(f'{path}.'.startswith(f'{parent}.') for parent in parents)
-
-
 def check_trainable(model: nn.Module) -> None:
     """Check that what trains in ``model`` is still what its :class:`FreezeRecord` s say; a teacher follows.
 
@@ -292,9 +223,8 @@ def check_trainable(model: nn.Module) -> None:
         FreezeError: if not; it names the first parameters that differ.
     """
     copies = moving_copies(model)
-    for path, module in model.named_modules():
-        record = getattr(module, 'freeze_record', None)
-        if record is None or is_under(path, copies):
+    for path, module, record in freeze_records(model):
+        if is_under(path, copies):
             continue
         actual = {name for name, p in module.named_parameters() if p.requires_grad}
         wrong = sorted(actual ^ record.trainable)
@@ -305,100 +235,3 @@ def check_trainable(model: nn.Module) -> None:
                 f'(trainable={list(record.rules)}): {listed}{", ..." if len(wrong) > 5 else ""}. Something changed '
                 'requires_grad after the model was built.'
             )
-
-
-@dataclass(frozen=True)
-class PartCount:
-    """Parameters of one part of a model."""
-
-    part: str
-    trainable: int
-    total: int
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """Parameters of a model.
-
-    ``method`` is the method's name, without one the ``trainable`` rules (by their published names), of a stock model
-    None. ``backbone_*`` count base and method; a model without a backbone is its own.
-    """
-
-    method: str | None
-    parts: tuple[PartCount, ...]
-    backbone_base_total: int
-    backbone_total: int
-    backbone_trainable: int
-
-    @property
-    def total(self) -> int:
-        return sum(part.total for part in self.parts)
-
-    @property
-    def trainable(self) -> int:
-        return sum(part.trainable for part in self.parts)
-
-    def table(self) -> str:
-        """A table of the parts, and what trains as a share of the backbone, as lines of text."""
-        rows = [('part', 'trainable', 'total', '%')]
-        for p in (*self.parts, PartCount('model', self.trainable, self.total)):
-            share = f'{100 * p.trainable / p.total:.2f}' if p.total else '-'
-            rows.append((p.part, f'{p.trainable:,}', f'{p.total:,}', share))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ['  '.join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-                 for row in rows]  # fmt: skip
-        rule = '-' * len(lines[0])
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        lines.append(
-            f'trainable in the backbone: {self.backbone_trainable:,} '
-            f'= {_percent(self.backbone_trainable, self.backbone_base_total)} of the base, '
-            f'{_percent(self.backbone_trainable, self.backbone_total)} of base and method'
-        )
-        return '\n'.join(lines)
-
-
-def _percent(part: int, whole: int) -> str:
-    return f'{100 * part / whole:.2f}%' if whole else '-'
-
-
-def backbone_path(model: nn.Module) -> str:
-    """The path of a model's backbone, in a teacher and student that of the first; empty for a backbone alone."""
-    if isinstance(getattr(model, 'backbone', None), nn.Module):
-        return 'backbone'
-    return next((path for path, _ in model.named_modules() if path.endswith('.backbone')), '')
-
-
-def count_trainable(model: nn.Module) -> ParameterCount:
-    """Count what trains in ``model``: a whole model, or a backbone alone. Meta tensors count like others, and a
-    parameter that several parts share in the first of them."""
-    backbone = model.get_submodule(backbone_path(model))
-    method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
-    seen = set(method)
-
-    def count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:
-        new = [p for p in parameters if id(p) not in seen]
-        seen.update(map(id, new))
-        return _count(part, new)
-
-    parts = [count('backbone base', backbone.parameters())]
-    record = getattr(backbone, 'freeze_record', None)
-    name = '+'.join(map(published_name, record.rules)) if record else None
-    if method:
-        name = getattr(backbone, 'peft_name', type(method_modules(backbone)[0]).__name__)
-        parts.append(_count(f'method ({name})', method.values()))
-    backbone_parts = tuple(parts)
-    if backbone is not model:
-        parts += [count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
-        parts.append(count('(direct)', model.parameters(recurse=False)))
-    return ParameterCount(
-        method=name,
-        parts=tuple(p for p in parts if p.total),
-        backbone_base_total=backbone_parts[0].total,
-        backbone_total=sum(p.total for p in backbone_parts),
-        backbone_trainable=sum(p.trainable for p in backbone_parts),
-    )
-
-
-def _count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:
-    parameters = list(parameters)
-    return PartCount(part, sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))

@@ -29,11 +29,13 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from mona_mm.checkpoint.fingerprint import fingerprint
 from mona_mm.errors import ConfigError
-from mona_mm.freeze import check_trainable
-from mona_mm.mixin import qualified_name, substitute
-from mona_mm.sites import HOSTS, find_host, method_modules
+from mona_mm.frozen.rules import check_trainable
+from mona_mm.hosts import HOSTS, GridSource, find_host, method_modules
+from mona_mm.nn.fingerprint import fingerprint
+from mona_mm.nn.mixin import qualified_name
+from mona_mm.nn.substitute import substitute
+from mona_mm.record import make_record, record_of
 
 
 class Features(NamedTuple):
@@ -101,7 +103,7 @@ class FeatureCache:
             return found, self._age
 
     def _follow(self, backbone: nn.Module) -> None:
-        trainable = backbone.freeze_record.trainable
+        trainable = record_of(backbone).freeze.trainable
         tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
         marks = [
             (t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
@@ -152,7 +154,7 @@ class FeatureCache:
 
 
 def cache_features(backbone: nn.Module, gib: float) -> None:
-    """Keep the features of ``backbone``, in place, in at most so many GiB; its ``feature_cache`` holds them.
+    """Keep the features of ``backbone``, in place, in at most so many GiB of memory, in its record's ``feature_cache``.
 
     Raises:
         ConfigError: if ``gib`` is no positive number, anything below the last block trains or drops at random, or the
@@ -162,16 +164,17 @@ def cache_features(backbone: nn.Module, gib: float) -> None:
         raise ConfigError(f'cache_features={gib!r} must be a number of GiB greater than 0, or None.')
     host = find_host(backbone)
     *_, last = host.blocks(backbone)
-    trainable = backbone.freeze_record.trainable
+    trainable = record_of(backbone).freeze.trainable
     below = sorted(name for name in trainable if not name.startswith(f'{last}.'))
     if below or method_modules(backbone):
-        what = getattr(backbone, 'peft_name', None) or f'trainable={list(backbone.freeze_record.rules)}'
+        record = record_of(backbone)
+        what = record.method or f'trainable={list(record.freeze.rules)}'
         raise ConfigError(
             f'cache_features: {what} trains {below[0] if below else "modules in its blocks"}, so that nothing behind '
             "it stays the same. Features can be kept with trainable='fixed' or 'partial_1' and no method."
         )
-    if trainable and (host.end is None or not _has_stock_forward(backbone)):
-        ends = ', '.join(name for name, each in HOSTS.items() if each.end is not None)
+    if trainable and (host.last_output is None or not _has_stock_forward(backbone)):
+        ends = ', '.join(name for name, each in HOSTS.items() if each.last_output is not None)
         raise ConfigError(
             f"cache_features with trainable='partial_1' is there for {ends}, and not for "
             f"{qualified_name(type(backbone))}; with trainable='fixed' it is."
@@ -184,7 +187,7 @@ def cache_features(backbone: nn.Module, gib: float) -> None:
                 'features every time. Set drop_path_rate=0.0 in the base config (and drop_rate=0.0, '
                 'attn_drop_rate=0.0, where those are set).'
             )
-    backbone.feature_cache = cache = FeatureCache(gib)
+    cache = make_record(backbone).feature_cache = FeatureCache(gib)
     backbone.train = partial(_train, backbone.train, cache)
     # By the class, and not as a bound method: that would be pickled by its name, and come back as what it is now.
     backbone.forward = partial(_forward, backbone, partial(type(backbone).forward, backbone), cache)
@@ -236,13 +239,13 @@ def _keys(x: Tensor) -> list[tuple]:
 
 def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[Tensor], list[Features]]:
     """The outputs of a batch, as the backbone gives them, and the features of every image."""
-    if not backbone.freeze_record.trainable:
+    if not record_of(backbone).freeze.trainable:
         outputs = inner(x)
         return outputs, [Features(tuple(image), container=type(outputs)) for image in zip(*outputs, strict=True)]
     heard: dict[str, Any] = {}
     outputs = _compute_heard(backbone, heard, x)
     tokens, *arguments = heard['block']
-    hw = heard.get('hw') or arguments[0]
+    hw = heard['hw']
     return outputs, [
         Features(
             tuple(out[i].detach() for out in outputs[:-1]),
@@ -260,6 +263,8 @@ def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Seq
 
     def block(*args: Any) -> Tensor:
         heard.update(block=args)
+        if not isinstance(host.grid, GridSource):
+            heard.update(hw=host.grid.find(args, {}))
         return last(*args)
 
     def grid(*args: Any) -> tuple[Tensor, tuple[int, int]]:
@@ -270,9 +275,9 @@ def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Seq
     host, last = find_host(backbone), _last_block(backbone)
     *_, path = host.blocks(backbone)
     parts = {path: block}
-    if host.grid_source is not None:
-        source = backbone.get_submodule(host.grid_source)
-        parts[host.grid_source] = grid
+    if isinstance(host.grid, GridSource):
+        source = backbone.get_submodule(host.grid.path)
+        parts[host.grid.path] = grid
     return type(backbone).forward(substitute(backbone, parts), x)
 
 
@@ -290,5 +295,5 @@ def _assemble(backbone: nn.Module, features: Sequence[Features], device: torch.d
     if first.tokens is not None:
         tokens = torch.stack([each.tokens.to(device) for each in features])
         tokens = _last_block(backbone)(tokens, *first.arguments)
-        outputs.append(find_host(backbone).end(backbone, tokens, first.hw))
+        outputs.append(find_host(backbone).last_output(backbone, tokens, first.hw))
     return first.container(outputs)

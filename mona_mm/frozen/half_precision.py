@@ -21,6 +21,7 @@ from torch.amp import is_autocast_available
 from torch.nn.modules.conv import _ConvNd
 
 from mona_mm.errors import ConfigError
+from mona_mm.record import make_record, record_of
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 _KEPT = (nn.Linear, _ConvNd, nn.MultiheadAttention)
@@ -30,8 +31,8 @@ def keep_frozen(backbone: nn.Module, dtype: str) -> None:
     """Keep the frozen matrices and kernels of ``backbone`` in ``dtype`` from now on, in place.
 
     Args:
-        backbone: given to :func:`mona_mm.freeze.freeze`.
-        dtype: one of :data:`DTYPES`; it is then the backbone's ``frozen_dtype``.
+        backbone: given to :func:`mona_mm.frozen.rules.freeze`.
+        dtype: one of :data:`DTYPES`; it is then the ``frozen_dtype`` of the backbone's record.
 
     Raises:
         ConfigError: if it is another, or nothing that could be kept so is frozen.
@@ -43,10 +44,10 @@ def keep_frozen(backbone: nn.Module, dtype: str) -> None:
     if not kept_weights(backbone):
         raise ConfigError(
             f'frozen_dtype={dtype!r}: every linear layer and convolution of this {type(backbone).__name__} trains '
-            f'(trainable={list(backbone.freeze_record.rules)}), and what trains stays in float32. Leave frozen_dtype '
-            'out.'
+            f'(trainable={list(record_of(backbone).freeze.rules)}), and what trains stays in float32. Leave '
+            'frozen_dtype out.'
         )
-    backbone.frozen_dtype = dtype
+    make_record(backbone).frozen_dtype = dtype
     for weight in kept_weights(backbone):
         weight.data = weight.data.to(DTYPES[dtype])
     # By the class, and not as a bound method: that would be pickled by its name, and come back as what it is now.
@@ -78,7 +79,7 @@ def in_float32(backbone: nn.Module) -> Iterator[None]:
 
     So random values are those of a backbone without ``frozen_dtype``, and a plan of SPT knows its base again.
     """
-    weights = kept_weights(backbone) if hasattr(backbone, 'frozen_dtype') else []
+    weights = kept_weights(backbone) if record_of(backbone).frozen_dtype else []
     halves = [weight.data for weight in weights]
     for weight, half in zip(weights, halves, strict=True):
         weight.data = half.float()
@@ -105,7 +106,7 @@ def _autocast_dtype(backbone: nn.Module) -> torch.dtype | None:
     """The type to compute in, which depends on whether the model has been cast since; None for that of the weights."""
     weight = next(_kept_weights(backbone), None)
     if weight is None or weight.dtype == torch.float32:
-        return DTYPES[backbone.frozen_dtype]
+        return DTYPES[record_of(backbone).frozen_dtype]
     return weight.dtype if weight.dtype in DTYPES.values() else None
 
 

@@ -1,6 +1,10 @@
-r"""Swin's window attention, equal to the stock one within rounding, faster and with less kept for the backward pass.
+r"""Swin: its blocks, their window attention in a faster form, and its checkpoints.
 
-What the stock modules of mmdet, mmseg and mmpretrain do in every block of every step, and what is done here:
+The block of mmdet's and mmseg's Swin is textually the same, and mmpretrain's has the same parts, so one forward serves
+all three. SwinV2, whose checkpoints have the same names, is in :mod:`mona_mm.hosts.swin_v2`.
+
+**The fast form of the window attention** equals the stock one within rounding, and is faster and keeps less for the
+backward pass. What the stock modules do in every block of every step, and what is done here:
 
 - Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
   kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
@@ -20,6 +24,8 @@ trains (:data:`_FEWEST`), where it is the faster one. The order of the windows i
 draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
 """
 
+import re
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -29,8 +35,33 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from mona_mm.errors import ConfigError
-from mona_mm.mixin import Mixin, mix_in, qualified_name
-from mona_mm.observed import is_hooked, is_traced
+from mona_mm.hosts.block import PeftBlock
+from mona_mm.hosts.fast import fast_form_of
+from mona_mm.hosts.ffn import FFN_LINEARS
+from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put
+from mona_mm.hosts.host import (
+    OUTPUT_NORMS,
+    Branch,
+    Grid,
+    GridArgument,
+    Host,
+    fused_qkv,
+    register_host,
+    separate_linears,
+)
+from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
+from mona_mm.nn.tracing import is_hooked, is_traced
+
+
+class SwinBlock(PeftBlock):
+    """The forward of a Swin block, with sites."""
+
+    def forward_with_sites(self, x: Tensor, hw_shape: Grid) -> Tensor:
+        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        residual = self.apply_at('post_attn', x + self.attend(self.norm1(x), hw_shape))
+        x = self.ffn(self.norm2(residual), identity=residual)
+        return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
+
 
 _WINDOW_MSA = {
     'mmdet.models.backbones.swin.ShiftWindowMSA': 'mmdet.models.backbones.swin.WindowMSA',
@@ -49,10 +80,10 @@ of 96 channels, 1.04 to 1.05 for 28 x 28 of 192 and 14 x 14 of 384 (a Swin-T at 
 96 at window 7 and 0.78 at window 12 (whence the limit), 0.82 for 112 x 112 of 128."""
 
 
-def make_fast(module: nn.Module) -> bool:
-    """Put the fast form in front of the class of an attention module, in place, if there is one for that class."""
-    inner = _WINDOW_MSA.get(qualified_name(type(module)))
-    if inner is None or qualified_name(type(module.w_msa)) != inner:
+@fast_form_of(*_WINDOW_MSA)
+def make_window_attention_fast(module: nn.Module) -> bool:
+    """Put the fast form in front of the class of an attention module, in place, if its ``w_msa`` is the known one."""
+    if qualified_name(type(module.w_msa)) != _WINDOW_MSA[qualified_name(type(module))]:
         return False
     mix_in(module, FastWindowAttention)
     module._masks = None  # from the start: a thread that copies the module meets no attribute that another one adds
@@ -253,3 +284,143 @@ class FastWindowAttention(Mixin):
     def __reduce_ex__(self, protocol: Any) -> tuple:
         new, arguments, state = super().__reduce_ex__(protocol)
         return new, arguments, {**state, '_masks': None}
+
+
+_ATTENTION = (
+    rf'(qkv|proj)\.{END}|q_bias|v_bias|logit_scale|cpb_mlp\.\d\.{END}|relative_position_bias_table'
+    r'|relative_position_index|relative_coords_table'
+)
+OWN_NAMES = OwnNames(
+    in_blocks=rf'stages\.\d+\.(downsample\.(norm|reduction)\.{END}'
+    rf'|blocks\.\d+\.(norm[123]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.w_msa\.({_ATTENTION})|attn_mask))',
+    outside=rf'patch_embed\.(projection|norm)\.{END}|absolute_pos_embed|norm\d\.{END}|.*\.attn_mask',
+)
+"""The names of a Swin and of a SwinV2."""
+
+# Microsoft's names, which timm and the published Mona code share, and those of the OpenMMLab libraries.
+_RENAMES = (
+    (r'^layers\.', 'stages.'),
+    (r'(\.blocks\.\d+)\.attn\.', r'\1.attn.w_msa.'),
+    (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+    (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+    (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
+)
+_RENAMES_BACK = (
+    (r'\.attn\.w_msa\.', '.attn.'),
+    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
+    (r'^stages\.', 'layers.'),
+)
+
+
+def convert_from_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Microsoft's Swin and SwinV2, and timm's, for the OpenMMLab libraries.
+
+    The merging of patches is the end of a stage with Microsoft and in Swin, the beginning of the next one in the newer
+    timm and in mmpretrain's SwinV2. Its neighbours come in another order, see :func:`_reorder_neighbours`.
+    """
+    is_second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
+    stages = {int(match[1]) for name in tensors if (match := re.match(r'layers\.(\d+)\.downsample\.', name))}
+    is_at_beginning = bool(stages) and 0 not in stages
+    shift = is_second_version - is_at_beginning
+    converted: dict[str, Tensor] = {}
+    for source, tensor in tensors.items():
+        name = source
+        if '.downsample.' in name:
+            if not (is_second_version and '.norm.' in name):  # which there comes after the reduction
+                tensor = _reorder_neighbours(tensor)
+            name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        put(converted, name, tensor, source)
+    return converted
+
+
+def convert_to_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`convert_from_microsoft` for a Swin of the first version."""
+    converted: dict[str, Tensor] = {}
+    for source, tensor in tensors.items():
+        name, tensor = source, _restore_neighbours(tensor) if '.downsample.' in source else tensor
+        for pattern, replacement in _RENAMES_BACK:
+            name = re.sub(pattern, replacement, name)
+        put(converted, name, tensor, source)
+    return converted
+
+
+def _reorder_neighbours(tensor: Tensor) -> Tensor:
+    """From the published order of the four merged neighbours' channels to mmdet's.
+
+    ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in mmdet's
+    PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
+    """
+    neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
+    return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()
+
+
+def _restore_neighbours(tensor: Tensor) -> Tensor:
+    """The inverse of :func:`_reorder_neighbours`."""
+    neighbours = tensor.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., 4, C)
+    return neighbours[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
+
+
+def resize_position_tables(given: dict[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Interpolate the tables of relative positions ``((2w-1)^2, heads)`` of another window size, in place."""
+    for name, table in list(given.items()):
+        if not name.endswith('relative_position_bias_table') or name not in current:
+            continue
+        length, heads = current[name].shape
+        if table.shape[0] == length or table.shape[1] != heads:
+            continue
+        old, new = round(table.shape[0] ** 0.5), round(length**0.5)
+        grid = table.T.reshape(1, heads, old, old).float()
+        resized = F.interpolate(grid, size=(new, new), mode='bicubic')
+        given[name] = resized.view(heads, length).T.contiguous().to(table.dtype)
+        given.pop(name.replace('bias_table', 'index'), None)
+
+
+MICROSOFT = CheckpointFormat(
+    name='swin',
+    recognised_by=r'layers\.\d+\.blocks\.\d+\.',
+    convert=convert_from_microsoft,
+    # A classifier's head and norm (the OpenMMLab backbones have norms of their own at their outputs), and masks that
+    # every library computes.
+    left_out=r'head\.|norm\.|.*\.attn_mask$',
+)
+"""The checkpoints of Microsoft's Swin and SwinV2, of timm's, and of the published Mona code."""
+
+CHECKPOINTS = dict(
+    own_names=OWN_NAMES,
+    formats=(MICROSOFT,),
+    fit_checkpoint=resize_position_tables,
+    output_norms=OUTPUT_NORMS,
+    recomputed=('relative_position_index', 'relative_coords_table', 'attn_mask'),
+    position_tables=('relative_position_bias_table',),
+    not_selected=('relative_position_bias_table', 'cpb_mlp'),  # as ViT's position embedding is
+)
+"""What the hosts of this family know about their checkpoints and what of them SPT selects from."""
+
+
+def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
+    x = getattr(backbone, f'norm{len(backbone.stages) - 1}')(x)
+    return x.view(-1, *hw, x.shape[-1]).permute(0, 3, 1, 2).contiguous()
+
+
+for _module, _reads_checkpoint in (
+    ('mmdet.models.backbones.swin', True),
+    ('mmseg.models.backbones.swin', True),
+    ('mmpretrain.models.backbones.swin_transformer', False),
+):
+    register_host(
+        f'{_module}.SwinTransformer',
+        Host(
+            block=f'{_module}.SwinBlock',
+            block_mixin=SwinBlock,
+            linears={**fused_qkv('attn.w_msa.qkv'), **separate_linears(proj='attn.w_msa.proj'), **FFN_LINEARS},
+            branches=dict(attn=Branch('attn.drop'), ffn=Branch('ffn.dropout_layer')),
+            grid=GridArgument('hw_shape', 1),
+            last_output=_last_output,
+            reads_checkpoint=_reads_checkpoint,
+            **CHECKPOINTS,
+        ),
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mona_mm.sites import find_host, is_host
+from mona_mm.hosts import find_host, is_host
 
 _SIDE = 224  # of an image, where a backbone is for none in particular
 

@@ -10,19 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tables of positions, which are resized where a model has another image or window size.
-_POSITIONS = ('pos_embed', 'relative_position_bias_table')
 
-
-def fingerprint(frozen: Mapping[str, Tensor]) -> dict[str, Any]:
+def fingerprint(frozen: Mapping[str, Tensor], resizable: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fingerprint of tensors by name: a checksum of all (of their values in float32), two bytes of each one's, and
-    the shapes of tables of positions.
+    the shapes of tables of positions, whose names end in one of ``resizable``.
 
     Swin-B takes 0.1 s on one CPU core.
     """
     sums = [checksum(frozen[name]) for name in sorted(frozen)]
     short = base64.b85encode(struct.pack(f'<{len(sums)}H', *(of & 0xFFFF for of in sums))).decode()
-    positions = {name: list(t.shape) for name, t in frozen.items() if name.endswith(_POSITIONS)}
+    positions = {name: list(t.shape) for name, t in frozen.items() if name.endswith(resizable)}
     recorded = dict(**names_of(frozen), all=_checksum_of(sums), short=short)
     return {**recorded, **(dict(positions=positions) if positions else {})}
 

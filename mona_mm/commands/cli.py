@@ -18,8 +18,8 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import allow_other_base
+from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.compat.safe_globals import FORCE_WEIGHTS_ONLY
-from mona_mm.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.errors import ConfigError, UserError
 
 os.environ.setdefault(FORCE_WEIGHTS_ONLY, '1')  # for what mmengine's Runner loads

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.methods.base import GIVEN, Method, check_size, check_widths
+from mona_mm.hosts import Host, SiteWidths
+from mona_mm.methods.base import NOT_OPTIONS, Method, check_size, check_widths
 from mona_mm.options import Count, Positive, check_options, checked
 from mona_mm.registry import METHODS
-from mona_mm.sites import Host
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import Plan, structured_module
 from mona_mm.spt.sparse import attach_sparse
@@ -107,10 +107,8 @@ class SPT(Method):
         """Refuse weights that the plan was not made for."""
         self.plan.check_weights(backbone)
 
-    def modules(
-        self, host: Host, widths: Mapping[str, Mapping[str, tuple[int, ...]]]
-    ) -> dict[str, dict[str, nn.Module]]:
-        """See :class:`mona_mm.sites.Attachment`.
+    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+        """See :meth:`mona_mm.methods.base.Method.modules`.
 
         Raises:
             ConfigError: if the modules would be wider inside than the widest of what they tune, or far larger.
@@ -125,8 +123,8 @@ class SPT(Method):
         }
 
     def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
-        called = site not in host.linears or host.linears[site].called
-        return build_structured(self.structured, widths, site, called)
+        is_called = site not in host.linears or host.linears[site].is_called
+        return build_structured(self.structured, widths, site, is_called)
 
 
 def check_structured(structured: Mapping[str, Any] | None) -> None:
@@ -140,4 +138,4 @@ def check_structured(structured: Mapping[str, Any] | None) -> None:
         return
     options = structured_module(structured)
     kind = options.pop('type')
-    check_options(f'structured {kind}', STRUCTURED[kind], options, given=GIVEN)
+    check_options(f'structured {kind}', STRUCTURED[kind], options, given=NOT_OPTIONS)

@@ -3,7 +3,7 @@
 mmengine's and torch's classes average every parameter, those that never change too, and most formulas round. After
 hundreds of updates a frozen weight of the average is another one than the base's (in half precision by percents), and
 what was trained beside it belongs on a base that exists nowhere else. So every averaging object that is built of a
-model with something frozen by :mod:`mona_mm.freeze` copies the frozen part after each update.
+model with something frozen by :mod:`mona_mm.frozen.rules` copies the frozen part after each update.
 """
 
 from functools import wraps
@@ -14,8 +14,10 @@ from mmengine.model.averaged_model import BaseAveragedModel
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from mona_mm.checkpoint.delta import changing, unwrap
-from mona_mm.mixin import Mixin, mix_in
+from mona_mm.frozen.changes import changing
+from mona_mm.nn.mixin import Mixin, mix_in
+from mona_mm.nn.wrappers import innermost
+from mona_mm.record import freeze_records
 
 # By copy: what trained when the names of the frozen tensors were looked for, which is slow, and those.
 _FROZEN: WeakKeyDictionary[nn.Module, tuple[list[bool], list[str]]] = WeakKeyDictionary()
@@ -27,7 +29,7 @@ class KeepsFrozenPart(Mixin):
     def update_parameters(self, model: nn.Module) -> None:
         """The class's own update, of what changes in ``model``."""
         super().update_parameters(model)
-        keep_frozen_part(unwrap(self.module), unwrap(model))
+        keep_frozen_part(innermost(self.module), innermost(model))
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def _keep_in(cls: type[nn.Module]) -> None:
     @wraps(init)
     def __init__(self: nn.Module, model: nn.Module, *args, **kwargs) -> None:
         init(self, model, *args, **kwargs)
-        if any(hasattr(m, 'freeze_record') for m in model.modules()):
+        if any(freeze_records(model)):
             mix_in(self, KeepsFrozenPart)
 
     cls.__init__ = __init__

@@ -9,8 +9,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
+from mona_mm.checkpoint.base import is_gone
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
-from mona_mm.data import SPLITS, datasets
+from mona_mm.commands.data import SPLITS, datasets
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.type_names import is_type
 
@@ -158,7 +159,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     """
     if checkpoint is None:
         file = cfg.get('load_from')
-        if _is_gone(file):
+        if is_gone(file):
             raise MissingFileError(f'load_from={file}: there is no such checkpoint.')
         return
     if checkpoint == 'auto':
@@ -176,42 +177,6 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
         cfg.base_checkpoint = cfg.load_from  # for the deltas of this run, which are still on that base
     cfg.resume = True
     cfg.load_from = checkpoint
-
-
-def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
-    """The whole model that a config's run started from, on which its deltas belong; None if it names none.
-
-    That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
-    and may be gone since, what :func:`resume_from` kept as ``base_checkpoint``. Where that is not there, it may be
-    where ``delta``, one of the run's, says, or beside it.
-
-    Raises:
-        MissingFileError: if the file is not there.
-    """
-    key, file = _base_key(cfg), base_file(cfg)
-    if _is_gone(file):
-        if delta and osp.isfile(delta):
-            for place in (read_delta(delta).header.base_file, osp.join(osp.dirname(delta), osp.basename(file))):
-                if osp.isfile(place) and not osp.samefile(place, delta):
-                    return place
-        raise MissingFileError(
-            f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
-            f'where it is now with --cfg-options {key}=/path/to/it'
-        )
-    return file
-
-
-def _is_gone(file: str | None) -> bool:
-    return bool(file) and '://' not in file and not osp.isfile(osp.expanduser(file))
-
-
-def base_file(cfg: Config) -> str | None:
-    """What :func:`whole_model_base` is, wherever it is by now."""
-    return cfg.get(_base_key(cfg)) or None
-
-
-def _base_key(cfg: Config) -> str:
-    return 'base_checkpoint' if cfg.get('resume') else 'load_from'
 
 
 def fine_tune_from(cfg: Config, checkpoint: str) -> None:

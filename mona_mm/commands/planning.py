@@ -8,12 +8,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 
-from mona_mm.data import check_data
+from mona_mm.commands.data import check_data
+from mona_mm.commands.sensitivity import config_fingerprint, measure
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.options import check_options as check_options_of
 from mona_mm.spt.allocation import allocate, check_rule, parse_budget
+from mona_mm.spt.method import SPT, check_structured
 from mona_mm.spt.plan import Plan, structured_module
-from mona_mm.spt.sensitivity import config_fingerprint, measure
 from mona_mm.type_names import is_type
 
 PLAN_FILE = 'plan.safetensors'
@@ -140,16 +141,12 @@ def check_options(peft: dict[str, Any]) -> None:
         UnknownOptionError: if one is no option there.
         ConfigError: if a value cannot be.
     """
-    from mona_mm.methods.spt import SPT, check_structured
-
     check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key != 'type'})
     check_structured(peft.get('structured'))
 
 
 def _request(cfg: Config) -> dict[str, Any]:
     """What an SPT config asks for, with the defaults of what it does not say."""
-    from mona_mm.methods.spt import SPT  # here: it imports this package
-
     defaults = {name: p.default for name, p in signature(SPT).parameters.items()}
     request = defaults | dict(spt_config(cfg))
     return request | dict(structured=structured_module(request['structured']))

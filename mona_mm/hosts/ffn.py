@@ -5,11 +5,12 @@ FFN; it is the largest thing that a block keeps. Here the FFN's own input is kep
 in the backward pass.
 
 That is a fifth product beside four. On a CPU the tokens are taken :data:`_ROWS` at a time, so that nothing of the
-hidden width leaves the processor's cache; and in single precision the products are oneDNN's, as in
-:mod:`mona_mm.ops.mona`, where they take half of MKL's time (measured on an AMD EPYC with AVX-512): forward and backward
-are then done in half of the stock time, the fifth product included, at any width. Elsewhere it is computed again where
-the stream is at most :data:`_WIDEST` wide, as in the first stage of a Swin. There it costs least: the blocks of all
-stages have about as many operations, but those of a stage keep half of what those of the stage before keep.
+hidden width leaves the processor's cache; and in single precision the products are oneDNN's, see
+:mod:`mona_mm.nn.products`, where they take half of MKL's time (measured on an AMD EPYC with AVX-512): forward and
+backward are then done in half of the stock time, the fifth product included, at any width. Elsewhere it is computed
+again where the stream is at most :data:`_WIDEST` wide, as in the first stage of a Swin. There it costs least: the
+blocks of all stages have about as many operations, but those of a stage keep half of what those of the stage before
+keep.
 
 The stock path is taken where a weight trains, a dropout drops, a part is hooked or was replaced, by anything but GELU
 between two linears, by what torch.compile or another tracer sees, and under ``torch.func``.
@@ -22,11 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mona_mm.mixin import Mixin, mix_in, qualified_name
-from mona_mm.observed import is_hooked, is_traced
-from mona_mm.ops.mona import by_onednn, linear
+from mona_mm.hosts.fast import fast_form_of
+from mona_mm.hosts.host import separate_linears
+from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
+from mona_mm.nn.products import by_onednn, linear
+from mona_mm.nn.tracing import is_hooked, is_traced
 
-_FFN = 'mmcv.cnn.bricks.transformer.FFN'
+FFN_LINEARS = separate_linears(fc1='ffn.layers.0.0', fc2='ffn.layers.1')
+"""The linear layers of mmcv's FFN."""
+
 _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
 
 _ROWS = 1024
@@ -38,9 +43,10 @@ _WIDEST = 192
 1.25 for 3,136 of 256. For half precision and CUDA the limit is an estimate, not measured."""
 
 
-def make_fast(module: nn.Module) -> bool:
-    """Put the fast form in front of the class of an FFN's layers, in place, if ``module`` is an FFN that has one."""
-    if qualified_name(type(module)) != _FFN or len(module.layers) != 3 or len(module.layers[0]) != 3:
+@fast_form_of('mmcv.cnn.bricks.transformer.FFN')
+def make_ffn_fast(module: nn.Module) -> bool:
+    """Put the fast form in front of the class of an FFN's layers, in place, if it has as many as are known."""
+    if len(module.layers) != 3 or len(module.layers[0]) != 3:
         return False
     mix_in(module.layers, FrozenLayers)
     return True

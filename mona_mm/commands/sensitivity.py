@@ -1,0 +1,155 @@
+"""The sensitivity of the base that a config names, on the data that it names."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.dist import get_dist_info
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS
+from mmengine.runner import Runner, set_random_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mona_mm.commands.data import datasets, sensitivity_split
+from mona_mm.errors import ConfigError, SensitivityError
+from mona_mm.spt.sensitivity import NO_LABELS, Sensitivity, alone, compute_sensitivity, first_batches, set_seed
+from mona_mm.type_names import enter_scope, is_type, type_name, with_names
+
+_HOW = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')  # of loading; not what is loaded
+
+
+def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: int | None = None) -> Sensitivity:
+    """The sensitivity of a config's base under the config's own data and losses.
+
+    The data are those of the config's ``sensitivity_dataloader``, which is written like ``train_dataloader``; without
+    one they are the training's. A method of the config's backbone is left out and all of its base trains; heads are
+    fresh, pretrained weights are loaded as for training. The images of a batch and their augmentation depend on the
+    seed and the batch's number alone, and so neither on the number of processes nor on that of the loader's workers.
+
+    Args:
+        cfg: a training config; the process group, if there is to be one, has been joined.
+        num_batches: see :func:`compute_sensitivity`, as ``per_sample``.
+        seed: by default the config's, or 0.
+
+    Raises:
+        UserError: what building the model, loading its weights and :func:`compute_sensitivity` raise.
+    """
+    enter_scope(cfg)
+    if seed is None:
+        seed = (cfg.get('randomness') or {}).get('seed') or 0
+    set_random_seed(seed)
+    model_cfg = base_model_config(cfg)
+    model = MODELS.build(model_cfg)
+    if not isinstance(getattr(model, 'backbone', None), nn.Module):
+        raise ConfigError(f'{type(model).__name__} has no `backbone`, whose sensitivity could be measured.')
+    model._dump_init_info = lambda *_: None  # mmengine's report of four lines a parameter
+    model.init_weights()
+    del model._dump_init_info
+    model = revert_sync_batchnorm(model).to(get_device())
+    loader = build_loader(cfg, num_batches, seed)
+    split = sensitivity_split(cfg)
+    settings = cfg[f'{split}_dataloader']
+    info = dict(
+        config=os.path.basename(cfg.filename or ''),
+        config_fingerprint=config_fingerprint(cfg),
+        data=[d.get('ann_file') or d.get('data_root') or type_name(d['type']) for d in datasets(cfg, split)],
+        images=len(loader.dataset),
+        batch_size=settings.get('batch_size'),
+    )
+    if cfg.get('task'):
+        info['task'] = cfg.task
+    return compute_sensitivity(model, loader, num_batches, per_sample, seed=seed, info=info)
+
+
+def base_model_config(cfg: Config) -> dict[str, Any]:
+    """The model of a config, a copy, with all of its backbone's base trainable, and no method."""
+
+    def without_method(node: Any) -> Any:
+        if isinstance(node, dict):
+            if is_type(node, 'mona_mm.PeftBackbone'):
+                return ConfigDict(type='mona_mm.PeftBackbone', base=node['base'])
+            # dict's own: ConfigDict's would import what a pure-Python config names
+            return ConfigDict({key: without_method(value) for key, value in dict.items(node)})
+        if isinstance(node, list | tuple):
+            return type(node)(without_method(value) for value in node)
+        return node
+
+    return without_method(cfg.model)
+
+
+def config_fingerprint(cfg: Config) -> str:
+    """SHA-256 of what of a config decides a sensitivity, shortened: the model without its method, and the data."""
+    settings = cfg[f'{sensitivity_split(cfg)}_dataloader']
+    parts = base_model_config(cfg), {key: value for key, value in dict.items(settings) if key not in _HOW}
+    # On a CPU, a BatchNorm stands in for the other.
+    text = re.sub(
+        r'"(SyncBN|[\w.]+\.SyncBatchNorm)"', '"BN"', json.dumps(with_names(parts), sort_keys=True, default=str)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
+    """This process's share of the first batches of the data that a config's sensitivity is measured on.
+
+    Raises:
+        SensitivityError: if the data set is empty.
+    """
+    settings = dict(cfg[f'{sensitivity_split(cfg)}_dataloader'])
+    workers = settings.get('num_workers', 0)
+    for key in ('persistent_workers', 'prefetch_factor'):  # not without workers
+        settings.pop(key, None)
+    rank, processes = get_dist_info()
+    with alone():  # the samplers give this process all batches, of which it then takes its share
+        try:
+            loader = Runner.build_dataloader({**settings, 'num_workers': 0}, seed=seed)
+        except ValueError as error:
+            # torch's and mmengine's words for an empty data set
+            if 'num_samples' not in str(error) and 'at least one array' not in str(error):
+                raise
+            raise SensitivityError(NO_LABELS.format('in the training data')) from error
+    if not len(loader.dataset):
+        raise SensitivityError(NO_LABELS.format('in the training data'))
+    return DataLoader(
+        _SeededDataset(loader.dataset, seed),
+        batch_sampler=_ShareOfBatches(loader.batch_sampler, rank, processes, num_batches),
+        collate_fn=loader.collate_fn,
+        num_workers=workers,
+        pin_memory=loader.pin_memory,
+    )
+
+
+class _ShareOfBatches:
+    """Every n-th batch of a batch sampler, its number before its indices."""
+
+    def __init__(self, batches: Iterable[list[int]], rank: int, processes: int, num_batches: int) -> None:
+        self.batches = batches
+        self.rank = rank
+        self.processes = processes
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number, indices in enumerate(first_batches(self.batches, self.num_batches)):
+            if number % self.processes == self.rank:
+                yield [number, *indices]
+
+
+class _SeededDataset:
+    """A data set whose random numbers, transforms included, depend on the number of the batch alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, numbers: list[int]) -> list[Any]:
+        number, *indices = numbers
+        set_seed(self.seed, number)
+        return [self.dataset[i] for i in indices]

@@ -1,0 +1,81 @@
+"""The stock backbones, and where in their blocks a method may attach; one file a family of hosts.
+
+A *host* is a stock backbone class, a *site* a named place in each of its blocks. At a stream site a method maps tokens
+``(B, N, C)``, given the grid's ``(H, W)``; at a linear site it adds to the output of a linear layer:
+
+=================================  =================================================================================
+``post_attn``, ``post_ffn``        maps the token stream after the residual add
+``attn_branch``, ``ffn_branch``    maps the branch's output before DropPath and the residual add
+``attn_out``, ``ffn_out``          maps the branch's output after DropPath, before the residual add
+``parallel_ffn``                   adds a branch of the un-normalised residual beside the FFN, after DropPath
+``q``, ``k``, ``v``, ``proj``,     adds a branch to the linear's output; of a fused ``qkv`` to the slice of that name
+``fc1``, ``fc2``
+=================================  =================================================================================
+
+Which of them a host has, and where it differs:
+
+============================  ======================================================================================
+Swin (three libraries), ViT   all
+SwinV2                        all; its LayerNorms end the branches: DropPath and the ``*_branch`` sites are before them,
+                              ``*_out`` after them. ``q``, ``k``, ``v`` are reached through their weight
+PVTv2                         all; ``fc1`` and ``fc2`` are 1x1 convolutions with a depthwise one between them. ``q``,
+                              ``k``, ``v``, ``proj`` are reached through their weight
+ConvNeXt                      a block has one branch (depthwise convolution, two linears, layer scale) and counts as
+                              FFN: ``ffn_branch``, ``ffn_out``, ``parallel_ffn``, ``post_ffn``, ``fc1``, ``fc2``
+============================  ======================================================================================
+
+*Reached through their weight*: the host never calls the linear layer as a module, so only a method that is an addition
+to the weight can be there (LoRA without dropout, single weights).
+"""
+
+from mona_mm.hosts import convnext, ffn, pvt, swin, swin_v2, vit  # noqa: F401  they register themselves
+from mona_mm.hosts.block import PeftBlock, StockLinear
+from mona_mm.hosts.fast import make_fast
+from mona_mm.hosts.host import (
+    HOSTS,
+    Branch,
+    Grid,
+    GridArgument,
+    GridSource,
+    Host,
+    Linear,
+    find_host,
+    fused_qkv,
+    is_host,
+    position_table_names,
+    recomputed_names,
+    register_host,
+    separate_linears,
+)
+from mona_mm.hosts.inject import SiteWidths, inject, modules_beside_linears, remove, site_widths
+from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names
+
+__all__ = [
+    'HOSTS',
+    'LINEAR_SITES',
+    'STREAM_SITES',
+    'Branch',
+    'Grid',
+    'GridArgument',
+    'GridSource',
+    'Host',
+    'Linear',
+    'PeftBlock',
+    'PeftModules',
+    'SiteWidths',
+    'StockLinear',
+    'find_host',
+    'fused_qkv',
+    'inject',
+    'is_host',
+    'make_fast',
+    'method_modules',
+    'method_names',
+    'modules_beside_linears',
+    'position_table_names',
+    'recomputed_names',
+    'register_host',
+    'remove',
+    'separate_linears',
+    'site_widths',
+]

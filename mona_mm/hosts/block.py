@@ -1,0 +1,284 @@
+"""A block with sites: the mixin in front of a host's block class, and the hooks on the modules within it.
+
+A forward pass keeps nothing on a module, so that threads may share a model. The grid is an argument of the block: in
+hosts that do not pass one, :func:`mona_mm.hosts.inject.forward_on_grid` does. What is computed again in a backward
+pass, by whichever thread, then has it as well. Within the block, hooks find it in the thread's own :data:`_RUNNING`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
+
+from mona_mm.errors import ConfigError
+from mona_mm.hosts.sites import PeftModules
+from mona_mm.nn.mixin import Mixin
+from mona_mm.nn.substitute import substitute
+from mona_mm.nn.tracing import is_traced
+
+if TYPE_CHECKING:
+    from mona_mm.hosts.host import Grid, Host
+
+
+class _UnknownGrid:
+    """In the place of ``(H, W)`` where nobody has said it; an error only for a method that asks."""
+
+    def __getitem__(self, index: int) -> int:
+        raise ConfigError(
+            'The grid of the tokens is not known here, so this method cannot run. Either a block was called without '
+            'its backbone, which tells it the grid, or only a part of a block is under an activation checkpoint: put '
+            'the checkpoint around the whole block (with_cp=True does, where the backbone has it).'
+        )
+
+    def __iter__(self) -> Iterator[int]:
+        yield self[0]
+
+
+@dataclass
+class _Call:
+    """What hooks within a block have to know of its call that runs.
+
+    Args:
+        block: the block that runs.
+        grid: the grid ``(H, W)`` of its tokens.
+        reached: the sites whose hooks have been called.
+        counts: how often hooks that serve several sites have been called, by those sites.
+    """
+
+    block: PeftBlock
+    grid: Grid | _UnknownGrid
+    reached: set[str] = field(default_factory=set)
+    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
+
+
+class _Running(threading.local):
+    call: _Call | None = None
+
+
+_RUNNING = _Running()
+"""The innermost block's call in this thread."""
+
+
+class StockLinear:
+    """The stock linear layer, or the slice of a fused one, beside which a module is called.
+
+    Args:
+        module: the layer, or a 1x1 convolution.
+        channels: which channels of its output are the slice's.
+    """
+
+    def __init__(self, module: nn.Module, channels: slice) -> None:
+        self._module = module
+        self._channels = channels
+
+    @property
+    def weight(self) -> Tensor:
+        """``(out_channels, in_channels)``."""
+        return self._module.weight[self._channels].flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``(out_channels,)``, None without one."""
+        bias = self._module.bias
+        return None if bias is None else bias[self._channels]
+
+
+class PeftBlock(Mixin):
+    """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
+
+    host: Host
+    peft: PeftModules
+    hooked: frozenset[str]
+    """The sites that a hook reaches."""
+
+    def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock block's forward, with :meth:`apply_at` where the sites are."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, peft_grid: Grid | None = None, **kwargs: Any) -> Tensor:
+        """The stock block's forward with the method in it; ``peft_grid`` is the grid where no argument says it."""
+        if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
+            # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
+            # base the first block's does not, though its modules do.
+            return checkpoint(self._forward, peft_grid, args, kwargs, use_reentrant=False)
+        return self._forward(peft_grid, args, kwargs)
+
+    def _forward(self, grid: Grid | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        if grid is None and hasattr(self.host.grid, 'find'):
+            grid = self.host.grid.find(args, kwargs)
+        around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
+        _RUNNING.call = call
+        try:
+            x = self.forward_with_sites(*args, **kwargs)
+        finally:
+            _RUNNING.call = around
+        missed = self.hooked - call.reached
+        if missed and missed & set(self.peft):
+            raise ConfigError(
+                f'A module within this {type(self).__name__} was exchanged for another after the method had been '
+                f'attached, so that the method at {", ".join(sorted(missed))} is not reached. Give the new module the '
+                '_forward_hooks and _forward_pre_hooks of the old one, or exchange it before PeftBackbone is built.'
+            )
+        return x
+
+    def apply_at(self, site: str, x: Tensor) -> Tensor:
+        """The module at a stream site applied to ``x``, ``(B, N, C)`` or ``(B, C, H, W)``; without one, ``x``."""
+        if site not in self.peft:
+            return x
+        if x.dim() == 3:
+            call = _call_of(self)
+            return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
+        grid = x.shape[2], x.shape[3]
+        return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
+
+    def add_parallel_ffn(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``x`` plus what the module at ``parallel_ffn`` makes of ``residual``, if there is one."""
+        return x + self.apply_at('parallel_ffn', residual) if 'parallel_ffn' in self.peft else x
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+        weights: dict[str, Tensor] = {}
+        for site, linear in self.host.linears.items():
+            if site in self.peft and not linear.is_called:
+                weight = weights.get(linear.weight)
+                weight = _tensor(self, linear.weight) if weight is None else weight
+                rows = linear.rows(weight)
+                delta = self.peft[site].delta_weight(weight[rows])
+                weights[linear.weight] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
+        for path in self.host.uncalled:
+            module = self.get_submodule(path)
+            for parameter, delta in getattr(module, 'peft', {}).items():
+                weight = weights.get(f'{path}.{parameter}')
+                weights[f'{path}.{parameter}'] = delta(getattr(module, parameter) if weight is None else weight)
+        return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
+
+
+def _tensor(module: nn.Module, path: str) -> Tensor:
+    """A parameter by its path; of a parametrized one the tensor that is computed with."""
+    path, _, name = path.rpartition('.')
+    return getattr(module.get_submodule(path), name)
+
+
+def hook_sites(block: PeftBlock) -> None:
+    """Register the hooks through which the modules of ``block.peft`` act, on modules within the block, in place."""
+    hooked: list[str] = []
+    for place, path_of in (('branch', lambda branch: branch.drop_path), ('out', lambda branch: branch.end)):
+        sites_of: dict[nn.Module, list[str]] = {}  # a module that ends both branches has two sites
+        for name, branch in block.host.branches.items():
+            sites_of.setdefault(block.get_submodule(path_of(branch)), []).append(f'{name}_{place}')
+        for module, sites in sites_of.items():
+            if any(site in block.peft for site in sites):
+                if place == 'branch':
+                    module.register_forward_pre_hook(partial(_map_input, block, tuple(sites)))
+                else:
+                    module.register_forward_hook(partial(_map_output, block, tuple(sites)))
+                hooked += [site for site in sites if site in block.peft]
+    sites_of_linear: dict[str, list[str]] = {}
+    for site, linear in block.host.linears.items():
+        if site in block.peft and linear.is_called:
+            sites_of_linear.setdefault(linear.module, []).append(site)
+    for path, sites in sites_of_linear.items():
+        linear = block.get_submodule(path)
+        channel_axis = 1 if isinstance(linear, nn.Conv2d) else -1
+        linear.register_forward_hook(partial(_add_to_linear, block, tuple(sites), channel_axis))
+        hooked += sites
+    block.hooked = frozenset(hooked)
+
+
+def unhook_sites(block: PeftBlock) -> None:
+    """Remove the hooks that :func:`hook_sites` registered."""
+    for module in block.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_site_hook(hook)]:
+                del hooks[key]
+
+
+def _is_site_hook(hook: Any) -> bool:
+    return isinstance(hook, partial) and hook.func in (_map_input, _map_output, _add_to_linear)
+
+
+# Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
+
+
+def _map_input(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple) -> tuple | None:
+    site = _site_of_call(block, sites)
+    return None if site is None else (block.apply_at(site, args[0]), *args[1:])
+
+
+def _map_output(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+    site = _site_of_call(block, sites)
+    return None if site is None else block.apply_at(site, out)
+
+
+def _site_of_call(block: PeftBlock, sites: tuple[str, ...]) -> str | None:
+    """The site that this call of a hooked module is; None if the call is not one of the block's."""
+    call = _call_of(block)
+    if call is None:  # of the module alone, or of another block that has the same module
+        return sites[0] if len(sites) == 1 and _RUNNING.call is None else None
+    number = call.counts[sites] = call.counts.get(sites, -1) + 1
+    site = sites[number] if number < len(sites) else sites[-1]
+    call.reached.add(site)
+    return site
+
+
+def _add_to_linear(
+    block: PeftBlock, sites: tuple[str, ...], channel_axis: int, linear: nn.Module, args: tuple, out: Tensor
+) -> Tensor:
+    call = _call_of(block)
+    if call is not None:
+        call.reached.update(sites)
+    x, out = args[0].movedim(channel_axis, -1), out.movedim(channel_axis, -1)
+    starts, branches = [], []
+    for site in sites:
+        channels = block.host.linears[site].channels(out.shape[-1])
+        starts.append(channels.start)
+        branches.append(block.peft[site](x, out[..., channels], StockLinear(linear, channels)))
+    if branches[0].shape == out.shape:
+        return (out + branches[0]).movedim(-1, channel_axis)
+    if is_traced():  # nobody else can differentiate or write down the function
+        for start, branch in zip(starts, branches, strict=True):
+            out = out + F.pad(branch, (start, out.shape[-1] - start - branch.shape[-1]))
+        return out.movedim(-1, channel_axis)
+    return _AddToSlices.apply(out, starts, *branches).movedim(-1, channel_axis)
+
+
+def _call_of(block: PeftBlock) -> _Call | None:
+    """The call of this block that runs in this thread. torch.export makes other objects of the same attributes."""
+    call = _RUNNING.call
+    return call if call is not None and vars(call.block) is vars(block) else None
+
+
+class _AddToSlices(torch.autograd.Function):
+    """``out (..., C)`` with branches ``(..., c)`` added from their starts in the last dimension.
+
+    One new tensor for all of them, and none for the gradients. In place, autograd would copy the gradient of ``out``
+    for each: it is a view of what the matrix product wrote. (measured) forward and backward 1.1 to 2.2 times as long.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, starts: list[int], *branches: Tensor) -> Tensor:
+        dtype = out.dtype
+        for branch in branches:
+            dtype = torch.promote_types(dtype, branch.dtype)
+        out = out.to(dtype, copy=True)
+        for start, branch in zip(starts, branches, strict=True):
+            out[..., start : start + branch.shape[-1]] += branch
+        return out
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _, starts, *branches = inputs
+        ctx.slices = [slice(start, start + b.shape[-1]) for start, b in zip(starts, branches, strict=True)]
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, *(grad[..., part] for part in ctx.slices)

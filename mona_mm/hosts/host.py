@@ -1,0 +1,229 @@
+"""What has to be known about a stock backbone class so that a method can attach to its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from mona_mm.errors import ConfigError, UnsupportedHostError
+from mona_mm.hosts.formats import CheckpointFormat, OwnNames
+from mona_mm.hosts.sites import STREAM_SITES
+from mona_mm.nn.mixin import qualified_name, stock_class
+
+if TYPE_CHECKING:
+    from mona_mm.hosts.block import PeftBlock
+
+Grid = tuple[int, int]
+"""Height and width of the grid that the tokens of a block are cut from."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block, or one slice of a fused one.
+
+    Args:
+        weight: name in the block of its weight ``(out, in)``, or ``(out, in, 1, 1)``.
+        bias: name in the block of its bias, if it can have one.
+        slice_index: which of ``num_slices`` equal slices of the weight's rows it is; None for all of them.
+        num_slices: how many linear layers a fused weight holds.
+        is_called: whether the host calls the layer as a module; else the host reads the weight directly.
+    """
+
+    weight: str
+    bias: str | None
+    slice_index: int | None = None
+    num_slices: int = 3
+    is_called: bool = True
+
+    @property
+    def module(self) -> str:
+        """The path in the block of the module that holds the weight."""
+        return self.weight.rpartition('.')[0]
+
+    def rows(self, weight: Tensor) -> slice:
+        """The rows of ``weight`` that are this linear's."""
+        return self.channels(len(weight))
+
+    def channels(self, length: int) -> slice:
+        """The channels that are this linear's, of an output with ``length`` of them."""
+        length = length if self.slice_index is None else length // self.num_slices
+        start = length * (self.slice_index or 0)
+        return slice(start, start + length)
+
+
+def fused_qkv(module: str, is_called: bool = True) -> dict[str, Linear]:
+    """The sites ``q``, ``k`` and ``v`` of a linear layer that computes all three, one after another."""
+    weight, bias = f'{module}.weight', f'{module}.bias'
+    return {site: Linear(weight, bias, index, is_called=is_called) for index, site in enumerate('qkv')}
+
+
+def separate_linears(**paths: str) -> dict[str, Linear]:
+    """Linear layers of their own, by site the path of the module."""
+    return {site: Linear(f'{path}.weight', f'{path}.bias') for site, path in paths.items()}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The modules that end a residual branch of a block.
+
+    One module may end both branches of a block; its calls are then counted, the attention's first.
+
+    Args:
+        drop_path: path of the module whose input the ``*_branch`` site maps.
+        end: path of the module whose output the ``*_out`` site maps; by default the same.
+    """
+
+    drop_path: str
+    end: str = ''
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'end', self.end or self.drop_path)
+
+
+@dataclass(frozen=True)
+class GridArgument:
+    """The blocks of a backbone are told the grid ``(H, W)`` by an argument of this name and position."""
+
+    name: str
+    position: int
+
+    def find(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid among the arguments of a block's call, None if it is not there."""
+        if self.name in kwargs:
+            return kwargs[self.name]
+        return args[self.position] if len(args) > self.position else None
+
+
+@dataclass(frozen=True)
+class GridSource:
+    """The blocks of a backbone are not told the grid; its child of this path returns ``(tokens, (H, W))``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Host:
+    """What has to be known about a stock backbone class.
+
+    Args:
+        block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
+        block_mixin: the forward of such a block, with sites.
+        linears: the linear layers of a block, by site.
+        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
+        grid: how the grid is known; None where the stream is ``(B, C, H, W)`` and says it itself.
+        uncalled: modules of a block's attention that are never called, only their parameters read.
+        output_norms: prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
+        last_output: what the backbone makes of its last block's ``(B, N, C)`` and their grid: its last output.
+        reads_checkpoint: whether the ``init_weights`` of the class reads the checkpoint that ``init_cfg`` names by
+            itself, whatever the type in it, and knows no other ``init_cfg``.
+        own_names: the names of its tensors, as regular expressions.
+        formats: the checkpoints of other code that can be converted for it.
+        fit_checkpoint: resizes tensors of a checkpoint, in place, to the model's own: ``(given, current)``.
+        recomputed: ends of the names of buffers that it derives from its configuration.
+        position_tables: ends of the names of tables that are resized where a model has another image or window size.
+        not_selected: parts of the names of parameters in a block that are outside of SPT's selection.
+        final_norms: paths of norms behind the last block that belong to SPT's selection.
+    """
+
+    block: str
+    block_mixin: type[PeftBlock]
+    linears: Mapping[str, Linear]
+    branches: Mapping[str, Branch]
+    grid: GridArgument | GridSource | None = None
+    uncalled: tuple[str, ...] = ()
+    output_norms: tuple[str, ...] = ()
+    last_output: Callable[[nn.Module, Tensor, Grid], Tensor] | None = None
+    reads_checkpoint: bool = False
+    own_names: OwnNames | None = None
+    formats: tuple[CheckpointFormat, ...] = ()
+    fit_checkpoint: Callable[[dict[str, Tensor], Mapping[str, Tensor]], None] | None = None
+    recomputed: tuple[str, ...] = ()
+    position_tables: tuple[str, ...] = ()
+    not_selected: tuple[str, ...] = ()
+    final_norms: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        branch_of = {site: 'attn' if 'attn' in site else 'ffn' for site in STREAM_SITES}
+        stream = [site for site in STREAM_SITES if branch_of[site] in self.branches]
+        object.__setattr__(self, 'sites', (*stream, *self.linears))
+
+    def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
+        return {path: m for path, m in backbone.named_modules() if qualified_name(stock_class(m)) == self.block}
+
+    def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
+        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
+        linear = self.linears.get(site)
+        if linear is None:
+            return (len(block.get_parameter(self.linears['fc2'].weight)),)
+        weight = block.get_parameter(linear.weight)
+        rows = linear.rows(weight)
+        return weight.shape[1], rows.stop - rows.start
+
+    def ends_with_last_block(self, backbone: nn.Module) -> bool:
+        """Whether the last block is behind one of the outputs."""
+        return len(getattr(backbone, 'stages', None) or backbone.layers) - 1 in backbone.out_indices
+
+
+OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
+"""The prefixes of the norms of a hierarchical backbone's outputs."""
+
+HOSTS: dict[str, Host] = {}
+"""The supported backbones by qualified class name. Attribute names alone would also match others (BEiT's blocks have
+the same ones as ViT's) and change what those compute."""
+
+
+def register_host(backbone: str, host: Host) -> None:
+    """Make a backbone class a host.
+
+    Args:
+        backbone: its qualified name, such as ``'mmdet.models.backbones.swin.SwinTransformer'``.
+        host: what has to be known about it.
+
+    Raises:
+        ConfigError: if the class is a host already.
+    """
+    if backbone in HOSTS:
+        raise ConfigError(f'{backbone} is a host already.')
+    HOSTS[backbone] = host
+
+
+def find_host(backbone: nn.Module) -> Host:
+    """The :class:`Host` of a backbone object.
+
+    Raises:
+        UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the class named there.
+    """
+    for cls in type(backbone).__mro__:
+        host = HOSTS.get(qualified_name(cls))
+        if host is not None:
+            if host.blocks(backbone):
+                return host
+            break
+    raise UnsupportedHostError(
+        f'{qualified_name(type(backbone))} is not a supported host. Supported backbones: {", ".join(sorted(HOSTS))}. '
+        'To only choose what trains in another module, use mona_mm.FrozenModel.'
+    )
+
+
+def is_host(module: nn.Module) -> bool:
+    """Whether :func:`find_host` knows a module."""
+    try:
+        find_host(module)
+    except UnsupportedHostError:
+        return False
+    return True
+
+
+def recomputed_names() -> tuple[str, ...]:
+    """The ends of the names of all buffers that hosts derive from their configuration."""
+    return tuple(dict.fromkeys(name for host in HOSTS.values() for name in host.recomputed))
+
+
+def position_table_names() -> tuple[str, ...]:
+    """The ends of the names of all tables of positions, which hosts resize for another image or window size."""
+    return tuple(dict.fromkeys(name for host in HOSTS.values() for name in host.position_tables))

@@ -1,0 +1,124 @@
+"""Attach modules at the sites of a backbone's blocks, and detach them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from mona_mm.errors import ConfigError
+from mona_mm.hosts.block import PeftBlock, hook_sites, unhook_sites
+from mona_mm.hosts.host import Grid, GridSource, Host, find_host
+from mona_mm.hosts.sites import PeftModules, method_modules
+from mona_mm.nn.mixin import mix_in, mix_out
+from mona_mm.nn.substitute import substitute
+
+SiteWidths = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""By path of a block and site, ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear site."""
+
+
+def site_widths(backbone: nn.Module) -> SiteWidths:
+    """The widths of every site that the blocks of a backbone have.
+
+    Raises:
+        UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
+    """
+    host = find_host(backbone)
+    return {
+        path: {site: host.widths(block, site) for site in host.sites} for path, block in host.blocks(backbone).items()
+    }
+
+
+def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+    """Attach the modules of a method to the blocks of ``backbone``, in place.
+
+    A :class:`PeftBlock` is put in front of the class of every block, the modules hang under the block's new child
+    ``peft``, and the modules that end a branch, or are a linear layer at a site in use, get a hook; nothing else
+    changes. The names of the base's parameters stay, the backbone's own class stays, and with modules that do nothing
+    the block computes what the stock one does, bit for bit. :func:`remove` undoes it.
+
+    Args:
+        backbone: a supported backbone.
+        modules: by path of a block and site.
+
+    Raises:
+        UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
+        ConfigError: if the backbone already carries a method, or a module cannot be where the host reads weights.
+    """
+    host = find_host(backbone)
+    if method_modules(backbone):
+        raise ConfigError(
+            f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.'
+        )
+    for attached in modules.values():
+        for site, module in attached.items():
+            _check_reach(backbone, host, site, module)
+    blocks = host.blocks(backbone)
+    if isinstance(host.grid, GridSource):
+        # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
+        backbone.forward = partial(forward_on_grid, backbone, host.grid.path, tuple(blocks))
+    for path, block in blocks.items():
+        mix_in(block, host.block_mixin)
+        block.host = host
+        block.peft = PeftModules(modules.get(path, {}))
+        hook_sites(block)
+
+
+def remove(backbone: nn.Module) -> None:
+    """Undo :func:`inject`, in place: the blocks are stock ones again, and the method's modules are gone."""
+    forward = vars(backbone).get('forward')
+    if isinstance(forward, partial) and forward.func is forward_on_grid:
+        del backbone.forward
+    for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
+        unhook_sites(block)
+        del block.peft, block.host, block.hooked
+        mix_out(block)
+
+
+def modules_beside_linears(backbone: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The modules of a method at linear sites, each with the stock weight ``(out, in)`` that it stands beside."""
+    for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
+        for site, module in block.peft.items():
+            linear = block.host.linears.get(site)
+            if linear is not None:
+                weight = block.get_parameter(linear.weight)
+                yield module, weight[linear.rows(weight)].flatten(1)
+
+
+def _check_reach(backbone: nn.Module, host: Host, site: str, module: nn.Module) -> None:
+    if site in host.linears and not host.linears[site].is_called and not getattr(module, 'is_weight_delta', False):
+        raise ConfigError(
+            f'{type(backbone).__name__} reads the weight of {site!r} itself, so only an addition to that weight can be '
+            f'there, which this {type(module).__name__} is not (LoRA is one with dropout=0). Other sites of this '
+            f'backbone: {", ".join(s for s, linear in host.linears.items() if linear.is_called)}.'
+        )
+
+
+def forward_on_grid(
+    backbone: nn.Module, source: str, blocks: tuple[str, ...], *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    """The forward of a backbone whose blocks are not told the grid: here they are, by an argument.
+
+    Args:
+        backbone: whose class's forward it is.
+        source: path of the child that returns ``(tokens, (H, W))``.
+        blocks: paths of the blocks.
+        args: of the forward.
+        kwargs: of the forward.
+    """
+    grid: list[Grid] = []
+    parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
+    parts[source] = partial(_remember_grid, backbone.get_submodule(source), grid)
+    return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
+
+
+def _remember_grid(source: nn.Module, grid: list[Grid], *args: Any) -> tuple[Tensor, Grid]:
+    tokens, hw = source(*args)
+    grid[:] = [tuple(hw)]
+    return tokens, hw
+
+
+def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:
+    return block(*args, peft_grid=grid[0] if grid else None, **kwargs)

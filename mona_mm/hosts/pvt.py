@@ -1,0 +1,69 @@
+"""PVTv2: mmdet's pyramid vision transformer, whose branches add their residual themselves, and its checkpoints."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mona_mm.errors import CheckpointMismatchError
+from mona_mm.hosts.block import PeftBlock
+from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames
+from mona_mm.hosts.host import Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
+
+
+class PVTBlock(PeftBlock):
+    """The forward of a PVTv2 layer, with sites."""
+
+    def forward_with_sites(self, x: Tensor, hw_shape: Grid) -> Tensor:
+        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        residual = self.apply_at('post_attn', self.attend(self.norm1(x), hw_shape, identity=x))
+        x = self.ffn(self.norm2(residual), hw_shape, identity=residual)
+        return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
+
+
+def convert_pvt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official PVT and PVTv2, by mmdet's own conversion."""
+    from mmdet.models.backbones.pvt import pvt_convert  # here: the other formats do not need mmdet
+
+    try:
+        return dict(pvt_convert(tensors))
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            f'The names are those of PVT, but not all of them: {type(error).__name__} {error}.'
+        ) from error
+
+
+_IN_PROJ = {
+    site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
+    for index, site in enumerate('qkv')
+}
+
+register_host(
+    'mmdet.models.backbones.pvt.PyramidVisionTransformerV2',
+    Host(
+        block='mmdet.models.backbones.pvt.PVTEncoderLayer',
+        block_mixin=PVTBlock,
+        linears=dict(
+            **_IN_PROJ,
+            proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+            **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+        ),
+        branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+        grid=GridArgument('hw_shape', 1),
+        uncalled=('attn.attn.out_proj',),
+        reads_checkpoint=True,
+        own_names=OwnNames(
+            in_blocks=rf'layers\.\d+\.(0\.(projection|norm)\.{END}|2\.{END}|1\.0\.pos_embed|1\.\d+\.(norm[12]\.{END}'
+            rf'|attn\.(sr|norm)\.{END}|attn\.attn\.(in_proj_{END}|out_proj\.{END})|ffn\.layers\.\d\.{END}))',
+            outside=r'(?!)',
+        ),
+        formats=(
+            CheckpointFormat(
+                name='pvt',
+                recognised_by=r'block\d+\.\d+\.attn\.',
+                convert=convert_pvt,
+                left_out=r'head|norm\.|cls_token',
+            ),
+        ),
+        position_tables=('pos_embed',),
+    ),
+)

@@ -1,0 +1,28 @@
+"""The named places in a block at which a method may attach, and the modules that are attached there."""
+
+from torch import nn
+
+STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
+"""Where a method maps the tokens ``(B, N, C)`` of a block; see :mod:`mona_mm.hosts`."""
+
+LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
+"""Where a method adds to the output of a linear layer; see :mod:`mona_mm.hosts`."""
+
+
+class PeftModules(nn.ModuleDict):
+    """The modules that a method added to one block, by site, or beside one module, by parameter."""
+
+
+def method_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module that a method added to ``model``."""
+    return [child for m in model.modules() if isinstance(m, PeftModules) for child in m.values()]
+
+
+def method_names(model: nn.Module) -> set[str]:
+    """The state-dict names of everything that a method added to ``model``."""
+    return {
+        f'{path}.{name}'
+        for path, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, PeftModules)
+        for name in m.state_dict()
+    }

@@ -1,0 +1,121 @@
+"""ViT: mmpretrain's plain vision transformer, and its checkpoints."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mona_mm.hosts.block import PeftBlock
+from mona_mm.hosts.ffn import FFN_LINEARS
+from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put, rename
+from mona_mm.hosts.host import Branch, Grid, GridSource, Host, fused_qkv, register_host, separate_linears
+
+
+class ViTBlock(PeftBlock):
+    """The forward of a ViT layer, with sites. Class and register tokens come before those of the grid."""
+
+    def forward_with_sites(self, x: Tensor) -> Tensor:
+        """``(B, N, C) -> (B, N, C)``."""
+        residual = self.apply_at('post_attn', x + self.attend(self.norm1(x)))
+        x = self.ffn(self.norm2(residual), identity=residual)
+        return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
+
+
+def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
+    return backbone._format_output(backbone.ln1(x) if backbone.final_norm else x, hw)
+
+
+def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's ViT, MAE (without its decoder) and MoCo v3 (its encoder) for mmpretrain's ViT."""
+    renames = (
+        (r'^norm\.', 'ln1.'),
+        (r'^fc_norm\.', 'ln2.'),
+        (r'^norm_pre\.', 'pre_norm.'),
+        (r'^blocks\.(\d+)\.norm(\d)\.', r'layers.\1.ln\2.'),
+        (r'^blocks\.', 'layers.'),
+        (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
+        (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+        (r'\.ls1\.gamma$', '.attn.gamma1.weight'),
+        (r'\.ls2\.gamma$', '.ffn.gamma2.weight'),
+        (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
+    )
+    return rename(tensors, renames)
+
+
+def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Google's ViT: kernels are ``(in, out)``, of attention ``(width, heads, head width)``, of images HWIO."""
+    converted: dict[str, Tensor] = {}
+    for source, tensor in tensors.items():
+        name, tensor = source, _npz_layout(source, tensor)
+        name = re.sub(r'^Transformer/encoderblock_(\d+)/', r'layers.\1.', name)
+        for old, new in _NPZ_NAMES:
+            name = name.replace(old, new)
+        put(converted, 'cls_token' if name == 'cls' else name, tensor, source)
+    for name in [name for name in converted if '.attn.query.' in name]:
+        parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
+        if all(part in converted for part in parts):  # else the names that are there will not be known
+            converted[name.replace('query', 'qkv')] = torch.cat([converted.pop(part) for part in parts])
+    return converted
+
+
+_NPZ_NAMES = (
+    ('LayerNorm_0/', 'ln1.'),
+    ('LayerNorm_2/', 'ln2.'),
+    ('MultiHeadDotProductAttention_1/out/', 'attn.proj.'),
+    ('MultiHeadDotProductAttention_1/', 'attn.'),
+    ('MlpBlock_3/Dense_0/', 'ffn.layers.0.0.'),
+    ('MlpBlock_3/Dense_1/', 'ffn.layers.1.'),
+    ('Transformer/encoder_norm/', 'ln1.'),
+    ('Transformer/posembed_input/pos_embedding', 'pos_embed'),
+    ('embedding/', 'patch_embed.projection.'),
+    ('/', '.'),
+    ('kernel', 'weight'),
+    ('scale', 'weight'),
+)
+
+
+def _npz_layout(name: str, tensor: Tensor) -> Tensor:
+    if name == 'cls' or not name.endswith('kernel'):
+        # the heads' biases are (heads, head width)
+        return tensor.flatten() if name.endswith('bias') else tensor
+    if tensor.dim() == 4:
+        return tensor.permute(3, 2, 0, 1).contiguous()
+    # out is (heads, head width, width), the others are (width, heads, head width)
+    matrix = tensor.flatten(0, 1) if '/out/' in name else tensor.flatten(1)
+    return matrix.T.contiguous()
+
+
+register_host(
+    'mmpretrain.models.backbones.vision_transformer.VisionTransformer',
+    Host(
+        block='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
+        block_mixin=ViTBlock,
+        linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
+        branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
+        grid=GridSource('patch_embed'),
+        last_output=_last_output,
+        own_names=OwnNames(
+            in_blocks=rf'layers\.\d+\.(ln[12]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.(qkv|proj)\.{END}'
+            r'|attn\.gamma1\.weight|ffn\.gamma2\.weight)',
+            outside=rf'cls_token|pos_embed|(pre_norm|ln[12])\.{END}|patch_embed\.(projection|norm)\.{END}',
+        ),
+        formats=(
+            CheckpointFormat(
+                name='vit',
+                recognised_by=r'blocks\.\d+\.attn\.',
+                convert=convert_vit,
+                # heads, and of MAE the decoder and the token that stands for masked patches
+                left_out=r'head|pre_logits\.|decoder|mask_token$',
+            ),
+            CheckpointFormat(
+                name='vit-npz',
+                recognised_by=r'Transformer/encoderblock_\d+/',
+                convert=convert_vit_npz,
+                left_out=r'(head|pre_logits)/|opt',  # heads, and what is an optimizer's
+            ),
+        ),
+        position_tables=('pos_embed',),
+        final_norms=('ln1', 'ln2'),  # its published selection holds the final norm
+    ),
+)

@@ -1,0 +1,1 @@
+"""What torch lacks. Nothing here knows hosts or methods."""
