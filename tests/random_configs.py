@@ -28,11 +28,12 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS
 from torch import nn
 
 from mona_mm.checkpoint.delta import describe_methods
-from mona_mm.checkpoint.pretrained import RECOMPUTED
 from mona_mm.errors import UserError
-from mona_mm.methods import SPT, LoRA, Mona
+from mona_mm.hosts import recomputed_names
+from mona_mm.methods import LoRA, Mona
 from mona_mm.options import show
 from mona_mm.registry import METHODS
+from mona_mm.spt import SPT
 
 BUILT, REFUSED, STOCK, FAILED = 'built', 'refused by our error', 'failed as the stock module does', 'failed otherwise'
 SIDE = 64  # of the images, in pixels
@@ -319,7 +320,7 @@ def _use(backbone: nn.Module, case: Case) -> None:
     _train(backbone)
     other = case.build()
     wrong = other.load_state_dict(backbone.state_dict(), strict=False)  # SwinV2 leaves out what it recomputes
-    assert all(name.endswith(RECOMPUTED) for name in wrong.missing_keys) and not wrong.unexpected_keys, wrong
+    assert all(name.endswith(recomputed_names()) for name in wrong.missing_keys) and not wrong.unexpected_keys, wrong
     images = torch.rand(1, 3, SIDE, SIDE)
     with torch.no_grad():
         for a, b in zip(backbone.eval()(images), other.eval()(images), strict=True):

@@ -18,7 +18,7 @@ from mmpretrain.models import ConvNeXt, VisionTransformer
 
 from mona_mm import PeftBackbone
 from mona_mm.hosts import LINEAR_SITES, find_host, method_modules, method_names
-from mona_mm.methods import PeftModule
+from mona_mm.methods.base import PeftModule
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import SparseDelta
@@ -239,7 +239,7 @@ def plan_for(host: dict, structured: dict | None) -> Plan:
     possible = ('post_attn', 'post_ffn') if structured['type'] == 'Mona' else LINEAR_SITES
     of_kind = [s for s in descriptor.sites if s in possible]
     if structured['type'] == 'Adapter':  # it reads the linear's output
-        of_kind = [s for s in of_kind if descriptor.linears[s].called]
+        of_kind = [s for s in of_kind if descriptor.linears[s].is_called]
     sites = {block: tuple({of_kind[i % len(of_kind)], of_kind[(i + 2) % len(of_kind)]})
              for i, block in enumerate(architecture.blocks)}  # fmt: skip
     vectors = [(architecture.class_token, None)] if architecture.class_token else []

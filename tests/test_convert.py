@@ -12,12 +12,11 @@ from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
 from helpers import assert_near
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
-from mona_mm.checkpoint.formats import recognise
 from test_delta import SmallModel  # noqa: F401  registered
 from test_pretrained import to_microsoft
 
 from mona_mm import FrozenModel, PeftBackbone, save_delta
-from mona_mm.checkpoint.convert import convert_model, convert_state_dict, to_published
+from mona_mm.checkpoint.convert import convert_model, convert_state_dict, recognise, to_published
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
 from mona_mm.commands.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError

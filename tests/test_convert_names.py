@@ -4,10 +4,9 @@ import pytest
 import torch
 from conftest import HOSTS, golden, golden_swin_config, part
 from mmengine.registry import MODELS
-from mona_mm.checkpoint.formats import recognise
 
 from mona_mm import PeftBackbone
-from mona_mm.checkpoint.convert import convert_model, convert_state_dict, to_colin, to_published
+from mona_mm.checkpoint.convert import convert_model, convert_state_dict, recognise, to_colin, to_published
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.methods.lorand import LoRand
 

@@ -20,7 +20,8 @@ from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.commands.cli import build_runner
 from mona_mm.errors import CheckpointMismatchError, FreezeError
 from mona_mm.frozen.averages import differing_frozen, frozen_tensors
-from mona_mm.frozen.rules import count_trainable, moving_copies
+from mona_mm.frozen.copies import moving_copies
+from mona_mm.frozen.count import count_trainable
 
 UPDATES = 40
 SWIN = dict(type='mmdet.SwinTransformer', embed_dims=8, depths=(1, 1), num_heads=(1, 2), window_size=4, strides=(4, 2))

@@ -20,13 +20,15 @@ from torch import nn
 
 import mona_mm
 from mona_mm import load_delta, save_delta
+from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import stock_config, types_left
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config, resume_from, whole_model_base
+from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
+from mona_mm.record import record_of
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 
@@ -512,7 +514,7 @@ def test_what_was_loaded_since_is_not_put_back(load, base_file, tmp_path):
     model, anew = build(base_file, method), torch.randn(5, 16, 1, 1)
     load_delta(model, whole)
     before = build(base_file, method).head[0].weight.clone()
-    model.__dict__['before_delta']['head.0.weight'][0].copy_(before)
+    record_of(model).replaced['head.0.weight'][0].copy_(before)
     torch.save({'head.2.weight': anew}, tmp_path / heads)
     load(model, str(tmp_path / heads))
     assert load_delta(model, part).restored == 9 - 1
@@ -957,7 +959,7 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
     with torch.no_grad():  # in double precision: what is left is the rounding of the merged weights
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
             assert_near(a, b)
-    assert ('FoldedMona' in text) == (method == 'mona')
+    assert ('deploy=True' in text) == (method == 'mona')
     if method == 'mona':
         status, out, err = tool('delta.py', 'info', delta)
         assert status == 0 and 'Mona(bottleneck=8)' in out

@@ -8,12 +8,13 @@ import pytest
 import torch
 from conftest import HOSTS
 from helpers import assert_equal, assert_near, pairwise
-from mona_mm.fast import attention as fast_attention
-from mona_mm.hosts.swin_attention import FastWindowAttention, make_fast, window_index
 from torch.autograd.graph import saved_tensors_hooks
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError
+from mona_mm.hosts import make_fast
+from mona_mm.hosts import swin as fast_attention
+from mona_mm.hosts.swin import FastWindowAttention, window_index
 
 
 @pytest.fixture(autouse=True)

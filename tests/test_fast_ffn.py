@@ -8,11 +8,12 @@ import torch
 from conftest import HOSTS
 from helpers import assert_equal, assert_near
 from mmcv.cnn.bricks.transformer import FFN
-from mona_mm.fast import ffn as fast_ffn
 from test_fast_attention import backbone_pair, kept, step
 
 from mona_mm import PeftBackbone
-from mona_mm.hosts.ffn import _ROWS, FrozenLayers, make_fast
+from mona_mm.hosts import ffn as fast_ffn
+from mona_mm.hosts import make_fast
+from mona_mm.hosts.ffn import _ROWS, FrozenLayers
 
 SHAPES = {
     'batch 1': (1, 77),

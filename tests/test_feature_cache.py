@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.hosts import find_host
+from mona_mm.record import record_of
 
 STILL = {name: dict(host, drop_path_rate=0.0) for name, host in HOSTS.items()}
 WITH_END = [name for name in HOSTS if 'swinv2' not in name and ('swin' in name or 'vit' in name)]
@@ -61,7 +62,7 @@ def blocks_run(model: nn.Module) -> list[str]:
 
 
 def found(model: nn.Module) -> tuple[int, int]:
-    return model.feature_cache.found, model.feature_cache.asked
+    return record_of(model).feature_cache.found, record_of(model).feature_cache.asked
 
 
 def test_bit_for_bit_in_batches_of_one(pair):
@@ -77,10 +78,10 @@ def test_bit_for_bit_in_batches_of_one(pair):
         for x in images(3).split(1):
             assert_equal(step(kept, x), step(plain, x))
         if epoch:
-            assert set(ran) <= {last} and len(ran) == 3 * bool(kept.freeze_record.trainable)
+            assert set(ran) <= {last} and len(ran) == 3 * bool(record_of(kept).freeze.trainable)
             assert found(kept) == (3, 3)
         ran.clear()
-    assert len(kept.feature_cache.features) == 3
+    assert len(record_of(kept).feature_cache.features) == 3
     for x in (images(1), torch.randn(1, 3, 64, 64)):
         assert type(kept(x)) is type(plain(x))
 
@@ -166,7 +167,7 @@ def test_kept_while_the_weights_are_the_same():
         lambda: [nn.init.normal_(p, std=0.1) for p in kept.parameters() if p.requires_grad],
     ):
         change()
-        kept.feature_cache.found = kept.feature_cache.asked = 0
+        record_of(kept).feature_cache.found = record_of(kept).feature_cache.asked = 0
         step(kept, x)
         assert found(kept) == (2, 2)
 
@@ -179,7 +180,7 @@ def test_precision_is_part_of_the_key():
         for low in (False, True):
             with torch.autocast('cpu', torch.bfloat16, enabled=low):
                 assert_equal(step(kept, x), step(plain, x))
-    assert found(kept) == (2, 4) and len(kept.feature_cache.features) == 2
+    assert found(kept) == (2, 4) and len(record_of(kept).feature_cache.features) == 2
 
 
 def test_the_type_of_the_image_is_part_of_the_key():
@@ -215,7 +216,7 @@ def test_a_full_memory(make_runner, caplog):  # noqa: F811
     """No more than the limit is kept; the rest is computed, and stays so; it is said once."""
     _, measured = make_pair('mmdet-swin', 'partial_1')
     measured(images(1))
-    each = measured.feature_cache.bytes
+    each = record_of(measured).feature_cache.bytes
     assert each == sum(t.nbytes for t in [*measured(images(1))[:-1], torch.empty(4, 192)])
     plain, kept = make_pair('mmdet-swin', 'partial_1', gib=2.5 * each / 2**30)
     runner = make_runner(kept)
@@ -223,7 +224,7 @@ def test_a_full_memory(make_runner, caplog):  # noqa: F811
         for x in images(4).split(1):
             assert_equal(step(kept, x), step(plain, x))
         assert found(kept) == (2 * epoch, 4 * (epoch + 1))
-    assert kept.feature_cache.bytes == 2 * each
+    assert record_of(kept).feature_cache.bytes == 2 * each
     assert log_of(runner).count('GiB are full: the features of 2 images are kept') == 1
     for model in (plain, kept):  # the features of other weights have all of the memory again
         torch.manual_seed(6)
@@ -231,7 +232,7 @@ def test_a_full_memory(make_runner, caplog):  # noqa: F811
     for _ in range(2):
         for x in images(4).split(1):
             assert_equal(step(kept, x), step(plain, x))
-    assert kept.feature_cache.bytes == 2 * each and len(kept.feature_cache.features) == 2
+    assert record_of(kept).feature_cache.bytes == 2 * each and len(record_of(kept).feature_cache.features) == 2
 
 
 @pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
@@ -246,11 +247,11 @@ def test_kept_features_are_their_own(rule):
             for out in outputs:
                 out.zero_()
     assert_near(step(kept, x), step(plain, x))
-    features = kept.feature_cache.features.values()
+    features = record_of(kept).feature_cache.features.values()
     tensors = [t for each in features for t in (*each.outputs, each.tokens) if t is not None]
     assert len(features) == 2
     for sizes in ([t.nbytes for t in tensors], [t.untyped_storage().nbytes() for t in tensors]):
-        assert kept.feature_cache.bytes == sum(sizes)
+        assert record_of(kept).feature_cache.bytes == sum(sizes)
 
 
 def test_an_address_is_not_used_again():
@@ -285,13 +286,13 @@ def test_copies_begin_empty(clone, rule):
     expected = step(kept, x)
     assert kept.state_dict().keys() == plain.state_dict().keys()
     twin = clone(kept)
-    assert not twin.feature_cache.features and twin.feature_cache.gib == 1.0
+    assert not record_of(twin).feature_cache.features and record_of(twin).feature_cache.gib == 1.0
     with torch.no_grad():
         for p in twin.parameters():
             p.zero_()
     for _ in range(2):
         assert not torch.equal(step(twin, x)[0], expected[0])
-    assert twin.feature_cache.found == 1
+    assert record_of(twin).feature_cache.found == 1
     twin.eval()
     assert kept.training and not twin.training
     assert_equal(step(kept, x), expected)

@@ -31,7 +31,8 @@ from suite import (
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.hosts import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
-from mona_mm.methods import PeftModule, build_method
+from mona_mm.methods import StreamModule, build_method
+from mona_mm.record import record_of
 from mona_mm.registry import METHODS
 
 
@@ -58,7 +59,7 @@ def adapted(host, method):
     return PeftBackbone(base=host, peft=method)
 
 
-class EverySite(PeftModule):
+class EverySite(StreamModule):
     """Does nothing, everywhere: shows that the seams themselves change nothing."""
 
     sites = tuple(site for site in STREAM_SITES if site != 'parallel_ffn')
@@ -233,7 +234,7 @@ def test_frozen_stages_under_a_method_are_refused(base, stages):
         PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=8))
     without = PeftBackbone(base=base)  # without a method it is the host's own business, and is respected
     without.train()
-    assert 0 < len(without.freeze_record.trainable) < len(list(without.parameters()))
+    assert 0 < len(record_of(without).freeze.trainable) < len(list(without.parameters()))
 
 
 def test_frozen_patch_embedding_is_accepted():
@@ -335,12 +336,12 @@ def test_a_new_method_is_one_small_file(host, tmp_path, monkeypatch):
 import torch
 from torch import Tensor, nn
 
-from mona_mm.methods import PeftModule
+from mona_mm.methods import StreamModule
 from mona_mm.registry import METHODS
 
 
 @METHODS.register_module()
-class ScaleShift(PeftModule):
+class ScaleShift(StreamModule):
     """SSF: ``x * scale + shift`` after every residual add."""
 
     sites = ('post_attn', 'post_ffn')

@@ -11,7 +11,8 @@ from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.hosts import method_modules
-from mona_mm.methods import FoldedMona, Mona
+from mona_mm.methods import Mona
+from mona_mm.methods.folded_mona import FoldedMona
 from mona_mm.nn.meta import meta_device
 
 SIZES = {

@@ -20,13 +20,13 @@ from mona_mm.checkpoint.merge import stock_config, types_left
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.config import adapt_to_device, fine_tune_from, load_config
 from mona_mm.commands.data import check_data
+from mona_mm.commands.sensitivity import config_fingerprint
 from mona_mm.errors import ConfigError
 from mona_mm.hooks import LoadCheckHook
 from mona_mm.methods import LoRA
 from mona_mm.registry import METHODS, MODELS
 from mona_mm.reproduce.cells import differences
 from mona_mm.reproduce.logs import parse_config
-from mona_mm.spt.sensitivity import config_fingerprint
 from mona_mm.type_names import _CLASSES, full_name, is_ours, is_type, look_up, type_name, with_names
 
 

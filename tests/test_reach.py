@@ -7,8 +7,9 @@ from torch import nn
 
 import mona_mm
 from mona_mm.errors import ConfigError
+from mona_mm.frozen.count import count_trainable
 from mona_mm.frozen.reach import unreached
-from mona_mm.frozen.rules import check_trainable, count_trainable, freeze
+from mona_mm.frozen.rules import check_trainable, freeze
 from mona_mm.registry import MODELS
 
 EARLY = {name: dict(host, out_indices=(1,) if 'vit' in name else (0, 1)) for name, host in HOSTS.items()}

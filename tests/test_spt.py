@@ -127,7 +127,7 @@ def test_merged_equals_unmerged(host, tmp_path):
             for site, module in block.peft.items():
                 weight = block.get_parameter(descriptor.linears[site].weight)
                 rows = weight[descriptor.linears[site].rows(weight)]
-                rows += module.delta_weight().view_as(rows)
+                rows += module.delta_weight(rows).view_as(rows)
         stock = MODELS.build(host)
         stock.load_state_dict({n: t for n, t in model.state_dict().items() if '.peft.' not in n}, strict=False)
         stock.eval()

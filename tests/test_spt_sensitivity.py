@@ -15,10 +15,11 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 
 from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.sensitivity import build_loader, measure
 from mona_mm.errors import ConfigError, MissingFileError, SensitivityError
 from mona_mm.spt import Plan, Sensitivity, allocate, compute_sensitivity
 from mona_mm.spt import sensitivity as module
-from mona_mm.spt.sensitivity import build_loader, measure, set_seed
+from mona_mm.spt.sensitivity import set_seed
 
 BACKBONES = {
     'vit': dict(

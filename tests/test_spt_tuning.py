@@ -416,11 +416,11 @@ def test_structured_start_and_published_initialisation(cls):
     of std 0.02, with zero biases."""
     x, y = torch.randn(2, 3, 60), torch.randn(2, 3, 80)
     module = cls(60, 80, 'fc1', 8)
-    assert module(x, y).abs().max() == 0 and module.down.weight.std() > 0.05
+    assert module(x, y, None).abs().max() == 0 and module.down.weight.std() > 0.05
     nn.init.ones_(module.up.weight)
-    assert module(x, y).any()
+    assert module(x, y, None).any()
     module.reset_parameters()
-    assert not module(x, y).any()
+    assert not module(x, y, None).any()
     module = cls(60, 80, 'fc1', 8, init='trunc_normal')
     for linear in (module.down, module.up):
         assert 0.015 < linear.weight.std() < 0.025 and (linear.bias is None or not linear.bias.any())
@@ -442,11 +442,11 @@ def test_structured_in_train_mode(cls, site):
         nn.init.normal_(p)
     x, y = torch.randn(2, 4000, 3, 40)
     module.train()
-    added = module(x, y)
+    added = module(x, y, None)
     dropped = (added == 0).flatten(1).all(1)
     assert 0.07 < dropped.double().mean() < 0.13
     module.dropout.p = 0.0
-    scaled = module.eval()(x, y) / 0.9
+    scaled = module.eval()(x, y, None) / 0.9
     undropped = torch.isclose(added, scaled, rtol=1e-3, atol=1e-4).flatten(1).all(1) & ~dropped
     assert undropped.sum() == (4000 - dropped.sum() if site == 'proj' else 0)
 
@@ -457,13 +457,13 @@ def test_structured_formulas():
     lora = StructuredLoRA(5, 7, 'fc2', 4).eval()
     nn.init.normal_(lora.up.weight)
     assert lora.scale == 1
-    assert_near(lora(x, y), x @ lora.delta_weight().T)
+    assert_near(lora(x, y, None), x @ lora.delta_weight(None).T)
     for site, z in (('fc2', y), ('proj', x)):
         module = StructuredAdapter(5, 7, site, 4, init='trunc_normal').eval()
         nn.init.normal_(module.down.bias)
         nn.init.normal_(module.up.bias)
         hidden = F.gelu(z @ module.down.weight.T + module.down.bias)
-        assert_near(module(x, y), hidden @ module.up.weight.T + module.up.bias)
+        assert_near(module(x, y, None), hidden @ module.up.weight.T + module.up.bias)
 
 
 @pytest.mark.parametrize('cls', STRUCTURED.values())
