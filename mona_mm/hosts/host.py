@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
 from mona_mm.hosts.formats import CheckpointFormat, OwnNames
 from mona_mm.hosts.sites import STREAM_SITES
-from mona_mm.nn.mixin import qualified_name, stock_class
-
-if TYPE_CHECKING:
-    from mona_mm.hosts.block import PeftBlock
+from mona_mm.nn.mixin import Mixin, qualified_name, stock_class
 
 Grid = tuple[int, int]
 """Height and width of the grid that the tokens of a block are cut from."""
@@ -110,7 +107,7 @@ class Host:
 
     Args:
         block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
-        block_mixin: the forward of such a block, with sites.
+        block_mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`.
         linears: the linear layers of a block, by site.
         branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
         grid: how the grid is known; None where the stream is ``(B, C, H, W)`` and says it itself.
@@ -129,7 +126,7 @@ class Host:
     """
 
     block: str
-    block_mixin: type[PeftBlock]
+    block_mixin: type[Mixin]
     linears: Mapping[str, Linear]
     branches: Mapping[str, Branch]
     grid: GridArgument | GridSource | None = None
