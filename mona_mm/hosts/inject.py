@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.block import PeftBlock, hook_sites, unhook_sites
+from mona_mm.hosts.block import PassedGrid, PeftBlock, hook_sites, unhook_sites
 from mona_mm.hosts.host import Grid, GridSource, Host, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
@@ -121,4 +121,4 @@ def _remember_grid(source: nn.Module, grid: list[Grid], *args: Any) -> tuple[Ten
 
 
 def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:
-    return block(*args, peft_grid=grid[0] if grid else None, **kwargs)
+    return block(*args, *map(PassedGrid, grid), **kwargs)
