@@ -26,7 +26,7 @@ from mona_mm.frozen.changes import changing, state_tensors
 from mona_mm.frozen.copies import alike, is_under, moving_copies
 from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
-from mona_mm.nn.fingerprint import checksum, differing, fingerprint, resized, same_names
+from mona_mm.nn.digest import checksum, differing, fingerprint, resized, same_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import freeze_records, make_record, record_of
 from mona_mm.registry import METHODS
