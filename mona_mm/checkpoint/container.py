@@ -8,7 +8,6 @@ JSON.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.header import LONGEST, check_length, parse
+from mona_mm.checkpoint.header import check_length, parse
 from mona_mm.errors import MissingFileError, UserError
 from mona_mm.nn.digest import names_of
 from mona_mm.version import __version__

@@ -12,8 +12,8 @@ distributed run has its own, of the images that it has seen. Hooks on modules wh
 
 They belong to the weights. Weights that were loaded, initialised or changed in place are found by their addresses and
 version counters at the next image, those exchanged without a trace (mmengine's EMAHook does so between training and
-evaluation) by their fingerprint after every ``train()`` and ``eval()``; then all features are dropped. No state dict, copy or
-pickle has them.
+evaluation) by their fingerprint after every ``train()`` and ``eval()``; then all features are dropped. No state dict,
+copy or pickle has them.
 """
 
 import math
@@ -104,11 +104,7 @@ class FeatureCache:
     def _follow(self, backbone: nn.Module) -> None:
         trainable = record_of(backbone).freeze.trainable
         tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
-        marks = [
-            (t.data_ptr(), change_count(t), t.requires_grad)
-            for name, t in tensors
-            if name not in trainable
-        ]
+        marks = [(t.data_ptr(), change_count(t), t.requires_grad) for name, t in tensors if name not in trainable]
         if self.switched:
             self.switched = False  # before the weights are looked at: who calls train() from now on is not overlooked
             self.report()

@@ -8,9 +8,10 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
+from mona_mm.compat.runner import trains
 from mona_mm.errors import FreezeError
 from mona_mm.frozen.averages import differing_frozen, keep_frozen_part
 from mona_mm.frozen.copies import alike, moving_copies
@@ -62,8 +63,7 @@ class ParamFreezeHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Freeze a stock model, where ``trainable`` is given and nothing in the model was frozen when built."""
         model = _unwrap(runner.model)
-        only_tests = not isinstance(runner._train_loop, BaseLoop)  # the loop's config, or None, until it trains
-        if self.trainable is None or only_tests:
+        if self.trainable is None or not trains(runner):
             return
         if any(freeze_records(model)):
             self._check_rules(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
@@ -50,7 +51,7 @@ _is_in_dispatch_mode = _find('torch.utils._python_dispatch', 'is_in_torch_dispat
 def may_be_transformed() -> bool:
     """Whether ``torch.func``, derivatives in forward mode or a dispatch mode follow what is computed now; where torch
     does not say, True, for which the plain forms are taken."""
-    level = _find('torch.autograd.forward_ad', '_current_level')  # asked anew: it is a number
+    level = getattr(forward_ad, '_current_level', None)
     if _functorch_is_active is None or _is_in_dispatch_mode is None or level is None:
         return True
     return _functorch_is_active() or level >= 0 or _is_in_dispatch_mode()
