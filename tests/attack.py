@@ -8,7 +8,6 @@ Pickles are loaded in a process of their own. The tests run a short, fixed part 
 """
 
 import argparse
-import base64
 import copy
 import hashlib
 import io
@@ -27,7 +26,6 @@ import time
 import traceback
 import warnings
 import zipfile
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -567,7 +565,7 @@ def forged_deltas(data: bytes) -> Iterator[tuple[str, bytes]]:
     yield 'no JSON', forged(header, said, body, metrics='{')
     yield 'no text', forged(header, said, body, metrics=3)
     yield 'a long header of safetensors', forged(header, said, body, x='x' * 2**21)
-    for announced in ('{}', '3', '[]', '{"count": 1}', '', '{"count": 1, "names": 1}'):
+    for announced in ('{}', '3', '[]', '{"count": 1}', '', '{"count": 1, "digest": "0"}'):
         yield f'announced {announced}', forged(header, said, body, tensors=announced)
     many = {f'{i}': dict(dtype='F32', shape=[0], data_offsets=[size, size]) for i in range(2**15)}
     yield 'many tensors', forged({**header, **many}, said, body)
@@ -589,7 +587,7 @@ def forged_deltas(data: bytes) -> Iterator[tuple[str, bytes]]:
     for name in ('', 'evil', '\ud800', 'x' * 2**16):
         yield f'the name {name[:9]!r}', forged({**without, name: header[last]}, said, body)
     yield 'no name', forged({**without, '': header[last]}, said, body)
-    for value in (3, None, [], {}, dict(header[last], more=1)):
+    for value in (3, None, [], {}):
         yield f'{value} for a tensor', forged({**header, last: value}, said, body)
     yield 'a tensor less', forged(without, said, body[:start])
     yield 'a tensor of which nobody says what it is', forged(without, said, body)

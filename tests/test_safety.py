@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import json
 import multiprocessing
 import os
 import pickle
@@ -14,6 +13,7 @@ import threading
 import traceback
 from pathlib import Path
 
+import attack
 import numpy as np
 import pytest
 import safetensors.torch

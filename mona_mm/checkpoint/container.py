@@ -2,7 +2,7 @@
 
 It is a safetensors file whose tensors have their own names. Its metadata, which every viewer of safetensors shows,
 are texts: ``format`` and ``mona_mm_version`` say what wrote it, ``digest`` is the SHA-256 of the whole file with zeros
-in its own place, ``tensors`` says how many there are and sums up their names, and each further entry is one field in
+in its own place, ``tensors`` says how many there are and sums up their names, types and shapes, and each further entry is one field in
 JSON.
 """
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.header import check_length, parse
 from mona_mm.errors import MissingFileError, UserError
-from mona_mm.nn.digest import names_of
 from mona_mm.version import __version__
 
 _ENVELOPE = ('format', 'mona_mm_version', 'digest', 'tensors')
@@ -86,7 +85,7 @@ def write(
         format=kind.format,
         mona_mm_version=__version__,
         digest=_NO_DIGEST,
-        tensors=json.dumps(names_of(tensors)),
+        tensors=json.dumps(_announced(tensors)),
         **said,
     )
     data = safetensors.torch.save(_apart(tensors), metadata)
@@ -127,8 +126,8 @@ def read(path: str | Path, kind: Kind, *, allow_nonfinite: bool = False) -> tupl
     _check_format(path, kind, metadata)
     try:
         _check_digest(data, length, metadata)
-        tensors = safetensors.torch.load(data)
-        if parse(metadata['tensors']) != names_of(tensors):
+        tensors = dict(sorted(safetensors.torch.load(data).items()))  # it has them in another order every time
+        if parse(metadata['tensors']) != _announced(tensors):
             raise ValueError(f'it announces other tensors than the {len(tensors)} that it holds')
         fields = {name: parse(text) for name, text in metadata.items() if name not in _ENVELOPE}
     except Exception as error:
@@ -149,6 +148,12 @@ def nonfinite(tensors: Mapping[str, Tensor]) -> str:
             if count:
                 return f'{name} holds {count:,} of {tensor.numel():,} values that are not finite (NaN or infinite)'
     return ''
+
+
+def _announced(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many tensors there are, and a digest of their names, types and shapes."""
+    lines = '\n'.join(f'{name} {tensors[name].dtype} {tuple(tensors[name].shape)}' for name in sorted(tensors))
+    return dict(count=len(tensors), digest=hashlib.sha256(lines.encode()).hexdigest()[:16])
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -189,9 +194,10 @@ def _check_format(path: str | Path, kind: Kind, metadata: Mapping[str, str]) -> 
     said = f'{path} cannot be read as a {kind.name}: its format is {form[:40]!r}'
     if form.rpartition('/')[0] == kind.format.rpartition('/')[0]:
         version = kind.old_version(metadata)
-        version = version if isinstance(version, str) and _VERSION.fullmatch(version) else 'another version'
+        known = isinstance(version, str) and _VERSION.fullmatch(version)
+        writer = f'mona_mm {version}' if known else 'another version'
         raise kind.error(
-            f'{said}, written by mona_mm {version}; mona_mm {__version__} reads {kind.format!r} alone. {kind.renewal}'
+            f'{said}, written by {writer}; mona_mm {__version__} reads {kind.format!r} alone. {kind.renewal}'
         )
     raise kind.error(f'{said} and not {kind.format!r}.')
 
