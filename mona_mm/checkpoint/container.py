@@ -2,8 +2,8 @@
 
 It is a safetensors file whose tensors have their own names. Its metadata, which every viewer of safetensors shows,
 are texts: ``format`` and ``mona_mm_version`` say what wrote it, ``digest`` is the SHA-256 of the whole file with zeros
-in its own place, ``tensors`` says how many there are and sums up their names, types and shapes, and each further entry is one field in
-JSON.
+in its own place, ``tensors`` says how many there are and sums up their names, types and shapes, and each further entry
+is one field in JSON.
 """
 
 import hashlib
