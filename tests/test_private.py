@@ -52,7 +52,12 @@ print(private.may_be_transformed(), *(isinstance(each, kinds) for each, kinds in
 
 def test_a_torch_without_the_private_names():
     """The plain forms are taken, and torch's own layers are still known for what they are."""
-    code = f'import sys; sys.modules["mona_mm"] = type(sys)("mona_mm"); sys.modules["mona_mm"].__path__ = [{str(ROOT / "mona_mm")!r}]\n'
+    package = str(ROOT / 'mona_mm')  # without its __init__, which imports everything
+    code = f"""
+import sys
+mona_mm = sys.modules['mona_mm'] = type(sys)('mona_mm')
+mona_mm.__path__ = [{package!r}]
+"""
     for argument, first in (([], 'False'), (['--delete'], 'True')):
         done = subprocess.run(
             [sys.executable, '-W', 'ignore', '-c', code + WITHOUT, *argument], capture_output=True, text=True
