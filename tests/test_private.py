@@ -15,7 +15,7 @@ from mona_mm.compat.safe_globals import weights_only
 from mona_mm.nn import private, products, tracing
 from mona_mm.nn.replaced import replaced
 
-IMPORTED = re.compile(r'^\s*from (torch|mmengine)[\w.]* import (.*\W)?_[a-z]\w*', re.IGNORECASE)
+IMPORTED = re.compile(r'^\s*from (torch|mmengine)[\w.]* import (.*, ?)?_[a-z]\w*', re.IGNORECASE)
 USED = re.compile(r'\b(torch(\.\w+)*\._[a-z]\w*|(runner|t|p|tensor)\._(resume|load_from|train_loop|version)\b)')
 KNOWN = {
     'nn/private.py',
