@@ -36,7 +36,9 @@ class PeftRecord:
         frozen_dtype: the type that frozen weights are kept in, ``'bfloat16'`` or ``'float16'``; None for float32.
         feature_cache: the :class:`mona_mm.frozen.feature_cache.FeatureCache` of the module, if it keeps features.
         base_file: the whole model that was loaded for a delta to be put on.
-        replaced: what the last delta replaced, by name: the tensor that was there, and a digest of the delta's.
+        replaced: what the last delta replaced, by name: the tensor that was there, and the digest of the delta's.
+        delta_base: the whole model that deltas which mmengine loads belong on, whatever they say themselves.
+        allow_other_base: whether such deltas are loaded on another base than their own, too.
     """
 
     method: str | None = None
@@ -45,7 +47,9 @@ class PeftRecord:
     frozen_dtype: str | None = None
     feature_cache: Any = None
     base_file: str | None = None
-    replaced: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
+    replaced: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    delta_base: str | None = None
+    allow_other_base: bool = False
 
 
 _NO_RECORD = PeftRecord()

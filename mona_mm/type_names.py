@@ -11,7 +11,9 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
-from mmengine.registry import DefaultScope, Registry, init_default_scope
+from mmengine.registry import Registry, init_default_scope
+
+from mona_mm.compat.runner import forget_scopes
 
 _CLASSES = dict(
     BN='BatchNorm2d',
@@ -112,7 +114,7 @@ def enter_scope(cfg: Config) -> None:
     """
     scope = cfg.get('default_scope', 'mmengine')
     if scope is None:
-        DefaultScope._instance_dict.clear()  # what a config before this one has left
+        forget_scopes()
     else:
         init_default_scope(scope)
 

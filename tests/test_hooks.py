@@ -21,7 +21,7 @@ from mona_mm.errors import CheckpointMismatchError, ConfigError, FreezeError
 from mona_mm.frozen.rules import freeze
 from mona_mm.hooks import SafeCheckpointHook
 from mona_mm.hooks.checkpoint import AtomicLocalBackend
-from mona_mm.hooks.param_freeze import checksums
+from mona_mm.hooks.param_freeze import frozen_digests
 
 
 class Images(Dataset):
@@ -241,20 +241,20 @@ def test_a_changed_frozen_weight_is_found_at_the_next_checkpoint(make_runner, tm
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_checksums_see_any_single_change(dtype):
-    """Every bit flip of one element changes the checksum; NaN payloads and signed zeros count, too."""
+def test_digests_see_any_single_change(dtype):
+    """Every bit flip of one element changes the digest; NaN payloads and signed zeros count, too."""
     model = nn.Linear(7, 5).to(dtype)
     freeze(model, 'none')
-    reference = checksums(model)['weight']
+    reference = frozen_digests(model)['weight']
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[model.weight.element_size()]
     bits = model.weight.data.view(integers)
     for element in [(2, 3), (4, 6)]:  # the last one is beyond the last whole 64-bit word
         for bit in range(8 * model.weight.element_size()):
             flip = torch.tensor(1, dtype=torch.int64).bitwise_left_shift(bit).to(integers)
             bits[element] ^= flip
-            assert checksums(model)['weight'] != reference, (element, bit)
+            assert frozen_digests(model)['weight'] != reference, (element, bit)
             bits[element] ^= flip
-    assert checksums(model)['weight'] == reference
+    assert frozen_digests(model)['weight'] == reference
 
 
 # Checkpoints -----------------------------------------------------------------------------------------------------

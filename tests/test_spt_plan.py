@@ -704,7 +704,7 @@ def test_sensitivity_round_trip(tmp_path):
     content = bytearray((tmp_path / 's.safetensors').read_bytes())
     content[-100] ^= 4
     (tmp_path / 's.safetensors').write_bytes(content)
-    with pytest.raises(PlanError, match='checksum'):
+    with pytest.raises(PlanError, match='digest'):
         Sensitivity.load(tmp_path / 's.safetensors')
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.base import base_file, whole_model_base
-from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta, set_base_file
+from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
 from mona_mm.checkpoint.delta_file import Delta, read_delta
 from mona_mm.checkpoint.merge import (
     merged_state_dict,
@@ -104,8 +104,7 @@ def merge(args: argparse.Namespace) -> None:
         raise ConfigError(f'{args.delta} holds only {", ".join(delta.header.parts)}: that makes no whole model.')
     cfg, model = build(args, args.delta)
     base = whole_model_base(cfg, args.delta)
-    set_base_file(base)
-    apply_delta(model, delta, args.allow_other_base)
+    apply_delta(model, delta, args.allow_other_base, base_file=base)
     if cfg.get('resume'):  # who takes the merged config resumes nothing
         cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
     left = unmergeable(model)

@@ -8,7 +8,6 @@ from torch import nn
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
-from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data
@@ -54,12 +53,13 @@ def main() -> None:
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
+    delta_base = None
     if args.checkpoint.endswith(SUFFIX):
-        set_base_file(whole_model_base(cfg, args.checkpoint))
+        delta_base = whole_model_base(cfg, args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
-    runner = build_runner(cfg)
+    runner = build_runner(cfg, delta_base, args.allow_other_base)
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(args.out, innermost(runner.model)))
     runner.test()

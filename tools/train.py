@@ -2,7 +2,6 @@
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
-from mona_mm.checkpoint.delta import set_base_file
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
 from mona_mm.commands.config import fine_tune_from, resume_from
@@ -37,15 +36,15 @@ def main() -> None:
             raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')
         fine_tune_from(cfg, args.fine_tune)
     resume_from(cfg, args.resume)
-    if cfg.get('resume') and cfg.load_from.endswith(SUFFIX):
-        set_base_file(whole_model_base(cfg, cfg.load_from))
+    resumes_delta = cfg.get('resume') and cfg.load_from.endswith(SUFFIX)
+    delta_base = whole_model_base(cfg, cfg.load_from) if resumes_delta else None
     join_process_group(cfg)
     make_plan(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
-    build_runner(cfg).train()
+    build_runner(cfg, delta_base, args.allow_other_base).train()
 
 
 if __name__ == '__main__':

@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from mona_mm.benchmark.module import rates
 from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, wait, with_spread
+from mona_mm.nn.replaced import replaced
 from mona_mm.spt import sparse
 
 VIT_B = (3072, 768)
@@ -121,7 +121,7 @@ class _Case:
             self.form(self.grad, x, self.places)
 
     def step(self) -> None:
-        with mock.patch.object(sparse, 'sparse_weight_grad', self.form):
+        with replaced(sparse, 'sparse_weight_grad', self.form):
             self.optimizer.zero_grad()
             self.linear(self.x).backward(self.grad)
             self.x.grad = None
@@ -262,8 +262,15 @@ def _peak_on_cuda(case: _Case, device: str) -> float:
 @contextmanager
 def _returning_freed_memory() -> Iterator[None]:
     """Processes that start here give memory back to the system when it is freed, so that a mark shows what is used."""
-    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_='65536', MALLOC_TRIM_THRESHOLD_='65536'):
+    names = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_')
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, '65536'))
+    try:
         yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _peak_of_process(sender, threads: int, way: str, *args) -> None:

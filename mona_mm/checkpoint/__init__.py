@@ -1,7 +1,7 @@
 """Checkpoints in and out: formats, loading that checks, what of a file fits a model, and deltas."""
 
 from mona_mm.checkpoint.convert import convert_state_dict
-from mona_mm.checkpoint.delta import allow_other_base, load_delta, save_delta
+from mona_mm.checkpoint.delta import load_delta, save_delta
 from mona_mm.checkpoint.pretrained import load_pretrained
 
-__all__ = ['allow_other_base', 'convert_state_dict', 'load_delta', 'load_pretrained', 'save_delta']
+__all__ = ['convert_state_dict', 'load_delta', 'load_pretrained', 'save_delta']

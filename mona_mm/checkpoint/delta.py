@@ -5,7 +5,6 @@ import os.path as osp
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from logging import WARNING
@@ -26,7 +25,7 @@ from mona_mm.frozen.changes import changing, state_tensors
 from mona_mm.frozen.copies import alike, is_under, moving_copies
 from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
-from mona_mm.nn.fingerprint import checksum, differing, fingerprint, resized, same_names
+from mona_mm.nn.digest import differing, digest, digests, fingerprint, resized, same_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import freeze_records, make_record, record_of
 from mona_mm.registry import METHODS
@@ -34,9 +33,6 @@ from mona_mm.version import __version__
 
 # Options of a method that change neither what its weights mean nor, in evaluation, what they do.
 _FREE_OPTIONS = ('dropout', 'plan')
-_ALLOW_OTHER_BASE: ContextVar[bool] = ContextVar('allow_other_base', default=False)
-_BASE_FILE: ContextVar[str | None] = ContextVar('base_file', default=None)
-_LOADING: ContextVar[frozenset[Path]] = ContextVar('loading', default=frozenset())  # each on the base that is next
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
@@ -184,30 +180,51 @@ def _exclusively(load: Callable) -> Callable:
     return alone
 
 
-def allow_other_base(allow: bool = True) -> None:
-    """Let every later delta load as with ``allow_other_base=True``, whoever loads it: the tools' option."""
-    _ALLOW_OTHER_BASE.set(allow)
+def expect_delta(model: nn.Module, base_file: str | None = None, allow_other_base: bool = False) -> None:
+    """Say beforehand how deltas are put into ``model`` that mmengine loads, through which no argument can be passed.
 
+    It is kept in the model's record, which copies of the model (an ``EMAHook``'s) have, too.
 
-def set_base_file(file: str | None) -> None:
-    """Name the whole model that every later delta is put on, whatever it says itself: the tools', from the config."""
-    _BASE_FILE.set(file)
+    Args:
+        model: of whose copies mmengine's Runner will load.
+        base_file: the whole model that deltas are put on, whatever they say themselves.
+        allow_other_base: see :func:`load_delta`.
+    """
+    record = make_record(innermost(model))
+    record.delta_base, record.allow_other_base = base_file, allow_other_base
 
 
 @_exclusively
 def apply_delta(
-    model: nn.Module, delta: Delta, allow_other_base: bool = False, start: float | None = None
+    model: nn.Module,
+    delta: Delta,
+    allow_other_base: bool = False,
+    start: float | None = None,
+    *,
+    base_file: str | None = None,
+    loading: frozenset[Path] = frozenset(),
 ) -> LoadedDelta:
-    """:func:`load_delta` of a delta that has been read."""
+    """:func:`load_delta` of a delta that has been read.
+
+    Args:
+        model: see :func:`load_delta`.
+        delta: what was read.
+        allow_other_base: see :func:`load_delta`.
+        start: when reading it began.
+        base_file: the whole model that it is put on, whatever it says itself.
+        loading: the files of deltas that are being loaded, each on the base that is the next of them.
+
+    Raises:
+        CheckpointMismatchError: see :func:`load_delta`.
+    """
     start = time.perf_counter() if start is None else start
     model, header = innermost(model), delta.header
     state = state_tensors(model)
     _check_method(model, delta)
-    base = _BASE_FILE.get()
     record = make_record(model)
-    if base and record.base_file != base:
-        record.base_file = base
-        _load_whole(model, base)
+    if base_file and record.base_file != base_file:
+        record.base_file = base_file
+        _load_whole(model, base_file, allow_other_base, loading)
     delta = replace(delta, tensors=_fitted(model, state, delta.tensors))
     given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
     shared = _shared(given)
@@ -227,9 +244,9 @@ def apply_delta(
             f'{delta.file} does not fit this {type(model).__name__}: {wrong} It was written by another config (method, '
             'width, rules of what trains), or for another number of classes.'
         )
-    _check_base(model, delta, frozen, allow_other_base or _ALLOW_OTHER_BASE.get())
-    # Not an attribute of the module: no state dict has it. Each value is what was there before and, in a checksum,
-    # what the delta wrote: where that is no longer so, somebody has loaded or trained since, and theirs stays.
+    _check_base(model, delta, frozen, allow_other_base, loading)
+    # Not an attribute of the module: no state dict has it. Each value is what was there before and the digest of what
+    # the delta wrote: where that is no longer so, somebody has loaded or trained since, and theirs stays.
     kept = record.replaced
     with torch.no_grad():
         for name in [name for name, entry in kept.items() if not _is_ours(state.get(name), *entry)]:
@@ -245,7 +262,8 @@ def apply_delta(
         }
         for name in names:
             state[name].copy_(delta.tensors[name])
-        kept.update({name: (before[name], checksum(state[name])) for name in names})
+        written = digests({name: state[name] for name in names})
+        kept.update({name: (before[name], written[name]) for name in names})
         for name, source in _followed(state, delta.tensors, copies).items():
             state[name].copy_(state[source])
     if header.dataset_meta and hasattr(model, 'dataset_meta'):
@@ -278,7 +296,7 @@ def _fitted(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str,
 
 def _is_ours(tensor: Tensor | None, before: Tensor, written: int) -> bool:
     """Whether a tensor still is what a delta wrote; one of another type has been converted, and is."""
-    return tensor is not None and (tensor.dtype != before.dtype or checksum(tensor) == written)
+    return tensor is not None and (tensor.dtype != before.dtype or digest(tensor) == written)
 
 
 def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -353,7 +371,9 @@ def _as_json(value: Any) -> Any:
     return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], allow_other_base: bool) -> None:
+def _check_base(
+    model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], allow_other_base: bool, loading: frozenset[Path]
+) -> None:
     try:
         wrong = differing(delta.header.base, frozen)
         tables = resized(delta.header.base, frozen)
@@ -367,12 +387,12 @@ def _check_base(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], al
         if not wrong:
             return
         put_back = _snapshot(model)
-        wrong = _try_base_file(model, delta, frozen, wrong)  # first: what init_cfg names need not be here then
+        wrong = _try_base_file(model, delta, frozen, wrong, loading)  # first: what init_cfg names need not be here then
         try:
             if wrong and _initialise(model, wrong):
                 wrong = differing(delta.header.base, frozen)
                 if wrong and not delta.header.base_file.endswith(SUFFIX):  # that file may hold less
-                    wrong = _try_base_file(model, delta, frozen, wrong)
+                    wrong = _try_base_file(model, delta, frozen, wrong, loading)
         except Exception:
             put_back()
             raise
@@ -464,7 +484,9 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
     return put_back
 
 
-def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], wrong: Sequence[str]) -> Sequence[str]:
+def _try_base_file(
+    model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], wrong: Sequence[str], loading: frozenset[Path]
+) -> Sequence[str]:
     """Load the whole model that a delta names into ``model``, if it is that; return which frozen tensors then differ.
 
     From the disk alone: nothing is fetched because a file says so. What is not of the delta's parts stays.
@@ -472,18 +494,16 @@ def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor],
     header, named = delta.header, Path(delta.header.base_file)
     here = Path(delta.file).expanduser()
     # A delta may name one as its base that has its own name, and beside it is then itself.
-    loading = _LOADING.get() | {here.resolve()}
+    loading |= {here.resolve()}
     for file in dict.fromkeys((named, here.parent / named.name)):
         if not header.base_file or not osp.isfile(file) or file.resolve() in loading:
             continue
-        put_back, token = _snapshot(model), _LOADING.set(loading)
+        put_back = _snapshot(model)
         try:
-            _load_whole(model, str(file))
+            _load_whole(model, str(file), allow_other_base=False, loading=loading)
             left = differing(header.base, frozen)
         except UserError:
             left = wrong
-        finally:
-            _LOADING.reset(token)
         if not left:
             if header.parts is not None:
                 put_back({name for name in state_tensors(model) if header.part(name) not in header.parts})
@@ -493,13 +513,13 @@ def _try_base_file(model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor],
     return wrong
 
 
-def _load_whole(model: nn.Module, file: str) -> None:
+def _load_whole(model: nn.Module, file: str, allow_other_base: bool, loading: frozenset[Path]) -> None:
     """Put what of a whole model fits into ``model``, as far as it does: fingerprints are compared afterwards."""
     checkpoint = read_checkpoint(file)
     given = checkpoint.get('state_dict')
     delta = getattr(getattr(given, '_metadata', None), 'delta', None)
     if delta is not None:  # as mona_mm.checkpoint.loading hands them on, from an address, too
-        apply_delta(model, delta)
+        apply_delta(model, delta, allow_other_base, loading=loading)
         return
     state = state_tensors(model)
     with torch.no_grad():

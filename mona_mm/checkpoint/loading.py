@@ -10,9 +10,8 @@ import os.path as osp
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,7 +20,7 @@ import safetensors.torch
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit
+from mmengine.model import PretrainedInit, update_init_info
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
@@ -31,19 +30,20 @@ from mona_mm.checkpoint.header import LONGEST_OF_OTHERS, check_length
 from mona_mm.checkpoint.pretrained import (
     FETCHED,
     UNREACHABLE,
-    UNREADABLE,
     download_place,
     misfit,
+    read_checkpoint,
     unreachable,
     unreadable,
 )
 from mona_mm.checkpoint.rehearsal import load_state_dict as _load_state_dict
-from mona_mm.checkpoint.rehearsal import rehearse
+from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.frozen.changes import changing
 from mona_mm.hosts import method_names
 from mona_mm.nn.wrappers import innermost
+from mona_mm.record import record_of
 
 _WEB = ('http', 'https')
 _CHUNK = 2**20
@@ -62,7 +62,7 @@ def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: 
         raise
     except UNREACHABLE as error:
         raise unreachable(filename, error) from error
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can make a reader raise anything
         if urlparse(str(filename)).scheme in _WEB:
             filename = f'{filename} (now at {download_place(filename)}; without that, it is downloaded again)'
         raise unreadable(filename, error) from error
@@ -140,7 +140,7 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """
     if zipfile.is_zipfile(filename):
         _check_archive(filename)
-    return torch.load(filename, map_location=map_location)
+    return torch.load(filename, map_location=map_location, weights_only=True)
 
 
 def _check_archive(filename: str, compressed: bool = False) -> None:
@@ -237,24 +237,46 @@ def _optimizer(progress: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Check = Callable[[nn.Module, Mapping, bool], tuple[Mapping, bool]]
-_CHECK: ContextVar[Check | None] = ContextVar('check', default=None)
 
 
-def check_loading(check: Check | None) -> Token:
-    """Let ``check(module, state_dict, strict)`` see what mmengine hands a model from now on, the last moment before it
-    is loaded; it returns the state dict and the strictness to go on with. None ends that."""
-    return _CHECK.set(check)
+class _CheckedMetadata(OrderedDict):
+    """The ``_metadata`` of a state dict that is checked at the last moment before it is loaded."""
+
+    check: Check
+
+    def __deepcopy__(self, memo: dict) -> '_CheckedMetadata':
+        return self  # EMAHook copies state dicts; nobody changes this one
+
+
+def check_loading(checkpoint: dict[str, Any], check: Check) -> None:
+    """Let ``check(module, state_dict, strict)`` see what mmengine hands a model of this checkpoint, the last moment
+    before it is loaded; it returns the state dict and the strictness to go on with.
+
+    The check travels with the tensors, as their ``_metadata``: they are put into an ``OrderedDict``, which can have
+    one, under ``'state_dict'``, where mmengine looks first.
+    """
+    given = checkpoint.get('state_dict', checkpoint)
+    state_dict = OrderedDict(given)
+    state_dict._metadata = _CheckedMetadata(getattr(given, '_metadata', None) or {})
+    state_dict._metadata.check = check
+    checkpoint['state_dict'] = state_dict
 
 
 @wraps(_load_state_dict)
 def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False, logger: Any = None) -> None:
-    check = _CHECK.get()
+    metadata = getattr(state_dict, '_metadata', None)
     if not is_delta(state_dict):
-        if check is not None:
-            state_dict, strict = check(module, state_dict, strict)
+        if isinstance(metadata, _CheckedMetadata):
+            state_dict, strict = metadata.check(module, state_dict, strict)
         return _load_state_dict(module, state_dict, strict, logger)
-    delta = state_dict._metadata.delta
-    loaded = apply_delta(innermost(module), replace(delta, tensors=dict(state_dict)))
+    model, delta = innermost(module), metadata.delta
+    expected = record_of(model)
+    loaded = apply_delta(
+        model,
+        replace(delta, tensors=dict(state_dict)),
+        expected.allow_other_base,
+        base_file=expected.delta_base,
+    )
     print_log(
         f'Loaded {delta.file}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}.',
         logger=logger,
@@ -264,22 +286,29 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 mmengine_checkpoint.load_state_dict = load_state_dict
 
 
-_pretrained_init = PretrainedInit.__call__
-
-
-@wraps(_pretrained_init)
 def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
-    token = check_loading(partial(_check_frozen, self.checkpoint))
-    try:
-        _pretrained_init(self, module)
-    finally:
-        _CHECK.reset(token)
+    """mmengine's initialisation from a file, in its own steps, which refuses to leave something frozen at random."""
+    whose = 'model' if self.prefix is None else f'{self.prefix} in model'
+    print_log(f'load {whose} from: {self.checkpoint}', logger='current')
+    checkpoint = read_checkpoint(self.checkpoint, self.map_location)
+    if self.prefix is None:
+        state_dict = model_state(checkpoint)
+    else:
+        given, prefix = checkpoint.get('state_dict', checkpoint), f'{self.prefix.removesuffix(".")}.'
+        state_dict = {name.removeprefix(prefix): t for name, t in given.items() if name.startswith(prefix)}
+        if not state_dict:
+            raise CheckpointMismatchError(f'{self.checkpoint} holds nothing whose name begins with {prefix!r}.')
+    if not is_delta(state_dict):
+        _check_frozen(self.checkpoint, module, state_dict)
+    load_state_dict(module, state_dict, strict=False, logger='current')
+    if hasattr(module, '_params_init_info'):  # only while mmengine initialises a whole model
+        update_init_info(module, f'{type(self).__name__}: load from {self.checkpoint}')
 
 
 PretrainedInit.__call__ = pretrained_init
 
 
-def _check_frozen(file: str, module: nn.Module, state_dict: Mapping, strict: bool) -> tuple[Mapping, bool]:
+def _check_frozen(file: str, module: nn.Module, state_dict: Mapping) -> None:
     """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
     if not all(p.requires_grad for p in module.parameters()):
         trains = changing(module) | method_names(module)
@@ -291,4 +320,3 @@ def _check_frozen(file: str, module: nn.Module, state_dict: Mapping, strict: boo
                 f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: '
                 f'{wrong} Name the checkpoint of the same architecture in init_cfg, or let these train.'
             )
-    return state_dict, strict

@@ -1,23 +1,17 @@
 """Load the pretrained base: any known format, into any host, with nothing skipped in silence."""
 
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
-from lzma import LZMAError
 from os.path import basename, join
-from pickle import UnpicklingError
-from tokenize import TokenError
+from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
-from zipfile import BadZipFile
 
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict, recognise
@@ -27,12 +21,6 @@ from mona_mm.hosts import find_host, method_names, recomputed_names
 from mona_mm.type_names import is_type
 
 _CLASSIFIER = ('norm.', 'head.')  # what a classifier has beyond the backbone
-# What torch, numpy, zipfile and safetensors raise of a file that is damaged.
-UNREADABLE = (
-    UnpicklingError, EOFError, RuntimeError, OSError, SafetensorError, BadZipFile, LZMAError, zlib.error, struct.error,
-    ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, ImportError,
-    SyntaxError, TokenError,
-)  # fmt: skip
 FETCHED = ('.safetensors', '.npz')  # without torch.hub
 UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
@@ -180,15 +168,16 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     return report
 
 
-def read_checkpoint(file: str) -> dict:
-    """Read a checkpoint with mmengine's loaders, as :mod:`mona_mm.checkpoint.loading` guards them, onto the CPU.
+def read_checkpoint(file: str, map_location: Any = 'cpu') -> dict:
+    """Read a checkpoint with mmengine's loaders, as :mod:`mona_mm.checkpoint.loading` guards them, by default onto the
+    CPU.
 
     Raises:
         MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
         CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
     """
     try:
-        return CheckpointLoader.load_checkpoint(file, map_location='cpu')
+        return CheckpointLoader.load_checkpoint(file, map_location=map_location)
     except UserError:
         raise
     except FileNotFoundError as error:

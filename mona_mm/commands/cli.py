@@ -7,7 +7,6 @@ import re
 import select
 import sys
 from collections.abc import Callable
-from contextvars import copy_context
 from typing import Any, NoReturn
 
 import torch
@@ -17,12 +16,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
-from mona_mm.checkpoint.delta import allow_other_base
+from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
-from mona_mm.compat.safe_globals import FORCE_WEIGHTS_ONLY
 from mona_mm.errors import ConfigError, UserError
-
-os.environ.setdefault(FORCE_WEIGHTS_ONLY, '1')  # for what mmengine's Runner loads
 
 _SPACE = '\x1f'  # for mmengine, which replaces the usual one
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -101,8 +97,6 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    if args.allow_other_base:
-        allow_other_base()
     adapt_to_device(cfg)
     return cfg
 
@@ -116,10 +110,18 @@ def join_process_group(cfg: Config) -> None:
         init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {}))
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot."""
+def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: bool = False) -> Runner:
+    """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot.
+
+    Args:
+        cfg: the config.
+        delta_base: the whole model that deltas which it loads are put on, whatever they say themselves.
+        allow_other_base: whether it loads deltas on another base than their own, too.
+    """
     _join_gloo(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    expect_delta(runner.model, delta_base, allow_other_base)
+    return runner
 
 
 def _join_gloo(cfg: Config) -> None:
@@ -138,7 +140,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         try:
-            copy_context().run(main)  # allow_other_base() and the like end with the command
+            main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:

@@ -2,7 +2,7 @@
 
 from mona_mm.compat.mmcv_ext import install_mmcv_ext
 from mona_mm.compat.multimodal import install_multimodal_check
-from mona_mm.compat.safe_globals import register_safe_globals
+from mona_mm.compat.safe_globals import guard_torch_load, register_safe_globals
 
 
 def install() -> None:
@@ -10,3 +10,4 @@ def install() -> None:
     install_mmcv_ext()
     install_multimodal_check()
     register_safe_globals()
+    guard_torch_load()

@@ -7,12 +7,13 @@ So the names in a file stand for the classes and functions below, which accept p
 """
 
 import math
-import os
 import pickle
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -20,8 +21,6 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-FORCE_WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
-_FORCES = (FORCE_WEIGHTS_ONLY, 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD')  # torch refuses to load where both are set
 _NUMBERS = frozenset(('b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8', 'c8', 'c16'))
 _MOST_AXES = 32  # of an array, in numpy 1
 _BYTE = (b'b', 'b')  # the type of every array before it is filled
@@ -252,49 +251,64 @@ def finished(loaded: Any) -> Any:
 
 
 class _Loading:
-    """How many are loading weights only now, in all threads, and what was set before the first one."""
+    """How many are loading weights only now, in all threads, and what was registered before the first one."""
 
     lock = threading.Lock()
     count = 0
-    environment: dict[str, str]
     registered: list
     ours: list
 
 
-@contextmanager
-def weights_only(only: bool = True) -> Iterator[None]:
-    """In this context ``torch.load`` loads weights only, whatever its caller asks for; or what its caller asks for.
+# Between mona_mm, which calls a reader of mmengine (or one that somebody has registered with it), and torch.load, which
+# that reader calls as it likes, there is no argument and no object that could be handed on.
+_WEIGHTS_ONLY: ContextVar[bool] = ContextVar('weights_only', default=False)
 
-    ``torch.hub``, through which mmengine downloads, and the fork's loader, when it meets something unknown, would
-    otherwise execute a pickle. What others have registered with torch stays allowed, but not under the names that
-    stand for something else here. Threads may be in it at the same time.
+
+def guard_torch_load() -> None:
+    """Let ``torch.load`` load weights only where its caller's caller is within :func:`weights_only`.
+
+    An explicit ``weights_only=True`` is also what no environment variable overrides.
     """
-    if not only:
-        before = {name: os.environ.pop(name) for name in _FORCES if name in os.environ}
-        try:
-            yield
-        finally:
-            os.environ.update(before)
+    load = torch.load
+    if hasattr(load, 'is_guarded_by_mona_mm'):
         return
+
+    @wraps(load)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if _WEIGHTS_ONLY.get():
+            kwargs.update(weights_only=True)
+        return load(*args, **kwargs)
+
+    guarded.is_guarded_by_mona_mm = True
+    torch.load = torch.serialization.load = guarded
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """In this context ``torch.load`` loads weights only, whatever its caller asks for.
+
+    ``torch.hub``, through which mmengine downloads, and mmengine itself from 0.11 on would otherwise execute a pickle.
+    It holds for what this thread calls. What others have registered with torch stays allowed, but not under the names
+    that stand for something else here; of that there is one list a process, which the first thread in this context
+    changes and the last one restores.
+    """
     with _Loading.lock:
         if not _Loading.count:
-            _Loading.environment = {name: os.environ.pop(name) for name in _FORCES if name in os.environ}
-            os.environ[FORCE_WEIGHTS_ONLY] = '1'
             _Loading.registered = torch.serialization.get_safe_globals()
             names = {name for _, name in _SAFE}
             _Loading.ours = [*(each for each in _Loading.registered if _name(each) not in names), *_SAFE]
             _set_safe_globals(_Loading.ours)
         _Loading.count += 1
+    token = _WEIGHTS_ONLY.set(True)
     try:
         yield
     finally:
+        _WEIGHTS_ONLY.reset(token)
         with _Loading.lock:
             _Loading.count -= 1
             if not _Loading.count:
                 since = [each for each in torch.serialization.get_safe_globals() if each not in _Loading.ours]
                 _set_safe_globals([*_Loading.registered, *since])
-                os.environ.pop(FORCE_WEIGHTS_ONLY, None)
-                os.environ.update(_Loading.environment)
 
 
 def _name(registered: Any) -> str:

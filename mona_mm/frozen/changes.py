@@ -1,10 +1,10 @@
 """What training changes in a model, and what it leaves as it was."""
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from mona_mm.frozen.copies import moving_copies
 from mona_mm.hosts import method_names, recomputed_names
+from mona_mm.nn.private import NORMS_WITH_STATISTICS
 
 PLACES = '.indices'
 """The end of the names of the places of single weights (SPT)."""
@@ -30,7 +30,7 @@ def changing(model: nn.Module) -> set[str]:
         module = modules[path]
         if name in places or name.endswith(recomputed_names()):
             continue
-        if isinstance(module, _NormBase) and not module.affine:
+        if isinstance(module, NORMS_WITH_STATISTICS) and not module.affine:
             names.add(name)  # freeze.train leaves these in training mode
             continue
         while path and next(module.parameters(), None) is None:

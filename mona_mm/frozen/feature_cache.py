@@ -12,28 +12,27 @@ distributed run has its own, of the images that it has seen. Hooks on modules wh
 
 They belong to the weights. Weights that were loaded, initialised or changed in place are found by their addresses and
 version counters at the next image, those exchanged without a trace (mmengine's EMAHook does so between training and
-evaluation) by a checksum after every ``train()`` and ``eval()``; then all features are dropped. No state dict, copy or
-pickle has them.
+evaluation) by their fingerprint after every ``train()`` and ``eval()``; then all features are dropped. No state dict,
+copy or pickle has them.
 """
 
 import math
 import threading
 from collections.abc import Sequence
 from functools import partial
-from hashlib import blake2b
 from logging import WARNING
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from mona_mm.errors import ConfigError
 from mona_mm.frozen.rules import check_trainable
 from mona_mm.hosts import HOSTS, GridSource, find_host, method_modules
-from mona_mm.nn.fingerprint import fingerprint
+from mona_mm.nn.digest import digests, fingerprint
 from mona_mm.nn.mixin import qualified_name
+from mona_mm.nn.private import DROPOUTS, change_count
 from mona_mm.nn.substitute import substitute
 from mona_mm.record import make_record, record_of
 
@@ -105,11 +104,7 @@ class FeatureCache:
     def _follow(self, backbone: nn.Module) -> None:
         trainable = record_of(backbone).freeze.trainable
         tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
-        marks = [
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.requires_grad)
-            for name, t in tensors
-            if name not in trainable
-        ]
+        marks = [(t.data_ptr(), change_count(t), t.requires_grad) for name, t in tensors if name not in trainable]
         if self.switched:
             self.switched = False  # before the weights are looked at: who calls train() from now on is not overlooked
             self.report()
@@ -198,7 +193,7 @@ def _has_stock_forward(backbone: nn.Module) -> bool:
 
 
 def _drop_rate(module: nn.Module) -> float:
-    rates = [module.p] if isinstance(module, _DropoutNd) else []
+    rates = [module.p] if isinstance(module, DROPOUTS) else []
     if isinstance(module, nn.MultiheadAttention):
         rates.append(module.dropout)
     rates += [getattr(module, name, 0.0) for name in ('drop_prob', 'attn_drop')]  # of mmcv's DropPath, ViT's attention
@@ -229,12 +224,12 @@ def _forward(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor
 
 
 def _keys(x: Tensor) -> list[tuple]:
-    """Of every image: its bytes, in a digest, and what else decides on its features."""
+    """Of every image: two digests, for there may be millions, and what else decides on its features."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    images = x.detach().to('cpu').contiguous()
-    octets = images.flatten(1).view(torch.uint8).numpy() if images.numel() else images
-    return [(blake2b(each, digest_size=16).digest(), x.shape[1:], x.dtype, autocast) for each in octets]
+    images = dict(enumerate(x))
+    first, second = digests(images), digests(images, seed=1)
+    return [(first[i], second[i], x.shape[1:], x.dtype, autocast) for i in images]
 
 
 def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[Tensor], list[Features]]:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import is_autocast_available
-from torch.nn.modules.conv import _ConvNd
 
 from mona_mm.errors import ConfigError
+from mona_mm.nn.private import CONVOLUTIONS
 from mona_mm.record import make_record, record_of
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
-_KEPT = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+_KEPT = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention)
 
 
 def keep_frozen(backbone: nn.Module, dtype: str) -> None:

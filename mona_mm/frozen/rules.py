@@ -24,12 +24,12 @@ from typing import Annotated
 
 from mmengine.logging import print_log
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.frozen.copies import is_under, moving_copies
 from mona_mm.frozen.reach import unreached
 from mona_mm.hosts import find_host, method_modules, method_names
+from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
 from mona_mm.record import FreezeRecord, freeze_records, make_record
 
@@ -44,7 +44,7 @@ def published_name(rule: str) -> str:
     return next((name for name, meant in METHOD_RULES.items() if rule == meant), rule)
 
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+_NORMS = (*NORMS_WITH_STATISTICS, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
@@ -194,7 +194,7 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
     """``nn.Module.train`` of a module given to :func:`freeze`."""
     type(self).train(self, mode)
     for m in self.modules():
-        if isinstance(m, _BatchNorm) and m.affine and not any(p.requires_grad for p in m.parameters()):
+        if isinstance(m, BATCH_NORMS) and m.affine and not any(p.requires_grad for p in m.parameters()):
             m.eval()
     return self
 

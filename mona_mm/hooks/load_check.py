@@ -7,13 +7,14 @@ from functools import partial
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mona_mm.checkpoint.convert import backbone_tensors, recognise
 from mona_mm.checkpoint.loading import check_loading, is_delta
 from mona_mm.checkpoint.pretrained import misfit
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
+from mona_mm.compat.runner import loaded_file, resumes, trains
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.hosts import method_names
 from mona_mm.nn.wrappers import innermost
@@ -50,26 +51,24 @@ class LoadCheckHook(Hook):
         """Called by the Runner between reading a checkpoint and loading it into the model: check what it will load."""
         held = {*checkpoint, *(checkpoint.get('meta') or {})}
         absent = [name for name in ('epoch', 'iter', 'message_hub') if name not in held]
-        if runner._resume and absent:
+        if resumes(runner) and absent:
             raise CheckpointMismatchError(
-                f'{runner._load_from} holds no state of a run ({", ".join(absent)}), so there is nothing to resume: '
-                f'start a new run from its weights with load_from={runner._load_from} and without resume.'
+                f'{loaded_file(runner)} holds no state of a run ({", ".join(absent)}), so there is nothing to resume: '
+                f'start a new run from its weights with load_from={loaded_file(runner)} and without resume.'
             )
         if not is_delta(checkpoint.get('state_dict', checkpoint)):
-            check_loading(partial(self._check, runner))
+            check_loading(checkpoint, partial(self._check, runner))
 
     def _check(
         self, runner: Runner, module: nn.Module, state_dict: Mapping[str, Tensor], strict: bool
     ) -> tuple[Mapping[str, Tensor], bool]:
         loaded_into, model, module = module, innermost(runner.model), innermost(module)
-        if module is model:
-            check_loading(None)
-        elif type(module) is not type(model):
+        if type(module) is not type(model):
             return state_dict, strict
-        else:  # an EMAHook's copy, which may lack what the model itself may; the hook leaves names as they are
+        if module is not model:
+            # An EMAHook's copy may lack what the model itself may; the hook leaves names as they are.
             state_dict, strict = model_state(dict(state_dict=state_dict)), False
-        # The Runner keeps the loop's config until it trains.
-        fine_tuning = isinstance(runner._train_loop, BaseLoop) and not runner._resume
+        fine_tuning = trains(runner) and not resumes(runner)
         found = rehearse(loaded_into, state_dict)
         optional = method_names(module) if fine_tuning and not strict else set()
         if fine_tuning and self.other_classes:
@@ -81,13 +80,14 @@ class LoadCheckHook(Hook):
                 found = replace(found, reshaped={n: s for n, s in found.reshaped.items() if n not in anew}, problem='')
             if anew and module is model:
                 print_log(
-                    f'{runner._load_from} is of another number of classes. These begin anew: {", ".join(sorted(anew))}',
+                    f'{loaded_file(runner)} is of another number of classes. These begin anew: '
+                    f'{", ".join(sorted(anew))}',
                     logger='current',
                 )
         wrong = misfit(found, optional.__contains__)
         if wrong:
             raise CheckpointMismatchError(
-                f'{runner._load_from} does not fit this {type(module).__name__}: {wrong} '
+                f'{loaded_file(runner)} does not fit this {type(module).__name__}: {wrong} '
                 f'{_advice(state_dict, fine_tuning)}'
             )
         return state_dict, False  # what is strict has been checked, but for what the host computes by itself

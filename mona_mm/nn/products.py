@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mona_mm.nn.private import HAS_ONEDNN_LINEAR, onednn_linear
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``; in float32 on a CPU by oneDNN, which is up to twice as fast as the library that torch has there.
@@ -11,13 +13,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Not for a weight that is neither contiguous nor the transpose of a contiguous matrix: oneDNN then takes minutes.
     """
     if by_onednn(x.device.type, x.dtype) and (weight.is_contiguous() or weight.t().is_contiguous()):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
 def by_onednn(device: str, dtype: torch.dtype) -> bool:
     """Whether :func:`linear` is oneDNN's for tensors of this type on this type of device."""
-    return device == 'cpu' and dtype == torch.float32 and _HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled
-
-
-_HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+    return device == 'cpu' and dtype == torch.float32 and HAS_ONEDNN_LINEAR and torch.backends.mkldnn.enabled

@@ -1,15 +1,13 @@
 """What SPT selects from: the matrices, vectors and other tensors of a host's blocks."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.header import parse
 from mona_mm.hosts import Host, find_host, method_names
 
 
@@ -112,19 +110,14 @@ class Architecture:
         more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
         return '; '.join(changed[:3]) + more
 
-    def dumps(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self))
-
     @classmethod
-    def loads(cls, text: str) -> 'Architecture':
-        """From :meth:`dumps`."""
-        fields: dict[str, Any] = parse(text)
-        fields['shapes'] = {name: tuple(shape) for name, shape in fields['shapes'].items()}
-        fields['parts'] = tuple(
+    def from_fields(cls, fields: dict[str, Any]) -> 'Architecture':
+        """The architecture that ``dataclasses.asdict`` has taken apart, after it has been JSON."""
+        shapes = {name: tuple(shape) for name, shape in fields['shapes'].items()}
+        parts = tuple(
             Part(**{**p, 'rows': p['rows'] and tuple(p['rows']), 'shape': tuple(p['shape'])}) for p in fields['parts']
         )
-        return cls(**fields)
+        return cls(**{**fields, 'shapes': shapes, 'parts': parts})
 
 
 def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Part]:

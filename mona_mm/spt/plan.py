@@ -1,31 +1,32 @@
 """The plan: what SPT trains in a backbone, and its file."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from io import BytesIO
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.checkpoint.header import check_length, parse
-from mona_mm.checkpoint.pretrained import UNREADABLE
-from mona_mm.errors import ConfigError, MissingFileError, PlanError
+from mona_mm.checkpoint import container
+from mona_mm.checkpoint.container import HeaderTooLongError, Kind
+from mona_mm.errors import ConfigError, PlanError
+from mona_mm.nn.digest import fingerprint
 from mona_mm.nn.meta import meta_device
 from mona_mm.options import LARGEST, show
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.structured import build_structured
 from mona_mm.type_names import type_name
-from mona_mm.version import __version__
 
-FORMAT = 'mona_mm.spt.plan/1'
+KIND = Kind(
+    name='plan',
+    format='mona_mm.spt.plan/2',
+    error=PlanError,
+    renewal='Make it anew with tools/spt_sensitivity.py.',
+    hint='Published plans (.pth) are read by mona_mm.spt.load_published_plan.',
+)
 # What a Mona module replaces in the selection: the matrices of the branch that it follows.
 STREAM_GROUPS = {'post_attn': ('q', 'k', 'v', 'proj'), 'post_ffn': ('fc1', 'fc2')}
 
@@ -173,16 +174,18 @@ class Plan:
         for name, indices in self.weights.items():
             small = torch.Size(self.architecture.shapes[name]).numel() <= torch.iinfo(torch.int32).max
             tensors[f'weights/{name}'] = indices.to(torch.int32 if small else torch.int64).contiguous()
-        counts = self.counts
-        metadata = {
-            'architecture': self.architecture.dumps(),
-            'structured_config': json.dumps(self.structured_config),
-            'structured': json.dumps(self.structured),
-            'vectors': json.dumps(self.vectors),
-            'counts': json.dumps({**counts.__dict__, 'total': counts.total}),
-            'info': json.dumps({key: value for key, value in self.info.items() if key != 'file'}),
-        }
-        write(path, FORMAT, tensors, metadata)
+        fields = dict(
+            architecture=asdict(self.architecture),
+            structured_config=self.structured_config,
+            structured=self.structured,
+            vectors=self.vectors,
+            counts=self._stated(),
+            info={key: value for key, value in self.info.items() if key != 'file'},
+        )
+        write(path, KIND, tensors, fields)
+
+    def _stated(self) -> dict[str, int]:
+        return {**asdict(self.counts), 'total': self.counts.total}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Plan':
@@ -192,20 +195,20 @@ class Plan:
             MissingFileError: if there is no such file.
             PlanError: if it is damaged, or no plan.
         """
-        tensors, metadata = read(path, FORMAT)
+        tensors, fields = container.read(path, KIND)
         try:
             plan = cls(
-                architecture=Architecture.loads(metadata['architecture']),
-                structured_config=parse(metadata['structured_config']),
-                structured={block: tuple(sites) for block, sites in parse(metadata['structured']).items()},
-                vectors=tuple((name, rows and tuple(rows)) for name, rows in parse(metadata['vectors'])),
+                architecture=Architecture.from_fields(fields['architecture']),
+                structured_config=fields['structured_config'],
+                structured={block: tuple(sites) for block, sites in fields['structured'].items()},
+                vectors=tuple((name, rows and tuple(rows)) for name, rows in fields['vectors']),
                 weights={name.removeprefix('weights/'): t.long() for name, t in tensors.items()},
-                info={**parse(metadata['info']), 'file': str(path)},
+                info={**fields['info'], 'file': str(path)},
             )
-            counts, stated = {**plan.counts.__dict__, 'total': plan.counts.total}, parse(metadata['counts'])
+            stated, counts = fields['counts'], plan._stated()
             if not all(name.startswith('weights/') for name in tensors):
                 raise ValueError('it holds other tensors than indices of weights')
-        except UNREADABLE as error:
+        except Exception as error:  # a file can put anything in the place of anything
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
         if stated != counts:
             raise PlanError(f'{path} is damaged: it states {stated} parameters and holds {plan.counts}.')
@@ -266,63 +269,24 @@ def _cost(config: str, in_channels: int, out_channels: int, site: str, is_called
 
 
 def base_digest(backbone: nn.Module, architecture: Architecture) -> str:
-    """SHA-256 of the base's weights in the selection."""
-    digest = hashlib.sha256()
-    for name in architecture.shapes:
-        weights = backbone.get_parameter(name).detach().float().cpu().contiguous()
-        digest.update(weights.numpy().data)
-    return digest.hexdigest()
+    """The digest of the base's weights in the selection, from their fingerprint."""
+    return fingerprint({name: backbone.get_parameter(name) for name in architecture.shapes})['all']
 
 
-def write(path: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with a checksum in its metadata; it appears whole or not at all.
+def write(
+    path: str | os.PathLike,
+    kind: Kind,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    *,
+    allow_nonfinite: bool = False,
+) -> None:
+    """:func:`mona_mm.checkpoint.container.write` of a plan or a sensitivity.
 
     Raises:
-        PlanError: if its header would be longer than is read.
+        PlanError: if its header would be longer than is read, or it holds values that are not finite.
     """
-    metadata = {'format': kind, 'mona_mm_version': __version__, **metadata}
-    metadata['checksum'] = _checksum(tensors, metadata)
-    data = save(dict(tensors), metadata)
     try:
-        check_length(BytesIO(data))
-    except ValueError as error:
+        container.write(path, kind, tensors, fields, allow_nonfinite=allow_nonfinite)
+    except HeaderTooLongError as error:
         raise PlanError(f'{path} is not written: {error}.') from None
-    AtomicLocalBackend().put(data, path)
-
-
-def read(path: str | os.PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a file that :func:`write` wrote.
-
-    Raises:
-        MissingFileError: if there is no such file.
-        PlanError: if it is damaged, or another kind of file.
-    """
-    if not os.path.isfile(path):
-        raise MissingFileError(f'There is no file {path}.')
-    what = kind.partition('/')[0].rpartition('.')[2]
-    try:
-        check_length(path)
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        stated = metadata.pop('checksum', None)
-        actual = _checksum(tensors, metadata)
-    except UNREADABLE as error:
-        raise PlanError(
-            f'{path} cannot be read as a {what}: it is damaged or something else ({type(error).__name__}: {error}). '
-            'Published plans (.pth) are read by mona_mm.spt.load_published_plan.'
-        ) from error
-    if metadata.get('format') != kind:
-        raise PlanError(f'{path} is not a {what}: its format is {metadata.get("format")!r} and not {kind!r}.')
-    if stated != actual:
-        raise PlanError(f'{path} is damaged: its contents do not have the checksum that it states.')
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.contiguous().cpu().numpy().data)
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.pretrained import UNREADABLE, reason
+from mona_mm.checkpoint.pretrained import reason
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
@@ -144,7 +144,7 @@ def _read(path: str | os.PathLike) -> dict:
     try:
         with weights_only():
             published = finished(torch.load(path, map_location='cpu', weights_only=True))
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can make torch raise anything
         raise PlanError(
             f'{path} cannot be read as a published plan: it is damaged, something else, or holds more than numbers, '
             f'names and tensors ({reason(error)}).'

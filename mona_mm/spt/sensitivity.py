@@ -1,14 +1,12 @@
 """How sensitive a task's loss is to every weight of a backbone: squared gradients, summed over batches."""
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,15 +17,21 @@ from mmengine.runner import set_random_seed
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
-from mona_mm.checkpoint.delta_file import nonfinite
-from mona_mm.checkpoint.header import parse
-from mona_mm.checkpoint.pretrained import UNREADABLE, pretrained_file
+from mona_mm.checkpoint import container
+from mona_mm.checkpoint.container import Kind
+from mona_mm.checkpoint.pretrained import pretrained_file
 from mona_mm.errors import ConfigError, PlanError, SensitivityError
 from mona_mm.hosts import method_modules
+from mona_mm.nn.replaced import replaced
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.plan import base_digest, read, write
+from mona_mm.spt.plan import base_digest, write
 
-FORMAT = 'mona_mm.spt.sensitivity/1'
+KIND = Kind(
+    name='sensitivity',
+    format='mona_mm.spt.sensitivity/2',
+    error=PlanError,
+    renewal='Measure it anew with tools/spt_sensitivity.py.',
+)
 _IGNORED = 255  # the label of pixels without one
 
 
@@ -47,8 +51,7 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a safetensors file, from which plans for any budget can be made."""
-        metadata = dict(architecture=self.architecture.dumps(), info=json.dumps(self.info))
-        write(path, FORMAT, self.squares, metadata)
+        write(path, KIND, self.squares, dict(architecture=asdict(self.architecture), info=self.info))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> 'Sensitivity':
@@ -58,17 +61,14 @@ class Sensitivity:
             MissingFileError: if there is no such file.
             PlanError: if it is damaged, or no sensitivity.
         """
-        squares, metadata = read(path, FORMAT)
+        squares, fields = container.read(path, KIND)
         try:
-            architecture, info = Architecture.loads(metadata['architecture']), parse(metadata['info'])
+            architecture, info = Architecture.from_fields(fields['architecture']), fields['info']
             shapes = {part.name: architecture.shapes[part.name] for part in architecture.parts}
-        except UNREADABLE as error:
+        except Exception as error:  # a file can put anything in the place of anything
             raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
         if shapes != {name: tuple(t.shape) for name, t in squares.items()}:
             raise PlanError(f'{path} is damaged: it does not hold the tensors of its own architecture.')
-        wrong = nonfinite(squares)
-        if wrong:
-            raise PlanError(f'{path} cannot be used: {wrong}.')
         return cls(architecture, squares, info)
 
 
@@ -221,8 +221,13 @@ def _add_square(total: Tensor | None, parameter: nn.Parameter) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """As if there were one process: losses that average over processes would differ, or wait for one that has ended."""
-    with patch.object(torch.distributed, 'is_initialized', lambda: False):
+    """As if there were one process: losses that average over processes would differ, or wait for one that has ended.
+
+    What asks is code of the libraries (the losses' ``reduce_mean``, torch's SyncBatchNorm, mmengine's samplers), which
+    takes no group as an argument and asks torch whether there is one at all. So that answer is what is replaced, in
+    this process, and it comes back however the context is left.
+    """
+    with replaced(torch.distributed, 'is_initialized', lambda: False):
         yield
 
 
