@@ -121,7 +121,8 @@ def scores(log: str) -> list[str]:
 def in_processes(count: int, folder: Path, target: Callable, *arguments: object) -> str:
     """What a function prints in ``count`` processes with the environment and the store that torchrun gives them.
 
-    They are forked from a server that has imported the libraries once, which takes each process of its own ten seconds.
+    They are forked from this process, which has imported the libraries: that takes each process of its own ten seconds.
+    Where there is a GPU, autograd has threads that do not survive this, and they are forked from a server.
 
     Args:
         count: The number of processes.
@@ -129,8 +130,9 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
         target: A function of a module, :func:`run_tool` for one.
         arguments: What it is called with.
     """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['mona_mm', 'mmdet.models', 'mmpretrain.models'])
+    context = multiprocessing.get_context('forkserver' if torch.cuda.is_available() else 'fork')
+    if torch.cuda.is_available():
+        context.set_forkserver_preload(['mona_mm', 'mmdet.models', 'mmpretrain.models'])
     store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     variables = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=store.port, OMP_NUM_THREADS=1)
     variables |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)

@@ -287,7 +287,7 @@ def step(model, size=(50, 70), batch=2):
 def test_backbones_are_equal(name, method):
     """Whole backbones in train mode with seeded DropPath: outputs and the gradient of everything that trains."""
     stock, fast = backbone_pair(HOSTS[name], **METHODS[method])
-    assert sum(isinstance(m, FastWindowAttention) for m in fast.modules()) == 8
+    assert sum(isinstance(m, FastWindowAttention) for m in fast.modules()) == 5
     assert not any(isinstance(m, FastWindowAttention) for m in stock.modules())
     assert stock.state_dict().keys() == fast.state_dict().keys()
     fast.train()
@@ -385,7 +385,7 @@ def test_lora_on_q_and_v_keeps_no_second_qkv():
     """Both branches are added to the output of qkv in one step, with the gradients of the padded additions."""
     stock, fast = backbone_pair(HOSTS['mmdet-swin'], peft=dict(type='LoRA', rank=4))
     calls = [m for m in fast.modules() if isinstance(m, torch.nn.Linear) and m._forward_hooks]
-    assert len(calls) == 8
+    assert len(calls) == 5
     assert all(len(m._forward_hooks) == 1 for m in calls)
     assert_near(step(fast), step(stock), 5e-5)
 

@@ -95,6 +95,8 @@ def test_no_pickle_is_executed_by_the_tools(kind, attacks, tmp_path, tool, demo_
         ['convert_checkpoint.py', file, out],
         ['convert_checkpoint.py', file, out, '--config', DEMO],
     ]  # fmt: skip
+    if kind != '.pth':  # what reads a file tells the kinds apart, and each command has its way to it
+        commands = [command for command in commands if command[0] != 'train.py']
     for command in commands:
         status, _, err = tool(*command)
         last = err.rstrip().splitlines()[-1]
@@ -500,7 +502,9 @@ class FullDisk(Hook):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
 
 
-@pytest.mark.parametrize('limit', [100_000, 10_000], ids=['checkpoint', 'everything'])
+@pytest.mark.parametrize(
+    'limit', [100_000, pytest.param(10_000, marks=pytest.mark.slow)], ids=['checkpoint', 'everything']
+)
 def test_full_disk(limit, base_file, tmp_path):  # noqa: F811
     """No room for the fourth checkpoint: training stops, the third stays, nothing half-written is left, and with room
     again --resume ends as an undisturbed run."""

@@ -28,7 +28,9 @@ def tensors(result) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize('task', REAL)
+@pytest.mark.parametrize(
+    'task', [pytest.param(task, marks=[pytest.mark.slow] * (task != 'retinanet_swin_l_voc')) for task in REAL]
+)
 def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch):
     """Measure, plan, train, write the delta, load it on a fresh base (the same bits), merge it into a checkpoint that
     the stock config loads strictly, without any word of mona_mm: the same predictions on the validation images."""
