@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from safetensors import safe_open
+from torch.utils.data import DataLoader
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.config import load_config
 
-pytest.register_assert_rewrite('helpers', 'suite')
+pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', 'fast_forms', 'shipped')
 
 # The models here are too small for a second thread to pay, and two of them fight on a busy machine. Who asks for more
 # wants to know whether they change a result.
@@ -175,6 +178,43 @@ def detector_config(demo_data, tmp_path) -> Config:
     )
     cfg.test_dataloader = cfg.val_dataloader
     return cfg
+
+
+@pytest.fixture(scope='session')
+def base_file(tmp_path_factory) -> Path:
+    """The pretrained base: a Swin's random weights."""
+    file = tmp_path_factory.mktemp('base') / 'base.pth'
+    torch.manual_seed(11)
+    model = MODELS.build(HOSTS['mmdet-swin'])
+    model.init_weights()
+    torch.save(model.state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def make_runner(tmp_path, request):
+    from toy_runs import Images, Toy
+
+    def make(backbone, hooks=(), epochs=1, checkpoint=None, wrap=None, **kwargs):
+        model = Toy(backbone)
+        arguments = dict(
+            model=wrap(model) if wrap else model,
+            work_dir=str(tmp_path / 'work'),
+            train_dataloader=DataLoader(Images(), batch_size=2, sampler=DefaultSampler(Images(), shuffle=True)),
+            train_cfg=dict(by_epoch=True, max_epochs=epochs),
+            optim_wrapper=dict(
+                constructor='mona_mm.PeftOptimWrapperConstructor',
+                optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
+            ),
+            default_hooks=dict(checkpoint=checkpoint or dict(type='mona_mm.SafeCheckpointHook', interval=1)),
+            custom_hooks=list(hooks),
+            randomness=dict(seed=0),
+            experiment_name=f'{request.node.name}-{id(model)}',
+            log_level='INFO',
+        )
+        return Runner(**{**arguments, **kwargs})
+
+    return make
 
 
 @pytest.fixture

@@ -64,8 +64,8 @@ COMMON = {
     'mmpretrain-convnextv2': ('mona', 'lorand'),
     'mmdet-pvtv2': ('mona', 'adapter', 'lorand', 'lora-everywhere'),
 }
-"""The methods that a host has in `make test`: every method on two hosts, every kind of site on every kind of block. What
-a host promises each site, test_stock_outputs_bit_for_bit asks of all of them."""
+"""The methods that a host has in `make test`: every method on two hosts, every kind of site on every kind of block.
+What a host promises each site, test_stock_outputs_bit_for_bit asks of all of them."""
 
 
 def is_common(host: str, method: str) -> bool:

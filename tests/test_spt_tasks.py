@@ -9,7 +9,7 @@ from conftest import real_images
 from helpers import assert_near
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from test_configs import CONFIGS, NARROW, NARROW_TASK, REAL, kind
+from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 
 import mona_mm
 from mona_mm.commands.cli import build_runner

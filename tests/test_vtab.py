@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, ROOT
+from helpers import strings
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, LOOPS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
-from test_config import strings
 from torch import nn
 from torchvision import transforms
 from write_metafiles import BUDGET, COUNT, listed
