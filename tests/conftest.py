@@ -28,7 +28,6 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
-SHARED = ROOT.parent / 'shared'
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
@@ -94,10 +93,21 @@ HOSTS = {
 }
 
 
+class _beside_the_checkout:
+    """Whether the test that runs may look there."""
+
+    allowed = False
+
+
+def pytest_runtest_setup(item):
+    _beside_the_checkout.allowed = item.get_closest_marker('real_images') is not None
+
+
 def real_images(name: str) -> Path:
-    """A folder of real images beside the checkout, which are too large to be in it; a test that needs them says so and
-    skips where they are not there."""
-    path = SHARED / 'data' / name
+    """A folder of real images beside the checkout, which are too large to be in it. A test that needs them is marked
+    ``real_images``, and skips where they are not there."""
+    assert _beside_the_checkout.allowed, 'mark this test: @pytest.mark.real_images'
+    path = ROOT.parent / 'shared/data' / name
     if not path.exists():
         pytest.skip(f'the real images of {path} are not on this machine')
     return path

@@ -18,6 +18,7 @@ import pytest
 import scipy.io
 import torch
 from conftest import ROOT, real_images
+from metafiles import COUNT, listed
 from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
@@ -25,7 +26,6 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 from torch import nn
-from write_metafiles import COUNT, listed
 
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner
@@ -514,6 +514,7 @@ ON_REAL_IMAGES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.real_images
 @ON_REAL_IMAGES
 def test_trains_and_evaluates_on_real_images(task, tmp_path):
     """The dense tasks again, on the real images where they are."""
@@ -588,6 +589,7 @@ def test_classes_that_do_not_fit_the_annotations(tiny_data, tmp_path):
         check('swin_l_voc2007', lists)
 
 
+@pytest.mark.real_images
 @pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])
 def test_real_data(task):
     """The real data sets, where they are: loaders and pipelines as shipped give a training and a test batch."""

@@ -28,6 +28,7 @@ def tensors(result) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.real_images
 @pytest.mark.parametrize(
     'task', [pytest.param(task, marks=[pytest.mark.slow] * (task != 'retinanet_swin_l_voc')) for task in REAL]
 )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 from helpers import strings
+from metafiles import BUDGET, COUNT, listed
 from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, LOOPS, init_default_scope
@@ -25,7 +26,6 @@ from mmengine.runner import Runner
 from PIL import Image
 from torch import nn
 from torchvision import transforms
-from write_metafiles import BUDGET, COUNT, listed
 
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner, read_run_config, run_parser
