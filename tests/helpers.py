@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
@@ -154,12 +155,17 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
 def _run(variables: dict, file: str, target: Callable, arguments: tuple) -> None:
     """One of those processes: the two outputs go into a file, also what is written past Python."""
     with open(file, 'w') as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
-    target(*arguments)
+        for descriptor in (1, 2):
+            os.dup2(out.fileno(), descriptor)
+        sys.stdout = sys.stderr = out  # pytest's are copied into a process that is forked from it
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        warnings.simplefilter('ignore')
+        torch.set_num_threads(1)
+        try:
+            target(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def run_tool(name: str, *arguments: str) -> None:

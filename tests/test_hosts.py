@@ -24,6 +24,7 @@ from suite import (
     freeze_alike,
     images,
     is_common,
+    is_common_in,
     load,
     outputs,
     supports,
@@ -52,7 +53,9 @@ def pytest_generate_tests(metafunc):
             METHOD_CONFIGS,
             *map(options.get, third),
             possible=lambda host, method, *_: supports(host, method),
-            common=lambda host, method, *_: is_common(host, method),
+            common=lambda host, method, *rest: (
+                is_common(host, method) and is_common_in(host, method, rest[-1] if rest else '')
+            ),
         )
         metafunc.parametrize(('host', 'method', *third), rows)
 
@@ -209,7 +212,16 @@ def test_mixed_precision(host, method, dtype, device):
 
 @ON_DEVICES
 @pytest.mark.parametrize(
-    ('host', 'rule', 'dtype'), pairwise(HOSTS, ('full', 'bitfit', 'norm_tuning', 'partial_1'), list(PRECISIONS))
+    ('host', 'rule', 'dtype'),
+    pairwise(
+        HOSTS,
+        ('full', 'bitfit', 'norm_tuning', 'partial_1'),
+        list(PRECISIONS),
+        common=lambda host, rule, dtype: (
+            (host in ('mmdet-swin', 'mmpretrain-vit', 'mmdet-pvtv2') or rule == 'bitfit')
+            and is_common_in(host, rule, dtype)
+        ),
+    ),
 )
 def test_mixed_precision_of_the_methods_without_modules(host, rule, dtype, device):
     trains_in_mixed_precision(host, dict(trainable=rule), dtype, device)
