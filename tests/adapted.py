@@ -9,7 +9,13 @@ from mona_mm.spt.sparse import attach_sparse
 
 HOSTS = {
     'Swin': dict(
-        type='mmdet.SwinTransformer', embed_dims=16, depths=[2, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4
+        type='mmdet.SwinTransformer',
+        embed_dims=16,
+        depths=[2, 1],
+        num_heads=[1, 2],
+        strides=(4, 2),
+        out_indices=(0, 1),
+        window_size=4,
     ),
     'ViT': dict(
         type='mmpretrain.VisionTransformer',

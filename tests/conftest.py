@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from safetensors import safe_open
+from torch.utils.data import DataLoader
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.config import load_config
 
-pytest.register_assert_rewrite('helpers', 'suite')
+pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', 'fast_forms', 'shipped')
 
 # The models here are too small for a second thread to pay, and two of them fight on a busy machine. Who asks for more
 # wants to know whether they change a result.
@@ -25,11 +28,11 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
-SHARED = ROOT.parent / 'shared'
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
-SWIN = dict(embed_dims=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 4))
+# One stage has a second block, whose windows are shifted: a block costs the same time in each stage.
+SWIN = dict(embed_dims=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 3, 4))
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
 HOSTS = {
     'mmdet-swin': dict(type='mmdet.SwinTransformer', drop_path_rate=0.3, **SWIN),
@@ -63,7 +66,7 @@ HOSTS = {
     ),
     'mmpretrain-convnext': dict(
         type='mmpretrain.ConvNeXt',
-        arch=dict(depths=[2, 2, 2, 2], channels=[24, 48, 96, 192]),
+        arch=dict(depths=[2, 1, 1, 1], channels=[24, 48, 96, 192]),
         drop_path_rate=0.3,
         layer_scale_init_value=0.5,
         out_indices=(0, 1, 2, 3),
@@ -90,10 +93,21 @@ HOSTS = {
 }
 
 
+class _beside_the_checkout:
+    """Whether the test that runs may look there."""
+
+    allowed = False
+
+
+def pytest_runtest_setup(item):
+    _beside_the_checkout.allowed = item.get_closest_marker('real_images') is not None
+
+
 def real_images(name: str) -> Path:
-    """A folder of real images beside the checkout, which are too large to be in it; a test that needs them says so and
-    skips where they are not there."""
-    path = SHARED / 'data' / name
+    """A folder of real images beside the checkout, which are too large to be in it. A test that needs them is marked
+    ``real_images``, and skips where they are not there."""
+    assert _beside_the_checkout.allowed, 'mark this test: @pytest.mark.real_images'
+    path = ROOT.parent / 'shared/data' / name
     if not path.exists():
         pytest.skip(f'the real images of {path} are not on this machine')
     return path
@@ -131,8 +145,10 @@ def fast_mona(monkeypatch):
 @pytest.fixture(autouse=True)
 def quick_runners(monkeypatch):
     """What takes three quarters of a small run and is tested by those in processes of their own: a Runner asks the
-    compilers for their versions and formats the config's text, which every dump of a config does as well."""
+    compilers for their versions and formats the config's text, which every dump of a config does as well; and a model
+    logs in two lines how each of its parameters was initialised."""
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    monkeypatch.setattr('mmengine.model.base_module.BaseModule._dump_init_info', lambda self, *args: None)
     for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):  # the fork imports it when it needs it
         monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
 
@@ -155,11 +171,12 @@ def demo_data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def detector_config(demo_data, tmp_path) -> Config:
-    """The demo's detector, narrower still: six iterations an epoch, batch 1, everything deterministic."""
+    """The demo's detector, one block a stage: six iterations an epoch, batch 1, everything deterministic."""
     cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'), dict(data_root=str(demo_data)))
     cfg.merge_from_dict(
         {
             'work_dir': str(tmp_path / 'work'),
+            'model.backbone.base.depths': [1, 1, 1, 1],
             'train_dataloader.batch_size': 1,
             'train_dataloader.num_workers': 0,
             'train_dataloader.persistent_workers': False,
@@ -171,6 +188,43 @@ def detector_config(demo_data, tmp_path) -> Config:
     )
     cfg.test_dataloader = cfg.val_dataloader
     return cfg
+
+
+@pytest.fixture(scope='session')
+def base_file(tmp_path_factory) -> Path:
+    """The pretrained base: a Swin's random weights."""
+    file = tmp_path_factory.mktemp('base') / 'base.pth'
+    torch.manual_seed(11)
+    model = MODELS.build(HOSTS['mmdet-swin'])
+    model.init_weights()
+    torch.save(model.state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def make_runner(tmp_path, request):
+    from toy_runs import Images, Toy
+
+    def make(backbone, hooks=(), epochs=1, checkpoint=None, wrap=None, **kwargs):
+        model = Toy(backbone)
+        arguments = dict(
+            model=wrap(model) if wrap else model,
+            work_dir=str(tmp_path / 'work'),
+            train_dataloader=DataLoader(Images(), batch_size=2, sampler=DefaultSampler(Images(), shuffle=True)),
+            train_cfg=dict(by_epoch=True, max_epochs=epochs),
+            optim_wrapper=dict(
+                constructor='mona_mm.PeftOptimWrapperConstructor',
+                optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
+            ),
+            default_hooks=dict(checkpoint=checkpoint or dict(type='mona_mm.SafeCheckpointHook', interval=1)),
+            custom_hooks=list(hooks),
+            randomness=dict(seed=0),
+            experiment_name=f'{request.node.name}-{id(model)}',
+            log_level='INFO',
+        )
+        return Runner(**{**arguments, **kwargs})
+
+    return make
 
 
 @pytest.fixture

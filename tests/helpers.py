@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, product
@@ -121,7 +122,8 @@ def scores(log: str) -> list[str]:
 def in_processes(count: int, folder: Path, target: Callable, *arguments: object) -> str:
     """What a function prints in ``count`` processes with the environment and the store that torchrun gives them.
 
-    They are forked from a server that has imported the libraries once, which takes each process of its own ten seconds.
+    They are forked from this process, which has imported the libraries: that takes each process of its own ten seconds.
+    Where there is a GPU, autograd has threads that do not survive this, and they are forked from a server.
 
     Args:
         count: The number of processes.
@@ -129,8 +131,9 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
         target: A function of a module, :func:`run_tool` for one.
         arguments: What it is called with.
     """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['mona_mm', 'mmdet.models', 'mmpretrain.models'])
+    context = multiprocessing.get_context('forkserver' if torch.cuda.is_available() else 'fork')
+    if torch.cuda.is_available():
+        context.set_forkserver_preload(['mona_mm', 'mmdet.models', 'mmpretrain.models'])
     store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
     variables = dict(WORLD_SIZE=count, MASTER_ADDR='127.0.0.1', MASTER_PORT=store.port, OMP_NUM_THREADS=1)
     variables |= dict(TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_RESTART_COUNT=0)
@@ -152,12 +155,17 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
 def _run(variables: dict, file: str, target: Callable, arguments: tuple) -> None:
     """One of those processes: the two outputs go into a file, also what is written past Python."""
     with open(file, 'w') as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
-    target(*arguments)
+        for descriptor in (1, 2):
+            os.dup2(out.fileno(), descriptor)
+        sys.stdout = sys.stderr = out  # pytest's are copied into a process that is forked from it
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        warnings.simplefilter('ignore')
+        torch.set_num_threads(1)
+        try:
+            target(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def run_tool(name: str, *arguments: str) -> None:
@@ -165,3 +173,31 @@ def run_tool(name: str, *arguments: str) -> None:
     os.chdir(ROOT)
     sys.argv = [name, *arguments]
     runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+
+
+def strings(node) -> list[str]:
+    """Every string in nested dicts, lists and tuples."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        return [s for child in node for s in strings(child)]
+    return [node] if isinstance(node, str) else []
+
+
+def to_microsoft(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """mmdet's names and channel order back into those of Microsoft's Swin: written independently of the converter."""
+    published = {}
+    for name, tensor in state.items():
+        name = name.replace('stages.', 'layers.').replace('attn.w_msa.', 'attn.')
+        name = name.replace('ffn.layers.0.0.', 'mlp.fc1.').replace('ffn.layers.1.', 'mlp.fc2.')
+        name = name.replace('patch_embed.projection.', 'patch_embed.proj.')
+        if '.downsample.' in name:
+            channels = tensor.shape[-1] // 4
+            order = [4 * c + neighbour for neighbour in (0, 2, 1, 3) for c in range(channels)]
+            tensor = tensor[..., order]
+        if not re.match(r'norm\d', name):
+            published[name] = tensor
+    published['norm.weight'], published['norm.bias'] = torch.ones(192), torch.zeros(192)
+    published['head.weight'], published['head.bias'] = torch.ones(10, 192), torch.zeros(10)
+    published['layers.0.blocks.1.attn_mask'] = torch.zeros(4, 49, 49)
+    return published

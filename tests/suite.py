@@ -10,14 +10,19 @@ import math
 import pickle
 from pathlib import Path
 
+import pytest
 import torch
-from helpers import assert_equal
+from helpers import assert_equal, assert_near
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from mmpretrain.models import ConvNeXt, VisionTransformer
 
+import mona_mm
 from mona_mm import PeftBackbone
-from mona_mm.hosts import LINEAR_SITES, find_host, method_modules, method_names
+from mona_mm.checkpoint.delta_file import read_delta
+from mona_mm.checkpoint.merge import merged_state_dict, unmergeable
+from mona_mm.errors import CheckpointMismatchError, ConfigError
+from mona_mm.hosts import LINEAR_SITES, find_host, method_modules, method_names, remove
 from mona_mm.methods.base import PeftModule
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
@@ -53,12 +58,30 @@ def supports(host: str, method: str) -> bool:
     return not ('convnext' in host and method in ('lora', 'lora-everywhere'))
 
 
-TWINS = dict.fromkeys(('mmseg-swin', 'mmpretrain-vit-no-cls', 'mmpretrain-convnextv2'), ('mona', 'lora-ffn', 'lora'))
+COMMON = {
+    'mmdet-swin': tuple(METHOD_CONFIGS),
+    'mmseg-swin': ('mona', 'lora'),
+    'mmpretrain-swin': ('adapter', 'lora-everywhere'),
+    'mmpretrain-vit': tuple(METHOD_CONFIGS),
+    'mmpretrain-vit-no-cls': ('mona', 'lora-ffn'),
+    'mmpretrain-swinv2': ('mona', 'adapter', 'adaptformer', 'lora-everywhere'),
+    'mmpretrain-convnext': ('mona', 'adaptformer', 'lora-ffn'),
+    'mmpretrain-convnextv2': ('mona', 'lorand'),
+    'mmdet-pvtv2': ('mona', 'adapter', 'lorand', 'lora-everywhere'),
+}
+"""The methods that a host has in `make test`: every method on two hosts, every kind of site on every kind of block.
+What a host promises each site, test_stock_outputs_bit_for_bit asks of all of them."""
 
 
 def is_common(host: str, method: str) -> bool:
-    """Some hosts are like another one in all that a method meets, and have a few of each kind in `make test`."""
-    return method in TWINS.get(host, (method,))
+    """Whether `make test` has this method on this host; `make test-all` has all that are supported."""
+    return method in COMMON[host] or method in STRUCTURED and any(name.startswith(method) for name in COMMON[host])
+
+
+def is_common_in(host: str, method: str, dtype: str) -> bool:
+    """Whether `make test` has this method on this host in that precision: float16, which a CPU computes slowly, for
+    every method on one host and one method on every host."""
+    return dtype != 'torch.float16' or host == 'mmdet-swin' or method.startswith('mona')
 
 
 def images(batch: int = 2) -> torch.Tensor:
@@ -149,6 +172,102 @@ def find_patch(model):
     if isinstance(model, ConvNeXt):
         return 4, math.floor
     return (16 if isinstance(model, VisionTransformer) else 4), math.ceil
+
+
+def check_gradients(model) -> None:
+    """Every parameter of the method gets a gradient, and no other parameter does."""
+    model.init_weights()
+    model.train()
+    sum(out.square().sum() for out in model(images())).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    required = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert with_gradient == required == method_names(model)
+
+
+def off_initial_values(model) -> None:
+    """Give all that trains other values than it begins with, some of which are zero."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+
+
+def check_stock_base(host, method) -> None:
+    """A stock checkpoint loads and leaves out the method alone; once the method is removed, the outputs are the stock
+    model's, bit for bit."""
+    stock = MODELS.build(host)
+    stock.init_weights()
+    model = PeftBackbone(base=host, peft=method, fast=False)
+    assert load(model, stock.state_dict()) == method_names(model)
+    freeze_alike(stock, model)
+    off_initial_values(model)
+    stock.eval()
+    model.eval()
+    x = images()
+    expected = outputs(stock, x)
+    assert not torch.equal(outputs(model, x)[-1], expected[-1])
+    remove(model)
+    assert_equal(outputs(model, x), expected)
+
+
+def check_merge(host, method) -> None:
+    """A method that is an addition to weights merges into a stock model with the same outputs; any other is refused,
+    and the refusal names it."""
+    model = PeftBackbone(base=host, peft=method)
+    model.init_weights()
+    off_initial_values(model)
+    model.eval()
+    x = images()
+    expected = outputs(model, x)
+    if unmergeable(model):
+        with pytest.raises(ConfigError, match=method['type']):
+            mona_mm.merge(model)
+        assert_equal(outputs(model, x), expected)
+    else:
+        stock = MODELS.build(host)
+        assert not load(stock, merged_state_dict(model))
+        assert_near(outputs(stock.eval(), x), expected)
+
+
+def check_delta(host, method, folder: Path) -> None:
+    """A delta holds the method and nothing else, makes of a fresh model on the same base the one that it was written
+    of, bit for bit, and is refused on another base."""
+    stock = MODELS.build(host)
+    stock.init_weights()
+    torch.save(stock.state_dict(), folder / 'base.pth')
+    base = dict(host, init_cfg=dict(type='Pretrained', checkpoint=str(folder / 'base.pth')))
+    source, target = (PeftBackbone(base=base, peft=method).eval() for _ in range(2))
+    other = PeftBackbone(base=host, peft=method)
+    source.init_weights()
+    off_initial_values(source)
+    file = folder / 'a.delta.safetensors'
+    mona_mm.save_delta(source, file)
+    assert set(read_delta(file).tensors) == method_names(source)
+    mona_mm.load_delta(target, file)
+    x = images()
+    assert_equal(outputs(target, x), outputs(source, x))
+    other.init_weights()
+    with pytest.raises(CheckpointMismatchError, match='base'):
+        mona_mm.load_delta(other, file)
+    file.unlink()
+
+
+def check_everything(host, method, folder: Path) -> None:
+    """All that is promised of a method on a host: what test_hosts.py asks of each pair."""
+    check_names(host, method)
+    check_stock_base(host, method)
+    check_gradients(PeftBackbone(base=host, peft=method))
+    check_round_trip(host, method)
+    for clone in CLONES.values():
+        check_copies(PeftBackbone(base=host, peft=method), clone)
+    for size in SIZES.values():
+        check_size(PeftBackbone(base=host, peft=method), size)
+    for dtype in PRECISIONS:
+        trains_in_mixed_precision(host, dict(peft=method), dtype)
+    for start in STARTS:
+        check_start(host, method, start, folder)
+    check_merge(host, method)
+    check_delta(host, method, folder)
 
 
 def trains_in_mixed_precision(host, tuning, dtype, device='cpu') -> None:

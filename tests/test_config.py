@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import ROOT
+from helpers import strings
 from mmengine.config import Config
 
 from mona_mm.commands.cli import run_parser
@@ -11,14 +12,6 @@ from mona_mm.errors import ConfigError, MissingFileError
 
 DEMO_CLASSES = ('disc', 'square', 'triangle', 'star')
 COCO = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')
-
-
-def strings(node):
-    if isinstance(node, dict):
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        return [s for child in node for s in strings(child)]
-    return [node] if isinstance(node, str) else []
 
 
 def test_data_root_is_one_variable():

@@ -18,13 +18,14 @@ import pytest
 import scipy.io
 import torch
 from conftest import ROOT, real_images
+from metafiles import COUNT, listed
 from mmengine.evaluator import Evaluator
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 from torch import nn
-from write_metafiles import COUNT, listed
 
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner
@@ -34,7 +35,6 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce import published_results
 
-CONFIGS = {path.stem: path for path in sorted((ROOT / 'configs').rglob('*.py'))}
 PARTS = ('default_runtime', 'classification_swin_l')  # of other configs, no configs themselves
 ELSEWHERE = re.compile(r'(^|_)(vtab|fgvc)|^spt_')  # what test_vtab.py is about
 BASES = [
@@ -82,12 +82,6 @@ ABLATIONS = {
         design3=dict(scaled_norm=[]),
     ).items()
 }
-
-
-def kind(name: str) -> str:
-    """The rows of the tables that a config belongs to."""
-    known = {'coco': 'coco', 'retinanet': 'voc', 'upernet': 'ade20k'}
-    return next((kind for word, kind in known.items() if word in name), 'classification')
 
 
 def method_of(name: str) -> str:
@@ -200,16 +194,17 @@ def test_the_depthwise_rule(given):
     }
 
 
-# These tasks have another task's model, with another number of classes, and test_fair_is_one_setting its settings.
-ANOTHERS_MODEL = ('swin_l_oxfordpets', 'swin_l_voc2007')
+def is_common(name: str) -> bool:
+    """Mona's configs, and of every other method those of two tasks, each task with several methods: that the methods
+    of one task share its settings is what test_fair_is_one_setting shows."""
+    method = method_of(name)
+    two = [f'{method}_{TASKS[(METHODS.index(method) + step) % len(TASKS)]}' for step in (0, 3)]
+    return method == 'mona' or name in two
 
 
 @pytest.mark.parametrize(
     'config',
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name.endswith(ANOTHERS_MODEL) and method_of(name) != 'mona'))
-        for name in SHIPPED
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (not is_common(name))) for name in SHIPPED],
     indirect=True,
 )
 def test_what_trains(config):
@@ -467,74 +462,6 @@ def tiny_data(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-NARROW = {
-    'model.backbone.base.init_cfg': None,
-    'train_dataloader.num_workers': 0,
-    'train_dataloader.persistent_workers': False,
-    'val_dataloader.num_workers': 0,
-    'val_dataloader.persistent_workers': False,
-    'default_hooks.logger.interval': 1,
-}
-NARROW_SWIN = dict(embed_dims=12, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
-NARROW_TASK = {
-    'coco': {
-        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
-        'model.neck.in_channels': [12, 24, 48, 96],
-        'model.neck.out_channels': 16,
-        'model.rpn_head.in_channels': 16,
-        'model.rpn_head.feat_channels': 16,
-        'model.roi_head.bbox_roi_extractor.out_channels': 16,
-        'model.roi_head.mask_roi_extractor.out_channels': 16,
-        **{
-            f'model.roi_head.bbox_head.{stage}.{key}': 16
-            for stage in range(3)
-            for key in ('in_channels', 'conv_out_channels', 'fc_out_channels')
-        },
-        'model.roi_head.mask_head.in_channels': 16,
-        'model.roi_head.mask_head.conv_out_channels': 16,
-        'model.test_cfg.rcnn.score_thr': 0.0,  # something must be predicted for COCO's metric to say a number
-        'model.test_cfg.rcnn.max_per_img': 10,
-        'train_dataloader.dataset.indices': 2,
-        'val_dataloader.dataset.indices': 2,
-        'val_dataloader.dataset.pipeline.1.scale': (200, 120),
-        'train_cfg.max_epochs': 1,
-    },
-    'voc': {
-        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
-        'model.neck.in_channels': [24, 48, 96],
-        'model.neck.out_channels': 16,
-        'model.bbox_head.in_channels': 16,
-        'model.bbox_head.feat_channels': 16,
-        'model.test_cfg.score_thr': 0.0,
-        'train_dataloader.dataset.dataset.datasets.0.indices': 2,
-        'train_dataloader.dataset.dataset.datasets.1.indices': 2,
-        'train_dataloader.dataset.dataset.datasets.0.pipeline.2.scale': (100, 60),
-        'train_dataloader.dataset.dataset.datasets.1.pipeline.2.scale': (100, 60),
-        'val_dataloader.dataset.indices': 2,
-        'val_dataloader.dataset.pipeline.1.scale': (100, 60),
-        'train_cfg.max_epochs': 1,
-    },
-    'ade20k': {
-        **{f'model.backbone.base.{key}': value for key, value in NARROW_SWIN.items()},
-        'model.decode_head.in_channels': [12, 24, 48, 96],
-        'model.decode_head.channels': 16,
-        'model.auxiliary_head.in_channels': 48,
-        'model.auxiliary_head.channels': 16,
-        'model.data_preprocessor.size': (64, 64),
-        'train_dataloader.dataset.pipeline.2.scale': (256, 64),
-        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
-        'val_dataloader.dataset.pipeline.1.scale': (256, 64),
-        'train_dataloader.dataset.indices': 2,
-        'val_dataloader.dataset.indices': 2,
-        'train_cfg.max_iters': 2,
-        'train_cfg.val_interval': 2,
-    },
-    'classification': {
-        'model.backbone.base.arch': dict(_delete_=True, **NARROW_SWIN),
-        'model.head.in_channels': 96,
-        'train_cfg.max_epochs': 1,
-    },
-}
 SCORES = {
     'cascade_swin_b_coco': ('coco/bbox_mAP', 'coco/segm_mAP'),
     'retinanet_swin_l_voc': ('pascal_voc/mAP', 'pascal_voc/AP50', 'coco/bbox_mAP', 'coco/bbox_mAP_50'),
@@ -581,19 +508,13 @@ def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
     small_run(task, tiny_data[task], tmp_path)
 
 
-REAL = {
-    'cascade_swin_b_coco': 'coco',
-    'retinanet_swin_l_voc': 'VOCdevkit',
-    'upernet_swin_l_ade20k': 'ade/ADEChallengeData2016',
-}
-
-
 # In small, drawn images are there for all of them but COCO.
 ON_REAL_IMAGES = pytest.mark.parametrize(
     'task', [pytest.param(task, marks=[pytest.mark.slow] * (task != 'cascade_swin_b_coco')) for task in REAL]
 )
 
 
+@pytest.mark.real_images
 @ON_REAL_IMAGES
 def test_trains_and_evaluates_on_real_images(task, tmp_path):
     """The dense tasks again, on the real images where they are."""
@@ -668,6 +589,7 @@ def test_classes_that_do_not_fit_the_annotations(tiny_data, tmp_path):
         check('swin_l_voc2007', lists)
 
 
+@pytest.mark.real_images
 @pytest.mark.parametrize('task', [*REAL, 'swin_l_voc2007_multilabel'])
 def test_real_data(task):
     """The real data sets, where they are: loaders and pipelines as shipped give a training and a test batch."""

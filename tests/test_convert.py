@@ -9,11 +9,10 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS, ROOT, VIT, golden, golden_swin_config, part
-from helpers import assert_near
+from helpers import assert_near, to_microsoft
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS, init_default_scope
-from test_delta import SmallModel  # noqa: F401  registered
-from test_pretrained import to_microsoft
+from small_models import SmallModel  # noqa: F401  registered
 
 from mona_mm import FrozenModel, PeftBackbone, save_delta
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict, recognise, to_published

@@ -12,9 +12,10 @@ from conftest import HOSTS, ROOT
 from helpers import assert_near
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from mmengine.model import BaseModel, BaseModule
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
+from small_models import IN_BFLOAT16, METHODS, RULES, build, predict, small_config, trained
 from suite import METHOD_CONFIGS, plan_for
 from torch import nn
 
@@ -32,87 +33,11 @@ from mona_mm.record import record_of
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 
-RULES = {rule: dict(trainable=rule) for rule in ('bitfit', 'norm_tuning', 'partial_1', 'fixed', 'full')}
-IN_BFLOAT16 = {  # the frozen weights
-    'lora-bfloat16': dict(peft=METHOD_CONFIGS['lora'], frozen_dtype='bfloat16'),
-    'bitfit-bfloat16': dict(trainable='bitfit', frozen_dtype='bfloat16'),
-}
-METHODS = {**{name: dict(peft=peft) for name, peft in METHOD_CONFIGS.items()}, **RULES, **IN_BFLOAT16}
+# With averages everything is checked that is without, and more; the others are like one of these in all that a delta
+# knows of them.
+WITH_AVERAGES = ('mona', 'adapter', 'lora-everywhere', 'bitfit', 'partial_1', 'fixed', 'full', 'lora-bfloat16')
 
 
-@MODELS.register_module()
-class SmallModel(BaseModel):
-    """A backbone and a head with a BatchNorm: what a detector's delta has to hold, in milliseconds."""
-
-    def __init__(self, backbone, classes=5, width=16, init_cfg=None):
-        super().__init__(init_cfg=init_cfg)
-        self.backbone = MODELS.build(backbone)
-        with torch.no_grad():
-            channels = self.backbone(torch.zeros(1, 3, 32, 32))[-1].shape[1]
-        self.head = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width), nn.Conv2d(width, classes, 1))
-
-    def forward(self, inputs, mode='tensor'):
-        x = torch.stack(inputs) if isinstance(inputs, list) else inputs
-        out = self.head(self.backbone(x)[-1])
-        return dict(loss=out.square().mean()) if mode == 'loss' else out
-
-
-@DATASETS.register_module()
-class Images(torch.utils.data.Dataset):
-    METAINFO = metainfo = dict(classes=('a', 'b'))
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, i):
-        return dict(inputs=torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)))
-
-
-@pytest.fixture(scope='session')
-def base_file(tmp_path_factory) -> Path:
-    """The pretrained base: a Swin's random weights."""
-    file = tmp_path_factory.mktemp('base') / 'base.pth'
-    torch.manual_seed(11)
-    model = MODELS.build(HOSTS['mmdet-swin'])
-    model.init_weights()
-    torch.save(model.state_dict(), file)
-    return file
-
-
-def small_config(base_file, method, **model) -> dict:
-    base = dict(HOSTS['mmdet-swin'], init_cfg=dict(type='Pretrained', checkpoint=str(base_file)))
-    return dict(type='SmallModel', backbone=dict(type='mona_mm.PeftBackbone', base=base, **method), **model)
-
-
-def build(base_file, method, **model) -> BaseModel:
-    """As a Runner builds it for testing: nobody calls init_weights."""
-    built = MODELS.build(small_config(base_file, method, **model))
-    built.eval()
-    return built
-
-
-def trained(base_file, method, **model) -> BaseModel:
-    """A model whose training has changed everything that it may change."""
-    built = build(base_file, method, **model)
-    built.init_weights()
-    torch.manual_seed(sum(map(ord, str(method))))
-    state = built.state_dict()
-    with torch.no_grad():
-        for name in changing(built):
-            state[name].add_(torch.randn_like(state[name]) * 0.1 if state[name].is_floating_point() else 3)
-            if name.endswith('running_var'):
-                state[name].abs_()
-    built.eval()
-    return built
-
-
-def predict(model) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(0)))
-
-
-# With averages everything is checked that is without, and more.
 @pytest.mark.parametrize(
     ('method', 'ema'),
     [
@@ -120,7 +45,7 @@ def predict(model) -> torch.Tensor:
             method,
             ema,
             id=f'{method}-{"ema" if ema else "plain"}',
-            marks=[] if ema or method in ('mona', 'bitfit') else [pytest.mark.slow],
+            marks=[] if ema and method in WITH_AVERAGES or method in ('mona', 'bitfit') else [pytest.mark.slow],
         )
         for method in METHODS
         for ema in (False, True)
@@ -189,7 +114,7 @@ def test_header_says_what_it_is(base_file, tmp_path):
 
 
 SIZED = ('mona', 'adapter', 'adaptformer', 'lora', 'lorand', 'spt', *list(RULES)[:-1])
-MOST_NAMES = ('mona', 'spt', 'norm_tuning')  # for their values
+MOST_NAMES = ('mona', 'norm_tuning')  # for their values
 
 
 @pytest.mark.parametrize(
@@ -646,6 +571,7 @@ def start(cfg, **options):
     return build_runner(cfg)
 
 
+@pytest.mark.slow
 def test_a_detector_in_every_way(detector, tmp_path):
     """One run of a detector with BatchNorm heads; its delta through Runner.test, init_detector, the inferencer,
     load_from and resume gives what the whole checkpoint gives, and follows its keep and best rules."""
@@ -697,11 +623,30 @@ def test_a_detector_in_every_way(detector, tmp_path):
     assert all(torch.equal(tuned.model.state_dict()[name], expected[name]) for name in frozen)
 
 
+def test_what_serves_a_detector_takes_a_delta(detector, tmp_path):
+    """init_detector and the inferencer make of a delta, its config and its classes the model that it was written of."""
+    from mmdet.apis import DetInferencer, init_detector
+
+    init_default_scope('mmdet')
+    model = MODELS.build(detector.model)
+    model.init_weights()
+    file = tmp_path / 'a.delta.safetensors'
+    classes = ('disc', 'square', 'triangle', 'star')
+    save_delta(model, file, config=detector.pretty_text, dataset_meta=dict(classes=classes))
+    for served in (
+        init_detector(detector.copy(), str(file), device='cpu'),
+        DetInferencer(detector.copy(), str(file), device='cpu', show_progress=False).model,
+    ):
+        assert tuple(served.dataset_meta['classes']) == classes
+        expected = model.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in served.state_dict().items())
+
+
 def test_resume_from_a_delta(detector, tmp_path):
     """--resume on a delta goes on at its iteration with the schedule's learning rates, and says what begins anew; on a
     part of a model it is refused."""
     detector.custom_hooks.pop()
-    detector.train_cfg.val_interval = 100
+    detector.val_dataloader = detector.val_cfg = detector.val_evaluator = None
     detector.default_hooks.checkpoint.update(max_keep_ckpts=-1, save_best=None)
     detector.param_scheduler = [dict(type='MultiStepLR', by_epoch=False, milestones=[1, 3], gamma=0.5)]
     straight = start(detector)
@@ -726,10 +671,13 @@ def test_resume_from_a_delta(detector, tmp_path):
 def test_the_tools(detector, tmp_path, tool):
     """tools/test.py evaluates a delta alone; on another base it ends with one line, and with --allow-other-base goes on
     and says so loudly."""
-    detector.train_cfg.max_epochs = 1
     detector.custom_hooks.pop()
-    start(detector).train()
-    delta = Path(detector.work_dir, 'epoch_1.delta.safetensors')
+    detector.test_dataloader.dataset.indices = 1
+    init_default_scope('mmdet')
+    model = MODELS.build(detector.model)
+    model.init_weights()
+    delta = tmp_path / 'a.delta.safetensors'
+    save_delta(model, delta)
     detector.dump(tmp_path / 'config.py')
     arguments = 'test.py', str(tmp_path / 'config.py'), str(delta), '--work-dir', str(tmp_path / 'test')
     assert tool(*arguments)[0] == 0

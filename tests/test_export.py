@@ -21,9 +21,16 @@ from mona_mm.spt.sparse import attach_sparse, merge_sparse
 pairs = pytest.mark.parametrize(('host', 'method'), COVER)
 
 
+def seconds_each(*quick: tuple[str, str], of: list = COVER):
+    """All pairs as a parameter, of which `make test` has only these."""
+    return pytest.mark.parametrize(
+        ('host', 'method'), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in quick)) for pair in of]
+    )
+
+
 @pairs
-def test_traced_saved_and_exported(host, method):
-    """torch.jit.trace, saved and loaded, and torch.export compute for another image what the model does."""
+def test_traced_and_saved(host, method):
+    """torch.jit.trace, saved and loaded, computes for another image what the model does."""
     model, other = adapted(host, method), image(64, 64, seed=9)
     with torch.no_grad():
         expected = model(other)
@@ -35,9 +42,19 @@ def test_traced_saved_and_exported(host, method):
         file.seek(0)
         with torch.no_grad():
             assert_close(torch.jit.load(file)(other), expected)
-            exported = torch.export.export(model, (image(64, 64),), strict=False).module()
-            assert_close(exported(other), expected)
     with torch.no_grad():
+        assert all(map(torch.equal, model(other), expected))
+
+
+@seconds_each(('Swin', 'Mona'), ('Swin', 'LoRA'), ('ViT', 'single weights'), ('PVTv2', 'Adapter'))
+def test_exported(host, method):
+    """torch.export computes for another image what the model does."""
+    model, other = adapted(host, method), image(64, 64, seed=9)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        expected = model(other)
+        exported = torch.export.export(model, (image(64, 64),), strict=False).module()
+        assert_close(exported(other), expected)
         assert all(map(torch.equal, model(other), expected))
 
 
@@ -70,7 +87,10 @@ def test_derivatives_in_forward_mode(method):
     assert_close(tangents, torch.func.jvp(lambda x: tuple(model(x)), (x,), (direction,))[1], 1e-10)
 
 
-@pytest.mark.parametrize(('host', 'method'), [p for p in COVER if p[0] in ('Swin', 'ViT', 'PVTv2')])
+@seconds_each(
+    *(('Swin', 'Mona'), ('Swin', 'Adapter'), ('ViT', 'LoRA'), ('PVTv2', 'single weights')),
+    of=[pair for pair in COVER if pair[0] in ('Swin', 'ViT', 'PVTv2')],
+)
 def test_counters(host, method):
     """Operations: mmengine's counter runs, and torch's counts in the fast form what it counts in the plain one."""
     model, plain = (adapted(host, method, fast=fast) for fast in (True, False))

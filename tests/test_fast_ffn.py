@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 from conftest import HOSTS
+from fast_forms import backbone_pair, kept, step
 from helpers import assert_equal, assert_near
 from mmcv.cnn.bricks.transformer import FFN
-from test_fast_attention import backbone_pair, kept, step
 
 from mona_mm import PeftBackbone
 from mona_mm.hosts import ffn as fast_ffn

@@ -9,10 +9,10 @@ from conftest import HOSTS
 from helpers import assert_equal, assert_near
 from mmengine.dataset import DefaultSampler
 from mmengine.runner import load_checkpoint
-from test_hooks import Images, Score, log_of, make_runner, state  # noqa: F401  the fixture
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
+from toy_runs import Images, Score, log_of, state
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, FreezeError
@@ -212,7 +212,7 @@ def test_what_inference_mode_computed_can_be_trained_on():
     assert found(kept) == (3, 6)
 
 
-def test_a_full_memory(make_runner, caplog):  # noqa: F811
+def test_a_full_memory(make_runner, caplog):
     """No more than the limit is kept; the rest is computed, and stays so; it is said once."""
     _, measured = make_pair('mmdet-swin', 'partial_1')
     measured(images(1))
@@ -311,7 +311,7 @@ def test_gradients_to_the_image_are_computed():
 
 
 @pytest.mark.parametrize('rule', ['fixed', 'partial_1'])
-def test_a_run_is_the_same(rule, make_runner, tmp_path):  # noqa: F811
+def test_a_run_is_the_same(rule, make_runner, tmp_path):
     """Three epochs of mmengine's Runner with an EMAHook, in batches of one: every weight, the averaged ones included,
     is what it is without the cache, bit for bit; from the second epoch on every image is found."""
     results = []

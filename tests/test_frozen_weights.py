@@ -230,7 +230,7 @@ def test_merging_rounds_no_addition_away():
         nn.init.normal_(module.up.weight, std=1e-5)
     state = merged_state_dict(model)
     assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float32}
-    block, merged = model.stages[2].blocks[1], state['stages.2.blocks.1.ffn.layers.0.0.weight']
+    block, merged = model.stages[2].blocks[0], state['stages.2.blocks.0.ffn.layers.0.0.weight']
     weight = block.ffn.layers[0][0].weight.float()
     delta = block.peft['fc1'].delta_weight(weight)
     assert 0 < delta.abs().max() < 1e-3 * weight.abs().max()

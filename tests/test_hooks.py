@@ -1,6 +1,5 @@
 """Hooks: what trains is said and checked, frozen weights are proved unchanged, checkpoints survive."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -8,12 +7,11 @@ import pytest
 import torch
 from conftest import HOSTS, needs_gpu
 from mmengine.dataset import DefaultSampler
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.runner import Runner
+from mmengine.model import MMDistributedDataParallel
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from toy_runs import Images, Score, Toy, log_of, mona_swin, state, stock_swin
 
 from mona_mm import FrozenModel, PeftBackbone
 from mona_mm.checkpoint.pretrained import read_checkpoint
@@ -22,80 +20,6 @@ from mona_mm.frozen.rules import freeze
 from mona_mm.hooks import SafeCheckpointHook
 from mona_mm.hooks.checkpoint import AtomicLocalBackend
 from mona_mm.hooks.param_freeze import frozen_digests
-
-
-class Images(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return dict(inputs=torch.full((3, 32, 32), float(index)))
-
-
-class Toy(BaseModel):
-    """A backbone, a head, a loss."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(192, 1)
-
-    def forward(self, inputs, mode='tensor'):
-        out = self.head(self.backbone(inputs)[-1].mean((2, 3)))
-        return dict(loss=out.square().mean()) if mode == 'loss' else out
-
-
-class Score(BaseMetric):
-    def process(self, data_batch, data_samples):
-        self.results.append(1)
-
-    def compute_metrics(self, results):
-        return dict(score=len(results))
-
-
-def stock_swin() -> nn.Module:
-    from mmengine.registry import MODELS
-
-    return MODELS.build(HOSTS['mmdet-swin'])
-
-
-def mona_swin(**kwargs) -> nn.Module:
-    return PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=8), **kwargs)
-
-
-@pytest.fixture
-def make_runner(tmp_path, request):
-    def make(backbone, hooks=(), epochs=1, checkpoint=None, wrap=None, **kwargs) -> Runner:
-        model = Toy(backbone)
-        arguments = dict(
-            model=wrap(model) if wrap else model,
-            work_dir=str(tmp_path / 'work'),
-            train_dataloader=DataLoader(Images(), batch_size=2, sampler=DefaultSampler(Images(), shuffle=True)),
-            train_cfg=dict(by_epoch=True, max_epochs=epochs),
-            optim_wrapper=dict(
-                constructor='mona_mm.PeftOptimWrapperConstructor',
-                optimizer=dict(type='AdamW', lr=0.1, weight_decay=0.5),
-            ),
-            default_hooks=dict(checkpoint=checkpoint or dict(type='mona_mm.SafeCheckpointHook', interval=1)),
-            custom_hooks=list(hooks),
-            randomness=dict(seed=0),
-            experiment_name=f'{request.node.name}-{id(model)}',
-            log_level='INFO',
-        )
-        return Runner(**{**arguments, **kwargs})
-
-    return make
-
-
-def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def log_of(runner: Runner) -> str:
-    for handler in runner.logger.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.flush()
-    return Path(runner.logger.handlers[-1].baseFilename).read_text()
 
 
 @pytest.mark.parametrize(

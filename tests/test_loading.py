@@ -137,8 +137,14 @@ def single_process():
 # Wrappers and names -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('names', ['plain', 'module.', 'flat'])
-@pytest.mark.parametrize('wrapper', ['none', 'tta', 'ddp', 'ddp-tta'])
+@pytest.mark.parametrize(
+    ('names', 'wrapper'),
+    [
+        pytest.param(names, wrapper, id=f'{wrapper}-{names}', marks=[pytest.mark.slow] * (wrapper in more))
+        for names, more in {'plain': ('tta', 'ddp'), 'module.': ('none', 'ddp-tta'), 'flat': ('tta', 'ddp-tta')}.items()
+        for wrapper in ('none', 'tta', 'ddp', 'ddp-tta')
+    ],
+)
 def test_wrappers_and_names_of_wrapped_models(wrapper, names, start, tmp_path, single_process):
     """For testing, a good checkpoint loads whole behind every wrapper, with names of a wrapped model, and without the
     `state_dict` around it; one that lacks a tensor is refused behind each, too."""
@@ -173,9 +179,11 @@ def test_a_delta_behind_wrappers(start, tmp_path, single_process):
             source.state_dict()[name].add_(1)
     save_delta(source, tmp_path / 'a.delta.safetensors')
 
+    moved = changing(source)
+
     def wrapped():
         model = network(classes=2)
-        model.load_state_dict({n: t for n, t in source.state_dict().items() if n not in changing(source)}, strict=False)
+        model.load_state_dict({n: t for n, t in source.state_dict().items() if n not in moved}, strict=False)
         return MMDistributedDataParallel(Averaged(model), find_unused_parameters=True)
 
     for way in ('runner', 'load_delta', 'load_checkpoint'):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
-from test_configs import NARROW, NARROW_TASK
+from shipped import NARROW, NARROW_TASK
 
 from mona_mm.datasets.shapes import CLASSES, make_demo_dataset
 

@@ -157,7 +157,7 @@ def test_initial_values(library, loaded, tmp_path):
     model = PeftBackbone(base=base, peft=dict(type='Mona'))
     model.init_weights()
     modules = method_modules(model)
-    assert len(modules) == 16
+    assert len(modules) == 10
     for m in modules:
         assert (m.entrance.gamma == 1e-6).all() and (m.entrance.gammax == 1).all()
         assert (m.entrance.norm.weight == 1).all() and (m.entrance.norm.bias == 0).all()

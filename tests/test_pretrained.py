@@ -7,31 +7,12 @@ from urllib.error import URLError
 import pytest
 import torch
 from conftest import HOSTS, VIT, golden, golden_swin_config, part
-from helpers import assert_near
+from helpers import assert_near, to_microsoft
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint import convert_state_dict
 from mona_mm.errors import CheckpointMismatchError, MissingFileError
-
-
-def to_microsoft(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """mmdet's names and channel order back into those of Microsoft's Swin: written independently of the converter."""
-    published = {}
-    for name, tensor in state.items():
-        name = name.replace('stages.', 'layers.').replace('attn.w_msa.', 'attn.')
-        name = name.replace('ffn.layers.0.0.', 'mlp.fc1.').replace('ffn.layers.1.', 'mlp.fc2.')
-        name = name.replace('patch_embed.projection.', 'patch_embed.proj.')
-        if '.downsample.' in name:
-            channels = tensor.shape[-1] // 4
-            order = [4 * c + neighbour for neighbour in (0, 2, 1, 3) for c in range(channels)]
-            tensor = tensor[..., order]
-        if not re.match(r'norm\d', name):
-            published[name] = tensor
-    published['norm.weight'], published['norm.bias'] = torch.ones(192), torch.zeros(192)
-    published['head.weight'], published['head.bias'] = torch.ones(10, 192), torch.zeros(10)
-    published['layers.0.blocks.1.attn_mask'] = torch.zeros(4, 49, 49)
-    return published
 
 
 def stock(host: str) -> torch.nn.Module:

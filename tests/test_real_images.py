@@ -7,12 +7,12 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, real_images
+from conftest import ROOT, real_images
 
 from mona_mm.commands.cli import build_runner
 from mona_mm.commands.config import adapt_to_device, load_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.real_images]
 CONFIG = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')
 
 
@@ -58,7 +58,7 @@ def test_full_size_trains_and_validates(tmp_path, two_threads):
 
 def eight_images(path) -> dict:
     """The eight images whose smallest object is largest: the others hold objects of a few pixels at this size."""
-    coco = json.loads((SHARED / 'data/coco/annotations/instances_train2017.json').read_text())
+    coco = json.loads((real_images('coco') / 'annotations/instances_train2017.json').read_text())
     area = {image['id']: image['width'] * image['height'] for image in coco['images']}
     objects = defaultdict(list)
     for annotation in coco['annotations']:
@@ -127,7 +127,6 @@ def scaled_down(ann_file) -> dict:
 
 def test_overfits_eight_real_images(tmp_path, two_threads):
     """With the base frozen at random values, Mona and the heads learn eight real images by heart: AP50 above 0.5."""
-    real_images('coco')
     assert len(eight_images(tmp_path / 'eight.json')['images']) == 8
     log = run(scaled_down(tmp_path / 'eight.json'), tmp_path / 'overfit')
     scores = dict(re.findall(r'coco/(\w+): ([-\d.]+)', log))

@@ -21,6 +21,7 @@ from suite import (
     freeze_alike,
     images,
     is_common,
+    is_common_in,
     load,
     plan_for,
     trains_in_mixed_precision,
@@ -79,7 +80,13 @@ def test_what_the_plan_says_trains(host, spt):
 
 @pytest.mark.parametrize(
     ('host', 'kind', 'clone', 'dtype'),
-    pairwise(HOSTS, list(STRUCTURED), CLONES, list(PRECISIONS), common=lambda host, kind, *_: is_common(host, kind)),
+    pairwise(
+        HOSTS,
+        list(STRUCTURED),
+        CLONES,
+        list(PRECISIONS),
+        common=lambda host, kind, _, dtype: is_common(host, kind) and is_common_in(host, kind, dtype),
+    ),
 )
 def test_the_suite(host, spt, clone, dtype):
     """What is promised of every method: keys, round trip, copies, any size, half precision."""
@@ -358,7 +365,12 @@ def test_a_request_is_checked_before_the_measuring(detector_config, tmp_path, mo
         make_plan(cfg)
 
 
-@pytest.mark.parametrize('name', sorted(path.stem for path in (ROOT / 'configs').glob('spt_*/*swin_[bl]*.py')))
+SPT_CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('spt_*/*swin_[bl]*.py'))
+
+
+@pytest.mark.parametrize(  # two or three tasks for each kind of module; only the sizes of the others differ
+    'name', [pytest.param(name, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, name in enumerate(SPT_CONFIGS)]
+)
 def test_shipped_configs_at_full_size(name, tmp_path):
     """Every SPT config over the Mona paper's tasks builds with a plan for its base, trains exactly the plan, decays no
     single weight, and gives the optimizer exactly what trains."""

@@ -347,7 +347,7 @@ def test_budget_is_never_exceeded(kind, ties):
     whole budget as long as there is a weight with a gradient that could still train."""
     draw = random.Random(0)
     filled = 0
-    for seed in range(25):
+    for seed in range(12):
         sensitivity = random_sensitivity(draw.choice(list(TINY)), seed, ties)
         architecture = sensitivity.architecture
         budget = int(10 ** draw.uniform(1.6, math.log10(architecture.parameters)))
@@ -708,8 +708,11 @@ def test_sensitivity_round_trip(tmp_path):
         Sensitivity.load(tmp_path / 's.safetensors')
 
 
-@pytest.mark.parametrize('kind', KINDS, ids=lambda kind: kind['type'] if kind else 'none')
-@pytest.mark.parametrize('name', TINY)
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [(list(TINY)[i % len(TINY)], kind) for i, kind in enumerate(KINDS)],
+    ids=lambda value: value if isinstance(value, str) else value['type'] if value else 'none',
+)
 def test_pictures(name, kind, tmp_path):
     """Every kind of plan can be drawn; the pictures are PNGs of a readable size."""
     import cv2

@@ -9,7 +9,7 @@ from conftest import real_images
 from helpers import assert_near
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from test_configs import CONFIGS, NARROW, NARROW_TASK, REAL, kind
+from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 
 import mona_mm
 from mona_mm.commands.cli import build_runner
@@ -28,7 +28,10 @@ def tensors(result) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize('task', REAL)
+@pytest.mark.real_images
+@pytest.mark.parametrize(
+    'task', [pytest.param(task, marks=[pytest.mark.slow] * (task != 'retinanet_swin_l_voc')) for task in REAL]
+)
 def test_sensitivity_plan_training_delta_merge(task, tmp_path, tool, monkeypatch):
     """Measure, plan, train, write the delta, load it on a fresh base (the same bits), merge it into a checkpoint that
     the stock config loads strictly, without any word of mona_mm: the same predictions on the validation images."""

@@ -89,9 +89,8 @@ def run_stock(folder: Path, config: str, load: str) -> torch.nn.Module:
     return torch.load(folder / 'loaded.pth')
 
 
-@pytest.mark.parametrize(
-    'method', [pytest.param(method, marks=[pytest.mark.slow] * (method != 'lora')) for method in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize(
     'library', [pytest.param(name, marks=[needs_compiled_mmcv] * (name != 'mmpretrain')) for name in LIBRARIES]
 )

@@ -1,10 +1,12 @@
-"""Writes what `mim search` reads: python tests/write_metafiles.py
+"""Writes what `mim search` reads: python tools/write_metafiles.py [--check]
 
 model-index.yml names a metafile for each method's folder in configs/, and a metafile lists the folder's configs with
 what they train and with the published results, as the independent evidence has them: every number with its grade there,
-no number where there is none. Run it after adding or renaming a config; tests/test_metafiles.py says when that is due.
+no number where there is none. Run it after adding or renaming a config; with --check it writes nothing, names the files
+that are not as it would write them, and ends with status 1 if there are any.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -12,9 +14,16 @@ from typing import Any
 
 import yaml
 
+import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.cli import run
+from mona_mm.commands.config import load_config
+from mona_mm.commands.planning import spt_config
+from mona_mm.frozen.count import count_trainable
+
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / 'mona_mm/published.json'
-TOP = '# Written by tests/write_metafiles.py: run it in place of editing this.\n'
+TOP = '# Written by tools/write_metafiles.py: run it in place of editing this.\n'
 
 MONA = (
     '5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks',
@@ -184,23 +193,48 @@ def dump(content: Any) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def write() -> None:
-    from mona_mm.commands.build import build_on_meta
-    from mona_mm.commands.config import load_config
-    from mona_mm.commands.planning import spt_config
-    from mona_mm.frozen.count import count_trainable
+def count(path: str) -> int | str:
+    """How many backbone parameters a config trains, or the budget of one that trains by a plan."""
+    cfg = load_config(path)
+    spt = spt_config(cfg)
+    return spt.budget if spt else count_trainable(build_on_meta(cfg)).backbone_trainable
 
+
+def files(known: dict[str, int | str]) -> dict[Path, str]:
+    """The text of every file; configs that are not in ``known`` are built, without weights, to count what trains."""
     published = json.loads(PUBLISHED.read_text())
+    texts = {ROOT / 'model-index.yml': model_index()}
     for method in METHODS:
-        paths = {name: str(ROOT / f'configs/{method}/{name}.py') for name in configs(method)}
-        trainable = {}
-        for name, path in paths.items():
-            cfg = load_config(path)
-            spt = spt_config(cfg)
-            trainable[name] = spt.budget if spt else count_trainable(build_on_meta(cfg)).backbone_trainable
-        (ROOT / f'configs/{method}/metafile.yml').write_text(metafile(method, trainable, published), encoding='utf-8')
-    (ROOT / 'model-index.yml').write_text(model_index(), encoding='utf-8')
+        trainable = {
+            name: known[name] if name in known else count(str(ROOT / f'configs/{method}/{name}.py'))
+            for name in configs(method)
+        }
+        texts[ROOT / f'configs/{method}/metafile.yml'] = metafile(method, trainable, published)
+    return texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Write the files that `mim search` reads.')
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help='write nothing; name the files that are not as they would be written, and exit with 1 if there are any. '
+        'Numbers of parameters are taken as they are there: the tests of the configs count them',
+    )
+    arguments = parser.parse_args()
+    known = {}
+    if arguments.check:
+        metadata = {name: entry['Metadata'] for name, entry in listed().items()}
+        known = {name: m[COUNT] if COUNT in m else m[BUDGET] for name, m in metadata.items()}
+    due = 0
+    for path, text in files(known).items():
+        if not arguments.check:
+            path.write_text(text, encoding='utf-8')
+        elif not path.is_file() or path.read_text(encoding='utf-8') != text:
+            print(f'{path.relative_to(ROOT)} is not as written: run python tools/write_metafiles.py')
+            due = 1
+    raise SystemExit(due)
 
 
 if __name__ == '__main__':
-    write()
+    run(main)

@@ -1,0 +1,13 @@
+"""tools/write_metafiles.py as a module: what is listed for `mim search`."""
+
+import importlib.util
+import sys
+
+from conftest import ROOT
+
+_SPEC = importlib.util.spec_from_file_location('write_metafiles', ROOT / 'tools/write_metafiles.py')
+TOOL = sys.modules.setdefault('write_metafiles', importlib.util.module_from_spec(_SPEC))
+_SPEC.loader.exec_module(TOOL)
+
+BUDGET, COUNT, METHODS, PUBLISHED = TOOL.BUDGET, TOOL.COUNT, TOOL.METHODS, TOOL.PUBLISHED
+configs, listed = TOOL.configs, TOOL.listed
