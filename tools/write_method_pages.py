@@ -176,7 +176,7 @@ def render(page: Page) -> str:
     collections = page.collections
     title = ', '.join(collection['Name'] for collection in collections)
     papers = dict.fromkeys(f'[{c["Metadata"]["Paper Title"]}]({c["Paper"]})' for c in collections)
-    parts = [TOP, f'# {title}', f'```python\n{page.setting}\n```', to_markdown(page.text)]
+    parts = [TOP, f'# {title}', f'```python\n{page.setting.replace("=", " = ", 1)}\n```', to_markdown(page.text)]
     code = dict.fromkeys(f'`{collection["Code"]}`' for collection in collections)
     parts.append(f'Paper: {", ".join(papers)}. Code: {", ".join(code)}.')
     if page.source:
