@@ -104,6 +104,11 @@ def widths(function: Callable) -> list[str]:
     return [name for name, hint in _hints(function).items() if hint == Width]
 
 
+def accepted_values(function: Callable) -> dict[str, str]:
+    """What the arguments of a function accept, in words, by name; those without an annotation are left out."""
+    return {name: _describe(hint) for name, hint in _hints(function).items() if name in _named(function)}
+
+
 def show(value: Any) -> str:
     """A value in a message: its ``repr``, shortened, or its type where it has none."""
     try:

@@ -15,7 +15,15 @@ from conftest import ROOT
 from helpers import assert_equal, assert_near
 
 from mona_mm.benchmark import backbone
-from mona_mm.benchmark.backbone import DEPLOYED, WAYS, Case, build_backbone, build_cases, choose_ways, count_operations
+from mona_mm.benchmark.backbone import (
+    DEPLOYED,
+    VARIANTS,
+    Case,
+    build_backbone,
+    build_cases,
+    choose_variants,
+    count_operations,
+)
 from mona_mm.benchmark.plot import plot_cost
 from mona_mm.benchmark.records import read_records, write_record
 from mona_mm.commands.cli import run
@@ -44,29 +52,31 @@ def table(measured):
 def test_ways_asked_for_are_measured(measured):
     """Exactly these and the reference, at every size; ratios are to it; what trains less needs less memory."""
     asked = ['stock', 'full', 'mona', 'adapter', 'fixed', 'partial_1']
-    assert [(row.size, row.way) for row in measured] == [(size, way) for size in ((64, 64), (64, 96)) for way in asked]
-    ways = {row.way: row for row in measured if row.size == (64, 96)}
-    assert ways['full'].step_ratio == ways['full'].memory_ratio == 1
+    assert [(row.size, row.variant) for row in measured] == [
+        (size, variant) for size in ((64, 64), (64, 96)) for variant in asked
+    ]
+    variants = {row.variant: row for row in measured if row.size == (64, 96)}
+    assert variants['full'].step_ratio == variants['full'].memory_ratio == 1
     for row in measured:
         assert 0 < row.forward <= row.step
         assert row.step_spread[0] <= row.step <= row.step_spread[1]
         assert row.memory == pytest.approx(row.kept + row.state)
         assert row.floor > 0
-    assert ways['fixed'].kept == 0
-    assert ways['fixed'].state < ways['adapter'].state < ways['full'].state
-    assert 0 < ways['partial_1'].kept < ways['full'].kept
-    assert ways['fixed'].floor < ways['adapter'].floor < ways['full'].floor
+    assert variants['fixed'].kept == 0
+    assert variants['fixed'].state < variants['adapter'].state < variants['full'].state
+    assert 0 < variants['partial_1'].kept < variants['full'].kept
+    assert variants['fixed'].floor < variants['adapter'].floor < variants['full'].floor
 
 
-def test_which_ways():
+def test_which_variants():
     """All by default; those asked for and no other reference than the ratios need; deployed forms do not train."""
-    assert choose_ways(None, True) == list(WAYS)
-    assert choose_ways(None, False) == [way for way in WAYS if way not in DEPLOYED]
-    assert choose_ways(['mona'], False) == ['full', 'mona']
-    assert choose_ways(['mona', 'full', 'adapter'], False) == ['full', 'mona', 'adapter']
-    assert choose_ways(['lora_merged', 'lora'], True) == ['stock', 'lora', 'lora_merged']
+    assert choose_variants(None, True) == list(VARIANTS)
+    assert choose_variants(None, False) == [variant for variant in VARIANTS if variant not in DEPLOYED]
+    assert choose_variants(['mona'], False) == ['full', 'mona']
+    assert choose_variants(['mona', 'full', 'adapter'], False) == ['full', 'mona', 'adapter']
+    assert choose_variants(['lora_merged', 'lora'], True) == ['stock', 'lora', 'lora_merged']
     with pytest.raises(ConfigError, match='lora_merged: a deployed form does not train; add --inference'):
-        choose_ways(['mona', 'lora_merged'], False)
+        choose_variants(['mona', 'lora_merged'], False)
 
 
 def test_table_targets_and_picture(measured, tmp_path):
@@ -87,16 +97,16 @@ def test_inference():
     """Forwards alone, without gradients, against the stock backbone; nothing is kept, and merged forms are of its size
     and operations."""
     measured = rows(inference=True, sizes=[(64, 64)], repeats=1)
-    ways = {row.way: row for row in measured}
-    assert list(ways) == list(WAYS)
-    assert ways['stock'].forward_ratio == 1
+    variants = {row.variant: row for row in measured}
+    assert list(variants) == list(VARIANTS)
+    assert variants['stock'].forward_ratio == 1
     assert all(row.step is None and row.kept == 0 for row in measured)
-    assert ways['mona'].memory > ways['mona_folded'].memory > ways['stock'].memory
-    for way in ('lora_merged', 'spt_merged'):
-        assert ways[way].memory == ways['stock'].memory < ways[DEPLOYED[way]].memory
-        assert ways[way].floor == ways['stock'].floor
+    assert variants['mona'].memory > variants['mona_folded'].memory > variants['stock'].memory
+    for variant in ('lora_merged', 'spt_merged'):
+        assert variants[variant].memory == variants['stock'].memory < variants[DEPLOYED[variant]].memory
+        assert variants[variant].floor == variants['stock'].floor
     lines = table(measured)
-    assert len(lines) == 2 + len(WAYS)
+    assert len(lines) == 2 + len(VARIANTS)
     assert 'ratio to stock' in lines[0]
     assert any('lora_merged takes' in sentence for sentence in backbone.targets(measured))
 
@@ -128,20 +138,20 @@ def losses(case, x):
 def test_shared_weights_change_nothing():
     """Cases that share what is equal give the losses and gradients of cases that share nothing, merged forms with other
     weights included; the frozen base is there once, and steps of full tuning do not reach it."""
-    ways = ['full', 'mona', 'adapter', 'lora', 'spt', 'partial_1']
+    variants = ['full', 'mona', 'adapter', 'lora', 'spt', 'partial_1']
     x = torch.randn(1, 3, 64, 64)
     build = partial(build_backbone, base=BASE)
-    shared = build_cases([*ways, 'stock', 'lora_merged'], build, 'cpu', torch.float32)
-    for way, case in shared.items():
+    shared = build_cases([*variants, 'stock', 'lora_merged'], build, 'cpu', torch.float32)
+    for variant, case in shared.items():
         torch.manual_seed(0)
-        alone = Case(build(way), None, 'cpu', torch.float32)
+        alone = Case(build(variant), None, 'cpu', torch.float32)
         names = [name for name, _ in alone.model.named_parameters()]
         assert [name for name, _ in case.model.named_parameters()] == names
         assert case.state() == alone.state()
-        if way != 'lora_merged':  # its own weights are drawn anew
+        if variant != 'lora_merged':  # its own weights are drawn anew
             for a, b in zip(losses(case, x), losses(alone, x), strict=True):
                 assert_equal(a, b)
-    pointers = {way: {p.data_ptr() for p in case.model.parameters()} for way, case in shared.items()}
+    pointers = {variant: {p.data_ptr() for p in case.model.parameters()} for variant, case in shared.items()}
     assert pointers['full'] == pointers['stock']
     frozen = {p.data_ptr() for p in shared['mona'].model.parameters() if not p.requires_grad}
     assert frozen == {p.data_ptr() for p in shared['adapter'].model.parameters() if not p.requires_grad}
@@ -165,13 +175,13 @@ def test_shared_weights_change_nothing():
 def test_merged_forms_compute_what_they_merge():
     """The merged form has the tuned one's outputs and no module of a method."""
     x = torch.randn(1, 3, 64, 96)
-    for way in ('lora_merged', 'spt_merged'):
+    for variant in ('lora_merged', 'spt_merged'):
         torch.manual_seed(0)
-        merged = build_backbone(way, BASE)
+        merged = build_backbone(variant, BASE)
         stock = build_backbone('stock', BASE)
         assert list(merged.state_dict()) == list(stock.state_dict())
         torch.manual_seed(0)
-        tuned = build_backbone(DEPLOYED[way], BASE)
+        tuned = build_backbone(DEPLOYED[variant], BASE)
         backbone.randomise(tuned)
         merged.eval(), tuned.eval()
         for a, b in zip(merged(x), tuned(x), strict=True):
@@ -181,12 +191,12 @@ def test_merged_forms_compute_what_they_merge():
 def test_published_formula_is_mona():
     """What stands beside `mona` as the published formula computes the same."""
     torch.manual_seed(0)
-    ours, published = build_backbone('mona', BASE), build_backbone('published_mona', BASE)
-    published.load_state_dict(ours.state_dict())
+    mona, published = build_backbone('mona', BASE), build_backbone('published_mona', BASE)
+    published.load_state_dict(mona.state_dict())
     x = torch.randn(1, 3, 64, 96)
-    for model in (ours, published):
+    for model in (mona, published):
         model.eval()
-    for a, b in zip(ours(x), published(x), strict=True):
+    for a, b in zip(mona(x), published(x), strict=True):
         assert_near(a, b)
 
 
@@ -334,6 +344,6 @@ def test_tool(tmp_path):
     record = json.loads(file.read_text())
     assert set(record) == {'machine', 'backbone', 'detector'}
     for suite in ('backbone', 'detector'):
-        assert [row['way'] for row in record[suite]] == ['full', 'mona']
+        assert [row['variant'] for row in record[suite]] == ['full', 'mona']
     assert picture.stat().st_size > 10_000
     assert 'mona takes' in result.stdout

@@ -35,7 +35,9 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce import published_results
 
-PARTS = ('default_runtime', 'classification_swin_l')  # of other configs, no configs themselves
+PARTS = (  # of other configs, no configs themselves
+    *('default_runtime', 'adamw_swin', 'classifier', 'classification_swin_l', 'dense_swin_l', 'detection_swin_l'),
+)
 ELSEWHERE = re.compile(r'(^|_)(vtab|fgvc)|^spt_')  # what test_vtab.py is about
 BASES = [
     name

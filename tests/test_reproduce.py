@@ -24,9 +24,10 @@ from mona_mm.reproduce import (
     save_results,
     write_text,
 )
-from mona_mm.reproduce.cells import METHODS, TASKS, config_name, shipped_config
+from mona_mm.reproduce.cells import METHODS, config_name, shipped_config
 from mona_mm.reproduce.logs import Log, parse_config, read_log
 from mona_mm.reproduce.published import published_trainable
+from mona_mm.reproduce.tasks import TASKS
 
 
 def only(runs_and_unclear):

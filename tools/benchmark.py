@@ -44,10 +44,10 @@ def main() -> None:
     parser.add_argument(
         '--methods',
         nargs='+',
-        choices=backbone.WAYS,
+        choices=backbone.VARIANTS,
         metavar='METHOD',
         help='suites backbone and detector: these, and the one that ratios are to (full; under --inference stock), of '
-        f'{", ".join(backbone.WAYS)} (default: all)',
+        f'{", ".join(backbone.VARIANTS)} (default: all)',
     )
     parser.add_argument('--batch', type=int, help='images (default: 1; suite spt: 8)')
     parser.add_argument(
@@ -173,7 +173,7 @@ def check(args: argparse.Namespace) -> None:
     device = check_device(args.device)
     if args.processor_time and (args.threads != 1 or device.type != 'cpu'):
         raise ConfigError('--processor-time is that of one thread: give --threads 1, on a CPU.')
-    backbone.choose_ways(args.methods, bool(args.inference))
+    backbone.choose_variants(args.methods, bool(args.inference))
 
 
 def check_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Published tables and your runs side by side: python tools/reproduce.py collect|show|plan [PATH ...]"""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
     FORMATS,
-    TABLES,
     Run,
     build_tables,
     collect,
@@ -18,6 +18,7 @@ from mona_mm.reproduce import (
     plan,
     render,
     save_results,
+    table_names,
     write_text,
 )
 
@@ -33,16 +34,21 @@ def main() -> None:
     showing = commands.add_parser('show', help='print the tables; without PATH the published numbers alone')
     showing.add_argument('paths', nargs='*', metavar='PATH', help=f'results.json of collect, or {_PATHS}')
     showing.add_argument('--format', choices=FORMATS, default='terminal')
-    showing.add_argument('--task', choices=TABLES, help='only this table')
     showing.add_argument('--out', help='write to this file in place of the terminal')
     planning = commands.add_parser('plan', help='print the command of every cell, and which are done')
     planning.add_argument('paths', nargs='*', metavar='PATH', help=f'results.json of collect, or {_PATHS}')
-    planning.add_argument('--task', choices=TABLES, help='only this table')
+    for command in (showing, planning):
+        command.add_argument('--task', metavar='TABLE', help=f'only this table: {", ".join(table_names())}')
     for command in (collecting, showing, planning):
+        command.add_argument(
+            '--import', dest='modules', action='append', default=[], metavar='MODULE', help='that registers more tasks'
+        )
         command.add_argument(
             '--as', dest='cell', metavar='METHOD/TASK', help='the cell of logs that do not tell, e.g. mona/coco'
         )
     args = parser.parse_args()
+    for module in args.modules:
+        import_tasks(module)
     runs = read_runs([Path(path) for path in args.paths], args.cell)
     if args.command == 'collect':
         save_results(runs, Path(args.out))
@@ -58,6 +64,18 @@ def main() -> None:
             print(text, end='')
     else:
         print('\n'.join(plan(runs, args.task)))
+
+
+def import_tasks(module: str) -> None:
+    """Import a module that registers tasks.
+
+    Raises:
+        ConfigError: if there is none of that name, or one that it imports is missing.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f'--import {module}: {error}. Put the folder of the module into PYTHONPATH.') from None
 
 
 def read_runs(paths: list[Path], cell: str | None) -> list[Run]:

@@ -20,6 +20,9 @@ from mona_mm.commands.cli import run
 from mona_mm.commands.config import load_config
 from mona_mm.commands.planning import spt_config
 from mona_mm.frozen.count import count_trainable
+from mona_mm.reproduce.cells import config_name
+from mona_mm.reproduce.published import published_scores
+from mona_mm.reproduce.tasks import task_of_config_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / 'mona_mm/published.json'
@@ -80,17 +83,8 @@ METHODS = {
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
 }
-# Part of a config's name: what it trains on.
-DATA = {
-    'coco': 'COCO',
-    'ade20k': 'ADE20K',
-    'flowers102': 'Oxford 102 Flowers',
-    'oxfordpets': 'Oxford-IIIT Pets',
-    'voc2007': 'PASCAL VOC 2007',
-    'voc': 'PASCAL VOC 2007 and 2012',
-    'vtab': 'VTAB-1k',
-    'fgvc': 'FGVC',
-}
+# What configs without published numbers train on, by a part of their names; of the others the table of tasks has it.
+DATA = {'vtab': 'VTAB-1k', 'fgvc': 'FGVC'}
 GRADES = {
     'A': 'published by the authors (grade A)',
     'F': 'published by the authors, in a figure (grade F)',
@@ -113,42 +107,43 @@ def listed() -> dict[str, dict[str, Any]]:
 
 
 def training_data(name: str) -> str:
-    return next(data for part, data in DATA.items() if re.search(rf'_{part}(_|$)', name))
+    """The name of what a config trains on."""
+    task = task_of_config_name(name)
+    return (
+        task.training_data if task else next(data for part, data in DATA.items() if re.search(rf'_{part}(_|$)', name))
+    )
 
 
-def published_results(method: str, name: str, published: dict[str, Any]) -> list[tuple[str, str, str, list | None]]:
-    """Task, data set, metric and, where it was published, value and grade of a config. Only for the published settings:
-    a config with another learning rate, other labels or another design has no results. On VTAB-1k and FGVC none has:
-    SPT's scores are the best of several budgets, and the learning rates of its baselines were not released."""
-    task = name.removeprefix(f'{method}_')
-    if method.startswith('spt_'):
-        return []
-    if task == 'cascade_swin_b_coco':
-        scores = published['coco_cascade_mask_rcnn_swin_b'][method]
-        return [
-            ('Object Detection', 'COCO', 'box AP', scores['box_ap']),
-            ('Instance Segmentation', 'COCO', 'mask AP', scores['mask_ap']),
-        ]
-    if task == 'upernet_swin_l_ade20k':
-        score = published['ade20k_upernet_swin_l_miou'][method]
-        return [('Semantic Segmentation', 'ADE20K', 'mIoU', score)]
-    if match := re.fullmatch('swin_l_(flowers102|oxfordpets|voc2007)', task):
-        score = published['classification_swin_l_top1'].get(method, {}).get(match[1])
-        return [('Image Classification', DATA[match[1]], 'Top 1 Accuracy', score)]
-    if task == 'retinanet_swin_l_voc':
-        score = published['voc_retinanet_swin_l_ap50'][method]
-    elif match := re.fullmatch('retinanet_(swin_[tb])_voc', task):
-        score = published['ablation_backbone_voc'][match[1]].get(method)
-    elif match := re.fullmatch(r'retinanet_swin_l_voc_bottleneck(\d+)', task):
-        score = published['ablation_bottleneck_voc_swin_l'].get(match[1]) if method == 'mona' else None
-    else:
-        return []
-    return [('Object Detection', 'PASCAL VOC 2007', 'AP50', score)]
+def published_entries(method: str, name: str, published: dict[str, Any]) -> dict[str, list | None]:
+    """By metric, the published value and grade of a config. Only for the published settings: a config with another
+    learning rate, other labels or another design has no results. On VTAB-1k and FGVC none has: SPT's scores are the
+    best of several budgets, and the learning rates of its baselines were not released."""
+    task = task_of_config_name(name)
+    if task is None or method.startswith('spt_'):
+        return {}
+    if name == config_name(method, task.name):
+        return published_scores(task, method)
+    if match := re.search('retinanet_(swin_[tb])_voc$', name):
+        return {'ap50': published['ablation_backbone_voc'][match[1]].get(method)}
+    if match := re.fullmatch(r'retinanet_swin_l_voc_bottleneck(\d+)', name):
+        return {'ap50': published['ablation_bottleneck_voc_swin_l'].get(match[1])}
+    return {}
+
+
+def results_of(method: str, name: str, published: dict[str, Any]) -> list[tuple[str, str, str, list]]:
+    """What is measured, data set, metric, and value and grade of everything that was published of a config."""
+    entries = published_entries(method, name, published)
+    task = task_of_config_name(name)
+    return [
+        (metric.measures, task.test_data or task.training_data, metric.index_label or metric.label, entry)
+        for metric, entry in ((task.metrics[score], entry) for score, entry in entries.items())
+        if entry is not None
+    ]
 
 
 def model(method: str, name: str, trainable: int | str, published: dict[str, Any]) -> dict[str, Any]:
     """The entry of one config."""
-    results = [result for result in published_results(method, name, published) if result[3] is not None]
+    results = results_of(method, name, published)
     # What SPT trains is in a plan, which training makes; before it there is a budget.
     count = BUDGET if isinstance(trainable, str) else COUNT
     metadata: dict[str, Any] = {'Training Data': training_data(name), count: trainable}
@@ -166,7 +161,8 @@ def model(method: str, name: str, trainable: int | str, published: dict[str, Any
     }
     if results:
         entry['Results'] = [
-            {'Task': task, 'Dataset': data, 'Metrics': {metric: value}} for task, data, metric, (value, _) in results
+            {'Task': measured, 'Dataset': data, 'Metrics': {metric: value}}
+            for measured, data, metric, (value, _) in results
         ]
     return entry
 

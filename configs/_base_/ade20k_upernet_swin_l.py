@@ -1,7 +1,7 @@
 # ADE20K semantic segmentation: UperNet, Swin-L, 160k iterations, as in the Mona paper (its full fine-tuning).
 # lr, drop path and decay here are those of every method but Mona, which was published with others of its own: they
 # stand in configs/mona/upernet_swin_l_ade20k.py, and configs/mona/fair_upernet_swin_l_ade20k.py is Mona without them.
-_base_ = ['./default_runtime.py']
+_base_ = ['./default_runtime.py', './dense_swin_l.py', './adamw_swin.py']
 default_scope = 'mmseg'
 
 # Model -----------------------------------------------------------------------------------------------------------
@@ -10,33 +10,7 @@ crop_size = (512, 512)
 
 model = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        size=crop_size,
-        pad_val=0,
-        seg_pad_val=255,
-    ),
-    backbone=dict(
-        type='SwinTransformer',
-        embed_dims=192,
-        depths=[2, 2, 18, 2],
-        num_heads=[6, 12, 24, 48],
-        window_size=7,
-        mlp_ratio=4,
-        qkv_bias=True,
-        drop_path_rate=0.3,
-        patch_norm=True,
-        out_indices=(0, 1, 2, 3),
-        with_cp=False,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-            'swin_large_patch4_window7_224_22k.pth',
-        ),
-    ),
+    data_preprocessor=dict(type='SegDataPreProcessor', size=crop_size, pad_val=0, seg_pad_val=255),
     decode_head=dict(
         type='UPerHead',
         in_channels=[192, 384, 768, 1536],
@@ -87,8 +61,6 @@ test_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=2,
-    num_workers=2,
-    persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type=dataset_type,
@@ -98,10 +70,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -116,27 +84,14 @@ test_evaluator = val_evaluator
 
 # Schedule --------------------------------------------------------------------------------------------------------
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(
-        custom_keys={
-            'absolute_pos_embed': dict(decay_mult=0.0),
-            'relative_position_bias_table': dict(decay_mult=0.0),
-            'norm': dict(decay_mult=0.0),
-        }
-    ),
-)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=6e-5, weight_decay=0.01))
 # Both from iteration 0: the warm-up multiplies a schedule that already runs.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=160000),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+auto_scale_lr = dict(base_batch_size=16)
 default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=16000, save_best='mIoU'),

@@ -1,18 +1,10 @@
 # What the classification tasks share: Swin-L, linear head, 100 epochs, as in the Mona paper (its full fine-tuning).
 # lr here is that of every method but Mona on Flowers102 and OxfordPets, which was published with twice as much: that
 # stands in configs/mona/swin_l_{flowers102,oxfordpets}.py, and configs/mona/fair_* are Mona without it.
-_base_ = ['./default_runtime.py']
-default_scope = 'mmpretrain'
+_base_ = ['./default_runtime.py', './classifier.py', './adamw_swin.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
 model = dict(
-    type='ImageClassifier',
-    data_preprocessor=dict(
-        type='ClsDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        to_rgb=True,
-    ),
     backbone=dict(
         type='SwinTransformer',
         arch='large',
@@ -30,11 +22,8 @@ model = dict(
     ),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
-        type='LinearClsHead',
-        num_classes=None,  # a task says how many
         in_channels=1536,
         init_cfg=dict(type='Normal', layer='Linear', std=0.01),
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
         topk=(1, 5),
     ),
 )
@@ -70,23 +59,15 @@ test_evaluator = val_evaluator
 
 # Schedule --------------------------------------------------------------------------------------------------------
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='AmpOptimWrapper',
     loss_scale='dynamic',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=5e-4 * 16 / 512, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
+    optimizer=dict(lr=5e-4 * 16 / 512, eps=1e-8, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         bias_decay_mult=0.0,
         dwconv_decay_mult=1.0,  # in the published runs the biases of Mona's depthwise convolutions decay
-        custom_keys={
-            'absolute_pos_embed': dict(decay_mult=0.0),
-            'relative_position_bias_table': dict(decay_mult=0.0),
-            'norm': dict(decay_mult=0.0),
-        },
     ),
 )
 # Both from iteration 0: the warm-up multiplies a schedule that already runs.
@@ -102,9 +83,8 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
+auto_scale_lr = dict(base_batch_size=16)
 default_hooks = dict(
     checkpoint=dict(save_best='accuracy/top1'),
     visualization=dict(type='VisualizationHook'),
 )
-visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

@@ -1,6 +1,5 @@
 # COCO instance segmentation: Cascade Mask R-CNN, Swin-B, 36 epochs, as in the Mona paper (its full fine-tuning).
-_base_ = ['./default_runtime.py']
-default_scope = 'mmdet'
+_base_ = ['./detection_swin_l.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -44,34 +43,16 @@ def rcnn_stage(iou):
 
 model = dict(
     type='CascadeRCNN',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_mask=True,
-        pad_size_divisor=32,
-    ),
+    data_preprocessor=dict(pad_mask=True),
     backbone=dict(
-        type='SwinTransformer',
         embed_dims=128,
-        depths=[2, 2, 18, 2],
         num_heads=[4, 8, 16, 32],
-        window_size=7,
-        mlp_ratio=4,
-        qkv_bias=True,
-        drop_path_rate=0.3,
-        patch_norm=True,
-        out_indices=(0, 1, 2, 3),
-        with_cp=False,
-        convert_weights=True,
         init_cfg=dict(
-            type='Pretrained',
             checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
             'swin_base_patch4_window7_224_22k.pth',
         ),
     ),
-    neck=dict(type='FPN', in_channels=[128, 256, 512, 1024], out_channels=256, num_outs=5),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
     rpn_head=dict(
         type='RPNHead',
         in_channels=256,
@@ -171,11 +152,6 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -186,11 +162,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -211,30 +182,11 @@ test_evaluator = val_evaluator
 
 # Schedule --------------------------------------------------------------------------------------------------------
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
-optim_wrapper = dict(
-    type='AmpOptimWrapper',
-    loss_scale='dynamic',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys={
-            'absolute_pos_embed': dict(decay_mult=0.0),
-            'relative_position_bias_table': dict(decay_mult=0.0),
-            'norm': dict(decay_mult=0.0),
-        }
-    ),
-)
 # Both from iteration 0: the warm-up multiplies a schedule that already runs.
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
-default_hooks = dict(
-    checkpoint=dict(save_best='coco/bbox_mAP'),
-    visualization=dict(type='DetVisualizationHook'),
-)
-visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+auto_scale_lr = dict(base_batch_size=16)
+default_hooks = dict(checkpoint=dict(save_best='coco/bbox_mAP'))

@@ -22,6 +22,9 @@ env_cfg = dict(
 )
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 log_level = 'INFO'
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+auto_scale_lr = dict(enable=False)  # --auto-scale-lr enables it
 randomness = dict(seed=0)  # without a seed here, a resumed run draws its data in another order
 load_from = None
 resume = False

@@ -2,6 +2,8 @@
 # train.json, val.json and test.json (image to class) beside the images as their archives unpack. Choose the task with
 # --cfg-options task=dogs, which reaches the paths, the number of classes and the default work dir.
 # To select settings without the test images: --cfg-options val_dataloader.dataset.ann_file=val.json
+_base_ = ['./spt_data.py']
+
 tasks = dict(
     cub=dict(num_classes=200, data_prefix='images'),
     nabirds=dict(num_classes=555, data_prefix='images'),
@@ -32,25 +34,9 @@ train_dataset = dict(
     ann_file='train.json',
     pipeline=train_pipeline,
 )
-train_dataloader = dict(
-    batch_size=64,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=train_dataset,
-)
-# What SPT's sensitivity is measured on: batches of 32 in the order of the list.
-sensitivity_dataloader = dict(
-    batch_size=32,
-    num_workers=4,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=train_dataset,
-)
+train_dataloader = dict(dataset=train_dataset)
+sensitivity_dataloader = dict(dataset=train_dataset)
 val_dataloader = dict(
-    batch_size=128,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='mona_mm.FGVCJson',
         data_root=data_root + task + '/',
@@ -61,6 +47,4 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type='Accuracy', topk=(1,))
-test_evaluator = val_evaluator
 del train_dataset

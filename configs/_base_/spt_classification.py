@@ -1,22 +1,12 @@
 # What VTAB-1k and FGVC share, but for the backbone (spt_*.py) and the data: the settings of SPT's published code. The
 # learning rates of its baselines were never released, nor that of any method on FGVC: all have VTAB-1k's of SPT here.
-_base_ = ['./default_runtime.py']
-default_scope = 'mmpretrain'
+_base_ = ['./default_runtime.py', './classifier.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
 model = dict(
-    type='ImageClassifier',
-    data_preprocessor=dict(
-        type='ClsDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        to_rgb=True,
-    ),
     head=dict(
-        type='LinearClsHead',  # also for ViT: mmpretrain's own begins at zero, where no sensitivity can be measured
-        num_classes=None,  # the task says how many
+        # Linear also for ViT: mmpretrain's own head begins at zero, where no sensitivity can be measured.
         init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
         topk=(1,),
     ),
 )
@@ -24,8 +14,6 @@ model = dict(
 # Schedule --------------------------------------------------------------------------------------------------------
 # Evaluated every 10 epochs and after each of the last 10. The published score is the best epoch's on the test set.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100, val_interval=10, dynamic_intervals=[(91, 1)])
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -46,10 +34,9 @@ optim_wrapper = dict(
 param_scheduler = [
     dict(type='mona_mm.WarmupCosineLR', warmup=10, start_ratio=1e-3, end_ratio=0.01, by_epoch=True, begin=0)
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=64)
+auto_scale_lr = dict(base_batch_size=64)
 default_hooks = dict(
     logger=dict(interval=10),
     checkpoint=dict(interval=10, save_best='accuracy/top1'),
     visualization=dict(type='VisualizationHook'),
 )
-visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

@@ -1,46 +1,16 @@
 # Pascal VOC detection: RetinaNet, Swin-L, 07+12 trainval three times over in each of 4 epochs, tested on 07 test, as in
 # the Mona paper (its full fine-tuning).
-_base_ = ['./default_runtime.py']
-default_scope = 'mmdet'
+_base_ = ['./detection_swin_l.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
 model = dict(
     type='RetinaNet',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32,
-    ),
     backbone=dict(
-        type='SwinTransformer',
-        embed_dims=192,
-        depths=[2, 2, 18, 2],
-        num_heads=[6, 12, 24, 48],
-        window_size=7,
-        mlp_ratio=4,
-        qkv_bias=True,
         drop_path_rate=0.2,
-        patch_norm=True,
         out_indices=(1, 2, 3),
         frozen_stages=0,  # the patch embedding alone: what `frozen_stages=1` means in the published code
-        with_cp=False,
-        convert_weights=True,
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='https://github.com/SwinTransformer/storage/releases/download/v1.0.0/'
-            'swin_large_patch4_window7_224_22k.pth',
-        ),
     ),
-    neck=dict(
-        type='FPN',
-        in_channels=[384, 768, 1536],
-        out_channels=256,
-        start_level=0,
-        add_extra_convs='on_input',
-        num_outs=5,
-    ),
+    neck=dict(in_channels=[384, 768, 1536], start_level=0, add_extra_convs='on_input'),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=20,
@@ -109,11 +79,6 @@ def trainval(year):
 
 
 train_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=dict(type='AspectRatioBatchSampler'),
     dataset=dict(
         type='RepeatDataset',
         times=3,
@@ -125,11 +90,6 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -149,26 +109,7 @@ test_evaluator = val_evaluator
 
 # Schedule --------------------------------------------------------------------------------------------------------
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
-optim_wrapper = dict(
-    type='AmpOptimWrapper',
-    loss_scale='dynamic',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        custom_keys={
-            'absolute_pos_embed': dict(decay_mult=0.0),
-            'relative_position_bias_table': dict(decay_mult=0.0),
-            'norm': dict(decay_mult=0.0),
-        }
-    ),
-)
 param_scheduler = [dict(type='MultiStepLR', by_epoch=True, begin=0, end=4, milestones=[3], gamma=0.1)]  # no warm-up
-auto_scale_lr = dict(enable=False, base_batch_size=2)
-default_hooks = dict(
-    checkpoint=dict(save_best='pascal_voc/mAP'),
-    visualization=dict(type='DetVisualizationHook'),
-)
-visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
+auto_scale_lr = dict(base_batch_size=2)
+default_hooks = dict(checkpoint=dict(save_best='pascal_voc/mAP'))

@@ -3,6 +3,8 @@
 # --cfg-options task=clevr_count, which reaches the paths, the number of classes and the default work dir.
 # To select settings without the test images:
 #   --cfg-options train_dataloader.dataset.ann_file=train800.txt val_dataloader.dataset.ann_file=val200.txt
+_base_ = ['./spt_data.py']
+
 tasks = dict(
     # natural
     cifar=dict(num_classes=100),
@@ -36,28 +38,9 @@ pipeline = [
     dict(type='PackInputs'),
 ]
 dataset = dict(type='CustomDataset', data_root=data_root + task + '/', pipeline=pipeline)
-train_dataloader = dict(
-    batch_size=64,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(ann_file='train800val200.txt', **dataset),
-)
-# What SPT's sensitivity is measured on: of other images than the training's, batches of 32 in the order of the list.
-sensitivity_dataloader = dict(
-    batch_size=32,
-    num_workers=4,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(ann_file='train800.txt', **dataset),
-)
-val_dataloader = dict(
-    batch_size=128,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(ann_file='test.txt', test_mode=True, **dataset),
-)
+train_dataloader = dict(dataset=dict(ann_file='train800val200.txt', **dataset))
+# SPT's sensitivity is measured on other images than those of the training.
+sensitivity_dataloader = dict(dataset=dict(ann_file='train800.txt', **dataset))
+val_dataloader = dict(dataset=dict(ann_file='test.txt', test_mode=True, **dataset))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='Accuracy', topk=(1,))
-test_evaluator = val_evaluator
 del dataset

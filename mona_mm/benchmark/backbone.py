@@ -1,6 +1,6 @@
 """Time and memory of a training step, and of inference, of a Swin: every method, the stock host and full tuning.
 
-A step is forward, backward and AdamW. The ways, beside the methods by their published names:
+A step is forward, backward and AdamW. The variants, beside the methods by their published names:
 
 ===================  ==================================================================================================
 ``stock``            mmdet's backbone, all of it trained
@@ -9,8 +9,8 @@ A step is forward, backward and AdamW. The ways, beside the methods by their pub
 ``spt``              SPT with LoRA of rank 8 on every q and v, and as many single weights of every fc1
 ===================  ==================================================================================================
 
-Inference is a forward without gradients, in eval mode: of all ways, so that the overhead of what a method leaves in the
-backbone shows, and of what is left of it when the model is deployed:
+Inference is a forward without gradients, in eval mode: of all variants, so that the overhead of what a method leaves in
+the backbone shows, and of what is left of it when the model is deployed:
 
 ===================  ==================================================================================================
 ``mona_folded``      what of Mona does not depend on the input computed once
@@ -67,14 +67,14 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 PEFT = dict(mona='Mona', adapter='Adapter', adaptformer='AdaptFormer', lora='LoRA', lorand='LoRand')
 DEPLOYED = dict(mona_folded='mona', lora_merged='lora', spt_merged='spt')
-"""Of inference alone, by the way that is deployed."""
+"""The variants that exist in inference alone, each with the one that is deployed as it."""
 
-WAYS = ('stock', 'full', 'published_mona', *PEFT, 'spt', *(m for m in METHOD_RULES if m != 'full'), *DEPLOYED)
+VARIANTS = ('stock', 'full', 'published_mona', *PEFT, 'spt', *(m for m in METHOD_RULES if m != 'full'), *DEPLOYED)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
+    """One variant. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
 
     ``forward`` is a training forward and ``step`` a training step; under ``inference`` ``step`` is None and ``forward``
     one in eval mode. Ratios are to ``full`` in the same round, under ``inference`` to ``stock``. ``kept`` is what the
@@ -88,7 +88,7 @@ class Row:
     size: tuple[int, int]
     batch: int
     dtype: str
-    way: str
+    variant: str
     forward: float
     forward_spread: tuple[float, float]
     forward_ratio: float
@@ -104,34 +104,34 @@ class Row:
     floor: float
 
 
-def build_backbone(way: str, base: dict[str, Any], fast: bool | None = None) -> nn.Module:
-    """The backbone of a way; ``fast`` overrides whether it takes the fast path."""
-    if way == 'stock':
+def build_backbone(variant: str, base: dict[str, Any], fast: bool | None = None) -> nn.Module:
+    """The backbone of a variant; ``fast`` overrides whether it takes the fast path."""
+    if variant == 'stock':
         return MODELS.build(base)
-    if way == 'mona_folded':
+    if variant == 'mona_folded':
         model = build_backbone('mona', base, fast)
         deploy(model)
         return model
-    if way in DEPLOYED:
-        tuned = build_backbone(DEPLOYED[way], base)
+    if variant in DEPLOYED:
+        tuned = build_backbone(DEPLOYED[variant], base)
         randomise(tuned)
         model = build_backbone('stock', base)
         model.load_state_dict(merged_state_dict(tuned))
         return model
-    if way == 'published_mona':
+    if variant == 'published_mona':
         model = PeftBackbone(base, dict(type='Mona'), fast=False)
         for module in method_modules(model):
             module.forward = PublishedMona(module).forward
         return model
     fast = fast is not False
-    if way == 'spt':
+    if variant == 'spt':
         with tempfile.TemporaryDirectory() as folder:
             file = osp.join(folder, 'plan.safetensors')
             small_plan(base).save(file)
             return PeftBackbone(base, dict(type='SPT', plan=file), fast=fast)
-    if way in PEFT:
-        return PeftBackbone(base, dict(type=PEFT[way]), fast=fast)
-    return PeftBackbone(base, trainable=way, fast=fast)
+    if variant in PEFT:
+        return PeftBackbone(base, dict(type=PEFT[variant]), fast=fast)
+    return PeftBackbone(base, trainable=variant, fast=fast)
 
 
 def randomise(model: nn.Module) -> None:
@@ -179,7 +179,7 @@ class Shared:
 
 
 class Case:
-    """A model that is tuned in one way, and what one step of it is.
+    """A model of one variant, and what one step of its training is.
 
     Args:
         model: to be trained.
@@ -230,7 +230,7 @@ class Case:
         self.backward(self.forward())
 
     def seconds(self, inference: bool, clock: Callable[[], float]) -> tuple[float, float]:
-        """Of the forward and of the rest of the step; under ``inference`` of a forward without gradients, and 0."""
+        """The seconds of the forward and of the rest of the step; under ``inference`` those of a forward, and 0."""
         if inference:
             return seconds(self.infer, self.device, clock), 0.0
         outputs: list[Tensor] = []
@@ -238,20 +238,20 @@ class Case:
         return forward, seconds(lambda: self.backward(outputs), self.device, clock)
 
     def kept(self) -> int:
-        """Bytes of every storage that the forward keeps for the backward pass, parameters aside."""
+        """How many bytes the forward keeps for the backward pass, parameters aside."""
         return kept_bytes(self.forward, self.model)
 
     def state(self) -> int:
-        """Bytes of parameters and buffers, gradients and AdamW's moments."""
+        """How many bytes parameters and buffers, gradients and AdamW's moments take."""
         every = [*self.model.parameters(), *self.model.buffers()]
         return sum(t.nbytes for t in every) + 3 * self.trained()
 
     def trained(self) -> int:
-        """Bytes of what trains."""
+        """How many bytes the parameters that train take."""
         return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
     def peak(self) -> int | None:
-        """Bytes that a step has allocated at most; None but on CUDA."""
+        """The most bytes that a step had allocated; None on other devices than CUDA."""
         if torch.device(self.device).type != 'cuda':
             return None
         self.step()
@@ -263,22 +263,22 @@ class Case:
         return torch.cuda.max_memory_allocated(self.device) - others
 
 
-def choose_ways(methods: Sequence[str] | None, inference: bool) -> list[str]:
-    """The ways asked for, and the one that ratios are to, in the order of :data:`WAYS`; by default all.
+def choose_variants(methods: Sequence[str] | None, inference: bool) -> list[str]:
+    """The variants asked for, and the one that ratios are to, in the order of :data:`VARIANTS`; by default all.
 
     Raises:
         ConfigError: if one is of inference alone.
     """
     if methods is None:
-        return [way for way in WAYS if inference or way not in DEPLOYED]
-    deployed = [way for way in methods if way in DEPLOYED]
+        return [variant for variant in VARIANTS if inference or variant not in DEPLOYED]
+    deployed = [variant for variant in methods if variant in DEPLOYED]
     if deployed and not inference:
         raise ConfigError(f'--methods {" ".join(deployed)}: a deployed form does not train; add --inference.')
-    return [way for way in WAYS if way in methods or way == reference(inference)]
+    return [variant for variant in VARIANTS if variant in methods or variant == reference(inference)]
 
 
 def reference(inference: bool) -> str:
-    """The way that ratios are to."""
+    """The variant that ratios are to."""
     return 'stock' if inference else 'full'
 
 
@@ -294,45 +294,47 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     bases: dict[str, dict[str, Any]] = ARCHS,
 ) -> Iterator[Row]:
-    """Measure every way on every Swin at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows come
-    as they are measured.
+    """Measure every variant on every Swin at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
+    come as they are measured.
 
     Args:
         device: where.
         repeats: rounds, after one that is not counted.
         archs: names in ``bases``.
         sizes: ``(height, width)`` of the images.
-        methods: of :data:`WAYS`: see :func:`choose_ways`.
+        methods: of :data:`VARIANTS`: see :func:`choose_variants`.
         batch: images.
         dtype: float32, or the autocast's type.
         inference: measure inference in place of training.
         clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
         bases: arguments of mmdet's Swin.
     """
-    ways = choose_ways(methods, inference)
+    variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
         base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2, **bases[arch])
-        cases = build_cases(ways, partial(build_backbone, base=base), device, dtype)
+        cases = build_cases(variants, partial(build_backbone, base=base), device, dtype)
         for size in sizes:
             images = torch.randn(batch, 3, *size, device=device)
             for case in cases.values():
                 case.outputs = lambda model, images=images: model(images)
-            operations = {way: count_operations(way, base, (batch, 3, *size), inference) for way in ways}
+            operations = {
+                variant: count_operations(variant, base, (batch, 3, *size), inference) for variant in variants
+            }
             label = ('backbone', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
         del cases, case  # before the next one's are built
 
 
 def build_cases(
-    ways: Sequence[str], build: Callable[[str], nn.Module], device: str, dtype: torch.dtype
+    variants: Sequence[str], build: Callable[[str], nn.Module], device: str, dtype: torch.dtype
 ) -> dict[str, Case]:
-    """A case of every way, of equal weights, which they share."""
+    """A case of every variant, of equal weights, which they share."""
     shared = Shared()
     cases = {}
-    for way in ways:
+    for variant in variants:
         torch.manual_seed(0)
-        cases[way] = Case(build(way), None, device, dtype, shared)
+        cases[variant] = Case(build(variant), None, device, dtype, shared)
     return cases
 
 
@@ -345,12 +347,12 @@ def measure(
     inference: bool,
     clock: Callable[[], float],
 ) -> Iterator[Row]:
-    """Rows of the cases, by way.
+    """Rows of the cases, by variant.
 
     Args:
         cases: with the :func:`reference` among them.
         label: the first fields of a :class:`Row`.
-        operations: floating-point operations of a step, by way.
+        operations: floating-point operations of a step, by variant.
         speed: what :func:`mona_mm.benchmark.module.rates` measured.
         repeats: rounds that are counted.
         inference: whether inference is measured.
@@ -359,41 +361,41 @@ def measure(
     for case in cases.values():
         case.model.train(not inference)
     return_freed_memory()  # of building and of other sizes
-    taken = take_turns({way: partial(case.seconds, inference, clock) for way, case in cases.items()}, repeats)
-    forwards = {way: [forward for forward, _ in each] for way, each in taken.items()}
-    steps = {way: [forward + backward for forward, backward in each] for way, each in taken.items()}
-    kept = {way: 0 if inference else case.kept() for way, case in cases.items()}
+    taken = take_turns({variant: partial(case.seconds, inference, clock) for variant, case in cases.items()}, repeats)
+    forwards = {variant: [forward for forward, _ in each] for variant, each in taken.items()}
+    steps = {variant: [forward + backward for forward, backward in each] for variant, each in taken.items()}
+    kept = {variant: 0 if inference else case.kept() for variant, case in cases.items()}
     memory = {}
-    for way, case in cases.items():
+    for variant, case in cases.items():
         peak = None if inference else case.peak()
-        memory[way] = peak or kept[way] + (case.state() - 3 * case.trained() * inference)
+        memory[variant] = peak or kept[variant] + (case.state() - 3 * case.trained() * inference)
     other = reference(inference)
-    for way, case in cases.items():
+    for variant, case in cases.items():
         every, trained = case.state() - 3 * case.trained(), case.trained()
         # Kept activations written and read; parameters read in both passes; of what trains the gradient written and
         # read, two moments read and written, the parameter written.
-        moved = every if inference else 2 * kept[way] + 2 * every + 7 * trained
-        forward = times(forwards[way], forwards[other])
-        step = (None,) * 4 if inference else times(steps[way], steps[other])
+        moved = every if inference else 2 * kept[variant] + 2 * every + 7 * trained
+        forward = times(forwards[variant], forwards[other])
+        step = (None,) * 4 if inference else times(steps[variant], steps[other])
         yield Row(
             *label,
-            way,
+            variant,
             *forward,
             *step,
-            kept=kept[way] / 2**20,
+            kept=kept[variant] / 2**20,
             state=(every if inference else case.state()) / 2**20,
-            memory=memory[way] / 2**20,
-            memory_ratio=memory[way] / memory[other],
-            floor=1e3 * max(operations[way] / speed[0], moved / speed[1]),
+            memory=memory[variant] / 2**20,
+            memory_ratio=memory[variant] / memory[other],
+            floor=1e3 * max(operations[variant] / speed[0], moved / speed[1]),
         )
 
 
-def count_operations(way: str, base: dict[str, Any], shape: tuple[int, ...], inference: bool = False) -> float:
+def count_operations(variant: str, base: dict[str, Any], shape: tuple[int, ...], inference: bool = False) -> float:
     """Floating-point operations of the products and convolutions of a step; nothing is computed.
 
-    Of the plain forms, whose operations torch's counter knows.
+    What is counted are the plain forms, whose operations torch's counter knows.
     """
-    plain = dict(mona_folded='mona', lora_merged='stock', spt_merged='stock').get(way, way)
+    plain = dict(mona_folded='mona', lora_merged='stock', spt_merged='stock').get(variant, variant)
     with meta_device():
         model = build_backbone(plain, base, fast=False)
         model.train(not inference)  # some hosts' returns None
@@ -406,15 +408,17 @@ def count_operations(way: str, base: dict[str, Any], shape: tuple[int, ...], inf
 
 
 def header(row: Row) -> str:
-    """The head of the table of such rows, in Markdown. Ratios below 1 are faster or smaller than the reference."""
+    """The head of the table of such rows, in Markdown. A ratio below 1 is faster or smaller than the reference."""
     inference = row.step is None
     ratio = f'ratio to {reference(inference)}'
     what = ['forward, ms'] if inference else ['forward, ms', 'step, ms']
-    return heading(('backbone', 'image', 'batch', 'type', 'way', *what, ratio, 'times the floor', 'memory, MiB', ratio))
+    return heading(
+        ('backbone', 'image', 'batch', 'type', 'variant', *what, ratio, 'times the floor', 'memory, MiB', ratio)
+    )
 
 
 def line(row: Row) -> str:
-    """Of the table."""
+    """The line of the table for a row."""
     values = [with_spread(row.forward, row.forward_spread)]
     time_, ratio, spread = row.forward, row.forward_ratio, row.forward_ratio_spread
     if row.step is not None:
@@ -426,7 +430,7 @@ def line(row: Row) -> str:
             f'{row.size[0]}x{row.size[1]}',
             f'{row.batch}',
             row.dtype,
-            row.way,
+            row.variant,
             *values,
             with_spread(ratio, spread),
             times_floor(time_, row.floor),
@@ -437,26 +441,26 @@ def line(row: Row) -> str:
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """What was to be reached, and what was, for every backbone and size: a sentence each."""
+    """Sentences that say, for every backbone and size, what was to be reached and what was."""
     sentences = []
-    by = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.way): r for r in rows}
+    by = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.variant): r for r in rows}
     for group in dict.fromkeys(key[:-1] for key in by):
         suite, arch, size, batch, dtype, inference = group
         place = f'{suite}, Swin-{arch.upper()} {size[0]}x{size[1]}, batch {batch}, {dtype}'
-        for way, other, time_limit, memory_limit in _DEPLOYMENT if inference else _TARGETS:
-            a, b = by.get((*group, way)), by.get((*group, other))
+        for variant, other, time_limit, memory_limit in _DEPLOYMENT if inference else _TARGETS:
+            a, b = by.get((*group, variant)), by.get((*group, other))
             if a is None or b is None:
                 continue
             ratio = a.forward_ratio / b.forward_ratio if inference else a.step_ratio / b.step_ratio
             parts = [f'{ratio:.2f} of the time' + (f' (target {time_limit:.2f})' if time_limit else '')]
             if memory_limit:
                 parts.append(f'{a.memory / b.memory:.2f} of the memory (target {memory_limit:.2f})')
-            sentences.append(f'{place}: {way} takes {" and ".join(parts)} of {other}.')
+            sentences.append(f'{place}: {variant} takes {" and ".join(parts)} of {other}.')
     return sentences
 
 
 _TARGETS = (('mona', 'adapter', 1.10, 1.10), ('mona', 'full', 0.75, 0.50), ('full', 'stock', 1.00, None))
-_DEPLOYMENT = tuple((way, 'stock', None, None) for way in ('mona', 'mona_folded')) + tuple(
-    (way, 'stock', 1.00, None) for way in ('lora_merged', 'spt_merged')
+_DEPLOYMENT = tuple((variant, 'stock', None, None) for variant in ('mona', 'mona_folded')) + tuple(
+    (variant, 'stock', 1.00, None) for variant in ('lora_merged', 'spt_merged')
 )
-"""Way, reference, and the most of its time and of its memory."""
+"""Variant, reference, and the most of its time and of its memory."""

@@ -1,6 +1,6 @@
 """Time and memory of a training step, and of inference, of a whole detector: every method, stock, and full tuning.
 
-The detectors are those of the shipped configs, on random images with random boxes; ways and figures are those of
+The detectors are those of the shipped configs, on random images with random boxes; variants and figures are those of
 :mod:`mona_mm.benchmark.backbone`. Neck and heads train in all of them.
 """
 
@@ -19,7 +19,7 @@ from mona_mm.benchmark.backbone import (
     Row,
     build_backbone,
     build_cases,
-    choose_ways,
+    choose_variants,
     count_operations,
     measure,
 )
@@ -46,18 +46,18 @@ def run(
     inference: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every way on every detector at every size; see :func:`mona_mm.benchmark.backbone.run`.
+    """Measure every variant on every detector at every size; see :func:`mona_mm.benchmark.backbone.run`.
 
     Args:
         configs: the folder of the shipped configs, or of others by the names in :data:`CONFIGS`.
     """
-    ways = choose_ways(methods, inference)
+    variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
         cfg = load_config(f'{configs}/{CONFIGS[arch]}')
         adapt_to_device(cfg)
         init_default_scope('mmdet')
-        cases = build_cases(ways, partial(build_detector, cfg=cfg), device, dtype)
+        cases = build_cases(variants, partial(build_detector, cfg=cfg), device, dtype)
         for size in sizes:
             data = _data(cfg, size, batch)
             for case in cases.values():
@@ -69,16 +69,16 @@ def run(
                 stock.infer() if inference else sum(stock.forward()).backward()
             del stock
             rest = counter.get_total_flops() - count_operations('stock', base, shape, inference)
-            operations = {way: rest + count_operations(way, base, shape, inference) for way in ways}
+            operations = {variant: rest + count_operations(variant, base, shape, inference) for variant in variants}
             label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
         del cases, case  # before the next one's are built
 
 
-def build_detector(way: str, cfg: Config) -> nn.Module:
-    """The config's detector with the backbone of a way."""
+def build_detector(variant: str, cfg: Config) -> nn.Module:
+    """The config's detector with the backbone of a variant."""
     model = MODELS.build(cfg.model)
-    model.backbone = build_backbone(way, cfg.model.backbone)
+    model.backbone = build_backbone(variant, cfg.model.backbone)
     return model
 
 

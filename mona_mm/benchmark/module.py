@@ -1,10 +1,10 @@
 """Time and memory of all the Mona modules of a Swin, forward and backward, against the published formula.
 
 Every block has two, of its stage's width and grid; one module of each stage is timed and counts for all of them. The
-ways:
+variants:
 
 =============  ========================================================================================================
-``ours``       :class:`mona_mm.methods.Mona` as it is used: its fast form (:mod:`mona_mm.methods.fast_mona`)
+``fast``       :class:`mona_mm.methods.Mona` as it is used: its fast form (:mod:`mona_mm.methods.fast_mona`)
 ``plain``      the same with ``fast = False``
 ``published``  the operations of Mona's published code, one by one: three convolutions of a channels-last view
 ``adapter``    :class:`mona_mm.methods.Adapter` of the same width, which has no convolutions and no norm: for comparison
@@ -32,10 +32,10 @@ SIZES = ((224, 224), (512, 512), (800, 1216))
 
 @dataclass(frozen=True)
 class Row:
-    """One way, summed over a backbone's modules. Times in milliseconds, sizes in MiB, spreads as (first, third)
+    """One variant, summed over a backbone's modules. Times in milliseconds, sizes in MiB, spreads as (first, third)
     quartile.
 
-    ``step`` is a training step's forward and backward, input gradient included; ``ratio`` is to ``ours`` in the same
+    ``step`` is a training step's forward and backward, input gradient included; ``ratio`` is to ``fast`` in the same
     round. ``kept`` is what is kept for the backward pass beside the parameters, ``peak`` (CUDA alone) what one step of
     the first stage's module allocates at most. ``difference`` is the largest of output and gradients to ``published``,
     relative to each one's largest value. ``floor`` is the time that the operations and the bytes that must move would
@@ -46,7 +46,7 @@ class Row:
     size: tuple[int, int]
     batch: int
     dtype: str
-    way: str
+    variant: str
     step: float
     step_spread: tuple[float, float]
     ratio: float
@@ -75,23 +75,23 @@ class PublishedMona(nn.Module):
         return x + m.up(m.dropout(F.gelu(r)))
 
 
-def _module(way: str, channels: int) -> nn.Module:
+def _module(variant: str, channels: int) -> nn.Module:
     torch.manual_seed(0)
-    if way == 'adapter':
+    if variant == 'adapter':
         return Adapter(channels).train()
     module = Mona(channels).train()
-    module.fast = way == 'ours'
-    return PublishedMona(module) if way == 'published' else module
+    module.fast = variant == 'fast'
+    return PublishedMona(module) if variant == 'published' else module
 
 
-WAYS = ('ours', 'plain', 'published', 'adapter')
+VARIANTS = ('fast', 'plain', 'published', 'adapter')
 
 
 class _Case:
     """A module of one stage, its input and the gradient of its output."""
 
-    def __init__(self, way: str, device: str, dtype: torch.dtype, batch: int, channels: int, hw: tuple[int, int]):
-        self.module = _module(way, channels).to(device)
+    def __init__(self, variant: str, device: str, dtype: torch.dtype, batch: int, channels: int, hw: tuple[int, int]):
+        self.module = _module(variant, channels).to(device)
         self.x = torch.randn(batch, hw[0] * hw[1], channels, device=device, requires_grad=True)
         self.grad = torch.randn_like(self.x)
         self.hw = hw
@@ -107,7 +107,7 @@ class _Case:
         self.forward().backward(self.grad)
 
     def peak(self) -> int | None:
-        """Bytes; None but on CUDA."""
+        """The most bytes that a step allocates beyond what was there before; None on other devices than CUDA."""
         if self.x.device.type != 'cuda':
             return None
         self.step()
@@ -131,15 +131,15 @@ def _difference(case: _Case, other: _Case) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def work(batch: int, channels: int, hw: tuple[int, int], itemsize: int, hidden: int = 64) -> tuple[float, float]:
-    """Operations and bytes that no way can do without, of a step of a Mona in ``itemsize`` bytes a number.
+def work(batch: int, channels: int, hw: tuple[int, int], itemsize: int, bottleneck: int = 64) -> tuple[float, float]:
+    """Operations and bytes that no variant can do without, of a step of a Mona in ``itemsize`` bytes a number.
 
     Each of the two projections, the 1x1 and one 7x7 depthwise convolution once forward and twice backward; x read and
     y written; dy and x read and dx written; the hidden state written and read.
     """
     tokens = batch * hw[0] * hw[1]
-    operations = 3 * 2 * tokens * (2 * channels * hidden + hidden**2 + 49 * hidden)
-    return operations, itemsize * tokens * (5 * channels + 2 * hidden)
+    operations = 3 * 2 * tokens * (2 * channels * bottleneck + bottleneck**2 + 49 * bottleneck)
+    return operations, itemsize * tokens * (5 * channels + 2 * bottleneck)
 
 
 def rates(device: str, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
@@ -162,7 +162,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every way on every backbone at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
+    """Measure every variant on every backbone at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
     come as they are measured.
 
     Args:
@@ -182,53 +182,53 @@ def run(
 
 def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[Row]:
     width, depths = SWINS[host]
-    totals = {way: [0.0] * repeats for way in WAYS}
-    kept, peaks, differences = dict.fromkeys(WAYS, 0), {}, dict.fromkeys(WAYS, 0.0)
+    totals = {variant: [0.0] * repeats for variant in VARIANTS}
+    kept, peaks, differences = dict.fromkeys(VARIANTS, 0), {}, dict.fromkeys(VARIANTS, 0.0)
     floor = [0.0, 0.0]
     for stage, depth in enumerate(depths):
         channels, hw = width << stage, tuple(-(-side // (4 << stage)) for side in size)
         count = 2 * depth
-        cases = {way: _Case(way, device, dtype, batch, channels, hw) for way in WAYS}
-        for way, case in cases.items():
-            if way != 'adapter':
-                differences[way] = max(differences[way], _difference(case, cases['published']))
-            kept[way] += count * kept_bytes(case.forward, case.module)
-            peaks.setdefault(way, case.peak())
-        turns = {way: partial(seconds, case.step, device, clock) for way, case in cases.items()}
-        for way, taken in take_turns(turns, repeats).items():
-            totals[way] = [total + count * t for total, t in zip(totals[way], taken, strict=True)]
+        cases = {variant: _Case(variant, device, dtype, batch, channels, hw) for variant in VARIANTS}
+        for variant, case in cases.items():
+            if variant != 'adapter':
+                differences[variant] = max(differences[variant], _difference(case, cases['published']))
+            kept[variant] += count * kept_bytes(case.forward, case.module)
+            peaks.setdefault(variant, case.peak())
+        turns = {variant: partial(seconds, case.step, device, clock) for variant, case in cases.items()}
+        for variant, taken in take_turns(turns, repeats).items():
+            totals[variant] = [total + count * t for total, t in zip(totals[variant], taken, strict=True)]
         for i, amount in enumerate(work(batch, channels, hw, dtype.itemsize)):
             floor[i] += count * amount / speed[i]
-    for way in WAYS:
-        mona = way != 'adapter'
-        step, *others = times(totals[way], totals['ours'])
+    for variant in VARIANTS:
+        mona = variant != 'adapter'
+        step, *others = times(totals[variant], totals['fast'])
         yield Row(
             host,
             tuple(size),
             batch,
             str(dtype).removeprefix('torch.'),
-            way,
+            variant,
             step,
             *others,
-            kept=kept[way] / 2**20,
-            peak=None if peaks[way] is None else peaks[way] / 2**20,
-            difference=differences[way] if mona else None,
+            kept=kept[variant] / 2**20,
+            peak=None if peaks[variant] is None else peaks[variant] / 2**20,
+            difference=differences[variant] if mona else None,
             floor=1e3 * max(floor) if mona else None,
             floor_ratio=step / (1e3 * max(floor)) if mona else None,
         )
 
 
 def header(row: Row) -> str:
-    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``ours``."""
+    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``fast``."""
     return heading(
         (
             'backbone',
             'image',
             'batch',
             'type',
-            'way',
+            'variant',
             'forward and backward, ms',
-            'ratio to ours',
+            'ratio to fast',
             'kept, MiB',
             'times the floor',
             'difference to published',
@@ -237,14 +237,14 @@ def header(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """Of the table."""
+    """The line of the table for a row."""
     return cells(
         (
             f'Swin-{row.host[-1].upper()}',
             f'{row.size[0]}x{row.size[1]}',
             f'{row.batch}',
             row.dtype,
-            row.way,
+            row.variant,
             with_spread(row.step, row.step_spread),
             with_spread(row.ratio, row.ratio_spread),
             f'{row.kept:,.1f}',

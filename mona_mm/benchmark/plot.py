@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mona_mm.benchmark.backbone import WAYS, Row, reference
+from mona_mm.benchmark.backbone import VARIANTS, Row, reference
 
 _COLOURS = dict(
     stock='#999999',
@@ -36,8 +36,8 @@ _ARCHS = dict(t=('T', 'o', ':'), b=('B', 's', '--'), l=('L', '^', '-'))
 def plot_cost(rows: Sequence[Row], path: str) -> None:
     """Time and memory of a step (of a forward, for inference) against the side of a square of as many pixels.
 
-    Four panels for every suite, batch and type: time, memory, and both as ratios to the reference. Colours are ways,
-    markers and lines Swins, bars quartiles.
+    Four panels for every suite, batch and type: time, memory, and both as ratios to the reference. Colours are
+    variants, markers and lines Swins, bars quartiles.
 
     Args:
         rows: of :mod:`mona_mm.benchmark.backbone` or :mod:`mona_mm.benchmark.detector`.
@@ -61,11 +61,11 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
     (time, memory), (time_ratio, memory_ratio) = axes
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in sorted(rows, key=_side):
-        lines.setdefault((row.arch, row.way), []).append(row)
-    for (arch, way), line in lines.items():
+        lines.setdefault((row.arch, row.variant), []).append(row)
+    for (arch, variant), line in lines.items():
         sides = [_side(row) for row in line]
         _, marker, linestyle = _ARCHS[arch]
-        style = dict(color=_COLOURS[way], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
+        style = dict(color=_COLOURS[variant], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
         for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
             middle = [scale * t for t, _ in times]
             # A quartile can lie a rounding error on the other side.
@@ -95,7 +95,7 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
 
 
 def _ticks(axis: Axes, rows: list[Row]) -> None:
-    """At the sizes that were measured; where two would touch, at the larger."""
+    """Put the ticks at the sizes that were measured; where two would touch, at the larger."""
     names = {
         _side(row): f'{row.size[0]}' if row.size[0] == row.size[1] else 'x'.join(map(str, row.size)) for row in rows
     }
@@ -108,9 +108,9 @@ def _ticks(axis: Axes, rows: list[Row]) -> None:
 
 
 def _legend(rows: list[Row]) -> list[Line2D]:
-    ways = [way for way in WAYS if way in {row.way for row in rows}]
+    variants = [variant for variant in VARIANTS if variant in {row.variant for row in rows}]
     archs = [arch for arch in _ARCHS if arch in {row.arch for row in rows}]
-    found = [Line2D([], [], color=_COLOURS[way], linewidth=3, label=way) for way in ways]
+    found = [Line2D([], [], color=_COLOURS[variant], linewidth=3, label=variant) for variant in variants]
     for name, marker, linestyle in (_ARCHS[arch] for arch in archs):
         found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
     return found

@@ -49,6 +49,6 @@ def read_records(paths: Sequence[str]) -> tuple[list[dict[str, str]], dict[str, 
 
 
 def _key(row: Any) -> tuple:
-    """What was measured: every field up to the way, and whether it is inference."""
+    """What was measured: every field up to the variant, and whether it is inference."""
     names = [field.name for field in fields(row)]
-    return (*(getattr(row, name) for name in names[: names.index('way') + 1]), row.step is None)
+    return (*(getattr(row, name) for name in names[: names.index('variant') + 1]), row.step is None)

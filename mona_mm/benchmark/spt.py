@@ -1,10 +1,10 @@
-"""Step time and memory of tuning single weights of a linear layer, in every way that there is.
+"""Step time and memory of tuning single weights of a linear layer, by every variant.
 
 A step is the layer's forward, its backward (the input needs a gradient, as inside a network) and AdamW; the gradient of
-the weights is also timed alone. The ways:
+the weights is also timed alone. The variants:
 
 ===================  ==================================================================================================
-``ours``             :func:`~mona_mm.spt.sparse.sparse_weight_grad`: whichever of the next three it takes
+``automatic``        :func:`~mona_mm.spt.sparse.sparse_weight_grad`: whichever of the next three it takes
 ``sampled product``  :func:`~mona_mm.spt.sparse.grad_by_sampled_product`
 ``gather``           :func:`~mona_mm.spt.sparse.grad_by_gather`
 ``dense product``    :func:`~mona_mm.spt.sparse.grad_by_dense_product`
@@ -39,28 +39,28 @@ IMAGE = 197
 """Tokens of an image of 224 x 224."""
 
 TOKENS = 8 * IMAGE
-"""Of 8 images, so that a CPU can do it; the published batch is 64. The gradients' costs grow with it alike."""
+"""The tokens of 8 images, which a CPU can do; the published batch is 64. The gradients' costs grow with it alike."""
 
 COUNTS = (1 << 10, 1 << 14, 1 << 17)
 
 _PRODUCT_LIMIT = 2 << 30
-"""Bytes of the published formula's ``K x K`` product beyond which a slice of it is timed instead of the whole."""
+"""A published ``K x K`` product of more bytes than this is not timed as a whole, but a slice of it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one number of weights. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
+    """One variant at one number of weights. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
 
-    ``gradient`` is the weight's gradient alone, ``step`` all of a step. Ratios are to ``ours`` in the same round.
+    ``gradient`` is the weight's gradient alone, ``step`` all of a step. Ratios are to ``automatic`` in the same round.
     ``peak`` is what a step needs at most beyond what was there before it; ``kept`` is what training keeps: trained
     values, their gradients, AdamW's state, and indices or mask. ``estimated`` says that the published product did not
     fit, its time is that of a slice multiplied, and the peak is the sizes of its tensors. The floors are the times that
-    the operations and the bytes that no way can do without would take at this machine's measured rates, whichever is
-    longer.
+    the operations and the bytes that no variant can do without would take at this machine's measured rates, whichever
+    is longer.
     """
 
     count: int
-    way: str
+    variant: str
     gradient: float
     gradient_spread: tuple[float, float]
     gradient_ratio: float
@@ -83,27 +83,27 @@ def published_gradient(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    'ours': sparse.sparse_weight_grad,
+    'automatic': sparse.sparse_weight_grad,
     'sampled product': sparse.grad_by_sampled_product,
     'gather': sparse.grad_by_gather,
     'dense product': sparse.grad_by_dense_product,
     'published': published_gradient,
 }
-WAYS = (*FORMS, 'mask')
+VARIANTS = (*FORMS, 'mask')
 
 
 class _Case:
-    """One layer that is tuned in one way, and the gradient of one of its outputs."""
+    """One layer that is tuned by one variant, and the gradient of one of its outputs."""
 
-    def __init__(self, way: str, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
+    def __init__(self, variant: str, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
         generator = torch.Generator().manual_seed(count)
         indices = torch.randperm(shape[0] * shape[1], generator=generator)[:count].sort().values.to(device)
         self.x = torch.randn(tokens, shape[1], generator=generator).to(device).requires_grad_()
         self.grad = torch.randn(tokens, shape[0], generator=generator).to(device)
         self.linear = nn.Linear(shape[1], shape[0], device=device)
         self.linear.bias.requires_grad = False
-        self.form = FORMS.get(way)
-        if way == 'mask':
+        self.form = FORMS.get(variant)
+        if variant == 'mask':
             self.places = torch.zeros(shape, device=device)
             self.places.view(-1)[indices] = 1
             self.trained = self.linear.weight
@@ -128,7 +128,7 @@ class _Case:
             self.optimizer.step()
 
     def kept(self) -> int:
-        """Bytes."""
+        """How many bytes training keeps: trained values, gradients, AdamW's state, and indices or mask."""
         state = [t for t in self.optimizer.state[self.trained].values() if torch.is_tensor(t)]
         return sum(t.nbytes for t in (self.trained, self.trained.grad, self.places, *state))
 
@@ -137,12 +137,12 @@ class _SlicedPublished:
     """The published formula where its product does not fit: gathers of all ``K``, and so many rows of the product."""
 
     def __init__(self, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
-        self.case = _Case('ours', device, shape, tokens, count)
+        self.case = _Case('automatic', device, shape, tokens, count)
         self.device, self.count = device, count
         self.rows = max(1, _PRODUCT_LIMIT // 16 // count)
 
     def seconds(self, clock: Callable[[], float]) -> float:
-        """Of the whole gradient, were there the memory."""
+        """The seconds that the whole gradient would take, were there the memory."""
         wait(self.device)
         start = clock()
         rows, columns = sparse._places(self.case.places, self.case.x.shape[1])
@@ -154,12 +154,12 @@ class _SlicedPublished:
         return gathered - start + (clock() - gathered) * self.count / self.rows
 
     def peak(self) -> int:
-        """Bytes."""
+        """The bytes of the tensors that the published formula needs."""
         return 4 * self.count * (self.count + 2 * len(self.case.x))
 
 
 def work(count: int, shape: tuple[int, int], tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Operations and bytes that no way can do without, of the gradient alone and of a step, in single precision.
+    """Operations and bytes that no variant can do without, of the gradient alone and of a step, in single precision.
 
     The gradient: a product of ``tokens`` numbers for each of the ``count`` weights; dy, x and the indices read, the
     gradient written. A step adds the forward and the input's gradient: the weight read in each, x read and y written,
@@ -178,7 +178,7 @@ def run(
     tokens: int = TOKENS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every way at every number of weights, in single precision, as
+    """Measure every variant at every number of weights, in single precision, as
     :func:`~mona_mm.benchmark.timing.take_turns` does; rows come as they are measured.
 
     Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
@@ -202,48 +202,48 @@ def _rows(device: str, repeats: int, clock: Callable[[], float], floors: list[fl
     sliced = _SlicedPublished(device, *size) if 4 * count**2 > _PRODUCT_LIMIT else None
     # CUDA's sampled product is another library's, and sparse_weight_grad does not take it there.
     without = {'sampled product'} if torch.device(device).type != 'cpu' else set()
-    cases = {way: _Case(way, device, *size) for way in WAYS if way not in without}
+    cases = {variant: _Case(variant, device, *size) for variant in VARIANTS if variant not in without}
 
-    def turn(way: str) -> tuple[float, float | None]:
+    def turn(variant: str) -> tuple[float, float | None]:
         """Seconds of the gradient and of a step."""
-        if way == 'published' and sliced:
+        if variant == 'published' and sliced:
             return sliced.seconds(clock), None
-        return seconds(cases[way].gradient, device, clock), seconds(cases[way].step, device, clock)
+        return seconds(cases[variant].gradient, device, clock), seconds(cases[variant].step, device, clock)
 
-    taken = take_turns({way: partial(turn, way) for way in cases}, repeats)
-    gradients = {way: [gradient for gradient, _ in each] for way, each in taken.items()}
-    steps = {way: [step for _, step in each] for way, each in taken.items()}
+    taken = take_turns({variant: partial(turn, variant) for variant in cases}, repeats)
+    gradients = {variant: [gradient for gradient, _ in each] for variant, each in taken.items()}
+    steps = {variant: [step for _, step in each] for variant, each in taken.items()}
     if sliced:
-        parts = zip(steps['ours'], gradients['ours'], gradients['published'], strict=True)
-        steps['published'] = [step - ours + published for step, ours, published in parts]
-    for way in cases:
-        estimated = way == 'published' and sliced is not None
+        parts = zip(steps['automatic'], gradients['automatic'], gradients['published'], strict=True)
+        steps['published'] = [step - automatic + published for step, automatic, published in parts]
+    for variant in cases:
+        estimated = variant == 'published' and sliced is not None
         yield Row(
             count,
-            way,
-            *times(gradients[way], gradients['ours']),
-            *times(steps[way], steps['ours']),
+            variant,
+            *times(gradients[variant], gradients['automatic']),
+            *times(steps[variant], steps['automatic']),
             *floors,
-            peak=(sliced.peak() if estimated else _peak(way, device, *size)) / 2**20,
-            kept=cases['ours' if estimated else way].kept() / 2**20,
+            peak=(sliced.peak() if estimated else _peak(variant, device, *size)) / 2**20,
+            kept=cases['automatic' if estimated else variant].kept() / 2**20,
             estimated=estimated,
         )
 
 
-def _peak(way: str, *args) -> float:
-    """Bytes that the second step of a layer needs at most beyond what is there before it."""
+def _peak(variant: str, *args) -> float:
+    """The most bytes that the second step of a layer needs beyond what is there before it."""
     if torch.device(args[0]).type == 'cuda':
-        return _peak_on_cuda(_Case(way, *args), args[0])
+        return _peak_on_cuda(_Case(variant, *args), args[0])
     context = multiprocessing.get_context('spawn')
     receiver, sender = context.Pipe(duplex=False)
     with _returning_freed_memory():
-        process = context.Process(target=_peak_of_process, args=(sender, torch.get_num_threads(), way, *args))
+        process = context.Process(target=_peak_of_process, args=(sender, torch.get_num_threads(), variant, *args))
         process.start()
     sender.close()
     try:
         return receiver.recv()
     except EOFError:
-        raise RuntimeError(f'The process that measures the memory of {way!r} ended without a result.') from None
+        raise RuntimeError(f'The process that measures the memory of {variant!r} ended without a result.') from None
     finally:
         process.join()
 
@@ -273,9 +273,9 @@ def _returning_freed_memory() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _peak_of_process(sender, threads: int, way: str, *args) -> None:
+def _peak_of_process(sender, threads: int, variant: str, *args) -> None:
     torch.set_num_threads(threads)
-    case = _Case(way, *args)
+    case = _Case(variant, *args)
     case.step()
     case.optimizer.zero_grad()
     gc.collect()
@@ -291,18 +291,18 @@ def _status(field: str) -> int:
 
 
 def header(row: Row) -> str:
-    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``ours``."""
-    ratios = 'ratio to ours', 'times the floor'
+    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``automatic``."""
+    ratios = 'ratio to automatic', 'times the floor'
     memory = 'peak of a step, MiB', 'kept for training, MiB'
-    return heading(('K', 'way', 'gradient, ms', *ratios, 'step, ms', *ratios, *memory))
+    return heading(('K', 'variant', 'gradient, ms', *ratios, 'step, ms', *ratios, *memory))
 
 
 def line(row: Row) -> str:
-    """Of the table."""
+    """The line of the table for a row."""
     return cells(
         (
             f'{row.count:,}',
-            f'{row.way} (estimated)' if row.estimated else row.way,
+            f'{row.variant} (estimated)' if row.estimated else row.variant,
             with_spread(row.gradient, row.gradient_spread),
             with_spread(row.gradient_ratio, row.gradient_ratio_spread),
             times_floor(row.gradient, row.gradient_floor),

@@ -1,4 +1,4 @@
-"""What the suites share: rounds in which the ways take turns, times, kept bytes, medians with their spread."""
+"""What the suites share: rounds in which the variants take turns, times, kept bytes, medians with their spread."""
 
 import ctypes
 import gc
@@ -13,24 +13,24 @@ from torch import nn
 T = TypeVar('T')
 
 
-def take_turns(ways: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """What every way returns in every round.
+def take_turns(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+    """Call every variant in every round, and return what it returned, by variant.
 
-    The ways take turns, round by round in another order, so that what else the machine does meets all of them. The
+    The variants take turns, round by round in another order, so that what else the machine does meets all of them. The
     first round is not counted.
     """
-    results: dict[str, list[T]] = {way: [] for way in ways}
+    results: dict[str, list[T]] = {variant: [] for variant in variants}
     order = random.Random(0)
     for round_ in range(repeats + 1):
-        for way in order.sample(list(ways), len(ways)):
-            result = ways[way]()
+        for variant in order.sample(list(variants), len(variants)):
+            result = variants[variant]()
             if round_:
-                results[way].append(result)
+                results[variant].append(result)
     return results
 
 
 def seconds(function: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Of one call, the device's work included."""
+    """The seconds that one call takes, the device's work included."""
     wait(device)
     start = clock()
     function()
@@ -39,13 +39,16 @@ def seconds(function: Callable[[], object], device: str, clock: Callable[[], flo
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has done what it was given."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
 
 def return_freed_memory() -> None:
-    """To the system, where the C library keeps it (glibc). Not between two times, since taking it again takes time."""
+    """Give memory that the C library (glibc) keeps back to the system.
+
+    This is not to be called between two measured calls, since taking the memory again takes time.
+    """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
     if trim:
@@ -53,7 +56,7 @@ def return_freed_memory() -> None:
 
 
 def kept_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """Of every storage that a forward of ``model`` keeps for the backward pass, parameters aside."""
+    """The bytes of every storage that a forward of ``model`` keeps for the backward pass, parameters aside."""
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,12 +74,12 @@ def kept_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 def times(
     seconds: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
-    """In milliseconds, and as ratios to the reference of the same round: each as median and quartiles."""
+    """Times in milliseconds and ratios to the reference of the same round, each as median and quartiles."""
     return *median([1e3 * t for t in seconds]), *median([t / r for t, r in zip(seconds, reference, strict=True)])
 
 
 def median(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """And the first and third quartile."""
+    """The median of some values, and their first and third quartile."""
     first, middle, third = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
     return middle.item(), (first.item(), third.item())
 

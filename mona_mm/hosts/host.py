@@ -162,8 +162,9 @@ class Host:
         return weight.shape[1], rows.stop - rows.start
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
-        """Whether the last block is behind one of the outputs."""
-        return len(getattr(backbone, 'stages', None) or backbone.layers) - 1 in backbone.out_indices
+        """Whether the last block is known to be behind one of the outputs."""
+        parts = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
+        return parts is not None and len(parts) - 1 in backbone.out_indices
 
 
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')

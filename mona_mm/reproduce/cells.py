@@ -5,7 +5,6 @@ import math
 import os.path as osp
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.rules import METHOD_RULES, published_name
 from mona_mm.registry import METHODS as METHOD_CLASSES
 from mona_mm.reproduce.logs import Log, planned
+from mona_mm.reproduce.tasks import TASKS, Task, task_of_config_name
 from mona_mm.type_names import look_up, type_name
 
 METHODS = (
@@ -27,29 +27,6 @@ SIZES = {  # embed_dims, depths, num_heads
     'swin_l': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 _ARCHS = dict(tiny='swin_t', t='swin_t', base='swin_b', b='swin_b', large='swin_l', l='swin_l')
-
-
-@dataclass(frozen=True)
-class Task:
-    """A benchmark. ``config`` is the name of Mona's config; the other methods' have their names before it."""
-
-    config: str
-    detector: str
-    metrics: dict[str, str]
-    """Names of scores, the one that says which checkpoint is best first, and how tables call them."""
-
-
-_TOP1 = {'top1': 'top-1'}
-TASKS = {
-    'coco': Task('cascade_swin_b_coco', 'CascadeRCNN', {'box_ap': 'box AP', 'mask_ap': 'mask AP'}),
-    'voc': Task('retinanet_swin_l_voc', 'RetinaNet', {'ap50': 'AP50', 'box_ap': 'COCO-style AP'}),
-    'ade20k': Task('upernet_swin_l_ade20k', 'EncoderDecoder', {'miou': 'mIoU'}),
-    'flowers102': Task('swin_l_flowers102', 'ImageClassifier', _TOP1),
-    'oxfordpets': Task('swin_l_oxfordpets', 'ImageClassifier', _TOP1),
-    'voc2007': Task('swin_l_voc2007', 'ImageClassifier', _TOP1),
-    'voc2007_multilabel': Task('swin_l_voc2007_multilabel', 'ImageClassifier', {'multilabel_map': 'mAP'}),
-}
-_VOC_CLASSES = 20
 
 
 def config_name(method: str, task: str) -> str:
@@ -68,6 +45,11 @@ def configs_folder() -> Path:
         if (folder / 'mona').is_dir():
             return folder
     raise MissingFileError(f'The configs of mona_mm are neither in {package / ".mim"} nor in {package.parent}.')
+
+
+def task_configs(task: Task) -> Path:
+    """The folder with a folder of the task's configs for each method."""
+    return task.configs or configs_folder()
 
 
 def parse_cell(text: str) -> tuple[str, str]:
@@ -91,24 +73,16 @@ def is_mmengine(config: dict[str, Any]) -> bool:
 
 
 def task_of(config: dict[str, Any]) -> str | None:
-    """The task of a config, by its model and its training data; None where it is none of the tables'."""
+    """The task of a config, by its model and its training data; None where it is none of the tables'.
+
+    Of several that fit it is the one that was registered last.
+    """
     model = _dict(config.get('model'))
-    candidates = [name for name, task in TASKS.items() if task.detector == _type(model)]
-    if len(candidates) == 1:
-        kinds = {'coco': 'coco', 'voc': 'voc', 'ade20k': 'ade20k'}
-        types = [_type(d).lower() for d in training_sets(config)]
-        return next((name for name in candidates if any(kinds[name] in t for t in types)), None)
+    candidates = [task for task in reversed(TASKS.values()) if task.model == _type(model)]
     for dataset in training_sets(config) if candidates else ():
-        name = _type(dataset).lower()
-        if 'flower' in name:
-            return 'flowers102'
-        if 'pet' in name:
-            return 'oxfordpets'
-        if 'multilabel' in _type(_dict(model.get('head'))).lower():
-            return 'voc2007_multilabel' if 'voc' in name else None
-        lists = f'{dataset.get("data_root")} {dataset.get("ann_file")} {dataset.get("data_prefix")}'.lower()
-        if 'voc' in name or ('voc2007' in lists and _dict(model.get('head')).get('num_classes') == _VOC_CLASSES):
-            return 'voc2007'
+        for task in candidates:
+            if task.trains_on(model, dataset):
+                return task.name
     return None
 
 
@@ -182,27 +156,22 @@ def shipped_config(config: dict[str, Any], log: Log, method: str, task: str) -> 
 
     The content is None where there is no such file, for methods that are somebody's own.
     """
-    files = sorted((configs_folder() / method).glob('*.py'), key=lambda path: len(path.stem))
+    files = sorted((task_configs(TASKS[task]) / method).glob('*.py'), key=lambda path: len(path.stem))
     # The ones called fair_* are not how the table's number was made: their runs differ from it in what they say.
-    stems = [file for file in files if _task_of_file(file.stem) == task and not file.stem.startswith('fair_')]
-    if not stems:
+    main = [file for file in files if not file.stem.startswith('fair_')]
+    found = [
+        (file.stem, load_config(str(file)).to_dict()) for file in main if task_of_config_name(file.stem) is TASKS[task]
+    ]
+    if not found:
         return config_name(method, task), None
-    found = [(file.stem, load_config(str(file)).to_dict()) for file in stems]
     if not config:
         return found[0]
 
     def distance(shipped: dict[str, Any]) -> int:
-        ours, theirs = _method_and_size(config), _method_and_size(shipped)
-        return sum(not _same(ours.get(key), value) for key, value in theirs.items() if key in ours)
+        own, theirs = _method_and_size(config), _method_and_size(shipped)
+        return sum(not _same(own.get(key), value) for key, value in theirs.items() if key in own)
 
     return min(found, key=lambda item: distance(item[1]))  # of equals the first, which is the main one
-
-
-def _task_of_file(stem: str) -> str | None:
-    for task in ('voc2007_multilabel', 'flowers102', 'oxfordpets', 'voc2007', 'ade20k', 'coco', 'voc'):
-        if re.search(rf'_{task}(_|$)', stem):
-            return task
-    return None
 
 
 # Comparing -----------------------------------------------------------------------------------------------------------
@@ -213,17 +182,17 @@ def differences(config: dict[str, Any], shipped: dict[str, Any], gpus: int | Non
 
     Paths, workers, logging, checkpoints and what only saves memory are not compared.
     """
-    ours, theirs = _settings(config, gpus), _settings(shipped, None)
+    own, theirs = _settings(config, gpus), _settings(shipped, None)
     named = [
         f'{name}: {_show(value)} (published setting: {_show(theirs.get(name))})'
-        for name, value in ours.items()
+        for name, value in own.items()
         if not _same(value, theirs.get(name))
     ]
     if not is_mmengine(config):
         return named
-    other_ours, other_theirs = dict(_other_settings(config)), dict(_other_settings(shipped))
-    for path in sorted(other_ours.keys() | other_theirs.keys()):
-        a, b = other_ours.get(path), other_theirs.get(path)
+    own_rest, their_rest = dict(_other_settings(config)), dict(_other_settings(shipped))
+    for path in sorted(own_rest.keys() | their_rest.keys()):
+        a, b = own_rest.get(path), their_rest.get(path)
         if not _same(a, b):
             named.append(f'{path}: {_show(a)} (published setting: {_show(b)})')
     return named
@@ -415,8 +384,8 @@ def _other_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         sections[name] = config.get(name)
     evaluators = config.get('val_evaluator')
     sections['val_evaluator'] = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
-    ours = ('ParamFreezeHook', 'LoadCheckHook', 'IterationSeedHook')
-    sections['custom_hooks'] = [hook for hook in config.get('custom_hooks') or [] if _type(_dict(hook)) not in ours]
+    neutral = ('ParamFreezeHook', 'LoadCheckHook', 'IterationSeedHook')  # they leave what is computed as it is
+    sections['custom_hooks'] = [hook for hook in config.get('custom_hooks') or [] if _type(_dict(hook)) not in neutral]
     if not config.get('resume'):
         sections['load_from'] = config.get('load_from')
     for path, value in _leaves(sections):

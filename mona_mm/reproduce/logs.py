@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mona_mm.reproduce.tasks import MMCV_SCORES, MMENGINE_SCORES
+
 # A log line's beginning. Searched for, not matched: progress bars end without a newline.
 _STAMP = re.compile(r'\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d(?:,\d+)? - (\S+) - [A-Z]+ - |^[A-Z]+:(\w+):')
 _TRAIN = re.compile(r'(?:Epoch(?:\(train\))? +\[(\d+)\]|Iter(?:\(train\))? +)\[ *(\d+)/ *(\d+)\]')
@@ -21,25 +23,6 @@ _TRAINABLE = re.compile(r'trainable in the backbone: ([\d,]+) =|^trained_backbon
 _GPUS = re.compile(r'GPU number: (\d+)|nranks (\d+)')
 # Parameter names of the published code that tell its methods apart.
 _MODULES = ('adapter_conv', 'my_module_1', 'my_module_2', 'lora_A')
-
-# Names of scores: ours, and the factor to percent. mmengine's have a prefix, the data set's or the metric's.
-_MMENGINE_SCORES = {
-    'coco/bbox_mAP': ('box_ap', 100),
-    'coco/segm_mAP': ('mask_ap', 100),
-    'pascal_voc/AP50': ('ap50', 100),
-    'pascal_voc/mAP': ('ap50', 100),
-    'mIoU': ('miou', 1),
-    'accuracy/top1': ('top1', 1),
-    'multi-label/mAP': ('multilabel_map', 1),
-}
-_MMCV_SCORES = {
-    'bbox_mAP': ('box_ap', 100),
-    'segm_mAP': ('mask_ap', 100),
-    'AP50': ('ap50', 100),
-    'mAP': ('ap50', 100),
-    'mIoU': ('miou', 100),
-    'accuracy_top-1': ('top1', 1),
-}
 
 
 @dataclass
@@ -206,11 +189,11 @@ def _mmcv_record(log: Log, record: dict[str, Any]) -> None:
         log._saw_training(epoch if log.by_epoch else iteration, complete=not log.by_epoch)
     elif record['mode'] == 'val':
         step = epoch if log.by_epoch else log._evaluated_iteration(iteration)
-        log._saw_evaluation(step, _scores(record.items(), _MMCV_SCORES))
+        log._saw_evaluation(step, _scores(record.items(), MMCV_SCORES))
 
 
 def _mmengine_record(log: Log, record: dict[str, Any]) -> None:
-    scores = _scores(record.items(), _MMENGINE_SCORES)
+    scores = _scores(record.items(), MMENGINE_SCORES)
     step = record.get('step')
     if 'iter' in record and isinstance(step, int):
         log._saw_training(record.get('epoch', step) if log.by_epoch else step, complete=not log.by_epoch)
@@ -223,60 +206,86 @@ def _mmengine_record(log: Log, record: dict[str, Any]) -> None:
 
 
 def _read_text(log: Log, lines: Iterable[str]) -> None:
-    config_lines: list[str] | None = None
-    columns: list[str] = []
-    pending: dict[str, float] = {}  # scores of a table of mmcv 1.x that no line has repeated yet
-    mmengine = False
-
-    def flush(step: int) -> None:
-        log._saw_evaluation(step, dict(pending))
-        pending.clear()
-
+    reader = _TextReader(log)
     for line in lines:
-        line = line.rstrip('\n').rpartition('\r')[2]
+        reader.read(line.rstrip('\n').rpartition('\r')[2])
+    reader.end()
+
+
+class _TextReader:
+    """Reads a text log of mmengine or mmcv 1.x line by line, and adds what it says to a :class:`Log`."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.config_lines: list[str] | None = None
+        self.columns: list[str] = []
+        self.pending: dict[str, float] = {}  # scores of a table of mmcv 1.x that no line has repeated yet
+        self.mmengine = False
+
+    def read(self, line: str) -> None:
+        """Read a line of the file."""
         stamp = _STAMP.search(line) if ' - ' in line or line.startswith('INFO:') else None
-        if config_lines is not None:
+        if self.config_lines is not None:
             if stamp is None and line.strip():
-                config_lines.append(line)
-                continue
-            log.config = parse_config('\n'.join(config_lines)) if log.config is None else log.config
-            config_lines = None
+                self.config_lines.append(line)
+                return
+            self._end_config(self.config_lines)
+        self._read_facts(line)
+        if line.startswith('|') and not self.mmengine:
+            self.columns = _read_table_row(line, self.columns, self.pending)
+        if stamp is not None:
+            self.mmengine = (stamp[1] or stamp[2]) == 'mmengine'
+            self._read_message(line[stamp.end() :])
+
+    def end(self) -> None:
+        """Take what the last lines have left, at the end of the file."""
+        if self.pending:
+            self._flush(self._next_step())
+
+    def _end_config(self, lines: list[str]) -> None:
+        self.log.config = parse_config('\n'.join(lines)) if self.log.config is None else self.log.config
+        self.config_lines = None
+
+    def _read_facts(self, line: str) -> None:
+        """Read what may stand in any line: numbers of parameters and GPUs, names of modules."""
         match = _TRAINABLE.search(line)
-        if match and log.trainable is None:
-            log.trainable = int((match[1] or match[2]).replace(',', ''))
+        if match and self.log.trainable is None:
+            self.log.trainable = int((match[1] or match[2]).replace(',', ''))
         match = _GPUS.search(line)
         if match:
-            log.gpus = max(log.gpus or 0, int(match[1] or match[2]))
-        log.modules.update(name for name in _MODULES if name in line)
-        if line.startswith('|') and not mmengine:
-            columns = _read_table_row(line, columns, pending)
-        if stamp is None:
-            continue
-        mmengine = (stamp[1] or stamp[2]) == 'mmengine'
-        message = line[stamp.end() :]
+            self.log.gpus = max(self.log.gpus or 0, int(match[1] or match[2]))
+        self.log.modules.update(name for name in _MODULES if name in line)
+
+    def _read_message(self, message: str) -> None:
         if message.strip() == 'Config:':
-            config_lines = []
-            continue
-        match = _TRAIN.match(message)
-        if match:
-            log.by_epoch = match[1] is not None
-            if pending:
-                flush(log.trained + 1 if log.by_epoch else log._evaluated_iteration(log.trained))
-            step = int(match[1] or match[2])
-            log._saw_training(step, complete=match[2] == match[3])
-            continue
-        match = _EVALUATION.match(message)
-        if match:
-            scores = _scores(_SCORE.findall(match[6]), _MMENGINE_SCORES if mmengine else _MMCV_SCORES)
-            if match[2] == 'test':
-                log.tested |= scores
-            elif scores or pending:
-                log.by_epoch = match[1] == 'Epoch'
-                pending |= scores
-                number = int(match[3] or match[4])
-                flush(number if log.by_epoch else log._evaluated_iteration(0 if mmengine else number, once=mmengine))
-    if pending:
-        flush(log.trained + 1 if log.by_epoch else log._evaluated_iteration(log.trained))
+            self.config_lines = []
+        elif match := _TRAIN.match(message):
+            self.log.by_epoch = match[1] is not None
+            if self.pending:
+                self._flush(self._next_step())
+            self.log._saw_training(int(match[1] or match[2]), complete=match[2] == match[3])
+        elif match := _EVALUATION.match(message):
+            self._read_evaluation(match)
+
+    def _read_evaluation(self, match: re.Match) -> None:
+        scores = _scores(_SCORE.findall(match[6]), MMENGINE_SCORES if self.mmengine else MMCV_SCORES)
+        if match[2] == 'test':
+            self.log.tested |= scores
+        elif scores or self.pending:
+            self.log.by_epoch = match[1] == 'Epoch'
+            self.pending |= scores
+            number = int(match[3] or match[4])
+            if not self.log.by_epoch:
+                number = self.log._evaluated_iteration(0 if self.mmengine else number, once=self.mmengine)
+            self._flush(number)
+
+    def _next_step(self) -> int:
+        """The step of an evaluation that was seen before the log says which it is."""
+        return self.log.trained + 1 if self.log.by_epoch else self.log._evaluated_iteration(self.log.trained)
+
+    def _flush(self, step: int) -> None:
+        self.log._saw_evaluation(step, dict(self.pending))
+        self.pending.clear()
 
 
 def _read_table_row(line: str, columns: list[str], pending: dict[str, float]) -> list[str]:

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-DEFAULT_SIZE = {'coco': 'swin_b'}  # every other task: swin_l
+from mona_mm.reproduce.tasks import TASKS, Entry, Task
 
 
 @cache
@@ -14,12 +14,32 @@ def published_results() -> dict[str, Any]:
     return json.loads((Path(__file__).resolve().parents[1] / 'published.json').read_text(encoding='utf-8'))
 
 
+def published_scores(task: Task, method: str) -> dict[str, Entry]:
+    """What was published of a method on a task, by metric; an entry is None where it was not found.
+
+    Metrics of which nothing was published for any method are left out.
+    """
+    if task.published is None:
+        return {}
+    content = published_results()[task.published] if isinstance(task.published, str) else task.published
+    of_method = content.get(method)
+    if isinstance(of_method, dict) and not of_method.keys() & task.metrics.keys():
+        of_method = of_method.get(task.name)
+    if isinstance(of_method, dict):
+        return {score: of_method[score] for score in task.metrics if score in of_method}
+    return {next(iter(task.metrics)): of_method}
+
+
 def published_trainable(method: str, task: str, size: str | None = None) -> int | None:
-    """How many backbone parameters a method trains on a task, as published; None where that is not known."""
+    """How many backbone parameters a method trains on a task, as published; None where that is not known.
+
+    Args:
+        method: its name in the tables.
+        task: one of :data:`~mona_mm.reproduce.tasks.TASKS`.
+        size: of the Swin, such as ``'swin_t'``; that of the task's main configs by default.
+    """
     published = published_results()
-    size = size or DEFAULT_SIZE.get(task, 'swin_l')
-    other = published['trainable_params_backbone_other_tasks']
-    group = {'coco': None, 'ade20k': None, 'voc': 'voc'}.get(task, 'classification')
-    exact = other[group].get(size, {}).get(method) if group else None
+    size, group = size or TASKS[task].size, TASKS[task].parameters
+    exact = published['trainable_params_backbone_other_tasks'][group].get(size, {}).get(method) if group else None
     entry = published['trainable_params_backbone'].get(size, {}).get(method)
     return exact if exact is not None else entry[0] if entry else None

@@ -15,7 +15,6 @@ from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce.cells import (
     METHODS,
-    TASKS,
     differences,
     is_mmengine,
     knows_batch_size,
@@ -27,6 +26,7 @@ from mona_mm.reproduce.cells import (
 )
 from mona_mm.reproduce.logs import Log, parse_config, planned, read_log
 from mona_mm.reproduce.published import published_trainable
+from mona_mm.reproduce.tasks import TASKS
 
 _FORMAT = 'mona_mm results'
 _VERSION = 1

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mona_mm.errors import ConfigError
-from mona_mm.reproduce.cells import METHODS, TASKS, config_name, configs_folder
-from mona_mm.reproduce.published import published_results, published_trainable
+from mona_mm.reproduce.cells import METHODS, config_name, task_configs
+from mona_mm.reproduce.published import published_results, published_scores, published_trainable
 from mona_mm.reproduce.runs import Run
+from mona_mm.reproduce.tasks import TASKS, Entry, Heading, Task
 
 FORMATS = ('terminal', 'markdown', 'csv')
-TABLES = ('coco', 'voc', 'ade20k', 'classification', 'ablation', 'other', 'params', 'spt')
 
 _TITLE = 'mona_mm: published results, and runs beside them'
-_CLASSIFICATION = ('flowers102', 'oxfordpets', 'voc2007')
 _CSV = (
     *('table', 'method', 'setting', 'metric', 'last', 'last_step', 'best', 'best_step', 'step_unit'),
     *('published', 'grade', 'last_minus_published', 'best_minus_published', 'trained', 'trained_published'),
@@ -51,102 +50,114 @@ class Table:
     comparable: bool = True
 
 
+def table_names() -> list[str]:
+    """The names of the tables: those of tasks, and the ones beside them."""
+    return [*(heading.name for heading in _headings()), 'ablation', 'other', 'params', 'spt']
+
+
 def build_tables(runs: Iterable[Run], only: str | None = None) -> list[Table]:
-    """The published tables (all, or the one of :data:`TABLES` named ``only``), each row with the runs of its cell."""
+    """The published tables (all, or the one of :func:`table_names` named ``only``), with the runs of each row's cell.
+
+    Raises:
+        ConfigError: if there is no table of that name.
+    """
+    if only is not None and only not in table_names():
+        raise ConfigError(f'--task {only}: there is no such table. The tables are {", ".join(table_names())}.')
     runs = list(runs)
     tables = [*_comparable(runs), *_published_only()]
     return [table for table in tables if (table.name == only if only else table.rows)]
 
 
-def _comparable(runs: list[Run]) -> Iterator[Table]:
-    data = published_results()
-    rerun = data['independent_mona_rerun']
-    coco, voc, ade = (
-        data[key]
-        for key in ('coco_cascade_mask_rcnn_swin_b', 'voc_retinanet_swin_l_ap50', 'ade20k_upernet_swin_l_miou')
-    )
-    covered: set[str] = set()
+def _headings() -> list[Heading]:
+    return list(dict.fromkeys(task.table for task in TASKS.values() if task.table))
 
-    def rows(task: str, method: str, setting: str = '', config: str | None = None, **numbers: Any) -> Iterator[Row]:
-        """Rows of a cell: one for each of the given metrics and each run, and what else its runs have measured."""
-        config = config or config_name(method, task)
-        covered.add(config)
-        mine = [run for run in runs if run.config == config]
-        size = numbers.pop('size', None)
-        trained = None if numbers.pop('own_width', False) else published_trainable(method, task, size)
-        for score, entry in numbers.items():
-            published, grade = entry if entry else (None, None)
+
+class _Cells:
+    """Rows of cells, and which configs have some.
+
+    Args:
+        runs: what stands beside the published numbers.
+    """
+
+    def __init__(self, runs: list[Run]) -> None:
+        self.runs = runs
+        self.covered: set[str] = set()
+
+    def rows(
+        self,
+        task: Task,
+        method: str,
+        setting: str,
+        published: dict[str, Entry],
+        trained: int | None,
+        config: str | None = None,
+    ) -> Iterator[Row]:
+        """Rows of a cell: one for each published metric and each run, and what else its runs have measured.
+
+        Args:
+            task: the cell's.
+            method: the cell's.
+            setting: in what the cell differs from others of the table.
+            published: by metric.
+            trained: the published number of parameters that train.
+            config: the name of the cell's config; that of the method's main one by default.
+        """
+        config = config or config_name(method, task.name)
+        self.covered.add(config)
+        mine = [run for run in self.runs if run.config == config]
+        for score, entry in published.items():
+            value, grade = entry if entry else (None, None)
             for run in mine or [None]:
-                yield Row(method, setting, TASKS[task].metrics[score], score, config, published, grade, trained, run)
-        for score, metric in TASKS[task].metrics.items():
-            for run in mine if score not in numbers else ():
+                yield Row(method, setting, task.metrics[score].label, score, config, value, grade, trained, run)
+        for score, metric in task.metrics.items():
+            for run in mine if score not in published else ():
                 if score in run.last[1]:
-                    yield Row(method, setting, metric, score, config, trained_published=trained, run=run)
+                    yield Row(method, setting, metric.label, score, config, trained_published=trained, run=run)
 
-    yield Table(
-        'coco',
-        'COCO instance segmentation: Cascade Mask R-CNN, Swin-B',
-        [row for m in METHODS for row in rows('coco', m, **coco[m])],
-        [
-            'The published 53.4 / 46.0 of mona are of COCO test-dev, as its README says; runs evaluate val2017.',
-            f'An independent rerun of mona got {rerun["coco_box_ap"]} box AP ({rerun["source"]}).',
-        ],
-    )
-    yield Table(
-        'voc',
-        'VOC07+12 detection: RetinaNet, Swin-L',
-        [row for m in METHODS for row in rows('voc', m, ap50=voc[m])],
-        [
-            'AP50 is the 11-point VOC mAP.',
-            f'An independent rerun of mona got {rerun["voc_ap50"]} AP50 ({rerun["source"]}).',
-        ],
-    )
-    logged = data['ade20k_log_last_and_best']
-    yield Table(
-        'ade20k',
-        'ADE20K semantic segmentation: UperNet, Swin-L',
-        [row for m in METHODS for row in rows('ade20k', m, miou=ade[m])],
-        [
-            f'The training log of the published {m} has {n["last"]} last and {n["best"]} best, at iteration '
-            f'{n["best_iter"]}.'
-            for m, n in logged.items()
-        ],
-    )
-    top1 = data['classification_swin_l_top1']
-    yield Table(
-        'classification',
-        'Classification: Swin-L',
-        [row for t in _CLASSIFICATION for m in METHODS for row in rows(t, m, t, top1=top1.get(m, {}).get(t))],
-        [
-            'The lists of the published voc2007 (one label an image) and flowers102 were never released: compare '
-            'methods with each other there, not with the published numbers.'
-        ],
-    )
-    ablation = [
-        row
-        for width, entry in data['ablation_bottleneck_voc_swin_l'].items()
-        for row in rows(
-            'voc',
-            'mona',
-            f'bottleneck {width}, swin_l',
-            'retinanet_swin_l_voc' + ('' if width == '64' else f'_bottleneck{width}'),
-            ap50=entry,
-            own_width=width != '64',
-        )
-    ]
+    def others(self) -> Iterator[Row]:
+        """Rows of the runs whose configs have no row yet."""
+        for run in self.runs:
+            metrics = TASKS[run.task].metrics
+            for score, metric in metrics.items() if run.config not in self.covered else ():
+                if score in run.last[1] or score == next(iter(metrics)):
+                    yield Row(run.method, run.config, metric.label, score, run.config, run=run)
+
+
+def _comparable(runs: list[Run]) -> Iterator[Table]:
+    cells = _Cells(runs)
+    for heading in _headings():
+        tasks = [task for task in TASKS.values() if task.table == heading]
+        rows = [
+            row
+            for task in tasks
+            for method in METHODS
+            for row in cells.rows(
+                task,
+                method,
+                task.name if len(tasks) > 1 else '',
+                published_scores(task, method),
+                published_trainable(method, task.name),
+            )
+        ]
+        notes = [note.format_map(published_results()) for note in heading.notes]
+        yield Table(heading.name, heading.title, rows, notes)
+    yield Table('ablation', 'Ablations on VOC: RetinaNet AP50', _ablations(cells))
+    yield Table('other', 'Runs of configs without a published number', list(cells.others()))
+
+
+def _ablations(cells: _Cells) -> list[Row]:
+    data, task, rows = published_results(), TASKS['voc'], []
+    for width, entry in data['ablation_bottleneck_voc_swin_l'].items():
+        main = width == '64'
+        config = task.config if main else f'{task.config}_bottleneck{width}'
+        trained = published_trainable('mona', task.name) if main else None
+        rows += cells.rows(task, 'mona', f'bottleneck {width}, swin_l', {'ap50': entry}, trained, config)
     for size, methods in data['ablation_backbone_voc'].items():
         for method, entry in methods.items():
-            config = config_name(method, 'voc').replace('swin_l', size)
-            ablation += rows('voc', method, f'backbone {size}', config, ap50=entry, size=size)
-    yield Table('ablation', 'Ablations on VOC: RetinaNet AP50', ablation)
-    others = [
-        Row(run.method, run.config, metric, score, run.config, run=run)
-        for run in runs
-        if run.config not in covered
-        for score, metric in TASKS[run.task].metrics.items()
-        if score in run.last[1] or score == next(iter(TASKS[run.task].metrics))
-    ]
-    yield Table('other', 'Runs of configs without a published number', others)
+            config = config_name(method, task.name).replace('swin_l', size)
+            trained = published_trainable(method, task.name, size)
+            rows += cells.rows(task, method, f'backbone {size}', {'ap50': entry}, trained, config)
+    return rows
 
 
 def _published_only() -> Iterator[Table]:
@@ -374,7 +385,8 @@ def write_text(text: str, path: Path) -> None:
 def plan(runs: Iterable[Run], only: str | None = None) -> list[str]:
     """The command for every cell that has a config, with what there is of it among ``runs``."""
     runs = list(runs)
-    files = {path.stem: path for path in configs_folder().rglob('*.py')}
+    folders = dict.fromkeys(task_configs(task) for task in TASKS.values())
+    files = {path.stem: path for folder in folders for path in folder.rglob('*.py')}
     lines, seen = [], set()
     for table in build_tables(runs, only):
         for row in table.rows if table.comparable else ():

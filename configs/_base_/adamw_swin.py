@@ -1,0 +1,13 @@
+# The optimizer of every task of the Mona paper: AdamW, without decay on norms and on Swin's position parameters. A task
+# says its learning rate, its weight decay and its precision (the type).
+optim_wrapper = dict(
+    constructor='mona_mm.PeftOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', betas=(0.9, 0.999)),
+    paramwise_cfg=dict(
+        custom_keys={
+            'absolute_pos_embed': dict(decay_mult=0.0),
+            'relative_position_bias_table': dict(decay_mult=0.0),
+            'norm': dict(decay_mult=0.0),
+        }
+    ),
+)

@@ -1,0 +1,18 @@
+# A classifier with a linear head, and the mean and deviation of ImageNet. A task says backbone, neck and classes.
+default_scope = 'mmpretrain'
+
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(
+        type='ClsDataPreprocessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        to_rgb=True,
+    ),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=None,  # a task says how many
+        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
+    ),
+)
+visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
