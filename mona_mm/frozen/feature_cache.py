@@ -264,13 +264,13 @@ def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Seq
     def block(*args: Any) -> Tensor:
         heard.update(block=args)
         if not isinstance(host.grid, GridSource):
-            heard.update(hw=host.grid.find(args, {}))
+            heard.update(hw=host.grid.of_call(args, {}))
         return last(*args)
 
-    def grid(*args: Any) -> tuple[Tensor, tuple[int, int]]:
-        tokens, hw = source(*args)
-        heard.update(hw=hw)
-        return tokens, hw
+    def grid(*args: Any) -> Any:
+        output = source(*args)
+        heard.update(hw=host.grid.find(source, args, output))
+        return output
 
     host, last = find_host(backbone), _last_block(backbone)
     *_, path = host.blocks(backbone)

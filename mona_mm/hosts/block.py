@@ -50,12 +50,16 @@ class _Call:
     Args:
         block: the block that runs.
         grid: the grid ``(H, W)`` of its tokens.
+        residual: what a hooked block's FFN and residual are given, with the module at ``post_attn`` in it.
+        shift: what that module has added to it.
         reached: the sites whose hooks have been called.
         counts: how often hooks that serve several sites have been called, by those sites.
     """
 
     block: PeftBlock
     grid: Grid | _UnknownGrid
+    residual: Tensor | None = None
+    shift: Tensor | None = None
     reached: set[str] = field(default_factory=set)
     counts: dict[tuple[str, ...], int] = field(default_factory=dict)
 
@@ -113,8 +117,8 @@ class PeftBlock(Mixin):
         return self._forward(peft_grid, args, kwargs)
 
     def _forward(self, grid: Grid | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if grid is None and hasattr(self.host.grid, 'find'):
-            grid = self.host.grid.find(args, kwargs)
+        if grid is None and self.host.grid is not None:
+            grid = self.host.grid.of_call(args, kwargs)
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
@@ -131,12 +135,14 @@ class PeftBlock(Mixin):
         return x
 
     def apply_at(self, site: str, x: Tensor) -> Tensor:
-        """The module at a stream site applied to ``x``, ``(B, N, C)`` or ``(B, C, H, W)``; without one, ``x``."""
+        """The module at a stream site applied to ``x``, in the layout of the host; without one, ``x``."""
         if site not in self.peft:
             return x
         if x.dim() == 3:
             call = _call_of(self)
             return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
+        if self.host.layout == 'BHWC':
+            return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
 
@@ -162,6 +168,28 @@ class PeftBlock(Mixin):
         return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
 
 
+class HookedBlock(PeftBlock):
+    r"""The stock forward of a block, with sites by hooks alone: nothing of it has to be written down again.
+
+    In a block :math:`u = x + a(n_1(x)),\; y = u + f(n_2(u))` a module :math:`m` at ``post_attn`` is a hook before the
+    norm :math:`n_2` that hands on :math:`u + d`, with :math:`d = m(u) - u`, and an addition of :math:`d` to what the
+    block returns, which is then :math:`(u + d) + f(n_2(u + d))`. A block of one branch has its input as residual.
+    """
+
+    def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock forward of the block, and what is added to what it returns."""
+        # The stock block's own checkpoint would compute again without what the hooks need; see PeftBlock.forward.
+        stock = substitute(self, {'with_cp': False}) if getattr(self, 'with_cp', False) else self
+        out = super(PeftBlock, stock).forward(*args, **kwargs)
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        call = _call_of(self)
+        if call.shift is not None:
+            x = x + call.shift
+        residual = args[0] if self.host.mid_norm is None else call.residual
+        x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
+        return x if rest is None else (x, *rest)
+
+
 def _tensor(module: nn.Module, path: str) -> Tensor:
     """A parameter by its path; of a parametrized one the tensor that is computed with."""
     path, _, name = path.rpartition('.')
@@ -171,6 +199,10 @@ def _tensor(module: nn.Module, path: str) -> Tensor:
 def hook_sites(block: PeftBlock) -> None:
     """Register the hooks through which the modules of ``block.peft`` act, on modules within the block, in place."""
     hooked: list[str] = []
+    middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
+    if middle and isinstance(block, HookedBlock) and block.host.mid_norm is not None:
+        block.get_submodule(block.host.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
+        hooked += middle
     for place, path_of in (('branch', lambda branch: branch.drop_path), ('out', lambda branch: branch.end)):
         sites_of: dict[nn.Module, list[str]] = {}  # a module that ends both branches has two sites
         for name, branch in block.host.branches.items():
@@ -203,7 +235,7 @@ def unhook_sites(block: PeftBlock) -> None:
 
 
 def _is_site_hook(hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func in (_map_input, _map_output, _add_to_linear)
+    return isinstance(hook, partial) and hook.func in (_map_input, _map_output, _map_residual, _add_to_linear)
 
 
 # Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
@@ -212,6 +244,17 @@ def _is_site_hook(hook: Any) -> bool:
 def _map_input(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple) -> tuple | None:
     site = _site_of_call(block, sites)
     return None if site is None else (block.apply_at(site, args[0]), *args[1:])
+
+
+def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple | None:
+    call = _call_of(block)
+    if call is None:
+        return None
+    call.reached.update(('post_attn', 'parallel_ffn'))
+    call.residual = block.apply_at('post_attn', args[0])
+    if 'post_attn' in block.peft:
+        call.shift = call.residual - args[0]
+    return call.residual, *args[1:]
 
 
 def _map_output(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:

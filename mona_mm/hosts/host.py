@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
+from mona_mm.hosts.block import HookedBlock, PeftBlock
 from mona_mm.hosts.formats import CheckpointFormat, OwnNames
 from mona_mm.hosts.sites import STREAM_SITES
 from mona_mm.nn.mixin import qualified_name, stock_class
-
-if TYPE_CHECKING:
-    from mona_mm.hosts.block import PeftBlock
 
 Grid = tuple[int, int]
 """Height and width of the grid that the tokens of a block are cut from."""
@@ -90,8 +88,8 @@ class GridArgument:
     name: str
     position: int
 
-    def find(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """The grid among the arguments of a block's call, None if it is not there."""
+    def of_call(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid among the arguments of a block's call; None if it is not there."""
         if self.name in kwargs:
             return kwargs[self.name]
         return args[self.position] if len(args) > self.position else None
@@ -99,9 +97,20 @@ class GridArgument:
 
 @dataclass(frozen=True)
 class GridSource:
-    """The blocks of a backbone are not told the grid; its child of this path returns ``(tokens, (H, W))``."""
+    """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone.
+
+    Args:
+        path: of the child.
+        find: what makes the grid of the child, its arguments and its output; by default that is
+            ``(tokens, (H, W))``.
+    """
 
     path: str
+    find: Callable[[nn.Module, tuple, Any], Grid] = lambda child, args, output: tuple(output[1])
+
+    def of_call(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """None: no argument of a block's call says it."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,14 @@ class Host:
 
     Args:
         block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
-        block_mixin: the forward of such a block, with sites.
+        block_mixin: the forward of such a block, with sites; by default the stock one, with hooks.
         linears: the linear layers of a block, by site.
         branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
-        grid: how the grid is known; None where the stream is ``(B, C, H, W)`` and says it itself.
+        mid_norm: path in a block of the norm between its two branches, where the forward is the stock one; None for
+            a block of one branch.
+        layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
+        grid: how the grid is known; None where the layout says it.
+        disordered: why the tokens are not in row-major order, if they are not: no convolution can be over them then.
         uncalled: modules of a block's attention that are never called, only their parameters read.
         output_norms: prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
         last_output: what the backbone makes of its last block's ``(B, N, C)`` and their grid: its last output.
@@ -129,10 +142,13 @@ class Host:
     """
 
     block: str
-    block_mixin: type[PeftBlock]
     linears: Mapping[str, Linear]
     branches: Mapping[str, Branch]
+    block_mixin: type[PeftBlock] = HookedBlock
+    mid_norm: str | None = None
+    layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
     grid: GridArgument | GridSource | None = None
+    disordered: str = ''
     uncalled: tuple[str, ...] = ()
     output_norms: tuple[str, ...] = ()
     last_output: Callable[[nn.Module, Tensor, Grid], Tensor] | None = None

@@ -58,7 +58,7 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
     blocks = host.blocks(backbone)
     if isinstance(host.grid, GridSource):
         # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
-        backbone.forward = partial(forward_on_grid, backbone, host.grid.path, tuple(blocks))
+        backbone.forward = partial(forward_on_grid, backbone, host.grid, tuple(blocks))
     for path, block in blocks.items():
         mix_in(block, host.block_mixin)
         block.host = host
@@ -97,27 +97,27 @@ def _check_reach(backbone: nn.Module, host: Host, site: str, module: nn.Module) 
 
 
 def forward_on_grid(
-    backbone: nn.Module, source: str, blocks: tuple[str, ...], *args: Any, **kwargs: Any
+    backbone: nn.Module, source: GridSource, blocks: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
     """The forward of a backbone whose blocks are not told the grid: here they are, by an argument.
 
     Args:
         backbone: whose class's forward it is.
-        source: path of the child that returns ``(tokens, (H, W))``.
+        source: where the grid is seen.
         blocks: paths of the blocks.
         args: of the forward.
         kwargs: of the forward.
     """
     grid: list[Grid] = []
     parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
-    parts[source] = partial(_remember_grid, backbone.get_submodule(source), grid)
+    parts[source.path] = partial(_remember_grid, backbone.get_submodule(source.path), source.find, grid)
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
 
-def _remember_grid(source: nn.Module, grid: list[Grid], *args: Any) -> tuple[Tensor, Grid]:
-    tokens, hw = source(*args)
-    grid[:] = [tuple(hw)]
-    return tokens, hw
+def _remember_grid(child: nn.Module, find: Callable, grid: list[Grid], *args: Any, **kwargs: Any) -> Any:
+    output = child(*args, **kwargs)
+    grid[:] = [find(child, args, output)]
+    return output
 
 
 def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:
