@@ -227,9 +227,9 @@ def test_adapter_formula_and_initial_values(cls):
 def test_lora_begins_as_zero_and_scales_by_alpha_over_rank():
     module = LoRA(12, 8, rank=4, alpha=2.0)
     x = torch.randn(3, 12)
-    assert (module(x) == 0).all() and module.down.weight.abs().max() <= 12**-0.5
+    assert (module(x, None, None) == 0).all() and module.down.weight.abs().max() <= 12**-0.5
     nn.init.normal_(module.up.weight)
-    assert_near(module(x), 0.5 * x @ module.down.weight.T @ module.up.weight.T)
+    assert_near(module(x, None, None), 0.5 * x @ module.down.weight.T @ module.up.weight.T)
     assert LoRA(12, 8).scale == 1 / 64
 
 
@@ -264,7 +264,7 @@ def test_bad_arguments(cls, widths, arguments):
 PLAIN = {
     Adapter: lambda m, x: x + m.up(m.dropout(m.act(m.down(x)))),
     AdaptFormer: lambda m, x: m.scale * m.up(m.dropout(m.act(m.down(x)))),
-    LoRA: lambda m, x: m.up(m.down(m.dropout(x))) * m.scale,
+    LoRA: lambda m, x: m.up(m.scale * m.down(m.dropout(x))),
     LoRand: lambda m, x: x + m.up(m.act(m.down(x))),
 }
 
@@ -281,7 +281,7 @@ def test_in_place_is_the_plain_formula(method, autocast):
         nn.init.normal_(p, std=0.3)
     for x in (torch.randn(3, 35, 24), torch.randn(35, 3, 24).transpose(0, 1)):
         results = []
-        for forward in (PLAIN[method], lambda m, x: m(x, (5, 7)) if m.sites[0] != 'q' else m(x)):
+        for forward in (PLAIN[method], lambda m, x: m(x, (5, 7)) if m.sites[0] != 'q' else m(x, None, None)):
             own = x.clone(memory_format=torch.preserve_format).requires_grad_()
             module.zero_grad()
             torch.manual_seed(1)
@@ -307,7 +307,7 @@ def test_hooks_on_what_is_computed_in_place(method):
     x, seen = torch.randn(3, 35, 24, requires_grad=True), []
 
     def run() -> list[torch.Tensor]:
-        out = module(x, (5, 7)) if module.sites[0] != 'q' else module(x)
+        out = module(x, (5, 7)) if module.sites[0] != 'q' else module(x, None, None)
         return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
 
     expected = run()

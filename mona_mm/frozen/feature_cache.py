@@ -264,7 +264,7 @@ def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Seq
     def block(*args: Any) -> Tensor:
         heard.update(block=args)
         if not isinstance(host.grid, GridSource):
-            heard.update(hw=host.grid.of_call(args, {}))
+            heard.update(hw=host.grid.of_call(last, args, {}))
         return last(*args)
 
     def grid(*args: Any) -> Any:

@@ -29,13 +29,14 @@ to the weight can be there (LoRA without dropout, single weights).
 """
 
 from mona_mm.hosts import convnext, ffn, pvt, swin, swin_v2, vit  # noqa: F401  they register themselves
-from mona_mm.hosts.block import PeftBlock, StockLinear
+from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (
     HOSTS,
     Branch,
     Grid,
     GridArgument,
+    GridAttribute,
     GridSource,
     Host,
     Linear,
@@ -57,7 +58,9 @@ __all__ = [
     'Branch',
     'Grid',
     'GridArgument',
+    'GridAttribute',
     'GridSource',
+    'HookedBlock',
     'Host',
     'Linear',
     'PeftBlock',

@@ -8,10 +8,10 @@ pass, by whichever thread, then has it as well. Within the block, hooks find it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,11 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError
+from mona_mm.hosts.host import Grid, Host
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
-
-if TYPE_CHECKING:
-    from mona_mm.hosts.host import Grid, Host
 
 
 class _UnknownGrid:
@@ -53,7 +51,7 @@ class _Call:
         residual: what a hooked block's FFN and residual are given, with the module at ``post_attn`` in it.
         shift: what that module has added to it.
         reached: the sites whose hooks have been called.
-        counts: how often hooks that serve several sites have been called, by those sites.
+        counts: how often the module at a site has been called, from 0.
     """
 
     block: PeftBlock
@@ -61,7 +59,7 @@ class _Call:
     residual: Tensor | None = None
     shift: Tensor | None = None
     reached: set[str] = field(default_factory=set)
-    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class _Running(threading.local):
@@ -118,7 +116,7 @@ class PeftBlock(Mixin):
 
     def _forward(self, grid: Grid | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if grid is None and self.host.grid is not None:
-            grid = self.host.grid.of_call(args, kwargs)
+            grid = self.host.grid.of_call(self, args, kwargs)
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
@@ -203,17 +201,19 @@ def hook_sites(block: PeftBlock) -> None:
     if middle and isinstance(block, HookedBlock) and block.host.mid_norm is not None:
         block.get_submodule(block.host.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
-    for place, path_of in (('branch', lambda branch: branch.drop_path), ('out', lambda branch: branch.end)):
-        sites_of: dict[nn.Module, list[str]] = {}  # a module that ends both branches has two sites
-        for name, branch in block.host.branches.items():
-            sites_of.setdefault(block.get_submodule(path_of(branch)), []).append(f'{name}_{place}')
-        for module, sites in sites_of.items():
-            if any(site in block.peft for site in sites):
-                if place == 'branch':
-                    module.register_forward_pre_hook(partial(_map_input, block, tuple(sites)))
-                else:
-                    module.register_forward_hook(partial(_map_output, block, tuple(sites)))
-                hooked += [site for site in sites if site in block.peft]
+    for branch, ends in block.host.branches.items():
+        for site, path, is_input in ((f'{branch}_branch', ends.drop_path, True), (f'{branch}_out', ends.end, False)):
+            if site not in block.peft:
+                continue
+            module = block.get_submodule(path)
+            if is_input:
+                module.register_forward_pre_hook(partial(_map_input, block, site, ends.call))
+            else:
+                module.register_forward_hook(partial(_map_output, block, site, ends.call))
+            hooked.append(site)
+    grid = block.host.grid
+    if getattr(grid, 'is_in_block', False):
+        block.get_submodule(grid.path).register_forward_hook(partial(_see_grid, block, grid.find))
     sites_of_linear: dict[str, list[str]] = {}
     for site, linear in block.host.linears.items():
         if site in block.peft and linear.is_called:
@@ -235,15 +235,34 @@ def unhook_sites(block: PeftBlock) -> None:
 
 
 def _is_site_hook(hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func in (_map_input, _map_output, _map_residual, _add_to_linear)
+    return isinstance(hook, partial) and hook.func in _HOOKS
 
 
 # Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
 
 
-def _map_input(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple) -> tuple | None:
-    site = _site_of_call(block, sites)
-    return None if site is None else (block.apply_at(site, args[0]), *args[1:])
+def _map_input(block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple) -> tuple | None:
+    if not _is_call_of_site(block, site, call_index):
+        return None
+    return block.apply_at(site, args[0]), *args[1:]
+
+
+def _map_output(
+    block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple, out: Tensor
+) -> Tensor | None:
+    return block.apply_at(site, out) if _is_call_of_site(block, site, call_index) else None
+
+
+def _is_call_of_site(block: PeftBlock, site: str, call_index: int | None) -> bool:
+    """Whether this call of a hooked module is the one of a site in the block, and not of another block or branch."""
+    call = _call_of(block)
+    if call is None:  # of the module alone, or within another block that has the same module
+        return call_index is None and _RUNNING.call is None
+    count = call.counts[site] = call.counts.get(site, -1) + 1
+    if call_index is not None and count != call_index:
+        return False
+    call.reached.add(site)
+    return True
 
 
 def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple | None:
@@ -257,20 +276,10 @@ def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple |
     return call.residual, *args[1:]
 
 
-def _map_output(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-    site = _site_of_call(block, sites)
-    return None if site is None else block.apply_at(site, out)
-
-
-def _site_of_call(block: PeftBlock, sites: tuple[str, ...]) -> str | None:
-    """The site that this call of a hooked module is; None if the call is not one of the block's."""
+def _see_grid(block: PeftBlock, find: Callable, module: nn.Module, args: tuple, out: Any) -> None:
     call = _call_of(block)
-    if call is None:  # of the module alone, or of another block that has the same module
-        return sites[0] if len(sites) == 1 and _RUNNING.call is None else None
-    number = call.counts[sites] = call.counts.get(sites, -1) + 1
-    site = sites[number] if number < len(sites) else sites[-1]
-    call.reached.add(site)
-    return site
+    if call is not None:
+        call.grid = find(module, args, out)
 
 
 def _add_to_linear(
@@ -298,6 +307,9 @@ def _call_of(block: PeftBlock) -> _Call | None:
     """The call of this block that runs in this thread. torch.export makes other objects of the same attributes."""
     call = _RUNNING.call
     return call if call is not None and vars(call.block) is vars(block) else None
+
+
+_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear)
 
 
 class _AddToSlices(torch.autograd.Function):

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
-from mona_mm.hosts.block import HookedBlock, PeftBlock
 from mona_mm.hosts.formats import CheckpointFormat, OwnNames
 from mona_mm.hosts.sites import STREAM_SITES
-from mona_mm.nn.mixin import qualified_name, stock_class
+from mona_mm.nn.mixin import Mixin, qualified_name, stock_class
 
 Grid = tuple[int, int]
 """Height and width of the grid that the tokens of a block are cut from."""
@@ -67,15 +66,17 @@ def separate_linears(**paths: str) -> dict[str, Linear]:
 class Branch:
     """The modules that end a residual branch of a block.
 
-    One module may end both branches of a block; its calls are then counted, the attention's first.
+    One module may end several branches of a block; its calls are counted then.
 
     Args:
         drop_path: path of the module whose input the ``*_branch`` site maps.
         end: path of the module whose output the ``*_out`` site maps; by default the same.
+        call: which call of these modules in a block it is, from 0; None where a block calls them once.
     """
 
     drop_path: str
     end: str = ''
+    call: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'end', self.end or self.drop_path)
@@ -83,32 +84,51 @@ class Branch:
 
 @dataclass(frozen=True)
 class GridArgument:
-    """The blocks of a backbone are told the grid ``(H, W)`` by an argument of this name and position."""
+    """The blocks of a backbone are told the grid by an argument ``(H, W)``, or by two, ``H`` and ``W``.
+
+    Args:
+        names: of the argument, or of both.
+        position: of the first of them.
+    """
+
+    names: tuple[str, ...]
+    position: int = 1
+
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid among the arguments of a block's call; None if it is not there."""
+        given = dict(zip(self.names, args[self.position :], strict=False)) | dict(kwargs)
+        if any(name not in given for name in self.names):
+            return None
+        return given[self.names[0]] if len(self.names) == 1 else tuple(given[name] for name in self.names)
+
+
+@dataclass(frozen=True)
+class GridAttribute:
+    """The blocks of a backbone are made for one grid, which is an attribute of theirs."""
 
     name: str
-    position: int
 
-    def of_call(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """The grid among the arguments of a block's call; None if it is not there."""
-        if self.name in kwargs:
-            return kwargs[self.name]
-        return args[self.position] if len(args) > self.position else None
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid that the block was made for."""
+        return tuple(getattr(block, self.name))
 
 
 @dataclass(frozen=True)
 class GridSource:
-    """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone.
+    """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone, or of the block.
 
     Args:
         path: of the child.
         find: what makes the grid of the child, its arguments and its output; by default that is
             ``(tokens, (H, W))``.
+        is_in_block: whether the child is one of the block, which is called before the sites that need the grid.
     """
 
     path: str
     find: Callable[[nn.Module, tuple, Any], Grid] = lambda child, args, output: tuple(output[1])
+    is_in_block: bool = False
 
-    def of_call(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
         """None: no argument of a block's call says it."""
         return None
 
@@ -119,7 +139,8 @@ class Host:
 
     Args:
         block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
-        block_mixin: the forward of such a block, with sites; by default the stock one, with hooks.
+        block_mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the
+            stock forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
         linears: the linear layers of a block, by site.
         branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
         mid_norm: path in a block of the norm between its two branches, where the forward is the stock one; None for
@@ -144,10 +165,10 @@ class Host:
     block: str
     linears: Mapping[str, Linear]
     branches: Mapping[str, Branch]
-    block_mixin: type[PeftBlock] = HookedBlock
+    block_mixin: type[Mixin] | None = None
     mid_norm: str | None = None
     layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
-    grid: GridArgument | GridSource | None = None
+    grid: GridArgument | GridAttribute | GridSource | None = None
     disordered: str = ''
     uncalled: tuple[str, ...] = ()
     output_norms: tuple[str, ...] = ()

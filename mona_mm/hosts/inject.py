@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.block import PeftBlock, hook_sites, unhook_sites
+from mona_mm.hosts.block import HookedBlock, PeftBlock, hook_sites, unhook_sites
 from mona_mm.hosts.host import Grid, GridSource, Host, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
@@ -56,11 +56,11 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
         for site, module in attached.items():
             _check_reach(backbone, host, site, module)
     blocks = host.blocks(backbone)
-    if isinstance(host.grid, GridSource):
+    if isinstance(host.grid, GridSource) and not host.grid.is_in_block:
         # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
         backbone.forward = partial(forward_on_grid, backbone, host.grid, tuple(blocks))
     for path, block in blocks.items():
-        mix_in(block, host.block_mixin)
+        mix_in(block, host.block_mixin or HookedBlock)
         block.host = host
         block.peft = PeftModules(modules.get(path, {}))
         hook_sites(block)

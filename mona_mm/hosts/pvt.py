@@ -48,7 +48,7 @@ register_host(
             **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
         ),
         branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
-        grid=GridArgument('hw_shape', 1),
+        grid=GridArgument(('hw_shape',)),
         uncalled=('attn.attn.out_proj',),
         reads_checkpoint=True,
         own_names=OwnNames(

@@ -418,7 +418,7 @@ for _module, _reads_checkpoint in (
             block_mixin=SwinBlock,
             linears={**fused_qkv('attn.w_msa.qkv'), **separate_linears(proj='attn.w_msa.proj'), **FFN_LINEARS},
             branches=dict(attn=Branch('attn.drop'), ffn=Branch('ffn.dropout_layer')),
-            grid=GridArgument('hw_shape', 1),
+            grid=GridArgument(('hw_shape',)),
             last_output=_last_output,
             reads_checkpoint=_reads_checkpoint,
             **CHECKPOINTS,

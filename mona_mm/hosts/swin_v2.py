@@ -32,7 +32,7 @@ register_host(
             **FFN_LINEARS,
         ),
         branches=dict(attn=Branch('attn.drop', 'norm1'), ffn=Branch('ffn.dropout_layer', 'norm2')),
-        grid=GridArgument('hw_shape', 1),
+        grid=GridArgument(('hw_shape',)),
         uncalled=('attn.w_msa.qkv',),
         **CHECKPOINTS,
     ),
