@@ -33,6 +33,7 @@ from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (
     HOSTS,
+    BlockSpec,
     Branch,
     Grid,
     GridArgument,
@@ -48,13 +49,14 @@ from mona_mm.hosts.host import (
     register_host,
     separate_linears,
 )
-from mona_mm.hosts.inject import SiteWidths, inject, modules_beside_linears, remove, site_widths
+from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
 from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names
 
 __all__ = [
     'HOSTS',
     'LINEAR_SITES',
     'STREAM_SITES',
+    'BlockSpec',
     'Branch',
     'Grid',
     'GridArgument',
@@ -65,7 +67,8 @@ __all__ = [
     'Linear',
     'PeftBlock',
     'PeftModules',
-    'SiteWidths',
+    'Site',
+    'Sites',
     'StockLinear',
     'find_host',
     'fused_qkv',
@@ -80,5 +83,5 @@ __all__ = [
     'register_host',
     'remove',
     'separate_linears',
-    'site_widths',
+    'sites_of',
 ]

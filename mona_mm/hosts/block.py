@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.host import Grid, Host
+from mona_mm.hosts.host import BlockSpec, Grid
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import substitute
@@ -97,7 +97,7 @@ class StockLinear:
 class PeftBlock(Mixin):
     """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
 
-    host: Host
+    spec: BlockSpec
     peft: PeftModules
     hooked: frozenset[str]
     """The sites that a hook reaches."""
@@ -115,8 +115,8 @@ class PeftBlock(Mixin):
         return self._forward(peft_grid, args, kwargs)
 
     def _forward(self, grid: Grid | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if grid is None and self.host.grid is not None:
-            grid = self.host.grid.of_call(self, args, kwargs)
+        if grid is None and self.spec.grid is not None:
+            grid = self.spec.grid.of_call(self, args, kwargs)
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
@@ -139,7 +139,7 @@ class PeftBlock(Mixin):
         if x.dim() == 3:
             call = _call_of(self)
             return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
-        if self.host.layout == 'BHWC':
+        if self.spec.layout == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
@@ -148,21 +148,26 @@ class PeftBlock(Mixin):
         """``x`` plus what the module at ``parallel_ffn`` makes of ``residual``, if there is one."""
         return x + self.apply_at('parallel_ffn', residual) if 'parallel_ffn' in self.peft else x
 
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the stock block reads without calling a module, by path, with the method in them."""
         weights: dict[str, Tensor] = {}
-        for site, linear in self.host.linears.items():
+        for site, linear in self.spec.linears.items():
             if site in self.peft and not linear.is_called:
                 weight = weights.get(linear.weight)
                 weight = _tensor(self, linear.weight) if weight is None else weight
                 rows = linear.rows(weight)
                 delta = self.peft[site].delta_weight(weight[rows])
                 weights[linear.weight] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
-        for path in self.host.uncalled:
+        for path in self.spec.uncalled:
             module = self.get_submodule(path)
             for parameter, delta in getattr(module, 'peft', {}).items():
                 weight = weights.get(f'{path}.{parameter}')
                 weights[f'{path}.{parameter}'] = delta(getattr(module, parameter) if weight is None else weight)
+        return weights
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+        weights = self.weights()
         return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
 
 
@@ -177,13 +182,14 @@ class HookedBlock(PeftBlock):
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
         """The stock forward of the block, and what is added to what it returns."""
         # The stock block's own checkpoint would compute again without what the hooks need; see PeftBlock.forward.
-        stock = substitute(self, {'with_cp': False}) if getattr(self, 'with_cp', False) else self
+        parts = {**self.weights(), **({'with_cp': False} if getattr(self, 'with_cp', False) else {})}
+        stock = substitute(self, parts) if parts else self
         out = super(PeftBlock, stock).forward(*args, **kwargs)
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         call = _call_of(self)
         if call.shift is not None:
             x = x + call.shift
-        residual = args[0] if self.host.mid_norm is None else call.residual
+        residual = args[0] if self.spec.mid_norm is None else call.residual
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
         return x if rest is None else (x, *rest)
 
@@ -198,10 +204,10 @@ def hook_sites(block: PeftBlock) -> None:
     """Register the hooks through which the modules of ``block.peft`` act, on modules within the block, in place."""
     hooked: list[str] = []
     middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
-    if middle and isinstance(block, HookedBlock) and block.host.mid_norm is not None:
-        block.get_submodule(block.host.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
+    if middle and isinstance(block, HookedBlock) and block.spec.mid_norm is not None:
+        block.get_submodule(block.spec.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
-    for branch, ends in block.host.branches.items():
+    for branch, ends in block.spec.branches.items():
         for site, path, is_input in ((f'{branch}_branch', ends.drop_path, True), (f'{branch}_out', ends.end, False)):
             if site not in block.peft:
                 continue
@@ -211,11 +217,11 @@ def hook_sites(block: PeftBlock) -> None:
             else:
                 module.register_forward_hook(partial(_map_output, block, site, ends.call))
             hooked.append(site)
-    grid = block.host.grid
+    grid = block.spec.grid
     if getattr(grid, 'is_in_block', False):
         block.get_submodule(grid.path).register_forward_hook(partial(_see_grid, block, grid.find))
     sites_of_linear: dict[str, list[str]] = {}
-    for site, linear in block.host.linears.items():
+    for site, linear in block.spec.linears.items():
         if site in block.peft and linear.is_called:
             sites_of_linear.setdefault(linear.module, []).append(site)
     for path, sites in sites_of_linear.items():
@@ -291,7 +297,7 @@ def _add_to_linear(
     x, out = args[0].movedim(channel_axis, -1), out.movedim(channel_axis, -1)
     starts, branches = [], []
     for site in sites:
-        channels = block.host.linears[site].channels(out.shape[-1])
+        channels = block.spec.linears[site].channels(out.shape[-1])
         starts.append(channels.start)
         branches.append(block.peft[site](x, out[..., channels], StockLinear(linear, channels)))
     if branches[0].shape == out.shape:

@@ -134,21 +134,54 @@ class GridSource:
 
 
 @dataclass(frozen=True)
+class BlockSpec:
+    """What has to be known about a class of blocks.
+
+    Args:
+        cls: qualified name of the class; a block of any other class, a subclass included, is not touched.
+        linears: the linear layers of a block, by site.
+        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
+        mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the stock
+            forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
+        mid_norm: path in a block of the module that the FFN begins with, whose input is the residual, where the forward
+            is the stock one; None for a block of one branch.
+        layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
+        grid: how the grid is known; None where the layout says it.
+        uncalled: modules of a block that are never called, only their parameters read.
+    """
+
+    cls: str
+    linears: Mapping[str, Linear]
+    branches: Mapping[str, Branch]
+    mixin: type[Mixin] | None = None
+    mid_norm: str | None = None
+    layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
+    grid: GridArgument | GridAttribute | GridSource | None = None
+    uncalled: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        branch_of = {site: 'attn' if 'attn' in site else 'ffn' for site in STREAM_SITES}
+        stream = [site for site in STREAM_SITES if branch_of[site] in self.branches]
+        object.__setattr__(self, 'sites', (*stream, *self.linears))
+
+    def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
+        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
+        linear = self.linears.get(site)
+        if linear is None:
+            return (len(block.get_parameter(self.linears['fc2'].weight)),)
+        weight = block.get_parameter(linear.weight)
+        rows = linear.rows(weight)
+        return weight.shape[1], rows.stop - rows.start
+
+
+@dataclass(frozen=True)
 class Host:
     """What has to be known about a stock backbone class.
 
     Args:
-        block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
-        block_mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the
-            stock forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
-        linears: the linear layers of a block, by site.
-        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
-        mid_norm: path in a block of the norm between its two branches, where the forward is the stock one; None for
-            a block of one branch.
-        layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
-        grid: how the grid is known; None where the layout says it.
+        specs: of its blocks, one for each of their classes.
         disordered: why the tokens are not in row-major order, if they are not: no convolution can be over them then.
-        uncalled: modules of a block's attention that are never called, only their parameters read.
         output_norms: prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
         last_output: what the backbone makes of its last block's ``(B, N, C)`` and their grid: its last output.
         reads_checkpoint: whether the ``init_weights`` of the class reads the checkpoint that ``init_cfg`` names by
@@ -162,15 +195,8 @@ class Host:
         final_norms: paths of norms behind the last block that belong to SPT's selection.
     """
 
-    block: str
-    linears: Mapping[str, Linear]
-    branches: Mapping[str, Branch]
-    block_mixin: type[Mixin] | None = None
-    mid_norm: str | None = None
-    layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
-    grid: GridArgument | GridAttribute | GridSource | None = None
+    specs: tuple[BlockSpec, ...]
     disordered: str = ''
-    uncalled: tuple[str, ...] = ()
     output_norms: tuple[str, ...] = ()
     last_output: Callable[[nn.Module, Tensor, Grid], Tensor] | None = None
     reads_checkpoint: bool = False
@@ -181,25 +207,25 @@ class Host:
     position_tables: tuple[str, ...] = ()
     not_selected: tuple[str, ...] = ()
     final_norms: tuple[str, ...] = ()
-    sites: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        branch_of = {site: 'attn' if 'attn' in site else 'ffn' for site in STREAM_SITES}
-        stream = [site for site in STREAM_SITES if branch_of[site] in self.branches]
-        object.__setattr__(self, 'sites', (*stream, *self.linears))
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that its blocks have, those of each class."""
+        return tuple(dict.fromkeys(site for spec in self.specs for site in spec.sites))
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers of its blocks by site; of a site that classes of blocks have otherwise, the first's."""
+        return {site: linear for spec in reversed(self.specs) for site, linear in spec.linears.items()}
+
+    def spec(self, module: nn.Module) -> BlockSpec | None:
+        """What is known about a block, None for any other module."""
+        name = qualified_name(stock_class(module))
+        return next((spec for spec in self.specs if spec.cls == name), None)
 
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
         """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
-        return {path: m for path, m in backbone.named_modules() if qualified_name(stock_class(m)) == self.block}
-
-    def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
-        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
-        linear = self.linears.get(site)
-        if linear is None:
-            return (len(block.get_parameter(self.linears['fc2'].weight)),)
-        weight = block.get_parameter(linear.weight)
-        rows = linear.rows(weight)
-        return weight.shape[1], rows.stop - rows.start
+        return {path: m for path, m in backbone.named_modules() if self.spec(m) is not None}
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
         """Whether the last block is behind one of the outputs."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put, rename
-from mona_mm.hosts.host import Branch, Grid, GridSource, Host, fused_qkv, register_host, separate_linears
+from mona_mm.hosts.host import BlockSpec, Branch, Grid, GridSource, Host, fused_qkv, register_host, separate_linears
 
 
 class ViTBlock(PeftBlock):
@@ -89,11 +89,15 @@ def _npz_layout(name: str, tensor: Tensor) -> Tensor:
 register_host(
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer',
     Host(
-        block='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
-        block_mixin=ViTBlock,
-        linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-        branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
-        grid=GridSource('patch_embed'),
+        specs=(
+            BlockSpec(
+                cls='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
+                mixin=ViTBlock,
+                linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
+                branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
+                grid=GridSource('patch_embed'),
+            ),
+        ),
         last_output=_last_output,
         own_names=OwnNames(
             in_blocks=rf'layers\.\d+\.(ln[12]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.(qkv|proj)\.{END}'
