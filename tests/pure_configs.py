@@ -62,7 +62,7 @@ from mmcv.transforms import LoadImageFromFile
 from torch.nn import SyncBatchNorm
 
 from mona_mm import PeftBackbone
-from mona_mm.methods import @METHOD@
+from mona_mm.@ROOM@ import @METHOD@
 
 data_root = '@ROOT@/'
 metainfo = dict(classes=('disc', 'square', 'triangle', 'star'))
@@ -157,7 +157,7 @@ from mmcv.transforms import LoadImageFromFile
 from torch.nn import SyncBatchNorm
 
 from mona_mm import PeftBackbone
-from mona_mm.methods import @METHOD@
+from mona_mm.@ROOM@ import @METHOD@
 
 data_root = '@ROOT@/'
 model = dict(
@@ -206,7 +206,7 @@ from mmpretrain.models import ClsDataPreprocessor, ImageClassifier, LinearClsHea
 from mmpretrain.models.losses import CrossEntropyLoss
 
 from mona_mm import PeftBackbone
-from mona_mm.methods import @METHOD@
+from mona_mm.@ROOM@ import @METHOD@
 
 data_root = '@ROOT@/'
 model = dict(
@@ -256,7 +256,9 @@ def write_pure_config(folder: Path, library: str, root: Path, method: str = 'Mon
         options: of the method, as Python has them behind its type: ``', rank=4'``.
     """
     (folder / 'runtime.py').write_text(RUNTIME)
+    room = 'spt' if method == 'SPT' else 'methods'
     text = LIBRARIES[library].replace('@ROOT@', str(root)).replace('@METHOD@', method).replace('@OPTIONS@', options)
+    text = text.replace('@ROOM@', room)
     file = folder / f'{library}_{method}.py'.lower()
     file.write_text(text)
     return str(file)

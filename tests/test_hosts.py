@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import HOSTS, needs_gpu
-from helpers import assert_equal, pairwise
+from helpers import assert_equal, assert_near, pairwise
 from mmengine.registry import MODELS
 from suite import (
     CLONES,
@@ -31,7 +31,7 @@ from suite import (
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
 from mona_mm.hosts import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names
-from mona_mm.methods import StreamModule, build_method
+from mona_mm.methods import LinearModule, StreamModule, build_method
 from mona_mm.record import record_of
 from mona_mm.registry import METHODS
 
@@ -83,20 +83,28 @@ class BesideFFN(EverySite):
         return torch.zeros_like(x)
 
 
-class EveryLinear(EverySite):
+class EveryLinear(LinearModule):
+    """Adds zeros, everywhere, and looks at what it stands beside."""
+
     sites = LINEAR_SITES
     is_weight_delta = True
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(out_channels)
+        super().__init__()
         self.in_channels = in_channels
+        self.offset = torch.nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x, out):
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.offset)
+
+    def forward(self, x, out, linear):
         assert out.shape == (*x.shape[:-1], len(self.offset))
+        assert linear.weight.shape == (len(self.offset), self.in_channels)
+        assert_near(torch.nn.functional.linear(x, linear.weight, linear.bias), out)
         return self.offset.expand(*x.shape[:-1], -1)
 
-    def delta_weight(self):
-        return torch.zeros(len(self.offset), self.in_channels)
+    def delta_weight(self, weight):
+        return torch.zeros_like(weight)
 
 
 @pytest.fixture

@@ -189,7 +189,7 @@ def test_sensitivity_and_plan(data, tmp_path, tool):
     with open(config) as file:
         text = file.read()
     with open(config, 'w') as file:
-        file.write(text.replace('import SPT', 'import SPT, LoRA'))
+        file.write(text.replace('import SPT', 'import SPT\nfrom mona_mm.methods import LoRA'))
     work = ('--work-dir', str(tmp_path / 'work'))
     status, out, error = tool('spt_sensitivity.py', config, '--budget', '2000', '--num-batches', '1', *work)
     assert status == 0 and 'LoRA modules' in out, error

@@ -51,8 +51,6 @@ def test_random_configs():
         (dict(type='Mona', average=1), 'average=1 must be True or False'),
         (dict(type='Mona', scaled_norm='down'), "scaled_norm='down'"),
         (dict(type='Mona', dropout=float('nan')), 'dropout=nan must be a probability'),
-        (dict(type='FoldedMona', kernel_size=4), 'kernel_size=4'),
-        (dict(type='FoldedMona', scaled_norm=None), 'scaled_norm=None'),
         (dict(type='AdaptFormer', scale=10**400), 'scale=1.* must be a number'),
         (dict(type='AdaptFormer', scale=10**5000), 'scale=<int> must be a number'),
         (dict(type='LoRA', alpha=float('inf')), 'alpha=inf'),

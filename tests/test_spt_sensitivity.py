@@ -15,7 +15,7 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 
 from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.sensitivity import build_loader, measure
+from mona_mm.commands.sensitivity import base_model_config, build_loader, measure
 from mona_mm.errors import ConfigError, MissingFileError, SensitivityError
 from mona_mm.spt import Plan, Sensitivity, allocate, compute_sensitivity
 from mona_mm.spt import sensitivity as module
@@ -475,8 +475,8 @@ def test_stacked_batches():
 def test_the_configs_can_be_unwrapped():
     """The shipped detection config: its base is what is measured, and no method is in it."""
     cfg = load_config(str(ROOT / 'configs/mona/cascade_swin_b_coco.py'))
-    backbone = module.base_model_config(cfg)['backbone']
+    backbone = base_model_config(cfg)['backbone']
     assert backbone == dict(type='mona_mm.PeftBackbone', base=cfg.model.backbone.base)
     assert cfg.model.backbone.peft.type == 'Mona', 'the config itself is as it was'
     cfg.model = dict(type='mona_mm.FrozenModel', base=cfg.model, trainable='roi_head')
-    assert module.base_model_config(cfg)['base']['backbone'] == backbone
+    assert base_model_config(cfg)['base']['backbone'] == backbone

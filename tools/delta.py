@@ -20,6 +20,7 @@ from mona_mm.checkpoint.merge import (
     merged_state_dict,
     self_contained_config,
     self_contained_state_dict,
+    set_deploy,
     stock_config,
     types_left,
     unmergeable,
@@ -110,11 +111,12 @@ def merge(args: argparse.Namespace) -> None:
     left = unmergeable(model)
     if left or args.self_contained:
         folded = 0 if args.self_contained else deploy(model)
-        state, config = self_contained_state_dict(model), self_contained_config(cfg, folded > 0)
+        state, config = self_contained_state_dict(model), self_contained_config(cfg)
         put_plan_in(config)
         reason = f'{", ".join(left)} computes what no stock model does' if left else 'as asked'
         print(f'One self-contained checkpoint with a config of its own in it ({reason}).')
         if folded:
+            set_deploy(config)
             print(f'{folded} Mona modules are folded for inference; --self-contained keeps them as they are.')
     else:
         state, config = merged_state_dict(model), stock_config(cfg)

@@ -254,16 +254,17 @@ def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
     return [warmup, dict(type='CosineAnnealingLR', eta_min_ratio=scheduler['end_ratio'], begin=middle, **options)]
 
 
-def self_contained_config(cfg: Config, deploy: bool = False) -> Config:
-    """A config for a :func:`self_contained_state_dict`, which needs no pretrained file.
-
-    With ``deploy`` the methods are in their forms for inference, as :func:`mona_mm.methods.deploy` puts them.
-    """
+def self_contained_config(cfg: Config) -> Config:
+    """A config for a :func:`self_contained_state_dict`, which needs no pretrained file."""
     plain = with_names(cfg.to_dict())
     _forget_pretrained(plain['model'])
-    if deploy:
-        _deploy(plain['model'])
     return Config({**plain, 'load_from': None})
+
+
+def set_deploy(cfg: Config) -> None:
+    """Let a config build its methods in their forms for inference, in place: for a state dict of a model in which
+    :func:`mona_mm.methods.deploy` has put them."""
+    _set_deploy(cfg.model)
 
 
 def _stock(node: Any) -> Any:
@@ -299,11 +300,11 @@ def _names_file(init_cfg: Any) -> bool:
     return isinstance(init_cfg, dict) and (is_type(init_cfg, 'Pretrained') or 'checkpoint' in init_cfg)
 
 
-def _deploy(node: Any) -> None:
-    if is_type(node, 'mona_mm.PeftBackbone') and _has_deploy_form(node.get('peft')):
+def _set_deploy(node: Any) -> None:
+    if isinstance(node, dict) and is_type(node, 'mona_mm.PeftBackbone') and _has_deploy_form(node.get('peft')):
         node['deploy'] = True
     for _, value in _children(node):
-        _deploy(value)
+        _set_deploy(value)
 
 
 def _has_deploy_form(peft: Mapping[str, Any] | None) -> bool:

@@ -94,6 +94,16 @@ class StockLinear:
         return None if bias is None else bias[self._channels]
 
 
+@dataclass(frozen=True)
+class PassedGrid:
+    """The grid ``(H, W)`` as the last positional argument of a block whose stock forward has no argument for it.
+
+    By position, since wrappers for activation checkpointing (mmengine's) pass nothing else on.
+    """
+
+    hw: Grid
+
+
 class PeftBlock(Mixin):
     """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
 
@@ -106,16 +116,20 @@ class PeftBlock(Mixin):
         """The stock block's forward, with :meth:`apply_at` where the sites are."""
         raise NotImplementedError
 
-    def forward(self, *args: Any, peft_grid: Grid | None = None, **kwargs: Any) -> Tensor:
-        """The stock block's forward with the method in it; ``peft_grid`` is the grid where no argument says it."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock block's forward with the method in it; a last argument may be a :class:`PassedGrid`."""
         if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
             # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
             # base the first block's does not, though its modules do.
-            return checkpoint(self._forward, peft_grid, args, kwargs, use_reentrant=False)
-        return self._forward(peft_grid, args, kwargs)
+            return checkpoint(self._forward, args, kwargs, use_reentrant=False)
+        return self._forward(args, kwargs)
 
-    def _forward(self, grid: Grid | None, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        if grid is None and self.spec.grid is not None:
+    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        grid = None
+        if args and isinstance(args[-1], PassedGrid):
+            *args, passed = args
+            grid = passed.hw
+        elif self.spec.grid is not None:
             grid = self.spec.grid.of_call(self, args, kwargs)
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.block import HookedBlock, PeftBlock, hook_sites, unhook_sites
+from mona_mm.hosts.block import HookedBlock, PassedGrid, PeftBlock, hook_sites, unhook_sites
 from mona_mm.hosts.host import BlockSpec, Grid, GridSource, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
@@ -140,4 +140,4 @@ def _remember_grid(child: nn.Module, find: Callable, grid: list[Grid], *args: An
 
 
 def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:
-    return block(*args, peft_grid=grid[0] if grid else None, **kwargs)
+    return block(*args, *map(PassedGrid, grid), **kwargs)
