@@ -28,7 +28,18 @@ ConvNeXt                      a block has one branch (depthwise convolution, two
 to the weight can be there (LoRA without dropout, single weights).
 """
 
-from mona_mm.hosts import convnext, ffn, pvt, swin, swin_v2, vit  # noqa: F401  they register themselves
+from mona_mm.hosts import (  # noqa: F401  they register themselves
+    beit,
+    convnext,
+    convolutional,
+    ffn,
+    hierarchical,
+    pvt,
+    swin,
+    swin_v2,
+    twins,
+    vit,
+)
 from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (

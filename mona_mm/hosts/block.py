@@ -146,14 +146,20 @@ class PeftBlock(Mixin):
             )
         return x
 
-    def apply_at(self, site: str, x: Tensor) -> Tensor:
-        """The module at a stream site applied to ``x``, in the layout of the host; without one, ``x``."""
+    def apply_at(self, site: str, x: Tensor, layout: str | None = None) -> Tensor:
+        """The module at a stream site applied to ``x``; without one, ``x``.
+
+        Args:
+            site: the site.
+            x: ``(B, N, C)``, or of four dimensions.
+            layout: of what has four dimensions, ``'BHWC'`` or ``'BCHW'``; by default the block's.
+        """
         if site not in self.peft:
             return x
         if x.dim() == 3:
             call = _call_of(self)
             return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
-        if self.spec.layout == 'BHWC':
+        if (layout or self.spec.layout) == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
@@ -201,11 +207,21 @@ class HookedBlock(PeftBlock):
         out = super(PeftBlock, stock).forward(*args, **kwargs)
         x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         call = _call_of(self)
+        middle = self.spec.mid_layout or self.spec.layout
         if call.shift is not None:
-            x = x + call.shift
-        residual = args[0] if self.spec.mid_norm is None else call.residual
+            x = x + _as_layout(call.shift, middle, self.spec.layout)
+        residual = args[0] if self.spec.mid_norm is None else _as_layout(call.residual, middle, self.spec.layout)
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
         return x if rest is None else (x, *rest)
+
+
+def _as_layout(x: Tensor | None, layout: str, wanted: str) -> Tensor | None:
+    """A tensor in another layout: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``; to ``'BNC'`` from the others alone."""
+    if x is None or layout == wanted:
+        return x
+    if wanted == 'BNC':
+        return x.flatten(1, 2) if layout == 'BHWC' else x.flatten(2).transpose(1, 2)
+    return x.permute(0, 3, 1, 2) if layout == 'BHWC' else x.permute(0, 2, 3, 1)
 
 
 def _tensor(module: nn.Module, path: str) -> Tensor:
@@ -222,11 +238,11 @@ def hook_sites(block: PeftBlock) -> None:
         block.get_submodule(block.spec.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
     for branch, ends in block.spec.branches.items():
-        for site, path, is_input in ((f'{branch}_branch', ends.drop_path, True), (f'{branch}_out', ends.end, False)):
+        for site, path in ((f'{branch}_branch', ends.drop_path), (f'{branch}_out', '')):
             if site not in block.peft:
                 continue
-            module = block.get_submodule(path)
-            if is_input:
+            module = block.get_submodule(path or ends.end)
+            if path:
                 module.register_forward_pre_hook(partial(_map_input, block, site, ends.call))
             else:
                 module.register_forward_hook(partial(_map_output, block, site, ends.call))
@@ -264,13 +280,13 @@ def _is_site_hook(hook: Any) -> bool:
 def _map_input(block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple) -> tuple | None:
     if not _is_call_of_site(block, site, call_index):
         return None
-    return block.apply_at(site, args[0]), *args[1:]
+    return block.apply_at(site, args[0], block.spec.branch_layout), *args[1:]
 
 
 def _map_output(
     block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple, out: Tensor
 ) -> Tensor | None:
-    return block.apply_at(site, out) if _is_call_of_site(block, site, call_index) else None
+    return block.apply_at(site, out, block.spec.branch_layout) if _is_call_of_site(block, site, call_index) else None
 
 
 def _is_call_of_site(block: PeftBlock, site: str, call_index: int | None) -> bool:
@@ -290,7 +306,7 @@ def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple |
     if call is None:
         return None
     call.reached.update(('post_attn', 'parallel_ffn'))
-    call.residual = block.apply_at('post_attn', args[0])
+    call.residual = block.apply_at('post_attn', args[0], block.spec.mid_layout)
     if 'post_attn' in block.peft:
         call.shift = call.residual - args[0]
     return call.residual, *args[1:]

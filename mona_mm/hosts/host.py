@@ -69,8 +69,9 @@ class Branch:
     One module may end several branches of a block; its calls are counted then.
 
     Args:
-        drop_path: path of the module whose input the ``*_branch`` site maps.
-        end: path of the module whose output the ``*_out`` site maps; by default the same.
+        drop_path: path of the module whose input the ``*_branch`` site maps; empty where nothing follows ``end``, whose
+            output that site then maps.
+        end: path of the module whose output the ``*_out`` site maps; by default ``drop_path``.
         call: which call of these modules in a block it is, from 0; None where a block calls them once.
     """
 
@@ -146,6 +147,10 @@ class BlockSpec:
         mid_norm: path in a block of the module that the FFN begins with, whose input is the residual, where the forward
             is the stock one; None for a block of one branch.
         layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
+        mid_layout: of the input of ``mid_norm``, if it is another.
+        branch_layout: of what ends the branches, if it is another.
+        width: name of a parameter whose first length is the stream's width; by default ``fc2`` 's weight.
+        without: stream sites that the block does not have.
         grid: how the grid is known; None where the layout says it.
         uncalled: modules of a block that are never called, only their parameters read.
     """
@@ -156,20 +161,26 @@ class BlockSpec:
     mixin: type[Mixin] | None = None
     mid_norm: str | None = None
     layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
+    mid_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
+    branch_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     grid: GridArgument | GridAttribute | GridSource | None = None
+    width: str = ''
+    without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        branch_of = {site: 'attn' if 'attn' in site else 'ffn' for site in STREAM_SITES}
-        stream = [site for site in STREAM_SITES if branch_of[site] in self.branches]
+        has_middle = 'attn' in self.branches if self.mixin else self.mid_norm is not None
+        possible = {'post_ffn', 'parallel_ffn', *(['post_attn'] if has_middle else [])}
+        possible |= {f'{branch}_{place}' for branch in self.branches for place in ('branch', 'out')}
+        stream = [site for site in STREAM_SITES if site in possible and site not in self.without]
         object.__setattr__(self, 'sites', (*stream, *self.linears))
 
     def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
         """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
         linear = self.linears.get(site)
         if linear is None:
-            return (len(block.get_parameter(self.linears['fc2'].weight)),)
+            return (len(block.get_parameter(self.width or self.linears['fc2'].weight)),)
         weight = block.get_parameter(linear.weight)
         rows = linear.rows(weight)
         return weight.shape[1], rows.stop - rows.start
@@ -228,8 +239,9 @@ class Host:
         return {path: m for path, m in backbone.named_modules() if self.spec(m) is not None}
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
-        """Whether the last block is behind one of the outputs."""
-        return len(getattr(backbone, 'stages', None) or backbone.layers) - 1 in backbone.out_indices
+        """Whether it is plain to see that one of the outputs depends on the last block."""
+        stages = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
+        return isinstance(stages, nn.ModuleList) and len(stages) - 1 in backbone.out_indices
 
 
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')

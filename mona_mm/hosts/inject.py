@@ -22,10 +22,12 @@ class Site(NamedTuple):
     Args:
         widths: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear site.
         is_called: whether the host calls the linear layer of the site as a module; else it reads the weight.
+        block_size: how many parameters the block has.
     """
 
     widths: tuple[int, ...]
     is_called: bool = True
+    block_size: int = 0
 
 
 Sites = Mapping[str, Mapping[str, Site]]
@@ -40,9 +42,9 @@ def sites_of(backbone: nn.Module) -> Sites:
     """
     host, found = find_host(backbone), {}
     for path, block in host.blocks(backbone).items():
-        spec = host.spec(block)
+        spec, size = host.spec(block), sum(p.numel() for p in block.parameters())
         found[path] = {
-            site: Site(spec.widths(block, site), site not in spec.linears or spec.linears[site].is_called)
+            site: Site(spec.widths(block, site), site not in spec.linears or spec.linears[site].is_called, size)
             for site in spec.sites
         }
     return found

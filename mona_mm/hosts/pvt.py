@@ -71,3 +71,46 @@ register_host(
         position_tables=('pos_embed',),
     ),
 )
+
+register_host(
+    'mmdet.models.backbones.pvt.PyramidVisionTransformer',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmdet.models.backbones.pvt.PVTEncoderLayer',
+                mixin=PVTBlock,
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.3'),
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.attn.out_proj',),
+            ),
+        ),
+        reads_checkpoint=True,
+        position_tables=('pos_embed',),
+    ),
+)
+
+register_host(
+    'mmseg.models.backbones.mit.MixVisionTransformer',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmseg.models.backbones.mit.TransformerEncoderLayer',
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                mid_norm='norm2',
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.attn.out_proj',),
+            ),
+        ),
+        reads_checkpoint=True,
+    ),
+)

@@ -1,7 +1,6 @@
 """What every method is: modules attached at named sites of a host's blocks."""
 
 import inspect
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ NOT_OPTIONS = ('channels', 'in_channels', 'out_channels', 'site')
 """Arguments of modules that are no options: what they attach to says them."""
 
 LARGEST_SHARE = 4
-"""How many times as large as the linear layers of the blocks a method may be."""
+"""How many times as large as the blocks a method may be."""
 
 
 class PeftModule(nn.Module):
@@ -239,7 +238,7 @@ class ModuleMethod(Method):
         sites = self.sites or tuple(site for site in self.cls.sites if site in host.sites)
         wrong = [site for site in sites if site not in host.sites]
         if wrong or not sites:
-            block = ' and '.join(spec.cls.rpartition('.')[2] for spec in host.specs)
+            block = ' and '.join(dict.fromkeys(spec.cls.rpartition('.')[2] for spec in host.specs))
             possible = ', '.join(site for site in self.cls.possible_sites if site in host.sites)
             raise ConfigError(
                 f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no '
@@ -296,7 +295,7 @@ def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Sit
     Raises:
         ConfigError: if they are.
     """
-    tuned = sum(math.prod(site.widths) for of in sites.values() for site in of.values() if len(site.widths) == 2)
+    tuned = sum(next(iter(of.values())).block_size for of in sites.values() if of)
     counts = Counter((name, site) for of in chosen.values() for name, site in of.items())
     total = 0
     for (site_name, site), count in counts.items():
@@ -311,7 +310,7 @@ def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Sit
         if total > LARGEST_SHARE * tuned:
             raise ConfigError(
                 f'{name}: with these options it would have more than {LARGEST_SHARE} times as many parameters as the '
-                f'linear layers of the blocks that it tunes, {tuned:,}. Give smaller ones.'
+                f'blocks that it tunes, {tuned:,}. Give smaller ones.'
             )
 
 
