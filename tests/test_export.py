@@ -114,7 +114,7 @@ def test_dynamic_quantization(host, method):
     called, every = set(), set()
     for path, block in quantized.named_modules():
         for site, module in block.peft.items() if isinstance(block, PeftBlock) else ():
-            linear = block.host.linears.get(site)
+            linear = block.spec.linears.get(site)
             if linear is None or linear.is_called:
                 every.add((path, site))
                 module.register_forward_hook(lambda *_, at=(path, site): called.add(at))

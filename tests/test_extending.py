@@ -97,22 +97,23 @@ def test_a_linear_method_merges(load_file):
         assert_near(a, b)
 
 
-POOLFORMER = dict(
-    type='mmpretrain.PoolFormer',
-    arch=dict(layers=[1, 1, 1, 1], embed_dims=[8, 16, 24, 32], mlp_ratios=[2] * 4, layer_scale_init_value=0.5),
-    out_indices=(0, 2, 4, 6),
+VAN = dict(
+    type='mmpretrain.VAN',
+    arch=dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], ffn_ratios=[2] * 4),
+    out_indices=(0, 1, 2, 3),
     drop_path_rate=0.1,
+    block_cfgs=dict(layer_scale_init_value=0.5),
 )
 
 
 @pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lorand', 'lora-ffn'])
 def test_a_host(method, load_file, tmp_path):
-    """The file alone makes mmpretrain's PoolFormer a host of every method that has a site there."""
-    load_file('poolformer_host.py')
+    """The file alone makes mmpretrain's VAN a host of every method that has a site there."""
+    load_file('van_host.py')
     peft = METHOD_CONFIGS[method]
-    check_method(peft, POOLFORMER, tmp_path)
+    check_method(peft, VAN, tmp_path)
     torch.manual_seed(0)
-    model = PeftBackbone(base=POOLFORMER, peft=peft)
+    model = PeftBackbone(base=VAN, peft=peft)
     modules = method_modules(model)
     assert len(modules) == (4 if method == 'adaptformer' else 8)
     x = images()
@@ -123,10 +124,10 @@ def test_a_host(method, load_file, tmp_path):
 
 def test_a_host_without_a_method_is_stock(load_file):
     """The forward with sites computes what the stock blocks compute."""
-    load_file('poolformer_host.py')
+    load_file('van_host.py')
     torch.manual_seed(0)
-    model = PeftBackbone(base=POOLFORMER, peft=dict(type='LoRA', rank=2, sites=['fc1']))  # begins at zero
-    stock = MODELS.build(POOLFORMER)
+    model = PeftBackbone(base=VAN, peft=dict(type='LoRA', rank=2, sites=['fc1']))  # begins at zero
+    stock = MODELS.build(VAN)
     stock.load_state_dict({k: v for k, v in model.state_dict().items() if '.peft.' not in k})
     x = images()
     model.eval(), stock.eval()

@@ -395,7 +395,7 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 
-from mona_mm.hosts import Branch, GridArgument, Host, PeftBlock, fused_qkv, register_host, separate_linears
+from mona_mm.hosts import BlockSpec, Branch, GridArgument, Host, fused_qkv, register_host, separate_linears
 
 
 class Attention(nn.Module):
@@ -443,21 +443,18 @@ class PlainTransformer(BaseModule):
         return tuple(outs)
 
 
-class BlockWithSites(PeftBlock):
-    def forward_with_sites(self, x, hw):
-        residual = self.apply_at('post_attn', x + self.drop_path1(self.attend(self.norm1(x))))
-        branch = self.drop_path2(self.fc2(nn.functional.gelu(self.fc1(self.norm2(residual)))))
-        return self.apply_at('post_ffn', self.add_parallel_ffn(residual + branch, residual))
-
-
 register_host(
     'plain_transformer.PlainTransformer',
     Host(
-        block='plain_transformer.Block',
-        block_mixin=BlockWithSites,
-        linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj', fc1='fc1', fc2='fc2')},
-        branches=dict(attn=Branch('drop_path1'), ffn=Branch('drop_path2')),
-        grid=GridArgument('hw', 1),
+        specs=(
+            BlockSpec(
+                cls='plain_transformer.Block',
+                linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj', fc1='fc1', fc2='fc2')},
+                branches=dict(attn=Branch('drop_path1'), ffn=Branch('drop_path2')),
+                mid_norm='norm2',
+                grid=GridArgument(('hw',)),
+            ),
+        ),
     ),
 )
 """

@@ -168,7 +168,7 @@ def test_placement_in_other_blocks(name, method, dropped):
     peft = {'type': method, 'inner' if method == 'LoRand' else 'bottleneck': 4}
     block, stock = second_blocks(name, peft, dropped)
     hw, used = (8, 8), set()
-    x = torch.randn(2, 64, block.get_parameter(block.host.linears['fc2'].weight).shape[0], dtype=torch.float64)
+    x = torch.randn(2, 64, block.get_parameter(block.spec.linears['fc2'].weight).shape[0], dtype=torch.float64)
 
     def at(site, y):
         if site not in block.peft:

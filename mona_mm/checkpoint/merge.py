@@ -28,7 +28,7 @@ def unmergeable(model: nn.Module) -> list[str]:
             type(module).__name__
             for _, block in _blocks(model)
             for site, module in block.peft.items()
-            if site not in block.host.linears or not hasattr(module, 'delta_weight')
+            if site not in block.spec.linears or not hasattr(module, 'delta_weight')
         }
     )
 
@@ -79,7 +79,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
                 add(f'{path}.{name}' if path else name, change)
         for path, block in _blocks(model):
             for site, module in block.peft.items():
-                linear = block.host.linears[site]
+                linear = block.spec.linears[site]
                 add(f'{path}.{linear.weight}' if path else linear.weight, partial(_with_rows, linear, module))
     return {name: _single(total) for key, total in sums.items() for name in names[key]}
 

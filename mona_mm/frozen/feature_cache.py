@@ -258,21 +258,22 @@ def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Seq
 
     def block(*args: Any) -> Tensor:
         heard.update(block=args)
-        if not isinstance(host.grid, GridSource):
-            heard.update(hw=host.grid.find(args, {}))
+        if not isinstance(spec.grid, GridSource):
+            heard.update(hw=spec.grid.of_call(last, args, {}))
         return last(*args)
 
-    def grid(*args: Any) -> tuple[Tensor, tuple[int, int]]:
-        tokens, hw = source(*args)
-        heard.update(hw=hw)
-        return tokens, hw
+    def grid(*args: Any) -> Any:
+        output = source(*args)
+        heard.update(hw=spec.grid.find(source, args, output))
+        return output
 
     host, last = find_host(backbone), _last_block(backbone)
+    spec = host.spec(last)
     *_, path = host.blocks(backbone)
     parts = {path: block}
-    if isinstance(host.grid, GridSource):
-        source = backbone.get_submodule(host.grid.path)
-        parts[host.grid.path] = grid
+    if isinstance(spec.grid, GridSource):
+        source = backbone.get_submodule(spec.grid.path)
+        parts[spec.grid.path] = grid
     return type(backbone).forward(substitute(backbone, parts), x)
 
 

@@ -28,14 +28,27 @@ ConvNeXt                      a block has one branch (depthwise convolution, two
 to the weight can be there (LoRA without dropout, single weights).
 """
 
-from mona_mm.hosts import convnext, ffn, pvt, swin, swin_v2, vit  # noqa: F401  they register themselves
-from mona_mm.hosts.block import PeftBlock, StockLinear
+from mona_mm.hosts import (  # noqa: F401  they register themselves
+    beit,
+    convnext,
+    convolutional,
+    ffn,
+    hierarchical,
+    pvt,
+    swin,
+    swin_v2,
+    twins,
+    vit,
+)
+from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (
     HOSTS,
+    BlockSpec,
     Branch,
     Grid,
     GridArgument,
+    GridAttribute,
     GridSource,
     Host,
     Linear,
@@ -47,22 +60,26 @@ from mona_mm.hosts.host import (
     register_host,
     separate_linears,
 )
-from mona_mm.hosts.inject import SiteWidths, inject, modules_beside_linears, remove, site_widths
+from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
 from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names
 
 __all__ = [
     'HOSTS',
     'LINEAR_SITES',
     'STREAM_SITES',
+    'BlockSpec',
     'Branch',
     'Grid',
     'GridArgument',
+    'GridAttribute',
     'GridSource',
+    'HookedBlock',
     'Host',
     'Linear',
     'PeftBlock',
     'PeftModules',
-    'SiteWidths',
+    'Site',
+    'Sites',
     'StockLinear',
     'find_host',
     'fused_qkv',
@@ -77,5 +94,5 @@ __all__ = [
     'register_host',
     'remove',
     'separate_linears',
-    'site_widths',
+    'sites_of',
 ]

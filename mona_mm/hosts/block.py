@@ -8,7 +8,7 @@ pass, by whichever thread, then has it as well. Within the block, hooks find it 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.host import Grid, Host
+from mona_mm.hosts.host import BlockSpec, Grid
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import substitute
@@ -48,14 +48,18 @@ class _Call:
     Args:
         block: the block that runs.
         grid: the grid ``(H, W)`` of its tokens.
+        residual: what a hooked block's FFN and residual are given, with the module at ``post_attn`` in it.
+        shift: what that module has added to it.
         reached: the sites whose hooks have been called.
-        counts: how often hooks that serve several sites have been called, by those sites.
+        counts: how often the module at a site has been called, from 0.
     """
 
     block: PeftBlock
     grid: Grid | _UnknownGrid
+    residual: Tensor | None = None
+    shift: Tensor | None = None
     reached: set[str] = field(default_factory=set)
-    counts: dict[tuple[str, ...], int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class _Running(threading.local):
@@ -103,7 +107,7 @@ class PassedGrid:
 class PeftBlock(Mixin):
     """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
 
-    host: Host
+    spec: BlockSpec
     peft: PeftModules
     hooked: frozenset[str]
     """The sites that a hook reaches."""
@@ -125,8 +129,8 @@ class PeftBlock(Mixin):
         if args and isinstance(args[-1], PassedGrid):
             *args, passed = args
             grid = passed.hw
-        elif hasattr(self.host.grid, 'find'):
-            grid = self.host.grid.find(args, kwargs)
+        elif self.spec.grid is not None:
+            grid = self.spec.grid.of_call(self, args, kwargs)
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
@@ -142,13 +146,21 @@ class PeftBlock(Mixin):
             )
         return x
 
-    def apply_at(self, site: str, x: Tensor) -> Tensor:
-        """The module at a stream site applied to ``x``, ``(B, N, C)`` or ``(B, C, H, W)``; without one, ``x``."""
+    def apply_at(self, site: str, x: Tensor, layout: str | None = None) -> Tensor:
+        """The module at a stream site applied to ``x``; without one, ``x``.
+
+        Args:
+            site: the site.
+            x: ``(B, N, C)``, or of four dimensions.
+            layout: of what has four dimensions, ``'BHWC'`` or ``'BCHW'``; by default the block's.
+        """
         if site not in self.peft:
             return x
         if x.dim() == 3:
             call = _call_of(self)
             return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
+        if (layout or self.spec.layout) == 'BHWC':
+            return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
 
@@ -156,22 +168,60 @@ class PeftBlock(Mixin):
         """``x`` plus what the module at ``parallel_ffn`` makes of ``residual``, if there is one."""
         return x + self.apply_at('parallel_ffn', residual) if 'parallel_ffn' in self.peft else x
 
-    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that the stock block reads without calling a module, by path, with the method in them."""
         weights: dict[str, Tensor] = {}
-        for site, linear in self.host.linears.items():
+        for site, linear in self.spec.linears.items():
             if site in self.peft and not linear.is_called:
                 weight = weights.get(linear.weight)
                 weight = _tensor(self, linear.weight) if weight is None else weight
                 rows = linear.rows(weight)
                 delta = self.peft[site].delta_weight(weight[rows])
                 weights[linear.weight] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
-        for path in self.host.uncalled:
+        for path in self.spec.uncalled:
             module = self.get_submodule(path)
             for parameter, delta in getattr(module, 'peft', {}).items():
                 weight = weights.get(f'{path}.{parameter}')
                 weights[f'{path}.{parameter}'] = delta(getattr(module, parameter) if weight is None else weight)
+        return weights
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+        weights = self.weights()
         return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
+
+
+class HookedBlock(PeftBlock):
+    r"""The stock forward of a block, with sites by hooks alone: nothing of it has to be written down again.
+
+    In a block :math:`u = x + a(n_1(x)),\; y = u + f(n_2(u))` a module :math:`m` at ``post_attn`` is a hook before the
+    norm :math:`n_2` that hands on :math:`u + d`, with :math:`d = m(u) - u`, and an addition of :math:`d` to what the
+    block returns, which is then :math:`(u + d) + f(n_2(u + d))`. A block of one branch has its input as residual.
+    """
+
+    def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock forward of the block, and what is added to what it returns."""
+        # The stock block's own checkpoint would compute again without what the hooks need; see PeftBlock.forward.
+        parts = {**self.weights(), **({'with_cp': False} if getattr(self, 'with_cp', False) else {})}
+        stock = substitute(self, parts) if parts else self
+        out = super(PeftBlock, stock).forward(*args, **kwargs)
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        call = _call_of(self)
+        middle = self.spec.mid_layout or self.spec.layout
+        if call.shift is not None:
+            x = x + _as_layout(call.shift, middle, self.spec.layout)
+        residual = args[0] if self.spec.mid_norm is None else _as_layout(call.residual, middle, self.spec.layout)
+        x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
+        return x if rest is None else (x, *rest)
+
+
+def _as_layout(x: Tensor | None, layout: str, wanted: str) -> Tensor | None:
+    """A tensor in another layout: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``; to ``'BNC'`` from the others alone."""
+    if x is None or layout == wanted:
+        return x
+    if wanted == 'BNC':
+        return x.flatten(1, 2) if layout == 'BHWC' else x.flatten(2).transpose(1, 2)
+    return x.permute(0, 3, 1, 2) if layout == 'BHWC' else x.permute(0, 2, 3, 1)
 
 
 def _tensor(module: nn.Module, path: str) -> Tensor:
@@ -183,19 +233,25 @@ def _tensor(module: nn.Module, path: str) -> Tensor:
 def hook_sites(block: PeftBlock) -> None:
     """Register the hooks through which the modules of ``block.peft`` act, on modules within the block, in place."""
     hooked: list[str] = []
-    for place, path_of in (('branch', lambda branch: branch.drop_path), ('out', lambda branch: branch.end)):
-        sites_of: dict[nn.Module, list[str]] = {}  # a module that ends both branches has two sites
-        for name, branch in block.host.branches.items():
-            sites_of.setdefault(block.get_submodule(path_of(branch)), []).append(f'{name}_{place}')
-        for module, sites in sites_of.items():
-            if any(site in block.peft for site in sites):
-                if place == 'branch':
-                    module.register_forward_pre_hook(partial(_map_input, block, tuple(sites)))
-                else:
-                    module.register_forward_hook(partial(_map_output, block, tuple(sites)))
-                hooked += [site for site in sites if site in block.peft]
+    middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
+    if middle and isinstance(block, HookedBlock) and block.spec.mid_norm is not None:
+        block.get_submodule(block.spec.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
+        hooked += middle
+    for branch, ends in block.spec.branches.items():
+        for site, path in ((f'{branch}_branch', ends.drop_path), (f'{branch}_out', '')):
+            if site not in block.peft:
+                continue
+            module = block.get_submodule(path or ends.end)
+            if path:
+                module.register_forward_pre_hook(partial(_map_input, block, site, ends.call))
+            else:
+                module.register_forward_hook(partial(_map_output, block, site, ends.call))
+            hooked.append(site)
+    grid = block.spec.grid
+    if getattr(grid, 'is_in_block', False):
+        block.get_submodule(grid.path).register_forward_hook(partial(_see_grid, block, grid.find))
     sites_of_linear: dict[str, list[str]] = {}
-    for site, linear in block.host.linears.items():
+    for site, linear in block.spec.linears.items():
         if site in block.peft and linear.is_called:
             sites_of_linear.setdefault(linear.module, []).append(site)
     for path, sites in sites_of_linear.items():
@@ -215,31 +271,51 @@ def unhook_sites(block: PeftBlock) -> None:
 
 
 def _is_site_hook(hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func in (_map_input, _map_output, _add_to_linear)
+    return isinstance(hook, partial) and hook.func in _HOOKS
 
 
 # Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
 
 
-def _map_input(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple) -> tuple | None:
-    site = _site_of_call(block, sites)
-    return None if site is None else (block.apply_at(site, args[0]), *args[1:])
+def _map_input(block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple) -> tuple | None:
+    if not _is_call_of_site(block, site, call_index):
+        return None
+    return block.apply_at(site, args[0], block.spec.branch_layout), *args[1:]
 
 
-def _map_output(block: PeftBlock, sites: tuple[str, ...], module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
-    site = _site_of_call(block, sites)
-    return None if site is None else block.apply_at(site, out)
+def _map_output(
+    block: PeftBlock, site: str, call_index: int | None, module: nn.Module, args: tuple, out: Tensor
+) -> Tensor | None:
+    return block.apply_at(site, out, block.spec.branch_layout) if _is_call_of_site(block, site, call_index) else None
 
 
-def _site_of_call(block: PeftBlock, sites: tuple[str, ...]) -> str | None:
-    """The site that this call of a hooked module is; None if the call is not one of the block's."""
+def _is_call_of_site(block: PeftBlock, site: str, call_index: int | None) -> bool:
+    """Whether this call of a hooked module is the one of a site in the block, and not of another block or branch."""
     call = _call_of(block)
-    if call is None:  # of the module alone, or of another block that has the same module
-        return sites[0] if len(sites) == 1 and _RUNNING.call is None else None
-    number = call.counts[sites] = call.counts.get(sites, -1) + 1
-    site = sites[number] if number < len(sites) else sites[-1]
+    if call is None:  # of the module alone, or within another block that has the same module
+        return call_index is None and _RUNNING.call is None
+    count = call.counts[site] = call.counts.get(site, -1) + 1
+    if call_index is not None and count != call_index:
+        return False
     call.reached.add(site)
-    return site
+    return True
+
+
+def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple | None:
+    call = _call_of(block)
+    if call is None:
+        return None
+    call.reached.update(('post_attn', 'parallel_ffn'))
+    call.residual = block.apply_at('post_attn', args[0], block.spec.mid_layout)
+    if 'post_attn' in block.peft:
+        call.shift = call.residual - args[0]
+    return call.residual, *args[1:]
+
+
+def _see_grid(block: PeftBlock, find: Callable, module: nn.Module, args: tuple, out: Any) -> None:
+    call = _call_of(block)
+    if call is not None:
+        call.grid = find(module, args, out)
 
 
 def _add_to_linear(
@@ -251,7 +327,7 @@ def _add_to_linear(
     x, out = args[0].movedim(channel_axis, -1), out.movedim(channel_axis, -1)
     starts, branches = [], []
     for site in sites:
-        channels = block.host.linears[site].channels(out.shape[-1])
+        channels = block.spec.linears[site].channels(out.shape[-1])
         starts.append(channels.start)
         branches.append(block.peft[site](x, out[..., channels], StockLinear(linear, channels)))
     if branches[0].shape == out.shape:
@@ -267,6 +343,9 @@ def _call_of(block: PeftBlock) -> _Call | None:
     """The call of this block that runs in this thread. torch.export makes other objects of the same attributes."""
     call = _RUNNING.call
     return call if call is not None and vars(call.block) is vars(block) else None
+
+
+_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear)
 
 
 class _AddToSlices(torch.autograd.Function):

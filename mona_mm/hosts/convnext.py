@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, rename
-from mona_mm.hosts.host import OUTPUT_NORMS, Branch, Host, register_host, separate_linears
+from mona_mm.hosts.host import OUTPUT_NORMS, BlockSpec, Branch, Host, register_host, separate_linears
 
 
 class ConvNeXtBlock(PeftBlock):
@@ -54,10 +54,14 @@ def convert_convnext_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 register_host(
     'mmpretrain.models.backbones.convnext.ConvNeXt',
     Host(
-        block='mmpretrain.models.backbones.convnext.ConvNeXtBlock',
-        block_mixin=ConvNeXtBlock,
-        linears=separate_linears(fc1='pointwise_conv1', fc2='pointwise_conv2'),
-        branches=dict(ffn=Branch('drop_path')),
+        specs=(
+            BlockSpec(
+                cls='mmpretrain.models.backbones.convnext.ConvNeXtBlock',
+                mixin=ConvNeXtBlock,
+                linears=separate_linears(fc1='pointwise_conv1', fc2='pointwise_conv2'),
+                branches=dict(ffn=Branch('drop_path')),
+            ),
+        ),
         output_norms=OUTPUT_NORMS,
         own_names=OwnNames(
             in_blocks=rf'stages\.\d+\.\d+\.(gamma|grn\.(gamma|beta)|(depthwise_conv|norm|pointwise_conv[12])\.{END})'

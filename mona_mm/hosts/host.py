@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -66,15 +66,18 @@ def separate_linears(**paths: str) -> dict[str, Linear]:
 class Branch:
     """The modules that end a residual branch of a block.
 
-    One module may end both branches of a block; its calls are then counted, the attention's first.
+    One module may end several branches of a block; its calls are counted then.
 
     Args:
-        drop_path: path of the module whose input the ``*_branch`` site maps.
-        end: path of the module whose output the ``*_out`` site maps; by default the same.
+        drop_path: path of the module whose input the ``*_branch`` site maps; empty where nothing follows ``end``, whose
+            output that site then maps.
+        end: path of the module whose output the ``*_out`` site maps; by default ``drop_path``.
+        call: which call of these modules in a block it is, from 0; None where a block calls them once.
     """
 
     drop_path: str
     end: str = ''
+    call: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'end', self.end or self.drop_path)
@@ -82,23 +85,105 @@ class Branch:
 
 @dataclass(frozen=True)
 class GridArgument:
-    """The blocks of a backbone are told the grid ``(H, W)`` by an argument of this name and position."""
+    """The blocks of a backbone are told the grid by an argument ``(H, W)``, or by two, ``H`` and ``W``.
+
+    Args:
+        names: of the argument, or of both.
+        position: of the first of them.
+    """
+
+    names: tuple[str, ...]
+    position: int = 1
+
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid among the arguments of a block's call; None if it is not there."""
+        given = dict(zip(self.names, args[self.position :], strict=False)) | dict(kwargs)
+        if any(name not in given for name in self.names):
+            return None
+        return given[self.names[0]] if len(self.names) == 1 else tuple(given[name] for name in self.names)
+
+
+@dataclass(frozen=True)
+class GridAttribute:
+    """The blocks of a backbone are made for one grid, which is an attribute of theirs."""
 
     name: str
-    position: int
 
-    def find(self, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """The grid among the arguments of a block's call, None if it is not there."""
-        if self.name in kwargs:
-            return kwargs[self.name]
-        return args[self.position] if len(args) > self.position else None
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid that the block was made for."""
+        return tuple(getattr(block, self.name))
 
 
 @dataclass(frozen=True)
 class GridSource:
-    """The blocks of a backbone are not told the grid; its child of this path returns ``(tokens, (H, W))``."""
+    """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone, or of the block.
+
+    Args:
+        path: of the child.
+        find: what makes the grid of the child, its arguments and its output; by default that is
+            ``(tokens, (H, W))``.
+        is_in_block: whether the child is one of the block, which is called before the sites that need the grid.
+    """
 
     path: str
+    find: Callable[[nn.Module, tuple, Any], Grid] = lambda child, args, output: tuple(output[1])
+    is_in_block: bool = False
+
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """None: no argument of a block's call says it."""
+        return None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What has to be known about a class of blocks.
+
+    Args:
+        cls: qualified name of the class; a block of any other class, a subclass included, is not touched.
+        linears: the linear layers of a block, by site.
+        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
+        mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the stock
+            forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
+        mid_norm: path in a block of the module that the FFN begins with, whose input is the residual, where the forward
+            is the stock one; None for a block of one branch.
+        layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
+        mid_layout: of the input of ``mid_norm``, if it is another.
+        branch_layout: of what ends the branches, if it is another.
+        width: name of a parameter whose first length is the stream's width; by default ``fc2`` 's weight.
+        without: stream sites that the block does not have.
+        grid: how the grid is known; None where the layout says it.
+        uncalled: modules of a block that are never called, only their parameters read.
+    """
+
+    cls: str
+    linears: Mapping[str, Linear]
+    branches: Mapping[str, Branch]
+    mixin: type[Mixin] | None = None
+    mid_norm: str | None = None
+    layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
+    mid_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
+    branch_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
+    grid: GridArgument | GridAttribute | GridSource | None = None
+    width: str = ''
+    without: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        has_middle = 'attn' in self.branches if self.mixin else self.mid_norm is not None
+        possible = {'post_ffn', 'parallel_ffn', *(['post_attn'] if has_middle else [])}
+        possible |= {f'{branch}_{place}' for branch in self.branches for place in ('branch', 'out')}
+        stream = [site for site in STREAM_SITES if site in possible and site not in self.without]
+        object.__setattr__(self, 'sites', (*stream, *self.linears))
+
+    def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
+        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
+        linear = self.linears.get(site)
+        if linear is None:
+            return (len(block.get_parameter(self.width or self.linears['fc2'].weight)),)
+        weight = block.get_parameter(linear.weight)
+        rows = linear.rows(weight)
+        return weight.shape[1], rows.stop - rows.start
 
 
 @dataclass(frozen=True)
@@ -106,12 +191,8 @@ class Host:
     """What has to be known about a stock backbone class.
 
     Args:
-        block: qualified name of its block class; a block of any other class, a subclass included, is not touched.
-        block_mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`.
-        linears: the linear layers of a block, by site.
-        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
-        grid: how the grid is known; None where the stream is ``(B, C, H, W)`` and says it itself.
-        uncalled: modules of a block's attention that are never called, only their parameters read.
+        specs: of its blocks, one for each of their classes.
+        disordered: why the tokens are not in row-major order, if they are not: no convolution can be over them then.
         output_norms: prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
         last_output: what the backbone makes of its last block's ``(B, N, C)`` and their grid: its last output.
         reads_checkpoint: whether the ``init_weights`` of the class reads the checkpoint that ``init_cfg`` names by
@@ -125,12 +206,8 @@ class Host:
         final_norms: paths of norms behind the last block that belong to SPT's selection.
     """
 
-    block: str
-    block_mixin: type[Mixin]
-    linears: Mapping[str, Linear]
-    branches: Mapping[str, Branch]
-    grid: GridArgument | GridSource | None = None
-    uncalled: tuple[str, ...] = ()
+    specs: tuple[BlockSpec, ...]
+    disordered: str = ''
     output_norms: tuple[str, ...] = ()
     last_output: Callable[[nn.Module, Tensor, Grid], Tensor] | None = None
     reads_checkpoint: bool = False
@@ -141,30 +218,30 @@ class Host:
     position_tables: tuple[str, ...] = ()
     not_selected: tuple[str, ...] = ()
     final_norms: tuple[str, ...] = ()
-    sites: tuple[str, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        branch_of = {site: 'attn' if 'attn' in site else 'ffn' for site in STREAM_SITES}
-        stream = [site for site in STREAM_SITES if branch_of[site] in self.branches]
-        object.__setattr__(self, 'sites', (*stream, *self.linears))
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that its blocks have, those of each class."""
+        return tuple(dict.fromkeys(site for spec in self.specs for site in spec.sites))
+
+    @property
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers of its blocks by site; of a site that classes of blocks have otherwise, the first's."""
+        return {site: linear for spec in reversed(self.specs) for site, linear in spec.linears.items()}
+
+    def spec(self, module: nn.Module) -> BlockSpec | None:
+        """What is known about a block, None for any other module."""
+        name = qualified_name(stock_class(module))
+        return next((spec for spec in self.specs if spec.cls == name), None)
 
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
         """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
-        return {path: m for path, m in backbone.named_modules() if qualified_name(stock_class(m)) == self.block}
-
-    def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
-        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
-        linear = self.linears.get(site)
-        if linear is None:
-            return (len(block.get_parameter(self.linears['fc2'].weight)),)
-        weight = block.get_parameter(linear.weight)
-        rows = linear.rows(weight)
-        return weight.shape[1], rows.stop - rows.start
+        return {path: m for path, m in backbone.named_modules() if self.spec(m) is not None}
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
-        """Whether the last block is known to be behind one of the outputs."""
-        parts = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
-        return parts is not None and len(parts) - 1 in backbone.out_indices
+        """Whether it is plain to see that one of the outputs depends on the last block."""
+        stages = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
+        return isinstance(stages, nn.ModuleList) and len(stages) - 1 in backbone.out_indices
 
 
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')

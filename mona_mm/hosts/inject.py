@@ -4,31 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.block import PassedGrid, PeftBlock, hook_sites, unhook_sites
-from mona_mm.hosts.host import Grid, GridSource, Host, find_host
+from mona_mm.hosts.block import HookedBlock, PassedGrid, PeftBlock, hook_sites, unhook_sites
+from mona_mm.hosts.host import BlockSpec, Grid, GridSource, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
 from mona_mm.nn.substitute import substitute
 
-SiteWidths = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""By path of a block and site, ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear site."""
+
+class Site(NamedTuple):
+    """A site of one block.
+
+    Args:
+        widths: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear site.
+        is_called: whether the host calls the linear layer of the site as a module; else it reads the weight.
+        block_size: how many parameters the block has.
+    """
+
+    widths: tuple[int, ...]
+    is_called: bool = True
+    block_size: int = 0
 
 
-def site_widths(backbone: nn.Module) -> SiteWidths:
-    """The widths of every site that the blocks of a backbone have.
+Sites = Mapping[str, Mapping[str, Site]]
+"""By path of a block, its sites."""
+
+
+def sites_of(backbone: nn.Module) -> Sites:
+    """The sites that the blocks of a backbone have.
 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
     """
-    host = find_host(backbone)
-    return {
-        path: {site: host.widths(block, site) for site in host.sites} for path, block in host.blocks(backbone).items()
-    }
+    host, found = find_host(backbone), {}
+    for path, block in host.blocks(backbone).items():
+        spec, size = host.spec(block), sum(p.numel() for p in block.parameters())
+        found[path] = {
+            site: Site(spec.widths(block, site), site not in spec.linears or spec.linears[site].is_called, size)
+            for site in spec.sites
+        }
+    return found
 
 
 def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
@@ -52,16 +71,18 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
         raise ConfigError(
             f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.'
         )
-    for attached in modules.values():
-        for site, module in attached.items():
-            _check_reach(backbone, host, site, module)
     blocks = host.blocks(backbone)
-    if isinstance(host.grid, GridSource):
+    for path, attached in modules.items():
+        for site, module in attached.items():
+            _check_reach(backbone, host.spec(blocks[path]), site, module)
+    source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
+    if source is not None and not source.is_in_block:
         # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
-        backbone.forward = partial(forward_on_grid, backbone, host.grid.path, tuple(blocks))
+        backbone.forward = partial(forward_on_grid, backbone, source, tuple(blocks))
     for path, block in blocks.items():
-        mix_in(block, host.block_mixin)
-        block.host = host
+        spec = host.spec(block)
+        mix_in(block, spec.mixin or HookedBlock)
+        block.spec = spec
         block.peft = PeftModules(modules.get(path, {}))
         hook_sites(block)
 
@@ -73,7 +94,7 @@ def remove(backbone: nn.Module) -> None:
         del backbone.forward
     for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
         unhook_sites(block)
-        del block.peft, block.host, block.hooked
+        del block.peft, block.spec, block.hooked
         mix_out(block)
 
 
@@ -81,43 +102,43 @@ def modules_beside_linears(backbone: nn.Module) -> Iterator[tuple[nn.Module, Ten
     """The modules of a method at linear sites, each with the stock weight ``(out, in)`` that it stands beside."""
     for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
         for site, module in block.peft.items():
-            linear = block.host.linears.get(site)
+            linear = block.spec.linears.get(site)
             if linear is not None:
                 weight = block.get_parameter(linear.weight)
                 yield module, weight[linear.rows(weight)].flatten(1)
 
 
-def _check_reach(backbone: nn.Module, host: Host, site: str, module: nn.Module) -> None:
-    if site in host.linears and not host.linears[site].is_called and not getattr(module, 'is_weight_delta', False):
+def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
+    if site in spec.linears and not spec.linears[site].is_called and not getattr(module, 'is_weight_delta', False):
         raise ConfigError(
             f'{type(backbone).__name__} reads the weight of {site!r} itself, so only an addition to that weight can be '
             f'there, which this {type(module).__name__} is not (LoRA is one with dropout=0). Other sites of this '
-            f'backbone: {", ".join(s for s, linear in host.linears.items() if linear.is_called)}.'
+            f'backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
         )
 
 
 def forward_on_grid(
-    backbone: nn.Module, source: str, blocks: tuple[str, ...], *args: Any, **kwargs: Any
+    backbone: nn.Module, source: GridSource, blocks: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
     """The forward of a backbone whose blocks are not told the grid: here they are, by an argument.
 
     Args:
         backbone: whose class's forward it is.
-        source: path of the child that returns ``(tokens, (H, W))``.
+        source: where the grid is seen.
         blocks: paths of the blocks.
         args: of the forward.
         kwargs: of the forward.
     """
     grid: list[Grid] = []
     parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
-    parts[source] = partial(_remember_grid, backbone.get_submodule(source), grid)
+    parts[source.path] = partial(_remember_grid, backbone.get_submodule(source.path), source.find, grid)
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
 
-def _remember_grid(source: nn.Module, grid: list[Grid], *args: Any) -> tuple[Tensor, Grid]:
-    tokens, hw = source(*args)
-    grid[:] = [tuple(hw)]
-    return tokens, hw
+def _remember_grid(child: nn.Module, find: Callable, grid: list[Grid], *args: Any, **kwargs: Any) -> Any:
+    output = child(*args, **kwargs)
+    grid[:] = [find(child, args, output)]
+    return output
 
 
 def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames
-from mona_mm.hosts.host import Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
+from mona_mm.hosts.host import BlockSpec, Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
 
 
 class PVTBlock(PeftBlock):
@@ -40,16 +40,20 @@ _IN_PROJ = {
 register_host(
     'mmdet.models.backbones.pvt.PyramidVisionTransformerV2',
     Host(
-        block='mmdet.models.backbones.pvt.PVTEncoderLayer',
-        block_mixin=PVTBlock,
-        linears=dict(
-            **_IN_PROJ,
-            proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
-            **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+        specs=(
+            BlockSpec(
+                cls='mmdet.models.backbones.pvt.PVTEncoderLayer',
+                mixin=PVTBlock,
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.attn.out_proj',),
+            ),
         ),
-        branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
-        grid=GridArgument('hw_shape', 1),
-        uncalled=('attn.attn.out_proj',),
         reads_checkpoint=True,
         own_names=OwnNames(
             in_blocks=rf'layers\.\d+\.(0\.(projection|norm)\.{END}|2\.{END}|1\.0\.pos_embed|1\.\d+\.(norm[12]\.{END}'
@@ -65,5 +69,48 @@ register_host(
             ),
         ),
         position_tables=('pos_embed',),
+    ),
+)
+
+register_host(
+    'mmdet.models.backbones.pvt.PyramidVisionTransformer',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmdet.models.backbones.pvt.PVTEncoderLayer',
+                mixin=PVTBlock,
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.3'),
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.attn.out_proj',),
+            ),
+        ),
+        reads_checkpoint=True,
+        position_tables=('pos_embed',),
+    ),
+)
+
+register_host(
+    'mmseg.models.backbones.mit.MixVisionTransformer',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmseg.models.backbones.mit.TransformerEncoderLayer',
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                mid_norm='norm2',
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.attn.out_proj',),
+            ),
+        ),
+        reads_checkpoint=True,
     ),
 )

@@ -41,6 +41,7 @@ from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put
 from mona_mm.hosts.host import (
     OUTPUT_NORMS,
+    BlockSpec,
     Branch,
     Grid,
     GridArgument,
@@ -414,11 +415,15 @@ for _module, _reads_checkpoint in (
     register_host(
         f'{_module}.SwinTransformer',
         Host(
-            block=f'{_module}.SwinBlock',
-            block_mixin=SwinBlock,
-            linears={**fused_qkv('attn.w_msa.qkv'), **separate_linears(proj='attn.w_msa.proj'), **FFN_LINEARS},
-            branches=dict(attn=Branch('attn.drop'), ffn=Branch('ffn.dropout_layer')),
-            grid=GridArgument('hw_shape', 1),
+            specs=(
+                BlockSpec(
+                    cls=f'{_module}.SwinBlock',
+                    mixin=SwinBlock,
+                    linears={**fused_qkv('attn.w_msa.qkv'), **separate_linears(proj='attn.w_msa.proj'), **FFN_LINEARS},
+                    branches=dict(attn=Branch('attn.drop'), ffn=Branch('ffn.dropout_layer')),
+                    grid=GridArgument(('hw_shape',)),
+                ),
+            ),
             last_output=_last_output,
             reads_checkpoint=_reads_checkpoint,
             **CHECKPOINTS,

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.ffn import FFN_LINEARS
-from mona_mm.hosts.host import Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
+from mona_mm.hosts.host import BlockSpec, Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
 from mona_mm.hosts.swin import CHECKPOINTS
 
 
@@ -22,18 +22,22 @@ class SwinV2Block(PeftBlock):
 register_host(
     'mmpretrain.models.backbones.swin_transformer_v2.SwinTransformerV2',
     Host(
-        block='mmpretrain.models.backbones.swin_transformer_v2.SwinBlockV2',
-        block_mixin=SwinV2Block,
-        linears=dict(
-            q=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.q_bias', 0, is_called=False),
-            k=Linear('attn.w_msa.qkv.weight', None, 1, is_called=False),
-            v=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.v_bias', 2, is_called=False),
-            **separate_linears(proj='attn.w_msa.proj'),
-            **FFN_LINEARS,
+        specs=(
+            BlockSpec(
+                cls='mmpretrain.models.backbones.swin_transformer_v2.SwinBlockV2',
+                mixin=SwinV2Block,
+                linears=dict(
+                    q=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.q_bias', 0, is_called=False),
+                    k=Linear('attn.w_msa.qkv.weight', None, 1, is_called=False),
+                    v=Linear('attn.w_msa.qkv.weight', 'attn.w_msa.v_bias', 2, is_called=False),
+                    **separate_linears(proj='attn.w_msa.proj'),
+                    **FFN_LINEARS,
+                ),
+                branches=dict(attn=Branch('attn.drop', 'norm1'), ffn=Branch('ffn.dropout_layer', 'norm2')),
+                grid=GridArgument(('hw_shape',)),
+                uncalled=('attn.w_msa.qkv',),
+            ),
         ),
-        branches=dict(attn=Branch('attn.drop', 'norm1'), ffn=Branch('ffn.dropout_layer', 'norm2')),
-        grid=GridArgument('hw_shape', 1),
-        uncalled=('attn.w_msa.qkv',),
         **CHECKPOINTS,
     ),
 )

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put, rename
-from mona_mm.hosts.host import Branch, Grid, GridSource, Host, fused_qkv, register_host, separate_linears
+from mona_mm.hosts.host import (
+    BlockSpec,
+    Branch,
+    Grid,
+    GridSource,
+    Host,
+    Linear,
+    fused_qkv,
+    register_host,
+    separate_linears,
+)
 
 
 class ViTBlock(PeftBlock):
@@ -89,11 +99,15 @@ def _npz_layout(name: str, tensor: Tensor) -> Tensor:
 register_host(
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer',
     Host(
-        block='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
-        block_mixin=ViTBlock,
-        linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-        branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
-        grid=GridSource('patch_embed'),
+        specs=(
+            BlockSpec(
+                cls='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
+                mixin=ViTBlock,
+                linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
+                branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
+                grid=GridSource('patch_embed'),
+            ),
+        ),
         last_output=_last_output,
         own_names=OwnNames(
             in_blocks=rf'layers\.\d+\.(ln[12]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.(qkv|proj)\.{END}'
@@ -117,5 +131,48 @@ register_host(
         ),
         position_tables=('pos_embed',),
         final_norms=('ln1', 'ln2'),  # its published selection holds the final norm
+    ),
+)
+
+_IN_PROJ = {
+    site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
+    for index, site in enumerate('qkv')
+}
+register_host(
+    'mmseg.models.backbones.vit.VisionTransformer',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmseg.models.backbones.vit.TransformerEncoderLayer',
+                linears=dict(
+                    **_IN_PROJ,
+                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+                    **FFN_LINEARS,
+                ),
+                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                mid_norm='ln2',
+                grid=GridSource('patch_embed'),
+                uncalled=('attn.attn.out_proj',),
+            ),
+        ),
+        reads_checkpoint=True,
+        position_tables=('pos_embed',),
+    ),
+)
+
+register_host(
+    'mmpretrain.models.backbones.vit_sam.ViTSAM',
+    Host(
+        specs=(
+            BlockSpec(
+                cls='mmpretrain.models.backbones.vit_sam.TransformerEncoderLayer',
+                linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
+                branches=dict(ffn=Branch('ffn.dropout_layer')),  # the attention's ends within windows
+                mid_norm='ln2',
+                layout='BHWC',
+            ),
+        ),
+        position_tables=('pos_embed', 'rel_pos_h', 'rel_pos_w'),
+        not_selected=('rel_pos',),
     ),
 )

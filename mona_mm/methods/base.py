@@ -1,9 +1,8 @@
 """What every method is: modules attached at named sites of a host's blocks."""
 
 import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +15,13 @@ from mona_mm.hosts import (
     Grid,
     Host,
     PeftModules,
-    SiteWidths,
+    Site,
+    Sites,
     StockLinear,
     find_host,
     inject,
     modules_beside_linears,
-    site_widths,
+    sites_of,
 )
 from mona_mm.nn.meta import meta_device
 from mona_mm.nn.tracing import is_hooked
@@ -35,7 +35,7 @@ NOT_OPTIONS = ('channels', 'in_channels', 'out_channels', 'site')
 """Arguments of modules that are no options: what they attach to says them."""
 
 LARGEST_SHARE = 4
-"""How many times as large as the linear layers of the blocks a method may be."""
+"""How many times as large as the blocks a method may be."""
 
 
 class PeftModule(nn.Module):
@@ -156,19 +156,19 @@ class Method:
             UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
             ConfigError: if the backbone already carries a method, or this one cannot attach to such a host.
         """
-        inject(backbone, self.modules(find_host(backbone), site_widths(backbone)))
+        inject(backbone, self.modules(find_host(backbone), sites_of(backbone)))
         make_record(backbone).method = self.name
         start_from_base(backbone)
 
     def check_base(self, backbone: nn.Module) -> None:
         """Raise a UserError if the base, which holds the weights that training starts from, does not fit."""
 
-    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+    def modules(self, host: Host, sites: Sites) -> dict[str, dict[str, nn.Module]]:
         """By path of a block and site, the modules to attach.
 
         Args:
             host: of the backbone.
-            widths: of all of its sites.
+            sites: that its blocks have.
 
         Raises:
             ConfigError: if the method cannot attach to such a host.
@@ -218,24 +218,27 @@ class ModuleMethod(Method):
         """The name of the class."""
         return self.cls.__name__
 
-    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+    def modules(self, host: Host, sites: Sites) -> dict[str, dict[str, nn.Module]]:
         """See :meth:`Method.modules`.
 
         Raises:
             ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block, or
                 far larger than what it tunes.
         """
-        sites = self._sites_on(host)
-        at_sites = {path: {site: of[site] for site in sites} for path, of in widths.items()}
-        check_widths(self.name, self.cls, self.options, at_sites)
-        check_size(self.name, widths, at_sites, lambda site, width: self.cls(*width, **self.options))
-        return {path: {site: self.cls(*of[site], **self.options) for site in sites} for path, of in widths.items()}
+        names = self._sites_on(host)
+        chosen = {path: {name: of[name] for name in names if name in of} for path, of in sites.items()}
+        check_widths(self.name, self.cls, self.options, chosen)
+        check_size(self.name, sites, chosen, lambda name, site: self.cls(*site.widths, **self.options))
+        return {
+            path: {name: self.cls(*site.widths, **self.options) for name, site in of.items()}
+            for path, of in chosen.items()
+        }
 
     def _sites_on(self, host: Host) -> tuple[str, ...]:
         sites = self.sites or tuple(site for site in self.cls.sites if site in host.sites)
         wrong = [site for site in sites if site not in host.sites]
         if wrong or not sites:
-            block = host.block.rpartition('.')[2]
+            block = ' and '.join(dict.fromkeys(spec.cls.rpartition('.')[2] for spec in host.specs))
             possible = ', '.join(site for site in self.cls.possible_sites if site in host.sites)
             raise ConfigError(
                 f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no '
@@ -280,30 +283,25 @@ def _sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
     return sites
 
 
-def check_size(
-    name: str,
-    widths: SiteWidths,
-    sites: Mapping[str, Iterable[str]],
-    build: Callable[[str, tuple[int, ...]], nn.Module],
-) -> None:
+def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Site], nn.Module]) -> None:
     """Check that the modules of a method are no larger than a few times what they tune, before memory is taken.
 
     Args:
         name: of the method.
-        widths: of all sites that the blocks have.
-        sites: by path of a block, where a module is to be.
-        build: makes the module of a site and its widths.
+        sites: that the blocks have.
+        chosen: those of them where a module is to be.
+        build: makes the module of a site by its name.
 
     Raises:
         ConfigError: if they are.
     """
-    tuned = sum(math.prod(each) for of in widths.values() for each in of.values() if len(each) == 2)
-    counts = Counter((site, widths[path][site]) for path, of in sites.items() for site in of)
+    tuned = sum(next(iter(of.values())).block_size for of in sites.values() if of)
+    counts = Counter((name, site) for of in chosen.values() for name, site in of.items())
     total = 0
-    for (site, width), count in counts.items():
+    for (site_name, site), count in counts.items():
         try:
             with meta_device():
-                module = build(site, width)
+                module = build(site_name, site)
         except UserError:
             raise
         except Exception:  # somebody's module, which computes with values: it is made without being measured
@@ -312,17 +310,17 @@ def check_size(
         if total > LARGEST_SHARE * tuned:
             raise ConfigError(
                 f'{name}: with these options it would have more than {LARGEST_SHARE} times as many parameters as the '
-                f'linear layers of the blocks that it tunes, {tuned:,}. Give smaller ones.'
+                f'blocks that it tunes, {tuned:,}. Give smaller ones.'
             )
 
 
-def check_widths(name: str, function: Callable, options: Mapping[str, Any], widths: SiteWidths) -> None:
+def check_widths(name: str, function: Callable, options: Mapping[str, Any], sites: Sites) -> None:
     """Check that no :data:`~mona_mm.options.Width` among ``options`` exceeds the widest block.
 
     Raises:
         ConfigError: if one does.
     """
-    widest = max(max(width) for of in widths.values() for width in of.values())
+    widest = max(max(site.widths) for of in sites.values() for site in of.values())
     for option in width_options(function):
         value = options.get(option, inspect.signature(function).parameters[option].default)
         if value > widest:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.hosts import Host, SiteWidths
+from mona_mm.hosts import Host, Site, Sites
 from mona_mm.methods.base import NOT_OPTIONS, Method, check_size, check_widths
 from mona_mm.options import Count, Positive, check_options, checked
 from mona_mm.registry import METHODS
@@ -107,24 +107,21 @@ class SPT(Method):
         """Refuse weights that the plan was not made for."""
         self.plan.check_weights(backbone)
 
-    def modules(self, host: Host, widths: SiteWidths) -> dict[str, dict[str, nn.Module]]:
+    def modules(self, host: Host, sites: Sites) -> dict[str, dict[str, nn.Module]]:
         """See :meth:`mona_mm.methods.base.Method.modules`.
 
         Raises:
             ConfigError: if the modules would be wider inside than the widest of what they tune, or far larger.
         """
-        at_sites = {path: {site: widths[path][site] for site in sites} for path, sites in self.plan.structured.items()}
-        if any(at_sites.values()):
+        chosen = {path: {name: sites[path][name] for name in names} for path, names in self.plan.structured.items()}
+        if any(chosen.values()):
             name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
-            check_widths(name, STRUCTURED[options['type']], options, at_sites)
-            check_size(name, widths, at_sites, lambda site, width: self._module(host, site, width))
-        return {
-            path: {site: self._module(host, site, width) for site, width in of.items()} for path, of in at_sites.items()
-        }
+            check_widths(name, STRUCTURED[options['type']], options, chosen)
+            check_size(name, sites, chosen, self._module)
+        return {path: {name: self._module(name, site) for name, site in of.items()} for path, of in chosen.items()}
 
-    def _module(self, host: Host, site: str, widths: tuple[int, ...]) -> nn.Module:
-        is_called = site not in host.linears or host.linears[site].is_called
-        return build_structured(self.structured, widths, site, is_called)
+    def _module(self, name: str, site: Site) -> nn.Module:
+        return build_structured(self.structured, site.widths, name, site.is_called)
 
 
 def check_structured(structured: Mapping[str, Any] | None) -> None:

@@ -121,10 +121,11 @@ class Architecture:
 
 
 def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parameter]) -> Iterator[Part]:
-    for path in host.blocks(backbone):
+    for path, block in host.blocks(backbone).items():
+        linears = host.spec(block).linears
         weights: dict[str, list[str]] = {}
         biases: dict[str, list[str]] = {}
-        for site, linear in host.linears.items():
+        for site, linear in linears.items():
             weights.setdefault(f'{path}.{linear.weight}', []).append(site)
             if linear.bias:
                 biases.setdefault(f'{path}.{linear.bias}', []).append(site)
@@ -137,7 +138,7 @@ def _find_parts(host: Host, backbone: nn.Module, parameters: dict[str, nn.Parame
             sites = weights.get(name) or biases.get(name) or [name.removeprefix(f'{path}.').rpartition('.')[0]]
             length = shape[0] // len(sites) if shape else 1
             for i, site in enumerate(sites):
-                is_called = kind != 'matrix' or host.linears[site].is_called
+                is_called = kind != 'matrix' or linears[site].is_called
                 if len(sites) == 1:
                     yield Part(name, None, shape, path, site, kind, is_called)
                 else:

@@ -1,0 +1,5 @@
+"""Modules of models that the OpenMMLab libraries lack."""
+
+from mona_mm.models.simple_feature_pyramid import SimpleFeaturePyramid
+
+__all__ = ['SimpleFeaturePyramid']
