@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HOSTS, ROOT
+from declared_hosts import DECLARED
 from mmengine.registry import MODELS
 from suite import COMMON, METHOD_CONFIGS
 
@@ -25,7 +26,7 @@ def uncovered_methods() -> set[str]:
 
 def uncovered_hosts() -> set[str]:
     """The registered hosts that the shared suite does not run over."""
-    classes = [MODELS.get(config['type']) for config in HOSTS.values()]
+    classes = [MODELS.get(config['type']) for config in (*HOSTS.values(), *DECLARED.values())]
     return set(hosts.HOSTS) - {f'{cls.__module__}.{cls.__qualname__}' for cls in classes}
 
 
