@@ -344,7 +344,9 @@ def test_a_base_that_names_itself(base_file, tmp_path, monkeypatch):
         source.backbone.patch_embed.projection.weight.add_(1)
     tried = []
     whole = mona_mm.checkpoint.delta._load_whole
-    monkeypatch.setattr('mona_mm.checkpoint.delta._load_whole', lambda *args: (tried.append(args), whole(*args)))
+    monkeypatch.setattr(
+        'mona_mm.checkpoint.delta._load_whole', lambda *args, **options: (tried.append(args), whole(*args, **options))
+    )
     files = [folder / 'epoch_1.delta.safetensors' for folder in folders]
     for file, base in zip(files, files[::-1], strict=True):
         file.parent.mkdir()

@@ -317,7 +317,7 @@ def test_nothing_is_kept_below_what_trains(fast):
     x = torch.randn(1, 3, 128, 128)
     assert not kept(PeftBackbone(base=host, trainable='none', fast=fast), x)
     partial, full = (PeftBackbone(base=host, trainable=t, fast=fast) for t in ('last_block', 'all'))
-    assert sum(kept(partial, x).values()) < 0.05 * sum(kept(full, x).values())
+    assert sum(kept(partial, x).values()) < 0.1 * sum(kept(full, x).values())
     inputs = []
     for block in (block for stage in partial.stages for block in stage.blocks):
         block.register_forward_pre_hook(lambda m, args: inputs.append(args[0].requires_grad))

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import HOSTS
+from mmengine.registry import MODELS
 from torch import nn
 
 from mona_mm import FrozenModel, PeftBackbone, count_trainable
@@ -190,14 +191,18 @@ def test_counts_and_table():
     model.head = nn.Linear(4, 5)
     freeze(model.neck, 'none')
     count = count_trainable(model)
+    base = sum(p.numel() for p in MODELS.build(HOSTS['mmdet-swin']).parameters())
+    widths = [len(block.norm1.weight) for stage in model.backbone.stages for block in stage.blocks]
+    method = sum(2 * ((2 * 64 + 5) * width + 64 * 64 + 88 * 64) for width in widths)
     assert {p.part: (p.trainable, p.total) for p in count.parts} == {
-        'backbone base': (0, 1287836),
-        'method (Mona)': (347168, 347168),
+        'backbone base': (0, base),
+        'method (Mona)': (method, method),
         'neck': (0, 16),
         'head': (25, 25),
     }
-    assert (count.total, count.trainable) == (1287836 + 347168 + 16 + 25, 347168 + 25)
-    assert (count.backbone_total, count.backbone_trainable, count.method) == (1287836 + 347168, 347168, 'Mona')
+    assert (count.total, count.trainable) == (base + method + 16 + 25, method + 25)
+    assert (count.backbone_total, count.backbone_trainable, count.method) == (base + method, method, 'Mona')
     lines = count.table().splitlines()
-    assert lines[-1].endswith('347,168 = 26.96% of the base, 21.23% of base and method')
+    shares = f'{method:,} = {100 * method / base:.2f}% of the base, {100 * method / (base + method):.2f}% of base and'
+    assert shares in lines[-1]
     assert len({len(line) for line in lines[:-1]}) == 1, 'columns are aligned'

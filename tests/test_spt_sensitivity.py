@@ -379,7 +379,7 @@ def test_command_line(tool, demo_data, tmp_path):
         (['--budget', '400%'], 'above the backbone'),
         (['--budget', '0'], 'below the smallest possible plan'),
         (['--budget', '1%', '--num-batches', '0'], 'num_batches=0'),
-        (['--budget', '1%', '--sensitivity', 'nowhere'], 'There is no file nowhere'),
+        (['--budget', '1%', '--sensitivity', 'nowhere'], 'nowhere'),
         (['--budget', '1%', '--cfg-options', 'data_root=/nowhere'], '--cfg-options data_root='),
     ],
 )
