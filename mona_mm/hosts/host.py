@@ -140,6 +140,7 @@ class BlockSpec:
 
     Args:
         cls: qualified name of the class; a block of any other class, a subclass included, is not touched.
+        has: path of a module that tells blocks of one class apart: only those that have it are meant.
         linears: the linear layers of a block, by site.
         branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
         mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the stock
@@ -164,6 +165,7 @@ class BlockSpec:
     mid_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     branch_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     grid: GridArgument | GridAttribute | GridSource | None = None
+    has: str = ''
     width: str = ''
     without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
@@ -232,7 +234,7 @@ class Host:
     def spec(self, module: nn.Module) -> BlockSpec | None:
         """What is known about a block, None for any other module."""
         name = qualified_name(stock_class(module))
-        return next((spec for spec in self.specs if spec.cls == name), None)
+        return next((spec for spec in self.specs if spec.cls == name and _has(module, spec.has)), None)
 
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
         """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
@@ -242,6 +244,14 @@ class Host:
         """Whether it is plain to see that one of the outputs depends on the last block."""
         stages = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
         return isinstance(stages, nn.ModuleList) and len(stages) - 1 in backbone.out_indices
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in filter(None, path.split('.')):
+        if name not in module._modules:
+            return False
+        module = module._modules[name]
+    return True
 
 
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')

@@ -37,20 +37,74 @@ def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
 
 
 def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's ViT, MAE (without its decoder) and MoCo v3 (its encoder) for mmpretrain's ViT."""
+    """timm's ViT, MAE (without its decoder), MoCo v3 (its encoder) and DINOv2 (Meta's and timm's) for mmpretrain's ViT.
+
+    timm adds the position of the class token to that token where there are registers, and has none for it; its SwiGLU
+    is a wide ``fc1``.
+    """
     renames = (
         (r'^norm\.', 'ln1.'),
         (r'^fc_norm\.', 'ln2.'),
         (r'^norm_pre\.', 'pre_norm.'),
+        (r'^reg_token$', 'register_tokens'),
         (r'^blocks\.(\d+)\.norm(\d)\.', r'layers.\1.ln\2.'),
         (r'^blocks\.', 'layers.'),
-        (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
-        (r'\.mlp\.fc2\.', '.ffn.layers.1.'),
+        (r'\.mlp\.(w12|w3)\.', r'.ffn.\1.'),
+        *_feed_forward(tensors, 'blocks.0.mlp.fc1.weight', 'blocks.0.mlp.fc2.weight'),
         (r'\.ls1\.gamma$', '.attn.gamma1.weight'),
         (r'\.ls2\.gamma$', '.ffn.gamma2.weight'),
         (r'^patch_embed\.proj\.', 'patch_embed.projection.'),
     )
-    return rename(tensors, renames)
+    return _with_place_of_class_token(rename(tensors, renames))
+
+
+def _feed_forward(tensors: Mapping[str, Tensor], first: str, second: str) -> tuple[tuple[str, str], ...]:
+    """The renames of an FFN's linear layers: of a SwiGLU where the first has twice as many outputs as the second has
+    inputs."""
+    is_swiglu = first in tensors and second in tensors and len(tensors[first]) == 2 * tensors[second].shape[1]
+    names = ('.ffn.w12.', '.ffn.w3.') if is_swiglu else ('.ffn.layers.0.0.', '.ffn.layers.1.')
+    return (r'\.mlp\.(?:fc1|weights_in)\.', names[0]), (r'\.mlp\.(?:fc2|weights_out)\.', names[1])
+
+
+def _with_place_of_class_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    positions = tensors.get('pos_embed')
+    if (
+        positions is not None
+        and 'register_tokens' in tensors
+        and int(positions.shape[1] ** 0.5) ** 2 == positions.shape[1]
+    ):
+        tensors['pos_embed'] = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+    return tensors
+
+
+def convert_vit_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's DINOv2 for mmpretrain's ViT: queries, keys and values are three linear layers there."""
+    tensors = {name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.'): t for name, t in tensors.items()}
+    layer = 'encoder.layer.0.mlp.'
+    first, second = (f'{layer}{name}.weight' for name in ('weights_in', 'weights_out'))
+    renames = (
+        (r'^layernorm\.', 'ln1.'),
+        (r'^embeddings\.(cls_token|register_tokens)$', r'\1'),
+        (r'^embeddings\.position_embeddings$', 'pos_embed'),
+        (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.projection.'),
+        (r'^encoder\.layer\.(\d+)\.norm(\d)\.', r'layers.\1.ln\2.'),
+        (r'^encoder\.layer\.', 'layers.'),
+        (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
+        (r'\.attention\.output\.dense\.', '.attn.proj.'),
+        (r'\.layer_scale1\.lambda1$', '.attn.gamma1.weight'),
+        (r'\.layer_scale2\.lambda1$', '.ffn.gamma2.weight'),
+        *_feed_forward(tensors, first, second),
+    )
+    return _join_qkv(rename(tensors, renames))
+
+
+def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the weights, or biases, of query, key and value into one tensor where all three are there."""
+    for name in [name for name in tensors if '.attn.query.' in name]:
+        parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
+        if all(part in tensors for part in parts):  # else the names that are there will not be known
+            tensors[name.replace('query', 'qkv')] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors
 
 
 def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,11 +116,7 @@ def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for old, new in _NPZ_NAMES:
             name = name.replace(old, new)
         put(converted, 'cls_token' if name == 'cls' else name, tensor, source)
-    for name in [name for name in converted if '.attn.query.' in name]:
-        parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
-        if all(part in converted for part in parts):  # else the names that are there will not be known
-            converted[name.replace('query', 'qkv')] = torch.cat([converted.pop(part) for part in parts])
-    return converted
+    return _join_qkv(converted)
 
 
 _NPZ_NAMES = (
@@ -96,23 +146,26 @@ def _npz_layout(name: str, tensor: Tensor) -> Tensor:
     return matrix.T.contiguous()
 
 
+_ATTENTION = {**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj')}
+_LAYER = dict(
+    cls='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
+    mixin=ViTBlock,
+    branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
+    grid=GridSource('patch_embed'),
+)
+
 register_host(
     'mmpretrain.models.backbones.vision_transformer.VisionTransformer',
     Host(
         specs=(
-            BlockSpec(
-                cls='mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',
-                mixin=ViTBlock,
-                linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-                branches=dict(attn=Branch('attn.out_drop'), ffn=Branch('ffn.dropout_layer')),
-                grid=GridSource('patch_embed'),
-            ),
+            BlockSpec(has='ffn.layers', linears={**_ATTENTION, **FFN_LINEARS}, **_LAYER),
+            BlockSpec(has='ffn.w12', linears={**_ATTENTION, **separate_linears(fc1='ffn.w12', fc2='ffn.w3')}, **_LAYER),
         ),
         last_output=_last_output,
         own_names=OwnNames(
-            in_blocks=rf'layers\.\d+\.(ln[12]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.(qkv|proj)\.{END}'
+            in_blocks=rf'layers\.\d+\.(ln[12]\.{END}|ffn\.(layers\.(0\.0|1)|w12|w3)\.{END}|attn\.(qkv|proj)\.{END}'
             r'|attn\.gamma1\.weight|ffn\.gamma2\.weight)',
-            outside=rf'cls_token|pos_embed|(pre_norm|ln[12])\.{END}|patch_embed\.(projection|norm)\.{END}',
+            outside=rf'cls_token|register_tokens|pos_embed|(pre_norm|ln[12])\.{END}|patch_embed\.(projection|norm)\.{END}',
         ),
         formats=(
             CheckpointFormat(
@@ -121,6 +174,12 @@ register_host(
                 convert=convert_vit,
                 # heads, and of MAE the decoder and the token that stands for masked patches
                 left_out=r'head|pre_logits\.|decoder|mask_token$',
+            ),
+            CheckpointFormat(
+                name='vit-huggingface',
+                recognised_by=r'(dinov2\.|dinov2_with_registers\.)?encoder\.layer\.\d+\.attention\.attention\.query\.',
+                convert=convert_vit_huggingface,
+                left_out=r'(.*\.)?mask_token$|classifier\.',
             ),
             CheckpointFormat(
                 name='vit-npz',

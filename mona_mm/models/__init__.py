@@ -1,5 +1,6 @@
 """Modules of models that the OpenMMLab libraries lack."""
 
+from mona_mm.models.dinov2 import DINOv2
 from mona_mm.models.simple_feature_pyramid import SimpleFeaturePyramid
 
-__all__ = ['SimpleFeaturePyramid']
+__all__ = ['DINOv2', 'SimpleFeaturePyramid']
