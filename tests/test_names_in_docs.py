@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-NAME = re.compile(r'(?<![\w./-])mona_mm(?:\.[A-Za-z_]\w*)+')
+NAME = re.compile(r'(?<![\w./-])mona_mm(?:\.[A-Za-z_]\w*)+(?!\w|/\d)')  # no name of a file format
 FILE = re.compile(r'(?<![\w/])mona_mm(?:/[\w-][\w.-]*)+')  # `.mim` is in wheels alone
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 CODE = [path for folder in ('mona_mm', 'tools', 'configs') for path in sorted((ROOT / folder).rglob('*.py'))]

@@ -1,9 +1,0 @@
-_base_ = ['../_base_/mini_camvid.py']
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mona_mm.PeftBackbone',
-        base={{_base_.model.backbone}},
-        peft=dict(type='Mona', bottleneck=64),
-    )
-)
