@@ -114,6 +114,11 @@ class GridAttribute:
         return tuple(getattr(block, self.name))
 
 
+def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -> Grid:
+    """The grid in the output ``(tokens, (H, W))`` of a module; by its name, since blocks are pickled with it."""
+    return tuple(output[1])
+
+
 @dataclass(frozen=True)
 class GridSource:
     """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone, or of the block.
@@ -126,7 +131,7 @@ class GridSource:
     """
 
     path: str
-    find: Callable[[nn.Module, tuple, Any], Grid] = lambda child, args, output: tuple(output[1])
+    find: Callable[[nn.Module, tuple, Any], Grid] = grid_in_output
     is_in_block: bool = False
 
     def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
