@@ -475,8 +475,8 @@ def test_structured_bad_arguments(cls, wrong):
 
 
 def test_benchmark(monkeypatch):
-    """Every variant is measured, and what does not fit is said to be estimated; what training keeps is of the size of the
-    delta, with a mask of the size of the layer."""
+    """Every variant is measured, and what does not fit is estimated, and said so; training keeps as much as the
+    delta has, with a mask as much as the layer has."""
     monkeypatch.setattr(benchmark, '_peak', lambda *args: 0.0)  # a process each
     monkeypatch.setattr(benchmark, '_PRODUCT_LIMIT', 4 * 500**2)
     rows = list(benchmark.run(repeats=2, counts=(64, 1000), shape=(60, 40), tokens=30))
@@ -511,7 +511,7 @@ def test_benchmark_variants_are_the_same_gradient():
         gradient = case.trained.grad
         places[variant] = case.places.flatten().nonzero().flatten() if variant == 'mask' else case.places.long()
         deltas[variant] = gradient.flatten()[places[variant]] if variant == 'mask' else gradient
-        assert way != 'mask' or gradient.count_nonzero() == 40
+        assert variant != 'mask' or gradient.count_nonzero() == 40
     for variant in benchmark.VARIANTS:
         assert_equal(places[variant], places['automatic'])
         assert_near(deltas[variant], deltas['published'])
