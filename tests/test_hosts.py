@@ -261,12 +261,15 @@ def test_frozen_patch_embedding_is_accepted():
 
 
 def test_unknown_hosts_are_refused():
-    """BEiT's blocks have the attribute names of ViT's, a ResNet none: both are refused, naming what is supported."""
-    for base in (
-        dict(type='mmpretrain.BEiTViT', arch='deit-tiny', img_size=32),
-        dict(type='mmdet.ResNet', depth=18),
+    """A VGG is not known; DeiT3's layers have the names of ViT's and call one norm twice. Both are refused, the second
+    with the reason, naming what is supported."""
+    for base, named in (
+        (dict(type='mmdet.SSDVGG', input_size=300, depth=16, out_indices=(3, 4)), 'SSDVGG'),
+        (dict(type='mmpretrain.DeiT3', arch='small', img_size=32), 'DeiT3.*ln1'),
     ):
-        with pytest.raises(UnsupportedHostError, match=r'mmdet\.models\.backbones\.swin\.SwinTransformer.*FrozenModel'):
+        with pytest.raises(
+            UnsupportedHostError, match=rf'{named}.*mmdet: .*SwinTransformer.*register_host.*FrozenModel'
+        ):
             PeftBackbone(base=base, peft=dict(type='Mona'))
 
 

@@ -475,18 +475,18 @@ def test_structured_bad_arguments(cls, wrong):
 
 
 def test_benchmark(monkeypatch):
-    """Every way is measured, and what does not fit is said to be estimated; what training keeps is of the size of the
-    delta, with a mask of the size of the layer."""
+    """Every variant is measured, and what does not fit is estimated, and said so; training keeps as much as the
+    delta has, with a mask as much as the layer has."""
     monkeypatch.setattr(benchmark, '_peak', lambda *args: 0.0)  # a process each
     monkeypatch.setattr(benchmark, '_PRODUCT_LIMIT', 4 * 500**2)
     rows = list(benchmark.run(repeats=2, counts=(64, 1000), shape=(60, 40), tokens=30))
-    assert [(r.count, r.way) for r in rows] == [(k, way) for k in (64, 1000) for way in benchmark.WAYS]
-    assert [(r.count, r.way) for r in rows if r.estimated] == [(1000, 'published')]
+    assert [(r.count, r.variant) for r in rows] == [(k, variant) for k in (64, 1000) for variant in benchmark.VARIANTS]
+    assert [(r.count, r.variant) for r in rows if r.estimated] == [(1000, 'published')]
     for row in rows:
         assert row.gradient > 0 and row.step > 0 and row.gradient_ratio > 0
         assert 0 < row.gradient_floor < row.step_floor
-        assert row.kept * 2**20 == pytest.approx(20 * (2400 if row.way == 'mask' else row.count), abs=8)
-        if row.way == 'ours':
+        assert row.kept * 2**20 == pytest.approx(20 * (2400 if row.variant == 'mask' else row.count), abs=8)
+        if row.variant == 'automatic':
             assert row.gradient_ratio == row.step_ratio == 1
     lines = [*benchmark.header(rows[0]).splitlines(), *map(benchmark.line, rows)]
     assert {line.count('|') for line in lines} == {11}
@@ -498,20 +498,20 @@ def test_benchmark_memory():
     """The high-water mark shows the published product (64 MiB here) and not the step that it is a part of."""
     size = ('cpu', (200, 300), 40, 4096)
     assert 60 < benchmark._peak('published', *size) / 2**20 < 80
-    assert benchmark._peak('ours', *size) / 2**20 < 10
+    assert benchmark._peak('automatic', *size) / 2**20 < 10
 
 
-def test_benchmark_ways_are_the_same_gradient():
+def test_benchmark_variants_are_the_same_gradient():
     """What the benchmark compares computes the same, the published formula and the masked layer included."""
     deltas, places = {}, {}
-    for way in benchmark.WAYS:
+    for variant in benchmark.VARIANTS:
         torch.manual_seed(0)
-        case = benchmark._Case(way, 'cpu', (20, 30), 50, 40)
+        case = benchmark._Case(variant, 'cpu', (20, 30), 50, 40)
         case.step()
         gradient = case.trained.grad
-        places[way] = case.places.flatten().nonzero().flatten() if way == 'mask' else case.places.long()
-        deltas[way] = gradient.flatten()[places[way]] if way == 'mask' else gradient
-        assert way != 'mask' or gradient.count_nonzero() == 40
-    for way in benchmark.WAYS:
-        assert_equal(places[way], places['ours'])
-        assert_near(deltas[way], deltas['published'])
+        places[variant] = case.places.flatten().nonzero().flatten() if variant == 'mask' else case.places.long()
+        deltas[variant] = gradient.flatten()[places[variant]] if variant == 'mask' else gradient
+        assert variant != 'mask' or gradient.count_nonzero() == 40
+    for variant in benchmark.VARIANTS:
+        assert_equal(places[variant], places['automatic'])
+        assert_near(deltas[variant], deltas['published'])

@@ -267,6 +267,10 @@ HOSTS: dict[str, Host] = {}
 the same ones as ViT's) and change what those compute."""
 
 
+REFUSED: dict[str, str] = {}
+"""Backbones that cannot be hosts, by qualified class name, and why."""
+
+
 def register_host(backbone: str, host: Host) -> None:
     """Make a backbone class a host.
 
@@ -288,16 +292,27 @@ def find_host(backbone: nn.Module) -> Host:
     Raises:
         UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the class named there.
     """
+    name, reason = qualified_name(type(backbone)), ''
     for cls in type(backbone).__mro__:
+        reason = REFUSED.get(qualified_name(cls), '')
         host = HOSTS.get(qualified_name(cls))
-        if host is not None:
-            if host.blocks(backbone):
-                return host
+        if host is not None and host.blocks(backbone):
+            return host
+        if host is not None or reason:
             break
     raise UnsupportedHostError(
-        f'{qualified_name(type(backbone))} is not a supported host. Supported backbones: {", ".join(sorted(HOSTS))}. '
-        'To only choose what trains in another module, use mona_mm.FrozenModel.'
+        f'{name} is not a supported host{f": {reason}" if reason else ""}. Supported backbones: {_supported()}. To '
+        'declare another one, see mona_mm.hosts.register_host; to only choose what trains in a module, use '
+        'mona_mm.FrozenModel.'
     )
+
+
+def _supported() -> str:
+    """The supported backbones by library."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(HOSTS):
+        names.setdefault(name.partition('.')[0], []).append(name.rpartition('.')[2])
+    return '; '.join(f'{library}: {", ".join(classes)}' for library, classes in names.items())
 
 
 def is_host(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put, rename
 from mona_mm.hosts.host import (
+    REFUSED,
     BlockSpec,
     Branch,
     Grid,
@@ -234,4 +235,9 @@ register_host(
         position_tables=('pos_embed', 'rel_pos_h', 'rel_pos_w'),
         not_selected=('rel_pos',),
     ),
+)
+
+REFUSED['mmpretrain.models.backbones.deit3.DeiT3'] = (
+    'its layers call the norm `ln1` before both branches and `ln2` never, so that no place in them is behind the '
+    'attention alone'
 )
