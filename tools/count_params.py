@@ -1,8 +1,12 @@
-"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]"""
+"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
+
+Or list the backbones that methods can be in: python tools/count_params.py --hosts [--json]
+"""
 
 import argparse
 import json
 import os.path as osp
+from dataclasses import asdict
 from typing import Any
 
 from mmengine.config import Config
@@ -11,6 +15,7 @@ import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import add_cfg_options, run, work_dir
 from mona_mm.commands.config import load_config
+from mona_mm.commands.hosts import backbone_rows, render_hosts
 from mona_mm.commands.planning import PLAN_FILE, find_plan, spt_config
 from mona_mm.frozen.count import count_trainable
 
@@ -44,10 +49,17 @@ def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Count parameters, without allocating any')
-    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config files')
+    parser.add_argument('configs', nargs='*', metavar='CONFIG', help='config files')
+    parser.add_argument('--hosts', action='store_true', help='list every backbone of the libraries and its sites')
     parser.add_argument('--json', action='store_true', help='print a list of objects in place of tables')
     add_cfg_options(parser)
     args = parser.parse_args()
+    if args.hosts == bool(args.configs):
+        parser.error('give config files, or --hosts alone')
+    if args.hosts:
+        found = backbone_rows()
+        print(json.dumps([asdict(row) for row in found], indent=2) if args.json else render_hosts(found))
+        return
     rows = []
     for file in args.configs:
         cfg = load_config(file, args.cfg_options)

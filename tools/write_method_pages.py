@@ -19,6 +19,7 @@ import yaml
 
 import mona_mm  # first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import run
+from mona_mm.commands.hosts import backbone_rows, render_hosts, render_names
 from mona_mm.frozen import rules
 from mona_mm.frozen.count import count_trainable
 from mona_mm.methods.base import NOT_OPTIONS, LinearModule, PeftModule
@@ -30,6 +31,12 @@ from mona_mm.reproduce import build_tables
 ROOT = Path(__file__).resolve().parents[1]
 TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing this. -->'
 START, END = '<!-- methods: written by tools/write_method_pages.py -->', '<!-- end of methods -->'
+START_OF_HOSTS, END_OF_HOSTS = '<!-- hosts: written by tools/write_method_pages.py -->', '<!-- end of hosts -->'
+_ABOUT_HOSTS = (
+    'Every backbone class of the three libraries, and at which sites of its blocks a method can be. The sites are in the '
+    'picture of the [README](../README.md); `python tools/count_params.py --hosts` prints this table for the installed '
+    'versions. Subclasses with blocks of their own are no hosts. [Extending](extending.md) says how to declare another.'
+)
 _SWIN = dict(type='mmdet.SwinTransformer')
 BACKBONES = {
     'Swin-T': dict(**_SWIN, embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
@@ -266,15 +273,22 @@ def readme_table(pages: list[Page]) -> str:
 
 def contents() -> dict[Path, str]:
     """Every file that this writes, and its text."""
-    pages = all_pages()
+    pages, hosts = all_pages(), backbone_rows()
     files = {ROOT / f'docs/methods/{page.name}.md': render(page) for page in pages}
+    files[ROOT / 'docs/hosts.md'] = f'{TOP}\n# Backbones\n\n{_ABOUT_HOSTS}\n\n{render_hosts(hosts)}\n'
     readme = ROOT / 'README.md'
-    before, _, rest = readme.read_text(encoding='utf-8').partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f'README.md has no lines {START} and {END}, between which the table of methods belongs.')
-    files[readme] = f'{before}{START}\n{readme_table(pages)}\n{END}{after}'
+    text = _between(readme.read_text(encoding='utf-8'), START, END, readme_table(pages))
+    files[readme] = _between(text, START_OF_HOSTS, END_OF_HOSTS, render_names(hosts))
     return files
+
+
+def _between(text: str, start: str, end: str, written: str) -> str:
+    """The text with something else between two of its lines."""
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f'README.md has no lines {start} and {end}, between which a table belongs.')
+    return f'{before}{start}\n{written}\n{end}{after}'
 
 
 def outdated() -> list[str]:

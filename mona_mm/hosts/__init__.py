@@ -44,6 +44,7 @@ from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (
     HOSTS,
+    REFUSED,
     BlockSpec,
     Branch,
     Grid,
@@ -66,6 +67,7 @@ from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_
 __all__ = [
     'HOSTS',
     'LINEAR_SITES',
+    'REFUSED',
     'STREAM_SITES',
     'BlockSpec',
     'Branch',
