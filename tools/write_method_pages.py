@@ -33,9 +33,10 @@ TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing t
 START, END = '<!-- methods: written by tools/write_method_pages.py -->', '<!-- end of methods -->'
 START_OF_HOSTS, END_OF_HOSTS = '<!-- hosts: written by tools/write_method_pages.py -->', '<!-- end of hosts -->'
 _ABOUT_HOSTS = (
-    'Every backbone class of the three libraries, and at which sites of its blocks a method can be. The sites are in the '
-    'picture of the [README](../README.md); `python tools/count_params.py --hosts` prints this table for the installed '
-    'versions. Subclasses with blocks of their own are no hosts. [Extending](extending.md) says how to declare another.'
+    'Every backbone class of the three libraries, and the sites of its blocks at which a method can be. The picture of '
+    'the [README](../README.md) shows the sites; `python tools/count_params.py --hosts` prints this table for the '
+    'installed versions. Subclasses with blocks of their own are no hosts. [Extending](extending.md) says how to '
+    'declare another one.'
 )
 _SWIN = dict(type='mmdet.SwinTransformer')
 BACKBONES = {
