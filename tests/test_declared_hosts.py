@@ -110,7 +110,20 @@ def methods_of(name: str) -> list[dict]:
     return [*found, dict(type='LoRA', rank=2, sites=linear)] if linear else found
 
 
-@pytest.mark.parametrize('name', NAMES)
+DISTINCT = ('beit', 'sam', 'tinyvit', 'mvit', 'hornet', 'mscan', 'mit', 'resnet')
+"""Hosts that show every kind of declaration; the others have the shared suite in `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(
+            name, marks=[] if name.startswith(('mmpretrain-', 'mmseg-m')) and kind in DISTINCT else [pytest.mark.slow]
+        )
+        for name in DECLARED
+        for kind in [name.rpartition('-')[2]]
+    ],
+)
 def test_the_suite(name):
     """Names, gradients, round trips and copies of every method; an activation checkpoint changes no gradient."""
     base = DECLARED[name]
