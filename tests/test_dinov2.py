@@ -4,14 +4,18 @@ import re
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import assert_near
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint import convert_state_dict
 from mona_mm.checkpoint.convert import recognise
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.hosts import find_host
+from mona_mm.type_names import enter_scope
 
 TINY = dict(embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48)
 PLAIN = dict(type='mona_mm.DINOv2', arch=TINY, img_size=56)
@@ -155,3 +159,67 @@ def test_parameters_of_the_small_one():
     total = sum(p.numel() for p in model.parameters())
     assert trained == 12 * 3 * 16 * 768
     assert total - trained == 22_056_192  # of the published file, without the token of masked patches
+
+
+CONFIGS = [
+    ('cascade_dinov2_b_coco', 768, 12),
+    ('upernet_dinov2_b_ade20k', 768, 12),
+    ('retinanet_dinov2_s_voc', 384, 12),
+]
+
+
+@pytest.mark.parametrize('method', ['mona', 'lora', 'full'])
+@pytest.mark.parametrize(('task', 'width', 'depth'), CONFIGS)
+def test_configs(task, width, depth, method):
+    """The shipped files: what trains in the backbone, and strides that are those of the pyramid."""
+    name = task if method == 'mona' else f'{method}_{task}'
+    cfg = load_config(str(ROOT / f'configs/{method}/{name}.py'))
+    adapt_to_device(cfg)
+    model = build_on_meta(cfg)
+    trained = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    expected = dict(
+        mona=depth * 2 * ((2 * 64 + 5) * width + 64 * 64 + 88 * 64),
+        lora=depth * 2 * 16 * (width + width),
+        full=sum(p.numel() for p in model.backbone.parameters()),
+    )
+    assert trained == expected[method]
+    if 'upernet' in name:
+        assert cfg.model.decode_head.in_channels == [256] * 4
+        return
+    strides = [14 / scale for scale in cfg.model.neck.scales]
+    head = cfg.model.rpn_head if 'cascade' in name else cfg.model.bbox_head
+    given = head.anchor_generator.strides
+    assert given == [strides[0] * 2**level for level in range(cfg.model.neck.num_outs)]
+    assert given[: len(strides)] == strides
+    if 'cascade' in name:
+        assert cfg.model.roi_head.bbox_roi_extractor.featmap_strides == strides
+        assert cfg.model.roi_head.mask_roi_extractor.featmap_strides == strides
+
+
+def test_a_detector_trains_and_predicts():
+    """RetinaNet over a narrow DINOv2, on an image whose sides are no multiples of the patch: losses, gradients of the
+    method and the pyramid, boxes within the image."""
+    cfg = load_config(str(ROOT / 'configs/mona/retinanet_dinov2_s_voc.py'))
+    adapt_to_device(cfg)
+    cfg.model.backbone.base.update(arch=TINY, init_cfg=None, img_size=56)
+    cfg.model.backbone.peft.bottleneck = 8
+    cfg.model.neck.update(in_channels=24, out_channels=16)
+    cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1)
+    enter_scope(cfg)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    # Here, since it needs mmdet's testing helpers alone.
+    from mmdet.testing import demo_mm_inputs
+
+    batch = demo_mm_inputs(2, [(3, 100, 75), (3, 90, 90)], use_box_type=False, num_classes=20)
+    data = model.data_preprocessor(batch, True)
+    loss, _ = model.parse_losses(model(**data, mode='loss'))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.eval()
+    with torch.no_grad():
+        results = model.test_step(batch)
+    assert len(results) == 2
+    assert all((each.pred_instances.bboxes <= 110).all() for each in results)
