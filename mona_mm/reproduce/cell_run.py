@@ -75,7 +75,7 @@ class CellHook(Hook):
             FloatingPointError: if the loss is not finite.
         """
         self._training += time.process_time() - self._iteration
-        loss = float(outputs['loss'])
+        loss = float(outputs['loss'].detach())
         if not math.isfinite(loss):
             raise FloatingPointError(f'the loss is {loss} at iteration {runner.iter + 1}')
         self._recent.append(loss)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,8 @@ class _Job:
     cell: Cell
     process: subprocess.Popen
     started: float
+    expected: float
+    """When it will end, by what was measured."""
     told: bool = False
 
 
@@ -46,6 +49,7 @@ class Queue:
         jobs: how many cells run at once.
         threads: of each cell.
         again: whether to retry what failed.
+        program: runs a cell, given its folder, the step and the process id of the queue.
         say: prints a line on the progress.
     """
 
@@ -56,6 +60,7 @@ class Queue:
     jobs: int = 1
     threads: int = 1
     again: bool = False
+    program: tuple[str, ...] = (sys.executable, '-m', 'mona_mm.reproduce.cell_run')
     say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
 
     def __post_init__(self) -> None:
@@ -196,11 +201,11 @@ class Queue:
                 break
             in_time = deadline is None or time.monotonic() + self.estimate(cell, records) <= deadline
             if cell not in running and in_time:
-                self._running.append(self._launch(cell))
+                self._running.append(self._launch(cell, self.estimate(cell, records)))
                 started = True
         return started
 
-    def _launch(self, cell: Cell) -> _Job:
+    def _launch(self, cell: Cell, seconds: float) -> _Job:
         folder = self._folder(cell)
         stamp, fingerprint = folder / 'fingerprint', self.composer.fingerprint(cell)
         if not stamp.is_file() or stamp.read_text() != fingerprint:  # of another config, or half made
@@ -215,25 +220,24 @@ class Queue:
         environment |= dict.fromkeys(('MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(self.threads))
         if self.device == 'cpu':
             environment['CUDA_VISIBLE_DEVICES'] = ''
-        command = [sys.executable, '-m', 'mona_mm.reproduce.cell_run', str(folder), step, str(os.getpid())]
+        command = [*self.program, str(folder), step, str(os.getpid())]
         with (folder / f'{step}.log').open('a') as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        return _Job(cell, process, time.monotonic())
+        now = time.monotonic()
+        return _Job(cell, process, now, now + seconds)
 
     def _folder(self, cell: Cell) -> Path:
         return self.composer.work_dir / cell.folder
 
     def _watch(self, deadline: float | None) -> None:
         """Tell the running cells to stop when it is time, and end them when it is over."""
-        if deadline is not None and time.monotonic() >= deadline - _GRACE:
-            late = time.monotonic() >= deadline
-            for job in self._running:
-                overdue = time.monotonic() >= deadline - _GRACE and not job.told
-                if late:
-                    job.process.kill()
-                elif overdue:
-                    job.process.terminate()
-                    job.told = True
+        left = math.inf if deadline is None else deadline - time.monotonic()
+        for job in self._running:
+            if left <= 0:
+                job.process.kill()
+            elif left <= _GRACE and not job.told and not 0 <= job.expected - time.monotonic() <= left:
+                job.process.terminate()
+                job.told = True
         if self._stop:
             for job in self._running:
                 job.process.kill()  # its last checkpoint is whole, whenever this comes
