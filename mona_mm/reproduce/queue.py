@@ -24,7 +24,7 @@ from mona_mm.reproduce.records import Record, best_learning_rate, code_version, 
 _STOPPED = 75  # of cell_run, which imports much that a queue does not need
 _TEST_SHARE = 0.2  # of a training's duration, before a test was measured
 _GRACE = 45.0  # seconds before the end in which a cell may reach its next checkpoint
-_POLL = 0.2
+_POLL = 0.05
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Queue:
         self.device = self.composer.device
         self._retried: set[Cell] = set()
         self._running: list[_Job] = []
-        self._stop = False
+        self._stop = self._over = False
         self._code = code_version()
 
     # Planning ---------------------------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ class Queue:
                     trained = [records.get(Cell(task, method, lr, seed)) for seed in table.seeds]
                     missing += len(table.seeds) if None in trained else 0
                 elif None in search:
-                    missing += 2 * len(table.seeds) - 1
+                    later = [cell for cell in records if (cell.task, cell.method) == (task, method)]
+                    later = [cell.lr for cell in later if cell.split == 'test' or cell.seed != table.seeds[0]]
+                    missing += 2 * len(table.seeds) - 1 - max(map(later.count, later), default=0)
         return missing
 
     def estimate(self, cell: Cell, records: dict[Cell, Record]) -> float:
@@ -156,6 +158,7 @@ class Queue:
             How many cells are still missing. Failed ones are not among them.
         """
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._over = False
         handlers = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with self._alone():
@@ -163,7 +166,7 @@ class Queue:
                 self._progress(records)
                 while True:
                     records = self._collect(records)
-                    started = not self._stop and self._start(records, deadline)
+                    started = not (self._stop or self._over) and self._start(records, deadline)
                     if not self._running and not started:
                         break
                     self._watch(deadline)
@@ -196,7 +199,7 @@ class Queue:
     def _start(self, records: dict[Cell, Record], deadline: float | None) -> bool:
         """Start as many cells as there is room and time for."""
         started, running = False, {job.cell for job in self._running}
-        for cell in self.missing(records):
+        for cell in self.missing(records) if len(running) < self.jobs else ():
             if len(self._running) >= self.jobs:
                 break
             in_time = deadline is None or time.monotonic() + self.estimate(cell, records) <= deadline
@@ -232,6 +235,7 @@ class Queue:
     def _watch(self, deadline: float | None) -> None:
         """Tell the running cells to stop when it is time, and end them when it is over."""
         left = math.inf if deadline is None else deadline - time.monotonic()
+        self._over = left <= 0 or any(job.told for job in self._running) or self._over
         for job in self._running:
             if left <= 0:
                 job.process.kill()
@@ -247,7 +251,7 @@ class Queue:
         for job in [job for job in self._running if job.process.poll() is not None]:
             self._running.remove(job)
             status, cell = job.process.returncode, job.cell
-            if status == _STOPPED or (status < 0 and (self._stop or job.told)):
+            if status == _STOPPED or (status < 0 and (self._stop or self._over or job.told)):
                 self.say(f'{cell.name}: stopped; it goes on from its last checkpoint')
                 continue
             record = self._record(cell, status, records)
