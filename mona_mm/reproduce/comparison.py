@@ -12,6 +12,7 @@ from mmengine.config import Config
 
 from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.reproduce.carve import carve_coco
 from mona_mm.reproduce.cells import configs_folder
 
 DEVICES = ('cpu', 'cuda')
@@ -123,7 +124,10 @@ def _spt(budget: int, kind: str, **options: Any) -> dict[str, Any]:
 MINI = Comparison(
     name='mini',
     title='DINOv2-S on small sets of real images',
-    tasks=(ComparedTask('camvid', '_base_/mini_camvid.py', 'camvid', 'mIoU', 'mIoU'),),
+    tasks=(
+        ComparedTask('camvid', '_base_/mini_camvid.py', 'camvid', 'mIoU', 'mIoU'),
+        ComparedTask('aquarium', '_base_/mini_aquarium.py', 'aquarium', 'coco/bbox_mAP', 'box AP', 100.0, carve_coco),
+    ),
     methods={
         **{name: dict(trainable=name) for name in ('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1')},
         'adapter': _module('Adapter', bottleneck=64),
