@@ -1,4 +1,7 @@
-"""Published tables and your runs side by side: python tools/reproduce.py collect|show|plan [PATH ...]"""
+"""Published tables and your runs side by side: python tools/reproduce.py collect|show|plan [PATH ...]
+
+Tables whose cells are run here: python tools/reproduce.py list, run TABLE, show TABLE
+"""
 
 import argparse
 import importlib
@@ -7,16 +10,26 @@ from pathlib import Path
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import run
+from mona_mm.commands.config import has_accelerator
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
+    COMPARISONS,
+    DEVICES,
     FORMATS,
+    RUNS,
+    Composer,
+    Queue,
     Run,
     build_tables,
+    check_material,
     collect,
+    find_comparison,
     is_results,
     load_results,
     plan,
+    read_records,
     render,
+    render_comparison,
     save_results,
     table_names,
     write_text,
@@ -32,7 +45,13 @@ def main() -> None:
     collecting.add_argument('paths', nargs='+', metavar='PATH', help=_PATHS)
     collecting.add_argument('--out', default='results.json', help='file to write (default: %(default)s)')
     showing = commands.add_parser('show', help='print the tables; without PATH the published numbers alone')
-    showing.add_argument('paths', nargs='*', metavar='PATH', help=f'results.json of collect, or {_PATHS}')
+    showing.add_argument(
+        'paths',
+        nargs='*',
+        metavar='PATH',
+        help=f'results.json of collect, or {_PATHS}; or a table that is run here: {", ".join(COMPARISONS)}',
+    )
+    showing.add_argument('--runs', default=str(RUNS), metavar='DIR', help='results of run (default: %(default)s)')
     showing.add_argument('--format', choices=FORMATS, default='terminal')
     showing.add_argument('--out', help='write to this file in place of the terminal')
     planning = commands.add_parser('plan', help='print the command of every cell, and which are done')
@@ -46,7 +65,80 @@ def main() -> None:
         command.add_argument(
             '--as', dest='cell', metavar='METHOD/TASK', help='the cell of logs that do not tell, e.g. mona/coco'
         )
+    add_run(commands)
     args = parser.parse_args()
+    if args.command == 'list':
+        list_comparisons()
+    elif args.command == 'run':
+        run_comparison(args)
+    elif args.command == 'show' and len(args.paths) == 1 and args.paths[0] in COMPARISONS:
+        show_comparison(args)
+    else:
+        compare_with_published(args)
+
+
+def add_run(commands: argparse._SubParsersAction) -> None:
+    """The commands on tables whose cells are run here."""
+    commands.add_parser('list', help='the tables that can be run here')
+    running = commands.add_parser('run', help='run the cells of a table; the same command again goes on')
+    running.add_argument('table', metavar='TABLE', help=', '.join(COMPARISONS))
+    running.add_argument('--tasks', nargs='+', metavar='TASK', help='only these')
+    running.add_argument('--methods', nargs='+', metavar='METHOD', help='only these')
+    running.add_argument('--minutes', type=float, metavar='N', help='end within this time')
+    running.add_argument('--jobs', type=int, default=1, metavar='N', help='cells at once (default: %(default)s)')
+    running.add_argument('--threads', type=int, default=1, metavar='N', help='of each cell (default: %(default)s)')
+    running.add_argument('--device', choices=DEVICES, help='by default cuda where there is one')
+    running.add_argument('--data', default='data', metavar='DIR', help='folder of the data sets (default: %(default)s)')
+    running.add_argument(
+        '--weights',
+        default='data/dinov2_vits14.safetensors',
+        metavar='FILE',
+        help='the pretrained backbone (default: %(default)s)',
+    )
+    running.add_argument('--out', default=str(RUNS), metavar='DIR', help='folder of the results (default: %(default)s)')
+    running.add_argument('--work-dir', metavar='DIR', help='for logs and checkpoints (default: work_dirs/TABLE-DEVICE)')
+    running.add_argument('--again', action='store_true', help='retry the cells that failed')
+
+
+def list_comparisons() -> None:
+    """Print the tables, with their tasks and methods."""
+    for table in COMPARISONS.values():
+        print(f'{table.name}: {table.title}')
+        print(f'  tasks: {", ".join(f"{task.name} ({task.label})" for task in table.tasks)}')
+        print(f'  methods: {", ".join(table.methods)}')
+        print(f'  learning rates: {", ".join(map(str, table.learning_rates))}; seeds: {len(table.seeds)}')
+
+
+def run_comparison(args: argparse.Namespace) -> None:
+    """Run what is missing of a table."""
+    table = find_comparison(args.table)
+    tasks, methods = table.choose(args.tasks, args.methods)
+    if args.jobs < 1 or args.threads < 1:
+        raise ConfigError('--jobs and --threads are whole numbers of at least 1.')
+    device = args.device or ('cuda' if has_accelerator() else 'cpu')
+    if device == 'cuda' and not has_accelerator():
+        raise ConfigError('--device cuda: there is no such device here. Leave it out, or say --device cpu.')
+    work_dir = Path(args.work_dir or f'work_dirs/{table.name}-{device}')
+    composer = Composer(table, Path(args.data), Path(args.weights), device, work_dir)
+    check_material(composer, tasks)
+    Queue(composer, Path(args.out), tasks, methods, args.jobs, args.threads, args.again).run(args.minutes)
+
+
+def show_comparison(args: argparse.Namespace) -> None:
+    """Print the results of a table, a part for each kind of device."""
+    table = find_comparison(args.paths[0])
+    tasks, _ = table.choose([args.task] if args.task else None, None)
+    found = {device: read_records(Path(args.runs), device) for device in DEVICES}
+    shown = {device: records for device, records in found.items() if records} or {'cpu': {}}
+    text = '\n'.join(render_comparison(table, records, tasks, device) for device, records in shown.items())
+    if args.out:
+        write_text(text, Path(args.out))
+    else:
+        print(text, end='')
+
+
+def compare_with_published(args: argparse.Namespace) -> None:
+    """Collect, show or plan the runs of the published tables."""
     for module in args.modules:
         import_tasks(module)
     runs = read_runs([Path(path) for path in args.paths], args.cell)

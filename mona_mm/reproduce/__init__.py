@@ -1,25 +1,49 @@
-"""The published tables, and runs beside them: find runs, recognise their cells, compare, print."""
+"""Published tables and runs beside them: find runs, recognise their cells, compare; and tables that are run here."""
 
+from mona_mm.reproduce.comparison import (
+    COMPARISONS,
+    DEVICES,
+    Cell,
+    ComparedTask,
+    Comparison,
+    Composer,
+    check_material,
+    find_comparison,
+)
 from mona_mm.reproduce.published import published_results
+from mona_mm.reproduce.queue import Queue
+from mona_mm.reproduce.records import RUNS, read_records, render_comparison
 from mona_mm.reproduce.runs import Run, collect, is_results, load_results, save_results
 from mona_mm.reproduce.tables import FORMATS, build_tables, plan, render, table_names, write_text
 from mona_mm.reproduce.tasks import Heading, Metric, Task, on_type, register_task
 
 __all__ = [
+    'COMPARISONS',
+    'DEVICES',
     'FORMATS',
+    'RUNS',
+    'Cell',
+    'ComparedTask',
+    'Comparison',
+    'Composer',
     'Heading',
     'Metric',
+    'Queue',
     'Run',
     'Task',
     'build_tables',
+    'check_material',
     'collect',
+    'find_comparison',
     'is_results',
     'load_results',
     'on_type',
     'plan',
     'published_results',
+    'read_records',
     'register_task',
     'render',
+    'render_comparison',
     'save_results',
     'table_names',
     'write_text',

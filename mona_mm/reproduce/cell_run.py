@@ -1,0 +1,232 @@
+"""One cell in a process of its own: python -m mona_mm.reproduce.cell_run FOLDER train|test PARENT
+
+The folder holds ``config.py``. Measurements are written to ``train.json`` or ``test.json`` there, an error that ends
+the cell to ``train.error`` or ``test.error``. A training that was stopped goes on from its last checkpoint.
+"""
+
+import fcntl
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import Runner
+
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.checkpoint.delta_file import SUFFIX
+from mona_mm.commands.cli import build_runner
+from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config
+from mona_mm.commands.data import check_data
+from mona_mm.commands.planning import make_plan, require_plan
+from mona_mm.errors import UserError
+from mona_mm.frozen.count import count_trainable
+
+STOPPED = 75
+"""Exit status of a cell that was told to stop, and can go on."""
+
+_LOSS_EVERY = 10  # iterations, whose mean is recorded
+
+
+class CellHook(Hook):
+    """Measures a training, keeps the measurements in its checkpoints, and ends it at one when told to.
+
+    Args:
+        parent: process id of the queue; without it nobody waits for the result, and the training ends.
+    """
+
+    priority = 'LOWEST'  # after the checkpoint and its delta have been written
+
+    def __init__(self, parent: int) -> None:
+        self.parent = parent
+        self.stopping = False
+        self.losses: list[list[float]] = []
+        self.scores: dict[str, dict[str, float]] = {}
+        self.before = dict(wall=0.0, processor=0.0, training=0.0)  # of the processes before this one
+        self.memory = 0
+        self._begin = time.monotonic()
+        self._recent: list[float] = []
+        self._training = 0.0
+
+    def seconds(self) -> dict[str, float]:
+        """So far, over all processes: wall time, processor time, and processor time of the iterations."""
+        now = dict(wall=time.monotonic() - self._begin, processor=time.process_time(), training=self._training)
+        return {name: self.before[name] + value for name, value in now.items()}
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Start the clock of the iteration."""
+        self._iteration = time.process_time()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Note the loss; end here if told to, when the iteration has left a checkpoint.
+
+        Raises:
+            FloatingPointError: if the loss is not finite.
+        """
+        self._training += time.process_time() - self._iteration
+        loss = float(outputs['loss'].detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f'the loss is {loss} at iteration {runner.iter + 1}')
+        self._recent.append(loss)
+        if len(self._recent) == _LOSS_EVERY:
+            self.losses.append([runner.iter + 1, round(sum(self._recent) / _LOSS_EVERY, 5)])
+            self._recent.clear()
+        if os.getppid() != self.parent:
+            sys.exit(STOPPED)
+        interval = next(hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook))
+        if self.stopping and (runner.iter + 1) % interval == 0 and runner.iter + 1 < runner.max_iters:
+            sys.exit(STOPPED)
+        if runner.iter + 1 == runner.max_iters:  # before the evaluation, whose batches may be larger
+            self.memory = max(self.memory, peak_memory())
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep what was measured."""
+        self.memory = max(self.memory, peak_memory())
+        kept = dict(seconds=self.seconds(), losses=self.losses, recent=self._recent, memory=self.memory)
+        checkpoint['cell'] = json.dumps(kept)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Go on with what was measured before."""
+        if 'cell' in checkpoint:
+            kept = json.loads(checkpoint['cell'])
+            self.before, self.losses, self._recent = kept['seconds'], kept['losses'], kept['recent']
+            self.memory = kept['memory']
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Note the scores."""
+        self.scores[str(runner.iter)] = {name: float(value) for name, value in metrics.items()}
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Note the scores."""
+        self.scores['test'] = {name: float(value) for name, value in metrics.items()}
+
+
+def peak_memory() -> int:
+    """Bytes: of the device where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine() -> dict[str, Any]:
+    """Processor, device, threads and versions that a cell is run with."""
+    model = platform.processor() or platform.machine()
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        lines = [line.partition(':')[2].strip() for line in info.read_text().splitlines() if 'model name' in line]
+        model = lines[0] if lines else model
+    return dict(
+        processor=model,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
+
+
+def train(folder: Path, hook: CellHook) -> dict[str, Any]:
+    """Train a cell, from its last checkpoint if there is one, and score it on the validation images."""
+    cfg = _config(folder)
+    check_data(cfg, ('train', 'val'))
+    last = find_last_checkpoint(cfg.work_dir)
+    if last:
+        cfg.load_from, cfg.resume = last, True
+    make_plan(cfg)
+    runner = build_runner(cfg)
+    runner.register_hook(hook)
+    runner.train()
+    if not hook.scores:  # it was stopped between its last iteration and the evaluation
+        runner.val_loop.run()
+    count = count_trainable(runner.model)
+    file = _keep_what_was_trained(folder, Path(find_last_checkpoint(cfg.work_dir)))
+    return dict(
+        scores=hook.scores,
+        losses=hook.losses,
+        trained_parameters=count.trainable,
+        trained_in_backbone=count.backbone_trainable,
+        backbone_share=count.backbone_trainable / count.backbone_base_total,
+        seconds=_rounded(hook.seconds()),
+        peak_memory=hook.memory,
+        delta_bytes=file.stat().st_size,
+    )
+
+
+def test(folder: Path, hook: CellHook) -> dict[str, Any]:
+    """Score what a cell has trained on the test images."""
+    cfg = _config(folder)
+    check_data(cfg, ('test',))
+    require_plan(cfg, (cfg.work_dir,))
+    cfg.load_from, cfg.resume = str(_trained(folder)), False
+    runner = build_runner(cfg)
+    runner.register_hook(hook)
+    runner.test()
+    return dict(scores=hook.scores, seconds=_rounded(hook.seconds()))
+
+
+def _config(folder: Path) -> Config:
+    cfg = load_config(str(folder / 'config.py'))
+    cfg.work_dir, cfg.launcher = str(folder / 'run'), 'none'
+    adapt_to_device(cfg)
+    return cfg
+
+
+def _keep_what_was_trained(folder: Path, checkpoint: Path) -> Path:
+    """A copy of the delta; of a model that trains altogether, the values of its weights."""
+    delta = checkpoint.with_suffix(SUFFIX)
+    if delta.is_file():
+        kept = Path(shutil.copyfile(delta, folder / f'trained{SUFFIX}'))
+    else:
+        kept = folder / 'trained.pth'
+        content = torch.load(checkpoint, map_location='cpu', weights_only=False)  # written by this run
+        torch.save(dict(state_dict=content['state_dict'], meta=content['meta']), kept)
+    return kept
+
+
+def _trained(folder: Path) -> Path:
+    return next(folder.glob('trained.*'))
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in seconds.items()}
+
+
+def main() -> None:
+    folder, step, parent = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    hook = CellHook(parent)
+
+    def stop(*_: Any) -> None:
+        hook.stopping = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    with (folder / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until a process of a queue that is gone has noticed it
+        error = folder / f'{step}.error'
+        error.unlink(missing_ok=True)
+        try:
+            result = dict(train=train, test=test)[step](folder, hook)
+        except Exception as problem:
+            traceback.print_exc()
+            text = str(problem) if isinstance(problem, UserError) else f'{type(problem).__name__}: {problem}'
+            AtomicLocalBackend().put_text(text, error)
+            sys.exit(1)
+        result |= dict(machine=machine(), date=datetime.now(UTC).isoformat(timespec='seconds'))
+        AtomicLocalBackend().put_text(json.dumps(result), folder / f'{step}.json')
+        for checkpoint in (folder / 'run').glob('*.pth'):  # what it was worth has been kept
+            checkpoint.unlink()
+
+
+if __name__ == '__main__':
+    main()

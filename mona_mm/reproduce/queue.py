@@ -1,0 +1,305 @@
+"""Run the cells of a table: what is missing, in an order that is soon of use, each in a process of its own."""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mona_mm.errors import ConfigError
+from mona_mm.reproduce.comparison import Cell, Comparison, Composer
+from mona_mm.reproduce.records import Record, best_learning_rate, code_version, file_name, read_records, write_record
+
+_STOPPED = 75  # of cell_run, which imports much that a queue does not need
+_TEST_SHARE = 0.2  # of a training's duration, before a test was measured
+_GRACE = 45.0  # seconds before the end in which a cell may reach its next checkpoint
+_POLL = 0.05
+
+
+@dataclass
+class _Job:
+    cell: Cell
+    process: subprocess.Popen
+    started: float
+    expected: float
+    """When it will end, by what was measured."""
+    told: bool = False
+
+
+@dataclass
+class Queue:
+    """The cells of a table that are still to be run, and their running.
+
+    Args:
+        composer: makes the cells' configs; it knows table, device and work dir.
+        out: the folder of the files of results.
+        tasks: names, in the order of the table.
+        methods: names, in the order of the table.
+        jobs: how many cells run at once.
+        threads: of each cell.
+        again: whether to retry what failed.
+        program: runs a cell, given its folder, the step and the process id of the queue.
+        say: prints a line on the progress.
+    """
+
+    composer: Composer
+    out: Path
+    tasks: list[str]
+    methods: list[str]
+    jobs: int = 1
+    threads: int = 1
+    again: bool = False
+    program: tuple[str, ...] = (sys.executable, '-m', 'mona_mm.reproduce.cell_run')
+    say: Callable[[str], None] = field(default=lambda line: print(line, flush=True))
+
+    def __post_init__(self) -> None:
+        self.table: Comparison = self.composer.table
+        self.device = self.composer.device
+        self._retried: set[Cell] = set()
+        self._running: list[_Job] = []
+        self._stop = self._over = False
+        self._code = code_version()
+
+    # Planning ---------------------------------------------------------------------------------------------------------
+
+    def records(self) -> dict[Cell, Record]:
+        """What is finished: scored, or failed and not to be retried, with the config that the cell has now."""
+        found = {}
+        for cell, record in read_records(self.out, self.device).items():
+            if cell.task not in self.tasks or cell.method not in self.methods:
+                continue
+            retry = self.again and record['score'] is None and cell not in self._retried
+            if record['fingerprint'] == self.composer.fingerprint(cell) and not retry:
+                found[cell] = record
+        return found
+
+    def missing(self, records: dict[Cell, Record]) -> list[Cell]:
+        """The cells that can be run now, in order: of each task first every method with the middle learning rate,
+        then with the others, then the other seeds of the best one, and at the end the tests."""
+        table, cells = self.table, []
+        for task in self.tasks:
+            for lr in table.search_order():
+                cells += [Cell(task, method, lr, table.seeds[0]) for method in self.methods]
+            best = {method: best_learning_rate(table, task, method, records) for method in self.methods}
+            best = {method: lr for method, lr in best.items() if lr is not None}
+            for seed in table.seeds[1:]:
+                cells += [Cell(task, method, lr, seed) for method, lr in best.items()]
+            for method, lr in best.items():
+                trained = [records.get(Cell(task, method, lr, seed)) for seed in table.seeds]
+                if None not in trained:
+                    done = [record['seed'] for record in trained if record['score'] is not None]
+                    cells += [Cell(task, method, lr, seed, 'test') for seed in done]
+        return [cell for cell in cells if cell not in records]
+
+    def total(self, records: dict[Cell, Record]) -> int:
+        """How many cells are still missing, those included that wait for others."""
+        table, missing = self.table, len(self.missing(records))
+        for task in self.tasks:
+            for method in self.methods:
+                search = [records.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates]
+                lr = best_learning_rate(table, task, method, records)
+                if lr is not None:
+                    trained = [records.get(Cell(task, method, lr, seed)) for seed in table.seeds]
+                    missing += len(table.seeds) if None in trained else 0
+                elif None in search:
+                    later = [cell for cell in records if (cell.task, cell.method) == (task, method)]
+                    later = [cell.lr for cell in later if cell.split == 'test' or cell.seed != table.seeds[0]]
+                    missing += 2 * len(table.seeds) - 1 - max(map(later.count, later), default=0)
+        return missing
+
+    def estimate(self, cell: Cell, records: dict[Cell, Record]) -> float:
+        """Seconds that a cell will last, by those that were measured: of its method, else of its task."""
+        training = cell.split == 'val'
+        for same in (
+            lambda other: (other.task, other.method) == (cell.task, cell.method),
+            lambda other: other.task == cell.task,
+        ):
+            measured = [
+                record['seconds']['wall']
+                for other, record in records.items()
+                if other.split == cell.split and record.get('seconds') and same(other)
+            ]
+            if measured:
+                return statistics.fmean(measured)
+        return self.table.seconds if training else self.table.seconds * _TEST_SHARE
+
+    def to_go(self, records: dict[Cell, Record]) -> tuple[int, float]:
+        """How many cells are missing, and in how many seconds all will be done."""
+        ready = self.missing(records)
+        waiting = self.total(records) - len(ready)
+        seconds = sum(self.estimate(cell, records) for cell in ready)
+        if waiting:  # two in five of them train, the others test
+            seconds += waiting * seconds / max(len(ready), 1) * (0.4 + 0.6 * _TEST_SHARE)
+        now = time.monotonic()
+        seconds -= sum(min(now - job.started, self.estimate(job.cell, records)) for job in self._running)
+        return len(ready) + waiting, max(seconds, 0.0) / self.jobs
+
+    # Running ----------------------------------------------------------------------------------------------------------
+
+    def run(self, minutes: float | None = None) -> int:
+        """Run what is missing until nothing is, or the time is over.
+
+        Args:
+            minutes: in which to end; no cell starts that would last longer by what was measured, and one that does is
+                stopped at a checkpoint.
+
+        Returns:
+            How many cells are still missing. Failed ones are not among them.
+        """
+        deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._over = False
+        handlers = {number: signal.signal(number, self._end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with self._alone():
+                records = self.records()
+                self._progress(records)
+                while True:
+                    records = self._collect(records)
+                    started = not (self._stop or self._over) and self._start(records, deadline)
+                    if not self._running and not started:
+                        break
+                    self._watch(deadline)
+                    time.sleep(_POLL)
+        finally:
+            for job in self._running:
+                job.process.kill()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        left = self.total(records)
+        if left:
+            self.say(f'{left} cells are missing; the same command goes on.')
+        return left
+
+    def _end(self, *_: Any) -> None:
+        self._stop = True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self.composer.work_dir.mkdir(parents=True, exist_ok=True)
+        with (self.composer.work_dir / 'lock').open('w') as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f'{self.composer.work_dir}: another run works there. Wait for it, or choose another --work-dir.'
+                ) from None
+            yield
+
+    def _start(self, records: dict[Cell, Record], deadline: float | None) -> bool:
+        """Start as many cells as there is room and time for."""
+        started, running = False, {job.cell for job in self._running}
+        for cell in self.missing(records) if len(running) < self.jobs else ():
+            if len(self._running) >= self.jobs:
+                break
+            in_time = deadline is None or time.monotonic() + self.estimate(cell, records) <= deadline
+            if cell not in running and in_time:
+                self._running.append(self._launch(cell, self.estimate(cell, records)))
+                started = True
+        return started
+
+    def _launch(self, cell: Cell, seconds: float) -> _Job:
+        folder = self._folder(cell)
+        stamp, fingerprint = folder / 'fingerprint', self.composer.fingerprint(cell)
+        if not stamp.is_file() or stamp.read_text() != fingerprint:  # of another config, or half made
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.composer.compose(cell).dump(str(folder / 'config.py'))
+            stamp.write_text(fingerprint)
+        step = 'train' if cell.split == 'val' else 'test'
+        root = str(Path(__file__).resolve().parents[2])
+        paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+        environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': os.pathsep.join(paths)}
+        environment |= dict.fromkeys(('MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(self.threads))
+        if self.device == 'cpu':
+            environment['CUDA_VISIBLE_DEVICES'] = ''
+        command = [*self.program, str(folder), step, str(os.getpid())]
+        with (folder / f'{step}.log').open('a') as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        now = time.monotonic()
+        return _Job(cell, process, now, now + seconds)
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.composer.work_dir / cell.folder
+
+    def _watch(self, deadline: float | None) -> None:
+        """Tell the running cells to stop when it is time, and end them when it is over."""
+        left = math.inf if deadline is None else deadline - time.monotonic()
+        self._over = left <= 0 or any(job.told for job in self._running) or self._over
+        for job in self._running:
+            if left <= 0:
+                job.process.kill()
+            elif left <= _GRACE and not job.told and not 0 <= job.expected - time.monotonic() <= left:
+                job.process.terminate()
+                job.told = True
+        if self._stop:
+            for job in self._running:
+                job.process.kill()  # its last checkpoint is whole, whenever this comes
+
+    def _collect(self, records: dict[Cell, Record]) -> dict[Cell, Record]:
+        """Write down the cells that have ended."""
+        for job in [job for job in self._running if job.process.poll() is not None]:
+            self._running.remove(job)
+            status, cell = job.process.returncode, job.cell
+            if status == _STOPPED or (status < 0 and (self._stop or self._over or job.told)):
+                self.say(f'{cell.name}: stopped; it goes on from its last checkpoint')
+                continue
+            record = self._record(cell, status, records)
+            write_record(record, cell, self.out)
+            self._retried.add(cell)
+            records = {**records, cell: record}
+            outcome = f'failed: {record["error"]}' if record['score'] is None else f'{record["score"]:.2f}'
+            self.say(f'{cell.name}: {outcome}, {time.monotonic() - job.started:.0f} s')
+            self._progress(records)
+        return records
+
+    def _record(self, cell: Cell, status: int, records: dict[Cell, Record]) -> Record:
+        """What the file of a cell says."""
+        task, folder = self.table.task(cell.task), self._folder(cell)
+        step = 'train' if cell.split == 'val' else 'test'
+        record = dict(
+            table=self.table.name,
+            task=cell.task,
+            method=cell.method,
+            lr=cell.lr,
+            seed=cell.seed,
+            split=cell.split,
+            metric=task.label,
+            score=None,
+            device=self.device,
+            fingerprint=self.composer.fingerprint(cell),
+            code=self._code,
+        )
+        if status != 0:
+            error = folder / f'{step}.error'
+            signalled = f'ended by signal {-status}' if status < 0 else f'ended with status {status}, see {step}.log'
+            record['error'] = error.read_text() if error.is_file() else signalled
+            return record | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
+        result = json.loads((folder / f'{step}.json').read_text())
+        if step == 'test':  # with the cost of what is tested
+            trained = records[Cell(cell.task, cell.method, cell.lr, cell.seed)]
+            result = {key: trained[key] for key in _COSTS} | result | dict(training_seconds=trained['seconds'])
+        last = list(result['scores'].values())[-1]
+        return record | result | dict(score=round(task.percent * last[task.metric], 4))
+
+    def _progress(self, records: dict[Cell, Record]) -> None:
+        count, seconds = self.to_go(records)
+        minutes = round(seconds / 60)
+        if count:
+            self.say(f'{len(records)} cells done, {count} to go, about {minutes // 60} h {minutes % 60:02d} min')
+        else:
+            self.say(f'{len(records)} cells done, none to go: {file_name(next(iter(records)), self.device)} and others '
+                     f'are in {self.out}' if records else 'nothing to do')  # fmt: skip
+
+
+_COSTS = ('trained_parameters', 'trained_in_backbone', 'backbone_share', 'peak_memory', 'delta_bytes')
