@@ -1,4 +1,4 @@
-"""ViT: mmpretrain's plain vision transformer, and its checkpoints."""
+"""The plain vision transformers of mmpretrain (with SAM's) and mmseg, and the checkpoints of mmpretrain's ViT."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class ViTBlock(PeftBlock):
     """The forward of a ViT layer, with sites. Class and register tokens come before those of the grid."""
 
     def forward_with_sites(self, x: Tensor) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``."""
+        """Map ``(B, N, C)`` to ``(B, N, C)``."""
         residual = self.apply_at('post_attn', x + self.attend(self.norm1(x)))
         x = self.ffn(self.norm2(residual), identity=residual)
         return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
@@ -37,7 +37,7 @@ def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
 
 
 def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's ViT, MAE (without its decoder) and MoCo v3 (its encoder) for mmpretrain's ViT."""
+    """Convert timm's ViT, MAE (without its decoder) and MoCo v3 (its encoder) to mmpretrain's names."""
     renames = (
         (r'^norm\.', 'ln1.'),
         (r'^fc_norm\.', 'ln2.'),
@@ -54,7 +54,11 @@ def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Google's ViT: kernels are ``(in, out)``, of attention ``(width, heads, head width)``, of images HWIO."""
+    """Convert Google's ViT to mmpretrain's names and layouts.
+
+    Its kernels are ``(in, out)``, those of the attention ``(width, heads, head width)``, and that of the patch
+    embedding HWIO.
+    """
     converted: dict[str, Tensor] = {}
     for source, tensor in tensors.items():
         name, tensor = source, _npz_layout(source, tensor)
@@ -64,7 +68,7 @@ def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         put(converted, 'cls_token' if name == 'cls' else name, tensor, source)
     for name in [name for name in converted if '.attn.query.' in name]:
         parts = [name.replace('query', part) for part in ('query', 'key', 'value')]
-        if all(part in converted for part in parts):  # else the names that are there will not be known
+        if all(part in converted for part in parts):  # otherwise loading reports the leftover names as unknown
             converted[name.replace('query', 'qkv')] = torch.cat([converted.pop(part) for part in parts])
     return converted
 
@@ -119,14 +123,14 @@ register_host(
                 name='vit',
                 recognised_by=r'blocks\.\d+\.attn\.',
                 convert=convert_vit,
-                # heads, and of MAE the decoder and the token that stands for masked patches
+                # heads, and MAE's decoder and mask token
                 left_out=r'head|pre_logits\.|decoder|mask_token$',
             ),
             CheckpointFormat(
                 name='vit-npz',
                 recognised_by=r'Transformer/encoderblock_\d+/',
                 convert=convert_vit_npz,
-                left_out=r'(head|pre_logits)/|opt',  # heads, and what is an optimizer's
+                left_out=r'(head|pre_logits)/|opt',  # heads, and the state of the optimizer
             ),
         ),
         position_tables=('pos_embed',),
@@ -167,7 +171,7 @@ register_host(
             BlockSpec(
                 cls='mmpretrain.models.backbones.vit_sam.TransformerEncoderLayer',
                 linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-                branches=dict(ffn=Branch('ffn.dropout_layer')),  # the attention's ends within windows
+                branches=dict(ffn=Branch('ffn.dropout_layer')),  # the attention branch ends in window layout
                 mid_norm='ln2',
                 layout='BHWC',
             ),
