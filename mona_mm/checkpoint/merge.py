@@ -18,7 +18,7 @@ from mona_mm.methods.base import PeftModule
 from mona_mm.nn.mixin import Mixin, mix_out
 from mona_mm.record import freeze_records, record_of
 from mona_mm.registry import METHODS
-from mona_mm.type_names import is_ours, is_type, look_up, with_names
+from mona_mm.type_names import is_of_mona_mm, is_type, look_up, with_names
 
 
 def unmergeable(model: nn.Module) -> list[str]:
@@ -214,12 +214,12 @@ def stock_config(cfg: Config) -> Config:
     file is named in it: all weights are merged ones, and many a file only mona_mm can read."""
     plain = _stock(with_names(cfg.to_dict()))
     _forget_pretrained(plain.get('model'))
-    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_ours(hook)]
+    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_of_mona_mm(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
         if hook and is_type(hook, 'mona_mm.SafeCheckpointHook'):  # None takes one of mmengine's away
             hook['type'] = 'CheckpointHook'
-    if is_ours((plain.get('optim_wrapper') or {}).get('constructor')):
+    if is_of_mona_mm((plain.get('optim_wrapper') or {}).get('constructor')):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
     if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
@@ -234,7 +234,7 @@ def types_left(cfg: Config) -> list[str]:
     found: set[str] = set()
 
     def look(node: Any) -> None:
-        if isinstance(node, dict) and is_ours(node):
+        if isinstance(node, dict) and is_of_mona_mm(node):
             found.add(node['type'])
         for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
             look(value)
