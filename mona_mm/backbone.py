@@ -83,7 +83,7 @@ def PeftBackbone(
     if not fast:
         for module in method_modules(backbone):
             module.fast = False
-    make_record(backbone).config = _plain(peft)  # a delta records it, to name the method that it belongs to
+    make_record(backbone).config = _plain_config(peft)  # a delta records it, to name the method that it belongs to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
@@ -131,7 +131,7 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     return module
 
 
-def _plain(peft: dict[str, Any] | None) -> dict[str, Any] | None:
+def _plain_config(peft: dict[str, Any] | None) -> dict[str, Any] | None:
     """The config of a method in a form that JSON can hold: its registered name, dicts, lists, strings and numbers."""
     return None if peft is None else {**with_names(peft), 'type': look_up(METHODS, peft['type']).__name__}
 
