@@ -80,9 +80,9 @@ def check_names(form: str | None, converted: Iterable[str]) -> None:
     if unknown:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise CheckpointMismatchError(
-            f'The checkpoint has the format {form!r}, but no backbone or method of that format has {", ".join(unknown[:3])}'
-            f'{more} (names after conversion), which would be lost. If the file comes from code with modules of its own '
-            'and they are not needed, remove them from it first.'
+            f'The checkpoint has the format {form!r}, but no backbone or method of that format has '
+            f'{", ".join(unknown[:3])}{more} (names after conversion), which would be lost. If the file comes from '
+            'code with modules of its own and they are not needed, remove them from it first.'
         )
 
 
@@ -143,7 +143,7 @@ def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert LoRand or Adapter in an mmdet Swin, or in a model with one at ``backbone.``, to the CoLin release's names.
+    """Convert LoRand or Adapter in an mmdet Swin, or in a model with one at ``backbone.``, to the CoLin names.
 
     Raises:
         ConfigError: if there is no such Swin, or it has a module that is not in that release.

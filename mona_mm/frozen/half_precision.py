@@ -1,4 +1,4 @@
-r"""Keep frozen weights in half precision, which halves their memory and saves casting them in every mixed-precision step.
+r"""Keep frozen weights in half precision, which halves their memory and saves their casts in every autocast step.
 
 These are the frozen weights of linear layers, convolutions and torch's attention, which take 99% of a backbone's bytes.
 Norms, biases, position tables, and all parameters that train stay in float32.

@@ -112,9 +112,9 @@ def modules_beside_linears(backbone: nn.Module) -> Iterator[tuple[nn.Module, Ten
 def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
     if site in spec.linears and not spec.linears[site].is_called and not getattr(module, 'is_weight_delta', False):
         raise ConfigError(
-            f'{type(backbone).__name__} reads the weight of {site!r} directly, so only a module that adds to the weight '
-            f'can attach there (LoRA with dropout=0 does), and this {type(module).__name__} does not. Other sites of '
-            f'this backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
+            f'{type(backbone).__name__} reads the weight of {site!r} directly, so only a module that adds to the '
+            f'weight can attach there (LoRA with dropout=0 does), and this {type(module).__name__} does not. Other '
+            f'sites of this backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
         )
 
 

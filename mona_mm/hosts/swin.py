@@ -363,8 +363,8 @@ def convert_to_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _reorder_neighbours(tensor: Tensor) -> Tensor:
     """Bring the channels of four merged neighbours from the published order to mmdet's.
 
-    The published ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in mmdet's
-    PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
+    The published ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in
+    mmdet's PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
     """
     neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
     return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()

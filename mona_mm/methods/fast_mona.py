@@ -44,11 +44,11 @@ def mona(
 
     - The depthwise convolutions are one convolution, whose kernel is their sum and is built in every call.
     - Tokens stay ``(B, N, C)`` in memory; the grid is a view in channels-last format.
-    - The backward pass keeps the output, the mean and reciprocal standard deviation of ``x``, the hidden state ``p`` and
-      the dropout mask. Everything between is recomputed. ``x`` is recomputed as the output minus the branch, to the
-      precision of the output: beside a branch a million times as large it would be lost. The next LayerNorm in a block
-      keeps the output anyway. Changing the output in place is an error. In half precision (without autocast), where
-      the sum is rounded, ``x`` itself is kept.
+    - The backward pass keeps the output, the mean and reciprocal standard deviation of ``x``, the hidden state ``p``
+      and the dropout mask. Everything between is recomputed. ``x`` is recomputed as the output minus the branch, to
+      the precision of the output: beside a branch a million times as large it would be lost. The next LayerNorm in a
+      block keeps the output anyway. Changing the output in place is an error. In half precision (without autocast),
+      where the sum is rounded, ``x`` itself is kept.
     - The gradients of all parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``, so that
       nothing as wide as ``x`` is summed over the tokens.
 
@@ -180,7 +180,6 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, hidden, mask, kernel, kernel_bias, pointwise, pointwise_bias, *params = ctx.saved_tensors
-    weight, _, gamma, gammax, down = params[:5]
     need = ctx.needs_input_grad
     need_x, need_down, need_pointwise, need_up = need[0], any(need[5:11]), any(need[11:13]), any(need[13:15])
     need_filters = any(need[15:])
@@ -230,21 +229,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not need_x:
         return _returned(ctx, None, grads)
 
-    ds = linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
-    if mean is None:
-        dx = ds.add_(grad.flatten(0, 1))
-    else:
-        dx = torch.ops.aten.native_layer_norm_backward(
-            ds, x.to(ds.dtype), x.shape[-1:], mean.view(-1, 1), rstd.view(-1, 1), gamma * weight, None,
-            [True, False, False],
-        )[0]  # fmt: skip
-        dx.addcmul_(ds, gammax).add_(grad.flatten(0, 1))
+    dx = _input_gradient(grad.flatten(0, 1), params[:5], x, mean, rstd, dp)
     return _returned(ctx, dx.to(x.dtype).view_as(grad), grads)
 
 
 def _returned(ctx: Any, dx: Tensor | None, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[5:], strict=True))
     return (dx, None, None, None, None, *wanted)
+
+
+def _input_gradient(
+    grad: Tensor, params: Sequence[Tensor], x: Tensor, mean: Tensor | None, rstd: Tensor | None, dp: Tensor
+) -> Tensor:
+    """Compute the gradient of the tokens ``x (B*N, C)`` from those of the output and of the hidden state."""
+    weight, _, gamma, gammax, down = params
+    ds = linear(dp, down.to(dp.dtype).t()).to(grad.dtype if mean is None else weight.dtype)
+    if mean is None:
+        return ds.add_(grad)
+    dx = torch.ops.aten.native_layer_norm_backward(
+        ds, x.to(ds.dtype), x.shape[-1:], mean.view(-1, 1), rstd.view(-1, 1), gamma * weight, None, [True, False, False]
+    )[0]
+    return dx.addcmul_(ds, gammax).add_(grad)
 
 
 def _filter_gradients(
