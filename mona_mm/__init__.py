@@ -6,7 +6,7 @@ OpenMMLab libraries importable without them. Import it before their models.
 
 from mona_mm import compat
 
-compat.install()  # before anything below can import mmcv.ops
+compat.install()  # before any import of mmcv.ops below
 
 from mona_mm.backbone import FrozenModel, PeftBackbone  # noqa: E402
 from mona_mm.checkpoint import loading  # noqa: E402, F401  lets every loader of mmengine read deltas

@@ -1,4 +1,4 @@
-"""Build a stock module, insert a method, freeze: what ``type='mona_mm.PeftBackbone'`` in a config does."""
+"""Build a stock module, attach a method and freeze the rest, as ``type='mona_mm.PeftBackbone'`` in a config asks."""
 
 from functools import partial
 from typing import Any, Literal
@@ -44,60 +44,64 @@ def PeftBackbone(
         peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
         trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.frozen.rules`. By
             default none under a method, all without one.
-        fast: compute the same, within rounding, in less time and memory: see :mod:`mona_mm.hosts`. Without it the
-            backbone computes what the stock one does, bit for bit, and a method its plain form.
-        compile: give the backbone to ``torch.compile``, whose arguments a dict holds; the detector around it stays as
-            it is. It compiles at the first call, again where the size of the images changes, and needs a C++ compiler
-            on a CPU. Copies are not compiled.
+        fast: use the faster forms of the host's modules and of the method, which need less time and memory and compute
+            the same within rounding (see :mod:`mona_mm.hosts.fast`). With False the backbone computes the same as the
+            stock one, bit for bit, and the method uses its plain form.
+        compile: compile the backbone, but not the model around it, with ``torch.compile``, whose arguments may be given
+            as a dict. It compiles at the first call and whenever the size of the images changes, and needs a C++
+            compiler on a CPU. Copies of the backbone are not compiled.
         frozen_dtype: ``'bfloat16'`` or ``'float16'`` keeps the frozen weights of linear layers and convolutions in that
-            type; what trains stays in float32: see :mod:`mona_mm.frozen.half_precision`. Forward and backward are in
-            mixed precision then, with or without an AmpOptimWrapper; float16 needs the loss scaling of one.
-        cache_features: GiB of memory in which to keep what the frozen part makes of every image, for the next epoch;
-            with ``trainable`` ``'fixed'`` or ``'partial_1'`` and a pipeline that is not random: see
-            :mod:`mona_mm.frozen.feature_cache`.
-        deploy: put the form for inference in the place of every module of the method (of Mona the one with its
-            parameters folded together); ``tools/delta.py merge`` writes such configs, with the weights for them.
+            dtype; parameters that train stay in float32 (see :mod:`mona_mm.frozen.half_precision`). Forward and
+            backward then run in mixed precision, with or without an AmpOptimWrapper; float16 needs its loss scaling.
+        cache_features: the memory in GiB for keeping the features that the frozen part computes for every image from
+            one epoch to the next; it needs ``trainable`` ``'fixed'`` or ``'partial_1'`` and a pipeline without
+            randomness (see :mod:`mona_mm.frozen.feature_cache`).
+        deploy: replace every module of the method by its form for inference (Mona's has its parameters folded
+            together). ``tools/delta.py merge`` writes configs with this option, and the weights for them.
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.hosts.HOSTS`.
-        ConfigError: unknown base or method, a method that this host has no sites for or that is wider than its blocks,
-            a rule that matches nothing, ``frozen_stages`` under a method, or ``frozen_dtype`` where nothing is frozen;
-            ``cache_features`` where the features of an image change, or with ``compile``; ``deploy`` of a method
-            without a form for inference.
-        UnknownOptionError: an option that the method does not have.
+        ConfigError: if the base or method is unknown, this host lacks the sites of the method, the method is wider than
+            the blocks, a rule selects nothing, a method's base has ``frozen_stages``, ``frozen_dtype`` is given where
+            nothing is frozen, ``cache_features`` where the features of an image change or with ``compile``, or
+            ``deploy`` with a method that has no form for inference.
+        UnknownOptionError: if the method does not have an option.
     """
     method = None if peft is None else build_method(peft)
     backbone = _build(base)
     find_host(backbone)
-    if fast:  # before a method, whose classes come in front
+    if fast:  # before the method, whose classes must come in front of the fast ones
         for module in backbone.modules():
             make_fast(module)
     if method is not None:
         method.attach(backbone)
     if deploy and not put_in_deploy_forms(backbone):
         raise ConfigError(
-            f'deploy=True: {"no method" if method is None else method.name} has no form for inference of its own; Mona '
-            'has. Leave deploy out.'
+            f'deploy=True: {"a backbone without method" if method is None else method.name} has no form for inference '
+            '(Mona has one). Leave deploy out.'
         )
     if not fast:
         for module in method_modules(backbone):
             module.fast = False
-    make_record(backbone).config = _plain(peft)  # for deltas to say what they belong to
+    make_record(backbone).config = _plain_config(peft)  # a delta records it, to name the method that it belongs to
     if trainable is None:
         trainable = 'all' if method is None else 'none'
     freeze(backbone, (*as_rules(trainable), *(method.trainable if method else ())))
-    # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
+    # A bound method would be pickled by its name, and would become the host's own when it is loaded.
     backbone.init_weights = partial(init_weights, backbone, method)
     if cache_features is not None:
         if compile:
-            raise ConfigError('cache_features and compile exclude each other: what is compiled asks no cache.')
+            raise ConfigError(
+                'cache_features and compile exclude each other, since a compiled backbone does not look features up. '
+                'Leave one of them out.'
+            )
         keep_features(backbone, cache_features)
-    if frozen_dtype is not None:  # last: within its autocast everything else is computed
+    if frozen_dtype is not None:  # last, so that its autocast covers everything else
         keep_frozen(backbone, frozen_dtype)
     if compile:
         try:
             backbone.compile(**(compile if isinstance(compile, dict) else {}))
-        except Exception as error:  # of torch, or of a backend that it finds by name
+        except Exception as error:  # torch and its backends raise errors of any class
             raise ConfigError(f'compile={show(compile)}: torch.compile refuses these arguments ({error}).') from error
     return backbone
 
@@ -105,30 +109,30 @@ def PeftBackbone(
 @MODELS.register_module()
 @checked
 def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
-    """Any module of a config (neck, head, a ResNet, a whole detector), of which only ``trainable`` trains.
+    """Any module of a config (a neck, a head, a ResNet, a whole detector) of which only ``trainable`` trains.
 
-    Freezing happens here, before a Runner wraps the model for distributed training. A BatchNorm that is frozen
-    altogether keeps its statistics, too.
+    Freezing happens here, before a Runner wraps the model for distributed training. A BatchNorm without trainable
+    parameters also keeps its statistics.
 
     Args:
         base: the module's own config.
         trainable: a rule or a list of rules of :mod:`mona_mm.frozen.rules`.
 
     Raises:
-        ConfigError: unknown base, or a rule that matches nothing.
-        CheckpointMismatchError: by ``init_weights``, if a ``Pretrained`` ``init_cfg`` lacks something that is frozen.
+        ConfigError: if the base is unknown, or a rule selects nothing.
+        CheckpointMismatchError: by ``init_weights``, if a ``Pretrained`` ``init_cfg`` lacks a frozen tensor.
     """
     module = _build(base)
     freeze(module, trainable)
-    # Some hosts' own loading skips in silence what does not fit; a PeftBackbone's does not.
-    for each in module.modules():
-        if is_host(each) and pretrained_file(each) and 'init_weights' not in vars(each):
-            each.init_weights = partial(init_weights, each)
+    # The loading of some hosts silently skips tensors that do not fit; load_pretrained refuses them.
+    for backbone in module.modules():
+        if is_host(backbone) and pretrained_file(backbone) and 'init_weights' not in vars(backbone):
+            backbone.init_weights = partial(init_weights, backbone)
     return module
 
 
-def _plain(peft: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a method as text can have it: its registered name, plain dicts, lists, strings and numbers."""
+def _plain_config(peft: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config of a method in a form that JSON can hold: its registered name, dicts, lists, strings and numbers."""
     return None if peft is None else {**with_names(peft), 'type': look_up(METHODS, peft['type']).__name__}
 
 
@@ -138,17 +142,17 @@ def _build(base: dict[str, Any]) -> nn.Module:
     with MODELS.switch_scope_and_registry(None) as registry:  # the running config's default scope
         if not callable(look_up(registry, base['type'])):
             raise ConfigError(
-                f'base: there is no module {show(base["type"])}. Give the type that a stock config has, outside a '
-                "config with its library's scope: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
+                f'base: there is no module {show(base["type"])}. Give the type of a stock config, with the scope of '
+                "its library if the config has another: 'mmdet.SwinTransformer', 'mmpretrain.VisionTransformer'."
             )
     return MODELS.build(ConfigDict(base))
 
 
 def init_weights(self: nn.Module, method: Method | None = None) -> None:
-    """``init_weights`` of a :func:`PeftBackbone`: load or initialise the base, then give the method its own values.
+    """``init_weights`` of a :func:`PeftBackbone`: load or initialise the base, then initialise the method.
 
-    A ``Pretrained`` ``init_cfg`` goes through :func:`load_pretrained`, which checks that the file fits, whichever of
-    the libraries the host is from. The method comes last, because some hosts re-randomise every linear layer.
+    The file of a ``Pretrained`` ``init_cfg`` is loaded by :func:`load_pretrained`, which checks that it fits, whatever
+    library the host is from. The method comes last, since some hosts re-initialise every linear layer.
     """
     pretrained = pretrained_file(self)
     with in_float32(self):

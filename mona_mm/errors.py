@@ -1,12 +1,12 @@
-"""Errors that say what the user can mend. The command lines print them in one line, without a traceback."""
+"""Errors that the user can fix. The command lines print them as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """Something in a config, on a command line or on the disk is not as it has to be."""
+    """A mistake in a config, on a command line or in a file that the user can fix."""
 
 
 class ConfigError(UserError, ValueError):
-    """A value that is not among the accepted ones, or that contradicts another."""
+    """A value that is not accepted, or that contradicts another one."""
 
 
 class UnknownOptionError(UserError, TypeError):
@@ -14,24 +14,24 @@ class UnknownOptionError(UserError, TypeError):
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 class UnsupportedHostError(UserError, TypeError):
-    """A backbone whose blocks mona_mm does not know."""
+    """A backbone that is not a supported host."""
 
 
 class CheckpointMismatchError(UserError, RuntimeError):
-    """A checkpoint of another architecture than the model's."""
+    """A checkpoint that does not fit the architecture of the model."""
 
 
 class FreezeError(UserError, RuntimeError):
-    """What trains is not what the config asked for, or a frozen weight changed."""
+    """Other parameters train than the config selects, or a frozen weight has changed."""
 
 
 class PlanError(UserError, ValueError):
-    """A plan of SPT that is damaged, or for another base than the model's."""
+    """A plan of SPT that is damaged, or that was made for another base."""
 
 
 class SensitivityError(UserError, RuntimeError):
-    """Data or losses that no sensitivity can be measured with."""
+    """Data or losses from which no sensitivity can be computed."""

@@ -1,9 +1,9 @@
-"""What a config may say to a function: every option is checked against the annotation of its argument.
+"""Check the options that a config gives to a function against the annotations of the function's arguments.
 
-An annotation says the type (``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, unions, ``Sequence``,
-``Mapping``, a class), and in ``Annotated[type, Rule(...)]`` what else must hold. Types are taken strictly, since in a
-config a wrong one is a mistake: a bool is no number, a float is no whole number, a float is finite, a string is no list
-of strings, and numbers of numpy or torch are none of Python's. An annotation of any other kind accepts everything.
+An annotation gives the type (``bool``, ``int``, ``float``, ``str``, ``None``, ``Literal``, unions, ``Sequence``,
+``Mapping``, a class), and ``Annotated[type, Rule(...)]`` a further condition. Types are strict, since a wrong type in a
+config is a mistake: a bool is not accepted as a number, a float not as an int, a string not as a list of strings, and
+numbers of numpy or torch not as Python's; floats must be finite. Any other annotation accepts every value.
 """
 
 import inspect
@@ -20,11 +20,11 @@ from mona_mm.errors import ConfigError, UnknownOptionError
 
 @dataclass(frozen=True)
 class Rule:
-    """What must hold of a value of the annotated type.
+    """A condition on values of the annotated type.
 
     Args:
-        text: how a message says it, behind "must be"; None for what the type is called.
-        fits: whether it holds.
+        text: the words for it after "must be" in a message; None for the words of the type.
+        fits: a function of a value that tells whether the condition holds.
     """
 
     text: str | None
@@ -32,7 +32,7 @@ class Rule:
 
 
 LARGEST = 2**31 - 1
-"""Of whole numbers that a tensor is made of: beyond, sizes overflow before memory is asked for."""
+"""The largest whole number for the size of a tensor; larger sizes overflow before any memory is allocated."""
 
 Count = Annotated[int, Rule('a whole number of at least 1', lambda value: 1 <= value <= LARGEST)]
 Width = Annotated[Count, Rule(None)]
@@ -43,9 +43,9 @@ Positive = Annotated[float, Rule('a number above 0', lambda value: value > 0)]
 
 
 def checked(function: Callable) -> Callable:
-    """Decorator: check the arguments of every call by :func:`check_options`.
+    """Decorate a function so that :func:`check_options` checks the arguments of every call.
 
-    A method is named by the class of its object, so that a subclass is named by its own name.
+    Messages name a method by the class of its object, so that a subclass appears under its own name.
     """
     signature = inspect.signature(function)
     is_method = next(iter(signature.parameters), None) == 'self'
@@ -76,15 +76,15 @@ def check_options(
     A value that is the argument's default is always allowed.
 
     Args:
-        owner: what a message calls the function.
+        owner: the name of the function in messages.
         function: a function or class.
-        options: by name.
-        given: arguments that are no options, since something else gives them.
-        more: names that are options, too, which the function does not see.
+        options: the options by name.
+        given: arguments that are not options, since the caller provides them.
+        more: further names of options, which are not arguments of the function.
 
     Raises:
-        UnknownOptionError: if one is no argument; it lists those.
-        ConfigError: if a value cannot be.
+        UnknownOptionError: if an option is not an argument; the message lists the arguments.
+        ConfigError: if a value is not accepted.
     """
     named, hints = _named(function), _hints(function)
     accepted = [name for name in named if name not in given] + list(more)
@@ -105,32 +105,32 @@ def widths(function: Callable) -> list[str]:
 
 
 def accepted_values(function: Callable) -> dict[str, str]:
-    """What the arguments of a function accept, in words, by name; those without an annotation are left out."""
+    """The accepted values of a function's arguments, in words, by name. Arguments without annotation are left out."""
     return {name: _describe(hint) for name, hint in _hints(function).items() if name in _named(function)}
 
 
 def show(value: Any) -> str:
-    """A value in a message: its ``repr``, shortened, or its type where it has none."""
+    """Format a value for a message: its shortened ``repr``, or its type if ``repr`` fails."""
     try:
         text = ' '.join(repr(value).split())
-    except Exception:  # of an object of any class, or a whole number of more digits than Python prints
+    except Exception:  # any class may raise, and so do whole numbers with more digits than Python prints
         text = f'<{type(value).__name__}>'
     return text if len(text) <= 120 else f'{text[:117]}...'
 
 
 @cache
 def _named(function: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of a function that an option can be."""
-    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind not in several}
+    """The parameters of a function that can be passed by name, without ``*args`` and ``**kwargs``."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic}
 
 
 @cache
 def _hints(function: Callable) -> dict[str, Any]:
-    of = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
+    annotated = inspect.unwrap(function.__init__ if inspect.isclass(function) else function)
     try:
-        return get_type_hints(of, include_extras=True)
-    except (NameError, TypeError):  # somebody's names that are there for a type checker alone
+        return get_type_hints(annotated, include_extras=True)
+    except (NameError, TypeError):  # third-party annotations may use names that only type checkers import
         return {}
 
 
@@ -140,7 +140,7 @@ def _fits(value: Any, hint: Any) -> bool:
         rules = [extra for extra in hint.__metadata__ if isinstance(extra, Rule)]
         return _fits(value, hint.__origin__) and all(rule.fits(value) for rule in rules)
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in arguments)
+        return any(_fits(value, alternative) for alternative in arguments)
     if origin is Literal:
         return isinstance(value, str | int | NoneType) and value in arguments
     if hint is bool or hint is str or hint is NoneType or hint is None:
@@ -150,18 +150,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     if origin in (Sequence, list):
-        return isinstance(value, list | tuple) and all(_fits(each, arguments[0]) for each in value)
+        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
     if origin is tuple and arguments[-1:] == (Ellipsis,):
-        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
     if origin in (Mapping, dict):
         return isinstance(value, Mapping) and all(
-            _fits(key, arguments[0]) and _fits(each, arguments[1]) for key, each in value.items()
+            _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
         )
     if hint is Any or not inspect.isclass(hint):
         return True
     try:
         return isinstance(value, hint)
-    except TypeError:  # of a protocol that exists for a type checker alone
+    except TypeError:  # a protocol that cannot be checked at run time
         return True
 
 
@@ -190,5 +190,5 @@ def _describe(hint: Any) -> str:
 
 def _alternatives(hint: Any) -> list[str]:
     if get_origin(hint) in (Union, UnionType):
-        return [text for each in get_args(hint) for text in _alternatives(each)]
-    return [repr(each) for each in get_args(hint)] if get_origin(hint) is Literal else [_describe(hint)]
+        return [text for alternative in get_args(hint) for text in _alternatives(alternative)]
+    return [repr(value) for value in get_args(hint)] if get_origin(hint) is Literal else [_describe(hint)]

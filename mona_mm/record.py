@@ -1,4 +1,4 @@
-"""What mona_mm has done to a module: one record on it, ``peft_record``, which copies and pickles take along."""
+"""The record of mona_mm's changes to a module: its attribute ``peft_record``, which copies and pickles include."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class FreezeRecord:
-    """Which parameters :func:`mona_mm.frozen.rules.freeze` was asked to let train, and which it does.
+    """The rules that :func:`mona_mm.frozen.rules.freeze` was called with, and the parameters that train.
 
     Args:
-        rules: what was asked for.
+        rules: the rules.
         trainable: the parameters that train.
-        behind: parameters that were selected, too, and stay frozen, since no output depends on them.
-        frozen: the parameters that would train had ``freeze`` not been called; what the host itself froze is not
-            among them.
+        behind: the parameters that were selected but stay frozen, since no output depends on them.
+        frozen: the parameters that ``freeze`` has frozen, without those that the host itself had frozen.
     """
 
     rules: tuple[str, ...]
@@ -27,18 +26,19 @@ class FreezeRecord:
 
 @dataclass
 class PeftRecord:
-    """What mona_mm has done to a module.
+    """The changes that mona_mm has made to a module.
 
     Args:
         method: the name of the method in the blocks of the module; None without one.
         config: the ``peft`` of the config that the method was built from, in plain dicts, lists, strings and numbers.
-        freeze: what trains in the module.
-        frozen_dtype: the type that frozen weights are kept in, ``'bfloat16'`` or ``'float16'``; None for float32.
+        freeze: the record of the module's freezing; None if it was not frozen.
+        frozen_dtype: the dtype of the frozen weights, ``'bfloat16'`` or ``'float16'``; None for float32.
         feature_cache: the :class:`mona_mm.frozen.feature_cache.FeatureCache` of the module, if it keeps features.
-        base_file: the whole model that was loaded for a delta to be put on.
-        replaced: what the last delta replaced, by name: the tensor that was there, and the digest of the delta's.
-        delta_base: the whole model that deltas which mmengine loads belong on, whatever they say themselves.
-        allow_other_base: whether such deltas are loaded on another base than their own, too.
+        base_file: the file of the whole model that was loaded as the base of a delta.
+        replaced: for every tensor that the latest delta replaced, by name, the previous tensor and the digest of the
+            delta's.
+        delta_base: the file of the base for deltas that mmengine loads, in place of the one that a delta names.
+        allow_other_base: whether such deltas may be loaded on another base than their own.
     """
 
     method: str | None = None
@@ -56,17 +56,17 @@ _NO_RECORD = PeftRecord()
 
 
 def record_of(module: nn.Module) -> PeftRecord:
-    """The record of a module, not to be changed; an empty one where mona_mm has done nothing to it."""
+    """The record of a module, for reading only; an empty one if mona_mm has not changed the module."""
     return vars(module).get('peft_record', _NO_RECORD)
 
 
 def make_record(module: nn.Module) -> PeftRecord:
-    """The record of a module, to be changed."""
+    """The record of a module, for writing; it is created if there is none."""
     return vars(module).setdefault('peft_record', PeftRecord())
 
 
 def freeze_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, FreezeRecord]]:
-    """The modules of a model in which something was frozen, with their paths and records."""
+    """Yield the path, module and record of every module that was given to :func:`mona_mm.frozen.rules.freeze`."""
     for path, module in model.named_modules():
         record = record_of(module).freeze
         if record is not None:

@@ -1,8 +1,8 @@
-"""What a ``type`` of a config means, however it is written.
+"""Resolve a ``type`` of a config, in whatever form it is written.
 
-A ``type`` is a registered name (``'PeftBackbone'``), one with a scope (``'mona_mm.PeftBackbone'``), the full name of a
-class, which mmengine writes when it dumps a pure-Python config (``'mona_mm.backbone.PeftBackbone'``), the class or
-function itself, or an object of mmengine's that imports it later.
+A ``type`` is a registered name (``'PeftBackbone'``), a name with a scope (``'mona_mm.PeftBackbone'``), the full name of
+a class, which mmengine writes when it dumps a pure-Python config (``'mona_mm.backbone.PeftBackbone'``), the class or
+function itself, or one of mmengine's objects for lazy imports.
 """
 
 import inspect
@@ -39,17 +39,17 @@ _CLASSES = dict(
     Caffe2Xavier='Caffe2XavierInit',
     Pretrained='PretrainedInit',
 )
-"""The names under which mmengine and mmcv register layers and initialisers that are called otherwise."""
+"""The class names of layers and initialisers that mmengine and mmcv register under other names, by those names."""
 
 
 def type_name(type_: Any) -> str:
-    """The name of the class that a ``type`` means, without scope; the empty string of what is no type."""
+    """The name of the class that a ``type`` stands for, without scope; the empty string if it is not a type."""
     name = full_name(type_).rpartition('.')[2]
     return _CLASSES.get(name, name)
 
 
 def full_name(type_: Any) -> str:
-    """A ``type`` as a string, from which mmengine builds the same; the empty string of what is no type."""
+    """A ``type`` as a string from which mmengine builds the same object; the empty string if it is not a type."""
     if isinstance(type_, str):
         return type_
     if isinstance(type_, LazyObject | LazyAttr):
@@ -66,8 +66,8 @@ def is_type(config: Any, *names: str) -> bool:
 
     Args:
         config: a dict with a ``type``, or a ``type`` itself.
-        names: registered names. One with a scope, ``'mona_mm.PeftBackbone'``, is also meant by the name alone, which
-            mmengine finds in the default scope, but not by that name in another scope.
+        names: registered names. One with a scope, ``'mona_mm.PeftBackbone'``, also matches a ``type`` without scope,
+            which mmengine finds in the default scope, but not the same name in another scope.
     """
     given = full_name(_type(config))
     for name in names:
@@ -77,40 +77,44 @@ def is_type(config: Any, *names: str) -> bool:
     return False
 
 
-def is_ours(config: Any) -> bool:
-    """Whether the ``type`` of a config, or a ``type`` itself, says that it is of mona_mm."""
+def is_of_mona_mm(config: Any) -> bool:
+    """Whether the ``type`` of a config, or a ``type`` itself, has the scope or module of mona_mm."""
     return _scope(full_name(_type(config))) == 'mona_mm'
 
 
 def look_up(registry: Registry, type_: Any) -> Any:
-    """What a ``type`` means in a registry: a class or function; None if a name is not there, what is no name itself."""
+    """Look up the class or function of a ``type`` in a registry.
+
+    Returns:
+        The class or function, None if the registry does not have the name, or ``type_`` itself if it is not a name.
+    """
     if isinstance(type_, LazyObject | LazyAttr):
         return type_.build()
     if not isinstance(type_, str):
         return type_
-    if not all(type_.split('.')):  # mmengine would import a package of no name
+    if not all(type_.split('.')):  # mmengine would try to import a package with an empty name
         return None
     try:
         return registry.get(type_)
-    except (RuntimeError, ValueError):  # mmengine's and Python's, of what is no name of an object
+    except (RuntimeError, ValueError):  # mmengine and Python raise these for strings that are not names
         return None
 
 
 def with_names(node: Any) -> Any:
-    """A copy of a config in plain dicts, lists and tuples, with the full names of classes and functions in it, as
-    mmengine dumps it."""
+    """Copy a config to plain dicts, lists and tuples, with full names for classes and functions, as mmengine dumps
+    it."""
     if isinstance(node, dict):
-        return {key: with_names(value) for key, value in dict.items(node)}  # ConfigDict's own would import
+        return {key: with_names(value) for key, value in dict.items(node)}  # ConfigDict.items would import lazy objects
     if isinstance(node, list | tuple):
         return type(node)(with_names(value) for value in node)
     return node if isinstance(node, str) else full_name(node) or node
 
 
 def enter_scope(cfg: Config) -> None:
-    """Let names without a scope mean what they mean in the run of a config, before there is a runner.
+    """Enter the default scope of a config before there is a Runner, so that names without a scope mean the same.
 
-    That is mmengine's own where the config says nothing, and with ``default_scope=None``, as pure-Python configs have
-    it, that of the library whose code asks.
+    Without ``default_scope`` it is ``'mmengine'``; with ``default_scope=None``, as in pure-Python configs, there is no
+    default scope, and each library uses its own.
     """
     scope = cfg.get('default_scope', 'mmengine')
     if scope is None:

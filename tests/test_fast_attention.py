@@ -21,7 +21,7 @@ from mona_mm.hosts.swin import FastWindowAttention, window_index
 @pytest.fixture(autouse=True)
 def fast_from_the_first_token(monkeypatch):
     """Small maps take the fast form, too, so that small tests test it."""
-    monkeypatch.setattr(fast_attention, '_FEWEST', 0)
+    monkeypatch.setattr(fast_attention, '_MIN_ELEMENTS', 0)
 
 
 SWINS = ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin']
@@ -168,7 +168,7 @@ def test_masks_follow_their_table():
 def test_small_maps_whose_table_trains(monkeypatch):
     """On a CPU they take the stock path, to the bit, where it is the faster; not without gradients, nor if the table
     is frozen. What counts is all the windows' elements, padding and batch included."""
-    monkeypatch.setattr(fast_attention, '_FEWEST', 2 * 2 * 3 * 49 * 24)
+    monkeypatch.setattr(fast_attention, '_MIN_ELEMENTS', 2 * 2 * 3 * 49 * 24)
     calls = []
     gather = fast_attention._Gather.apply
     monkeypatch.setattr(fast_attention._Gather, 'apply', lambda *args: calls.append(args) or gather(*args))

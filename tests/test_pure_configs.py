@@ -27,7 +27,7 @@ from mona_mm.methods import LoRA
 from mona_mm.registry import METHODS, MODELS
 from mona_mm.reproduce.cells import differences
 from mona_mm.reproduce.logs import parse_config
-from mona_mm.type_names import _CLASSES, full_name, is_ours, is_type, look_up, type_name, with_names
+from mona_mm.type_names import _CLASSES, full_name, is_of_mona_mm, is_type, look_up, type_name, with_names
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_every_spelling_of_a_type(type_):
     """Name, scoped name, full name, function, lazy object and lazy attribute are the same type."""
     assert is_type(type_, 'mona_mm.PeftBackbone') and is_type(dict(type=type_), 'mona_mm.PeftBackbone')
     assert type_name(type_) == 'PeftBackbone'
-    assert is_ours(type_) == (type_ != 'PeftBackbone')
+    assert is_of_mona_mm(type_) == (type_ != 'PeftBackbone')
     assert look_up(MODELS, type_) is PeftBackbone
     assert look_up(MODELS, with_names(dict(type=type_))['type']) is PeftBackbone
     assert not is_type(type_, 'mona_mm.FrozenModel')
@@ -73,7 +73,7 @@ def test_every_spelling_of_a_type(type_):
 
 def test_what_is_no_type():
     for value in (None, 3, [], {}, {'a': 1}, ''):
-        assert type_name(value) == '' and not is_type(value, 'BN') and not is_ours(value)
+        assert type_name(value) == '' and not is_type(value, 'BN') and not is_of_mona_mm(value)
     assert all(look_up(METHODS, name) is None for name in ('', '.', 'a.', '.a', 'a.b', 'a b.c', 'a\0.b'))
     assert is_type('mmdet.SwinTransformer', 'SwinTransformer') and not is_type('mmdet.Mona', 'mona_mm.Mona')
     assert full_name(nn.SyncBatchNorm) == 'torch.nn.modules.batchnorm.SyncBatchNorm'

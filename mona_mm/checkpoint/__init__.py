@@ -1,4 +1,4 @@
-"""Checkpoints in and out: formats, loading that checks, what of a file fits a model, and deltas."""
+"""Checkpoints: their formats, loading with checks, and deltas."""
 
 from mona_mm.checkpoint.convert import convert_state_dict
 from mona_mm.checkpoint.delta import load_delta, save_delta

@@ -1,4 +1,4 @@
-"""Files that a stopped process or a full disk cannot break."""
+"""Write files so that a stopped process or a full disk cannot leave a broken one."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ from mona_mm.errors import ConfigError
 
 @register_backend('mona_mm_atomic')
 class AtomicLocalBackend(LocalBackend):
-    """Local files that appear whole or not at all."""
+    """mmengine's backend for local files, which writes a file completely or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` beside ``filepath``, flush it to the disk, and rename it.
 
         Raises:
-            ConfigError: if there can be no such file, because its folder is a file or it is a folder.
+            ConfigError: if the path is a folder, or its parent is or lies in a file.
         """
         path = Path(filepath)
         try:
@@ -36,5 +36,5 @@ class AtomicLocalBackend(LocalBackend):
             partial.unlink(missing_ok=True)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """:meth:`put` of a text."""
+        """Write a text by :meth:`put`."""
         self.put(obj.encode(encoding), filepath)

@@ -1,4 +1,4 @@
-"""The whole model that the deltas of a run belong on."""
+"""Find the checkpoint of the whole model that the deltas of a run need as their base."""
 
 import os.path as osp
 
@@ -9,14 +9,21 @@ from mona_mm.errors import MissingFileError
 
 
 def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
-    """The whole model that a config's run started from, on which its deltas belong; None if it names none.
+    """Find the whole model from which the run of a config started; its deltas need it as their base.
 
-    That is its ``load_from``, but of a run that was resumed, where ``load_from`` is the checkpoint it continued from
-    and may be gone since, what :func:`mona_mm.commands.config.resume_from` kept as ``base_checkpoint``. Where that is
-    not there, it may be where ``delta``, one of the run's, says, or beside it.
+    It is the config's ``load_from``. In a resumed run, whose ``load_from`` is the checkpoint that it continued from,
+    it is the ``base_checkpoint`` that :func:`mona_mm.commands.config.resume_from` has kept. If that file no longer
+    exists, the file that ``delta`` names is tried, and one of the same name beside the delta.
+
+    Args:
+        cfg: the config of the run.
+        delta: a delta of the run.
+
+    Returns:
+        The file; None if the config names none.
 
     Raises:
-        MissingFileError: if the file is not there.
+        MissingFileError: if the file does not exist.
     """
     key, file = _base_key(cfg), base_file(cfg)
     if is_gone(file):
@@ -25,19 +32,19 @@ def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
                 if osp.isfile(place) and not osp.samefile(place, delta):
                     return place
         raise MissingFileError(
-            f'{key}={file}: there is no such checkpoint. The run started from it, so its delta belongs on it: say '
-            f'where it is now with --cfg-options {key}=/path/to/it'
+            f'{key}={file}: there is no such checkpoint. The run started from it, so its delta needs it as base. Give '
+            f'its new place with --cfg-options {key}=/path/to/it'
         )
     return file
 
 
 def is_gone(file: str | None) -> bool:
-    """Whether a config names a local file that is not there."""
+    """Whether a file that a config names is local and does not exist."""
     return bool(file) and '://' not in file and not osp.isfile(osp.expanduser(file))
 
 
 def base_file(cfg: Config) -> str | None:
-    """What :func:`whole_model_base` is, wherever it is by now."""
+    """The whole model from which the run of a config started, whether or not the file exists; None if there is none."""
     return cfg.get(_base_key(cfg)) or None
 
 

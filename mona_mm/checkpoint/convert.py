@@ -1,4 +1,4 @@
-"""Names and layouts of published checkpoints, turned into those of the OpenMMLab backbones.
+"""Convert the names and layouts of published checkpoints to those of the OpenMMLab backbones.
 
 ================  ====================================================================================================
 ``'swin'``        Microsoft's Swin and SwinV2, timm's, and the published Mona code: ``layers.I.blocks.J.attn.qkv``
@@ -8,12 +8,12 @@
 ``'convnext'``    the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
 ``'convnext-timm'``  timm's: ``stages.I.blocks.J.conv_dw``
 ``'colin'``       the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release: ``stages.I.blocks.J.lorand1``
-``'mm'``          mmdet's, mmseg's, mmpretrain's, and mona_mm's own: nothing to do
+``'mm'``          mmdet's, mmseg's, mmpretrain's and mona_mm's own, which need no conversion
 ================  ====================================================================================================
 
-What is known about each is beside the host, in :mod:`mona_mm.hosts`. Of a checkpoint of a known format every name is
-one that the OpenMMLab backbone or a method has, once it is converted, or is one that no backbone has a use for (a
-classifier's, a decoder's); anything else is refused by name.
+Each format is defined beside its host in :mod:`mona_mm.hosts`. In a checkpoint of a known format every converted name
+must be one of the OpenMMLab backbone or of a method, or one that no backbone uses (of a classifier or a decoder); any
+other name is refused.
 """
 
 import re
@@ -42,7 +42,7 @@ def _formats() -> list[CheckpointFormat]:
 
 
 def recognise(names: Iterable[str]) -> str | None:
-    """The format of a backbone's checkpoint, one of those above; None if it is none of them."""
+    """The name of the format of a backbone's checkpoint; None if it is not a known format."""
     names = list(names)
     for form in _formats():
         if any(re.match(form.recognised_by, name) for name in names):
@@ -56,16 +56,16 @@ def _format(name: str | None) -> CheckpointFormat | None:
 
 
 def left_out(form: str | None, names: Iterable[str]) -> list[str]:
-    """Those of a checkpoint's names that no backbone has a use for, and that are left out on converting."""
+    """The names in a checkpoint that are left out on conversion, since no backbone uses them."""
     known = _format(form)
     return [name for name in names if known is not None and known.is_left_out(name)]
 
 
 def check_names(form: str | None, converted: Iterable[str]) -> None:
-    """Check that each of a backbone's names, as converted from ``form``, is one that a supported host or a method has.
+    """Check that each name of a backbone, converted from ``form``, is one of a supported host or a method.
 
     Raises:
-        CheckpointMismatchError: if one is not; it names the first.
+        CheckpointMismatchError: if one is not; it lists the first such names.
     """
     hosts = [host for host in HOSTS.values() if host.own_names]
     if form == 'mm':
@@ -80,31 +80,32 @@ def check_names(form: str | None, converted: Iterable[str]) -> None:
     if unknown:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise CheckpointMismatchError(
-            f'The names are those of the format {form!r}, but for {", ".join(unknown[:3])}{more} (as they are after '
-            'converting), which no backbone or method of that format has: what they are would be lost. Was the file '
-            'made by code with modules of its own? Take them out of it first, if they are not needed.'
+            f'The checkpoint has the format {form!r}, but no backbone or method of that format has '
+            f'{", ".join(unknown[:3])}{more} (names after conversion), which would be lost. If the file comes from '
+            'code with modules of its own and they are not needed, remove them from it first.'
         )
 
 
 def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known: bool = True) -> dict[str, Tensor]:
     """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
-    The format is recognised from the names; among them are Microsoft's Swin and the published Mona code (with the
-    modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of the CoLin release. A checkpoint of
-    no known format is returned with its names unchanged. A checkpoint may be the whole file (``{'model': ...}``,
-    ``{'state_dict': ...}``) or the tensors alone, of a backbone or of a detector (``backbone.*``, of which only the
-    backbone is returned). What no backbone has a use for is left out, and of MoCo v3 all but the encoder that is kept.
+    The format is recognised from the names. Supported formats include Microsoft's Swin and the published Mona code
+    (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of the CoLin release. A
+    checkpoint of an unknown format is returned with its names unchanged. A checkpoint may be the whole file
+    (``{'model': ...}``, ``{'state_dict': ...}``) or only the tensors, of a backbone or of a detector (of which only
+    ``backbone.*`` is returned). Tensors that no backbone uses are left out, and so are those of MoCo v3 outside of its
+    base encoder.
 
     Args:
-        state_dict: names to tensors, in the checkpoint's own names.
-        prefix: of the names to take, and to take off; without one, ``backbone.`` is found by itself.
-        known: refuse names that no supported backbone or method has; else they are returned, too.
+        state_dict: the tensors by the checkpoint's own names.
+        prefix: the prefix of the names to convert, which is removed; by default ``backbone.`` if names have it.
+        known: refuse names that no supported backbone or method has; otherwise they are returned as well.
 
     Returns:
-        A new dict with the names of the OpenMMLab backbone; the tensors are not copied unless re-ordered.
+        A new dict with the names of the OpenMMLab backbone. Tensors are copied only if they are re-ordered.
 
     Raises:
-        CheckpointMismatchError: if two tensors would get one name, or a name is not known.
+        CheckpointMismatchError: if two tensors would get the same name, or a name is unknown.
     """
     tensors = backbone_tensors(state_dict, prefix)
     name = recognise(tensors)
@@ -120,31 +121,32 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known
 
 
 def convert_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """:func:`convert_state_dict` of the backbone in a whole model's checkpoint; the rest of it keeps its names."""
+    """Convert the backbone in a whole model's checkpoint by :func:`convert_state_dict`; other names stay."""
     tensors = unwrap_checkpoint(state_dict)
-    rest = {name: t for name, t in tensors.items() if not name.startswith('backbone.')}
-    if len(rest) == len(tensors):
+    others = {name: t for name, t in tensors.items() if not name.startswith('backbone.')}
+    if len(others) == len(tensors):
         return convert_state_dict(state_dict)
-    return {**{f'backbone.{name}': t for name, t in convert_state_dict(tensors).items()}, **rest}
+    return {**{f'backbone.{name}': t for name, t in convert_state_dict(tensors).items()}, **others}
 
 
 def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`convert_model` for Swin: the names and layouts of the published Mona code.
+    """Convert a Swin to the names and layouts of the published Mona code, the inverse of :func:`convert_model`.
 
     Args:
-        state_dict: of a Swin or of a model with one at ``backbone.``, with or without a method of the published code.
+        state_dict: the tensors of a Swin, or of a model with one at ``backbone.``, with or without a method of the
+            published code.
 
     Raises:
-        ConfigError: if it is not one, or its method was never published for a Swin.
+        ConfigError: if there is no such Swin, or its method was never published for a Swin.
     """
     return _convert_swin_in(state_dict, lambda tensors: convert_to_microsoft(convert_modules_back(tensors)))
 
 
 def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of the CoLin release's LoRand and Adapter for an mmdet Swin, or a model with one at ``backbone.``.
+    """Convert LoRand or Adapter in an mmdet Swin, or in a model with one at ``backbone.``, to the CoLin names.
 
     Raises:
-        ConfigError: if it is not one, or has a module that is not in that release.
+        ConfigError: if there is no such Swin, or it has a module that is not in that release.
     """
     return _convert_swin_in(state_dict, convert_colin_back)
 
@@ -154,14 +156,16 @@ def _convert_swin_in(state_dict: Mapping[str, Tensor], convert: Callable) -> dic
     start = 'backbone.' if any(name.startswith('backbone.') for name in tensors) else ''
     swin = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
     if not any(re.match(r'stages\.\d+\.blocks\.\d+\.attn\.w_msa\.', name) for name in swin):
-        raise ConfigError('Only a Swin in the names of mmdet, mmseg or mmpretrain has published names to go back to.')
+        raise ConfigError(
+            'Only a Swin with the names of mmdet, mmseg or mmpretrain can be converted to published names.'
+        )
     check_names('mm', swin)
-    rest = {name: t for name, t in tensors.items() if not name.startswith(start)}
-    return {**rest, **{f'{start}{name}': tensor for name, tensor in convert(swin).items()}}
+    others = {name: t for name, t in tensors.items() if not name.startswith(start)}
+    return {**others, **{f'{start}{name}': tensor for name, tensor in convert(swin).items()}}
 
 
 def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without wrappers, and of a whole model only those under ``prefix``."""
+    """The tensors of the backbone in a checkpoint file: those under ``prefix`` in a whole model, or else all."""
     tensors = unwrap_checkpoint(checkpoint)
     start = f'{(prefix or "backbone").rstrip(".")}.'
     inner = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
@@ -169,7 +173,7 @@ def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]
 
 
 def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without wrappers; of MoCo v3's only those of the encoder that is kept."""
+    """The tensors of a checkpoint file, without wrappers, and for MoCo v3 only those of its base encoder."""
     for wrapper in ('state_dict', 'model'):
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]

@@ -1,4 +1,4 @@
-"""Deltas: what training changed, in one small file, and the frozen base it belongs on."""
+"""Save and load deltas: the tensors that training has changed, in one small file, with a fingerprint of their base."""
 
 import inspect
 import os.path as osp
@@ -31,21 +31,22 @@ from mona_mm.record import freeze_records, make_record, record_of
 from mona_mm.registry import METHODS
 from mona_mm.version import __version__
 
-# Options of a method that change neither what its weights mean nor, in evaluation, what they do.
+# Options of a method that may differ, since they change neither its weights nor its outputs in evaluation.
 _FREE_OPTIONS = ('dropout', 'plan')
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
 @dataclass(frozen=True)
 class LoadedDelta:
-    """What :func:`load_delta` did.
+    """The result of :func:`load_delta`.
 
     Args:
         file: the delta.
-        parts: of the model, that it held, with their numbers of values.
-        restored: number of tensors that an earlier delta had changed and this one does not hold: they were put back.
-        bytes: of memory that the tensors to put back by the next delta take.
-        seconds: that it took, the reading of the file included.
+        parts: the number of values in the delta for each part of the model.
+        restored: the number of tensors that an earlier delta had changed and that were restored, since this one does
+            not hold them.
+        bytes: the memory for the previous values of the tensors, which the next delta restores.
+        seconds: the time that it took, including reading the file.
     """
 
     file: str
@@ -69,63 +70,63 @@ def save_delta(
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Write what of ``model`` trains, and what else training changes, to one ``.delta.safetensors`` file.
+    """Write the tensors of ``model`` that training changes to one ``.delta.safetensors`` file.
 
-    In it are, by their names in the model's state dict, the parameters that require a gradient, the method's buffers,
-    and the buffers of modules that are not frozen (the statistics of a BatchNorm); of the frozen base only a
-    fingerprint. The file appears whole or not at all.
+    It holds, by their names in the model's state dict, the parameters that require a gradient, the method's buffers,
+    and the buffers of modules that are not frozen (such as the statistics of a BatchNorm), and a fingerprint of the
+    frozen base. The file is written completely or not at all.
 
     Args:
         model: a model or a backbone alone.
         path: the file, whose name must end in ``.delta.safetensors``.
-        parts: ``['method']`` is what is in the backbone; other parts are children of the model (``'neck'``,
-            ``'roi_head'``). None writes all.
-        half: round trained values to float16, where they fit into it; statistics stay float32.
+        parts: the parts to write: ``'method'`` for everything in the backbone, or names of children of the model
+            (``'neck'``, ``'roi_head'``). None writes all.
+        half: round trained values to float16 where they are in its range; statistics stay in float32.
         config: the text of the config, for people to read.
-        base_file: the whole model that training started from, if it did from one: where the delta is loaded into a
-            model without that base, it is looked for there, and beside the delta.
-        metrics: of the last evaluation, by name.
-        dataset_meta: names (and colours) of the classes.
-        progress: see :class:`~mona_mm.hooks.DeltaCheckpointHook`, which can be resumed from.
-        state_dict: values to take in place of the model's own (averaged ones).
-        allow_nonfinite: write it even if it holds values that are not finite.
+        base_file: the checkpoint of the whole model from which training started, if it did. When the delta is loaded
+            into a model without that base, the file is looked for at this path and beside the delta.
+        metrics: the metrics of the last evaluation, by name.
+        dataset_meta: the names (and colours) of the classes.
+        progress: the state of training, see :class:`~mona_mm.hooks.DeltaCheckpointHook`, from which a run can resume.
+        state_dict: values to write in place of the model's own (such as averaged ones).
+        allow_nonfinite: write the file even if it holds values that are not finite.
 
     Raises:
-        ConfigError: if the name of the file ends otherwise, a part does not exist, or nothing in the model trains.
-        CheckpointMismatchError: if a tensor holds values that are not finite; it names it.
+        ConfigError: if the file has another ending, a part does not exist, or nothing in the model trains.
+        CheckpointMismatchError: if a tensor holds values that are not finite; the error names it.
     """
     if not str(path).endswith(SUFFIX):
-        raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}; by it the file is recognised.')
+        raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}, by which the file is recognised.')
     model = innermost(model)
-    own = state_tensors(model)
-    state = own if state_dict is None else state_dict
+    current = state_tensors(model)
+    state = current if state_dict is None else state_dict
     backbone = _backbone_prefix(model)
     names = changing(model)
     present = sorted({part_of(name, backbone) for name in names})
     if not names:
-        raise ConfigError(f'Nothing in this {type(model).__name__} trains, so there is no delta of it.')
+        raise ConfigError(f'Nothing in this {type(model).__name__} trains, so it has no delta.')
     if parts is not None:
         wrong = [part for part in parts if part not in present]
         if wrong or not parts:
-            raise ConfigError(f'parts={list(parts)}: the parts of this model that train are {", ".join(present)}.')
+            raise ConfigError(f'parts={list(parts)} must be among the parts that train: {", ".join(present)}.')
         names = {name for name in names if part_of(name, backbone) in parts}
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     followed = moving_copies(model) if parts is None else {}
-    copies = {copy: of for copy, of in followed.items() if _same_frozen(own, names, copy, of)}
-    frozen = _frozen(own, names, None if parts is None else set(parts), backbone, copies)  # of no average
+    copies = {copy: source for copy, source in followed.items() if _has_same_base(current, names, copy, source)}
+    base = _base_tensors(current, names, None if parts is None else set(parts), backbone, copies)  # not averaged ones
     header = DeltaHeader(
         methods=describe_methods(model),
         backbone=backbone,
         parts=None if parts is None else sorted(parts),
         half=half,
-        base=fingerprint(frozen, position_table_names()),
+        base=fingerprint(base, position_table_names()),
         versions=versions(),
         base_file=_absolute(base_file or ''),
         config=config,
         metrics=dict(metrics or {}),
         dataset_meta=dict(dataset_meta or {}),
         progress=dict(progress or {}),
-        shared=_shared({name: tensor for name, tensor in own.items() if name in names}),
+        shared=_shared_names({name: tensor for name, tensor in current.items() if name in names}),
         copies=copies,
     )
     tensors = {n: _halved(state[n]) if half and n in trained else state[n] for n in names}
@@ -139,55 +140,55 @@ def _absolute(file: str) -> str:
 def load_delta(
     model: nn.Module, path: str | Path, allow_other_base: bool = False, *, allow_nonfinite: bool = False
 ) -> LoadedDelta:
-    """Put a delta into ``model``, in place; what an earlier one changed and this one does not hold is put back.
+    """Load a delta into ``model``, in place, and restore the tensors that only an earlier delta has changed.
 
-    So one process can serve several tasks on one backbone; threads that predict at the same time do so within
-    :func:`mona_mm.reading`, for which this waits. Where the model is not on the delta's base yet, that is loaded first:
-    the whole model that the run started from (its ``load_from``), if it did and that is still there, or beside the
-    delta; else, unless the model has been initialised, what its own ``init_weights`` loads. Where the delta is refused,
-    the model is what it was.
+    So one process can serve several tasks with one backbone. Threads that predict at the same time use
+    :func:`mona_mm.reading`, for which this function waits. If the model does not have the delta's base yet, the base is
+    loaded first: the whole model from which the run started (its ``load_from``), if there is one and the file still
+    exists at its path or beside the delta; otherwise, unless the model has been initialised, by its ``init_weights``.
+    If the delta is refused, the model is unchanged.
 
     Args:
-        model: of the config that the delta was trained with.
-        path: a file that :func:`save_delta` wrote.
-        allow_other_base: only warn if the frozen base is not the one that the delta was trained on.
-        allow_nonfinite: load it even if it holds values that are not finite.
+        model: a model of the config with which the delta was trained.
+        path: a file that :func:`save_delta` has written.
+        allow_other_base: only warn if the frozen base is not the one on which the delta was trained.
+        allow_nonfinite: load the delta even if it holds values that are not finite.
 
     Raises:
         MissingFileError: if there is no such file.
-        CheckpointMismatchError: if it is damaged; or is of another method, width or number of classes, or for another
-            base: it says which, and names the first tensors; or holds values that are not finite.
+        CheckpointMismatchError: if the delta is damaged, belongs to another method, width, number of classes or base
+            (the error names the first tensors that differ), or holds values that are not finite.
     """
     start = time.perf_counter()
     loaded = apply_delta(model, read_delta(path, allow_nonfinite), allow_other_base, start)
     print_log(
         f'Loaded {path}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}, in '
-        f'{loaded.seconds:.2f} s; {loaded.restored} tensors of an earlier delta were put back; '
-        f'{loaded.bytes / 2**20:.1f} MiB are kept for the next one.',
+        f'{loaded.seconds:.2f} s; {loaded.restored} tensors of an earlier delta were restored; '
+        f'{loaded.bytes / 2**20:.1f} MiB are kept to restore them when the next one is loaded.',
         logger='current',
     )
     return loaded
 
 
 def _exclusively(load: Callable) -> Callable:
-    """Whoever loads into a model waits for those that read its weights or load into it, and keeps them waiting."""
+    """Decorate a function that loads into a model so that it holds the lock for :func:`writing` to the model."""
 
     @wraps(load)
-    def alone(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def exclusive(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with writing(model):
             return load(model, *args, **kwargs)
 
-    return alone
+    return exclusive
 
 
 def expect_delta(model: nn.Module, base_file: str | None = None, allow_other_base: bool = False) -> None:
-    """Say beforehand how deltas are put into ``model`` that mmengine loads, through which no argument can be passed.
+    """Set the options for deltas that mmengine loads into ``model``, since no argument can be passed through it.
 
-    It is kept in the model's record, which copies of the model (an ``EMAHook``'s) have, too.
+    They are kept in the model's record, which copies of the model (such as an ``EMAHook``'s) have as well.
 
     Args:
-        model: of whose copies mmengine's Runner will load.
-        base_file: the whole model that deltas are put on, whatever they say themselves.
+        model: the model into which mmengine's Runner will load deltas.
+        base_file: the checkpoint of the whole model to use as base, in place of the one that a delta names.
         allow_other_base: see :func:`load_delta`.
     """
     record = make_record(innermost(model))
@@ -204,15 +205,15 @@ def apply_delta(
     base_file: str | None = None,
     loading: frozenset[Path] = frozenset(),
 ) -> LoadedDelta:
-    """:func:`load_delta` of a delta that has been read.
+    """Load a delta that has been read; see :func:`load_delta`.
 
     Args:
         model: see :func:`load_delta`.
-        delta: what was read.
+        delta: the delta.
         allow_other_base: see :func:`load_delta`.
-        start: when reading it began.
-        base_file: the whole model that it is put on, whatever it says itself.
-        loading: the files of deltas that are being loaded, each on the base that is the next of them.
+        start: the time at which reading the delta began; by default now.
+        base_file: the checkpoint of the whole model to use as base, in place of the one that the delta names.
+        loading: the files of the deltas that are being loaded, each of which has the next one as its base.
 
     Raises:
         CheckpointMismatchError: see :func:`load_delta`.
@@ -225,82 +226,107 @@ def apply_delta(
     if base_file and record.base_file != base_file:
         record.base_file = base_file
         _load_whole(model, base_file, allow_other_base, loading)
-    delta = replace(delta, tensors=_fitted(model, state, delta.tensors))
-    given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
-    shared = _shared(given)
-    wrong = compare(given, delta.tensors, optional=lambda name: False) or _torn_apart(shared, delta.tensors)
+    delta = replace(delta, tensors=_resized_tensors(model, state, delta.tensors))
+    shared = _shared_names({name: tensor for name, tensor in state.items() if name in delta.tensors})
     parts = None if header.parts is None else set(header.parts)
-    copies = {copy: of for copy, of in header.copies.items() if _are_alike(model, copy, of)}
-    frozen = _frozen(state, set(delta.tensors), parts, header.backbone, copies)
-    if not wrong and not same_names(header.base, frozen):
-        method, lacking = method_names(model), changing(model) & frozen.keys()
-        lacking = sorted(lacking, key=lambda name: (name not in method, name))
-        wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
-            f'the model has {len(frozen)} tensors beside it, and had {header.base["count"]} when it was written, or '
-            'other names.'
-        )  # fmt: skip
-    if wrong:
-        raise CheckpointMismatchError(
-            f'{delta.file} does not fit this {type(model).__name__}: {wrong} It was written by another config (method, '
-            'width, rules of what trains), or for another number of classes.'
-        )
-    _check_base(model, delta, frozen, allow_other_base, loading)
-    # Not an attribute of the module: no state dict has it. Each value is what was there before and the digest of what
-    # the delta wrote: where that is no longer so, somebody has loaded or trained since, and theirs stays.
-    kept = record.replaced
-    with torch.no_grad():
-        for name in [name for name, entry in kept.items() if not _is_ours(state.get(name), *entry)]:
-            del kept[name]
-        restored = [name for name in kept if name not in delta.tensors]
-        for name in restored:
-            state[name].copy_(kept.pop(name)[0])
-        names = [name for name in delta.tensors if name not in shared]
-        # All of them before the first is written, since the memory of one may be part of another's.
-        before = {
-            name: kept[name][0].to(state[name].dtype) if name in kept else state[name].detach().to('cpu', copy=True)
-            for name in names
-        }
-        for name in names:
-            state[name].copy_(delta.tensors[name])
-        written = digests({name: state[name] for name in names})
-        kept.update({name: (before[name], written[name]) for name in names})
-        for name, source in _followed(state, delta.tensors, copies).items():
-            state[name].copy_(state[source])
+    copies = {copy: source for copy, source in header.copies.items() if _are_alike(model, copy, source)}
+    base = _base_tensors(state, set(delta.tensors), parts, header.backbone, copies)
+    _check_tensors(model, delta, state, shared, base)
+    _check_base(model, delta, base, allow_other_base, loading)
+    restored = _write_tensors(record.replaced, state, delta.tensors, shared, copies)
     if header.dataset_meta and hasattr(model, 'dataset_meta'):
         model.dataset_meta = dict(header.dataset_meta)
     if header.parts is not None:
         print_log(
-            f'{delta.file} holds only {", ".join(header.parts)}: the rest of the model keeps the values that it has.',
+            f'{delta.file} holds only {", ".join(header.parts)}: the other parts of the model keep their values.',
             logger='current',
             level=WARNING,
         )
     return LoadedDelta(
         file=delta.file,
         parts=part_sizes(header, delta.tensors),
-        restored=len(restored),
-        bytes=sum(tensor.nbytes for tensor, _ in kept.values()),
+        restored=restored,
+        bytes=sum(tensor.nbytes for tensor, _ in record.replaced.values()),
         seconds=time.perf_counter() - start,
     )
 
 
-def _fitted(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a delta holds, as the host resizes it on loading: tables of positions of another image or window size."""
+def _check_tensors(
+    model: nn.Module,
+    delta: Delta,
+    state: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+    base: Mapping[str, Tensor],
+) -> None:
+    """Check that the names and shapes of a delta's tensors, and the names of its base, are those of the model."""
+    given = {name: tensor for name, tensor in state.items() if name in delta.tensors}
+    wrong = compare(given, delta.tensors, optional=lambda name: False) or _differing_shared(shared, delta.tensors)
+    if not wrong and not same_names(delta.header.base, base):
+        method, lacking = method_names(model), changing(model) & base.keys()
+        lacking = sorted(lacking, key=lambda name: (name not in method, name))
+        wrong = f'missing: {", ".join(lacking[:3])}.' if lacking else (
+            f'its base has {delta.header.base["count"]} tensors, and the model has {len(base)}, or other names.'
+        )  # fmt: skip
+    if wrong:
+        raise CheckpointMismatchError(
+            f'{delta.file} does not fit this {type(model).__name__}: {wrong} It was written with another config '
+            '(method, width, `trainable` rules) or number of classes.'
+        )
+
+
+def _write_tensors(
+    replaced: dict[str, tuple[Tensor, int]],
+    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+    copies: Mapping[str, str],
+) -> int:
+    """Write the tensors of a delta to the model, and return how many tensors of an earlier one were restored.
+
+    ``replaced`` has, by name, the previous value of every tensor that a delta has written, and the digest of the
+    written value. Where the model has another value by now, it was loaded or trained since, and is not restored.
+    """
+    with torch.no_grad():
+        for name in [name for name, entry in replaced.items() if not _is_unchanged(state.get(name), *entry)]:
+            del replaced[name]
+        restored = [name for name in replaced if name not in tensors]
+        for name in restored:
+            state[name].copy_(replaced.pop(name)[0])
+        names = [name for name in tensors if name not in shared]
+        # All previous values before the first is written, since tensors may overlap in memory.
+        previous = {
+            name: replaced[name][0].to(state[name].dtype)
+            if name in replaced
+            else state[name].detach().to('cpu', copy=True)
+            for name in names
+        }
+        for name in names:
+            state[name].copy_(tensors[name])
+        written = digests({name: state[name] for name in names})
+        replaced.update({name: (previous[name], written[name]) for name in names})
+        for name, source in _sources_of_copies(state, tensors, copies).items():
+            state[name].copy_(state[source])
+    return len(restored)
+
+
+def _resized_tensors(model: nn.Module, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a delta as the host resizes them on loading, for another image or window size."""
     other = {n: t.to(state[n].dtype) for n, t in tensors.items() if n in state and state[n].shape != t.shape}
     if not other:
         return dict(tensors)
-    # Some hosts take for granted that what they compute by themselves is in the file.
+    # Some hosts expect the tensors that they compute themselves in every file.
     computed = {name: tensor for name, tensor in state.items() if name.endswith(recomputed_names())}
     values = rehearse(model, {**computed, **tensors, **other}).values
     return {name: values.get(name, tensor) if name in other else tensor for name, tensor in tensors.items()}
 
 
-def _is_ours(tensor: Tensor | None, before: Tensor, written: int) -> bool:
-    """Whether a tensor still is what a delta wrote; one of another type has been converted, and is."""
-    return tensor is not None and (tensor.dtype != before.dtype or digest(tensor) == written)
+def _is_unchanged(tensor: Tensor | None, previous: Tensor, written: int) -> bool:
+    """Whether a tensor still has the value that a delta wrote; one whose dtype was converted since counts as such."""
+    return tensor is not None and (tensor.dtype != previous.dtype or digest(tensor) == written)
 
 
 def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of values in a delta by part, the method first; a tensor with several names counts once."""
+    """The number of values in a delta for each part, the method first. A tensor with several names counts once."""
     sizes: dict[str, int] = {}
     for name in sorted(tensors.keys() - header.shared.keys(), key=lambda name: (header.part(name) != 'method', name)):
         sizes[header.part(name)] = sizes.get(header.part(name), 0) + tensors[name].numel()
@@ -308,31 +334,36 @@ def part_sizes(header: DeltaHeader, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _check_method(model: nn.Module, delta: Delta) -> None:
-    here, there = describe_methods(model), delta.header.methods
-    # What a file calls a method is compared and never looked up: a registry imports whatever module a name begins with.
-    same = {path: each.get('type') for path, each in here.items()} == {p: each.get('type') for p, each in there.items()}
-    if same and all(_resolved(each) == _resolved(there[path]) for path, each in here.items()):
+    in_model, in_file = describe_methods(model), delta.header.methods
+    # The type that a file names is compared before it is looked up: a registry imports the module that a name starts
+    # with.
+    has_same_types = _method_types(in_model) == _method_types(in_file)
+    if has_same_types and all(_resolved(method) == _resolved(in_file[path]) for path, method in in_model.items()):
         return
     raise CheckpointMismatchError(
-        f'{delta.file} is a delta of another method than the model has: {_show(there)} in the file, {_show(here)} in '
-        'the model. Load it with the config that it was trained with.'
+        f'{delta.file} is a delta of another method than the model has: {_format_methods(in_file)} in the file, '
+        f'{_format_methods(in_model)} in the model. Load it with the config that it was trained with.'
     )
 
 
-def _show(methods: Mapping[str, Mapping[str, Any]]) -> str:
+def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
+    return {path: method.get('type') for path, method in methods.items()}
+
+
+def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
     if not methods:
         return 'none'
-    shown = []
-    for path, each in methods.items():
-        options = {**each.get('options', {}), 'trainable': each.get('trainable', [])}
+    texts = []
+    for path, method in methods.items():
+        options = {**method.get('options', {}), 'trainable': method.get('trainable', [])}
         options = ', '.join(f'{name}={value!r}' for name, value in options.items())
-        shown.append(f'{path or "model"}: {each.get("type") or "no method"} ({options})')
-    return '; '.join(shown)
+        texts.append(f'{path or "model"}: {method.get("type") or "no method"} ({options})')
+    return '; '.join(texts)
 
 
 def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """By path of every module that a PeftBackbone or FrozenModel made: its method, the options and the rules, and what
-    type its frozen weights are kept in, if not float32."""
+    """Describe every module that PeftBackbone or FrozenModel has made, by path: its method, options and rules, and the
+    dtype of its frozen weights if it is not float32."""
     return {
         path: dict(type=type_, options=options, trainable=list(record.rules), **_frozen_type(module))
         for path, module, record in freeze_records(model)
@@ -351,50 +382,53 @@ def _frozen_type(module: nn.Module) -> dict[str, str]:
 
 
 def _resolved(described: Mapping[str, Any]) -> Any:
-    """A description with the method's defaults filled in, so that saying a default and not saying it are the same."""
+    """A description with the method's defaults filled in, so that a default equals an option that is left out."""
     type_ = described.get('type')
     method = METHODS.get(type_) if type_ else None
     defaults = {}
     if method is not None:
         parameters = inspect.signature(method).parameters
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-        if isinstance(getattr(method, 'sites', None), tuple):  # else it is no one module at fixed sites
+        if isinstance(getattr(method, 'sites', None), tuple):  # False for a Method without fixed sites
             defaults['sites'] = sorted(method.sites)
     options = {**defaults, **described.get('options', {})}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'], key=str)
-    options = {name: _as_json(value) for name, value in options.items() if name not in _FREE_OPTIONS}
+    options = {name: _with_lists(value) for name, value in options.items() if name not in _FREE_OPTIONS}
     return type_, options, sorted(described.get('trainable', []))
 
 
-def _as_json(value: Any) -> Any:
-    return [_as_json(each) for each in value] if isinstance(value, list | tuple) else value
+def _with_lists(value: Any) -> Any:
+    """A value with lists in place of tuples, as it is after it has been in JSON."""
+    return [_with_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_base(
-    model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], allow_other_base: bool, loading: frozenset[Path]
+    model: nn.Module, delta: Delta, base: Mapping[str, Tensor], allow_other_base: bool, loading: frozenset[Path]
 ) -> None:
+    """Check that the model has the base of a delta; if it has not, try to load it first."""
     try:
-        wrong = differing(delta.header.base, frozen)
-        tables = resized(delta.header.base, frozen)
+        wrong = differing(delta.header.base, base)
+        tables = resized(delta.header.base, base)
         if tables:
             print_log(
-                f'{len(tables)} tables of positions of the frozen base ({tables[0]} the first) had another size when '
-                f'{delta.file} was trained, so nothing can be said of their values: the other tensors are compared.',
+                f'{len(tables)} position tables of the frozen base ({tables[0]} is the first) had another size when '
+                f'{delta.file} was trained, so their values cannot be compared; all other tensors are.',
                 logger='current',
                 level=WARNING,
             )
         if not wrong:
             return
-        put_back = _snapshot(model)
-        wrong = _try_base_file(model, delta, frozen, wrong, loading)  # first: what init_cfg names need not be here then
+        restore = _snapshot(model)
+        # First the base file: if it has the base, the file of init_cfg need not exist.
+        wrong = _try_base_file(model, delta, base, wrong, loading)
         try:
             if wrong and _initialise(model, wrong):
-                wrong = differing(delta.header.base, frozen)
-                if wrong and not delta.header.base_file.endswith(SUFFIX):  # that file may hold less
-                    wrong = _try_base_file(model, delta, frozen, wrong, loading)
+                wrong = differing(delta.header.base, base)
+                if wrong and not delta.header.base_file.endswith(SUFFIX):  # the base file may hold only a part
+                    wrong = _try_base_file(model, delta, base, wrong, loading)
         except Exception:
-            put_back()
+            restore()
             raise
         if not wrong:
             return
@@ -402,43 +436,47 @@ def _check_base(
         raise CheckpointMismatchError(f'{delta.file}: its fingerprint of the base cannot be read ({error}).') from None
     message = (
         f'{delta.file} was trained on another frozen base than this {type(model).__name__} has: {len(wrong)} of '
-        f'{len(frozen)} tensors differ, {", ".join(wrong[:3])} the first.{_other_types(model, delta)}'
+        f'{len(base)} tensors differ, first {", ".join(wrong[:3])}.{_describe_other_dtypes(model, delta)}'
     )
     if not allow_other_base:
-        put_back()
-        named = (
+        restore()
+        fix = (
             f'Its run started from {delta.header.base_file}: put that file there, or beside the delta, or load it first'
             if delta.header.base_file
             else 'Load the pretrained weights that it was trained on (the init_cfg of its config)'
         )
         raise CheckpointMismatchError(
-            f'{message} {named}, or say that you mean it with --allow-other-base (in Python: allow_other_base=True).'
+            f'{message} {fix}, or load it anyway with --allow-other-base (in Python: allow_other_base=True).'
         )
     print_log(
-        f'{message} It is loaded all the same, as asked: expect other, most likely worse predictions than those of '
-        'the training run.',
+        f'{message} It is loaded anyway, since another base is allowed: expect other, most likely worse, predictions '
+        'than those of the training run.',
         logger='current',
         level=WARNING,
     )
 
 
-def _other_types(model: nn.Module, delta: Delta) -> str:
-    """What to add where frozen weights were kept in another type when a delta was trained."""
-    here, there = (
-        {path: each.get('frozen_dtype') for path, each in methods.items()}
+def _describe_other_dtypes(model: nn.Module, delta: Delta) -> str:
+    """Sentences for a message about frozen weights that had another dtype when a delta was trained."""
+    in_model, in_file = (
+        {path: method.get('frozen_dtype') for path, method in methods.items()}
         for methods in (describe_methods(model), delta.header.methods)
     )
-    said = [
-        f' The frozen weights of {path or "the model"} were kept in {there.get(path) or "float32"}, and here are in '
-        f'{dtype or "float32"}: frozen_dtype={there.get(path)!r} in its PeftBackbone is what the delta belongs on.'
-        for path, dtype in here.items()
-        if there.get(path) != dtype
+    sentences = [
+        f' The frozen weights of {path or "the model"} were in {in_file.get(path) or "float32"} and are in '
+        f'{dtype or "float32"} here: set frozen_dtype={in_file.get(path)!r} in its PeftBackbone.'
+        for path, dtype in in_model.items()
+        if in_file.get(path) != dtype
     ]
-    return ''.join(said)
+    return ''.join(sentences)
 
 
 def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
-    """Let the parts of a model with these tensors load their base, if nobody has initialised the model; say whether."""
+    """Initialise the parts of a model that have these tensors, unless the model has been initialised.
+
+    Returns:
+        Whether they were initialised.
+    """
     if getattr(model, 'is_init', False):
         return False
     if _backbone_prefix(model) and not getattr(model, 'init_cfg', None):
@@ -453,14 +491,17 @@ def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
 
 
 def _snapshot(model: nn.Module) -> Callable[..., None]:
-    """What puts back all that initialising ``model``, or loading into it, changes; or the tensors of these names."""
+    """Make a function that restores everything that initialising ``model`` or loading into it changes.
+
+    The function may be called with the names of tensors, and then restores only those.
+    """
     tensors = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
     initialised = {module: module.is_init for module in model.modules() if isinstance(module, BaseModule)}
     has_meta, meta = 'dataset_meta' in vars(model), vars(model).get('dataset_meta')
     record = make_record(model)
     base, replaced = record.base_file, dict(record.replaced)
 
-    def put_back(names: Collection[str] | None = None) -> None:
+    def restore(names: Collection[str] | None = None) -> None:
         whole = names is None
         names = tensors if whole else names
         with torch.no_grad():
@@ -481,44 +522,45 @@ def _snapshot(model: nn.Module) -> Callable[..., None]:
         else:
             vars(model).pop('dataset_meta', None)
 
-    return put_back
+    return restore
 
 
 def _try_base_file(
-    model: nn.Module, delta: Delta, frozen: Mapping[str, Tensor], wrong: Sequence[str], loading: frozenset[Path]
+    model: nn.Module, delta: Delta, base: Mapping[str, Tensor], wrong: Sequence[str], loading: frozenset[Path]
 ) -> Sequence[str]:
-    """Load the whole model that a delta names into ``model``, if it is that; return which frozen tensors then differ.
+    """Load the base file that a delta names into ``model``, and return the base tensors that then differ.
 
-    From the disk alone: nothing is fetched because a file says so. What is not of the delta's parts stays.
+    If any differ, the model is restored. Only local files are tried, so that no file can trigger a download. Parts of
+    the model that are not in the delta keep their values.
     """
-    header, named = delta.header, Path(delta.header.base_file)
-    here = Path(delta.file).expanduser()
-    # A delta may name one as its base that has its own name, and beside it is then itself.
-    loading |= {here.resolve()}
-    for file in dict.fromkeys((named, here.parent / named.name)):
+    header, base_file = delta.header, Path(delta.header.base_file)
+    delta_file = Path(delta.file).expanduser()
+    # The base may be a delta of the same file name; the file of that name beside this delta is then the delta itself.
+    loading |= {delta_file.resolve()}
+    for file in dict.fromkeys((base_file, delta_file.parent / base_file.name)):
         if not header.base_file or not osp.isfile(file) or file.resolve() in loading:
             continue
-        put_back = _snapshot(model)
+        restore = _snapshot(model)
         try:
             _load_whole(model, str(file), allow_other_base=False, loading=loading)
-            left = differing(header.base, frozen)
+            still_wrong = differing(header.base, base)
         except UserError:
-            left = wrong
-        if not left:
+            still_wrong = wrong
+        if not still_wrong:
             if header.parts is not None:
-                put_back({name for name in state_tensors(model) if header.part(name) not in header.parts})
+                restore({name for name in state_tensors(model) if header.part(name) not in header.parts})
             print_log(f'Loaded {file}, on which {delta.file} was trained.', logger='current')
-            return left
-        put_back()
+            return still_wrong
+        restore()
     return wrong
 
 
 def _load_whole(model: nn.Module, file: str, allow_other_base: bool, loading: frozenset[Path]) -> None:
-    """Put what of a whole model fits into ``model``, as far as it does: fingerprints are compared afterwards."""
+    """Load all tensors of a checkpoint that fit into ``model``. The caller compares fingerprints afterwards."""
     checkpoint = read_checkpoint(file)
     given = checkpoint.get('state_dict')
     delta = getattr(getattr(given, '_metadata', None), 'delta', None)
-    if delta is not None:  # as mona_mm.checkpoint.loading hands them on, from an address, too
+    if delta is not None:  # mona_mm.checkpoint.loading passes deltas on in this form
         apply_delta(model, delta, allow_other_base, loading=loading)
         return
     state = state_tensors(model)
@@ -527,9 +569,10 @@ def _load_whole(model: nn.Module, file: str, allow_other_base: bool, loading: fr
             state[name].copy_(value)
 
 
-def _frozen(
+def _base_tensors(
     state: Mapping[str, Tensor], changed: set[str], parts: set[str] | None, backbone: str, copies: Mapping[str, str]
 ) -> dict[str, Tensor]:
+    """The tensors of a delta's base: those of its parts that training does not change, without copies of others."""
     return {
         name: tensor
         for name, tensor in state.items()
@@ -540,20 +583,20 @@ def _frozen(
     }
 
 
-def _followed(state: Iterable[str], changed: Collection[str], copies: Mapping[str, str]) -> dict[str, str]:
-    """By name of every frozen tensor of a copy, the name of that which it is a copy of."""
+def _sources_of_copies(state: Iterable[str], changed: Collection[str], copies: Mapping[str, str]) -> dict[str, str]:
+    """For every frozen tensor of a copy, by name, the name of the tensor in the part that the copy follows."""
     return {
-        name: of + name.removeprefix(copy)
+        name: source + name.removeprefix(copy)
         for name in state
-        for copy, of in copies.items()
+        for copy, source in copies.items()
         if name not in changed and is_under(name, [copy])
     }
 
 
-def _same_frozen(state: Mapping[str, Tensor], changed: set[str], copy: str, of: str) -> bool:
-    return all(
-        torch.equal(state[name], state[source]) for name, source in _followed(state, changed, {copy: of}).items()
-    )
+def _has_same_base(state: Mapping[str, Tensor], changed: set[str], copy: str, source: str) -> bool:
+    """Whether the frozen tensors of a copy equal those of the part that it follows."""
+    names = _sources_of_copies(state, changed, {copy: source})
+    return all(torch.equal(state[name], state[followed]) for name, followed in names.items())
 
 
 def _are_alike(model: nn.Module, first: str, second: str) -> bool:
@@ -561,22 +604,22 @@ def _are_alike(model: nn.Module, first: str, second: str) -> bool:
     return first in modules and second in modules and alike(modules[first], modules[second])
 
 
-def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The further names of tensors that have several, because modules share parameters: each with the first."""
+def _shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The first name of every tensor that modules share, by each of its other names."""
     first: dict[tuple, str] = {}
     shared = {}
     for name, tensor in tensors.items():
-        place = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        if tensor.data_ptr() and first.setdefault(place, name) != name:
-            shared[name] = first[place]
+        memory = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.data_ptr() and first.setdefault(memory, name) != name:
+            shared[name] = first[memory]
     return shared
 
 
-def _torn_apart(shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """The first tensor of a model for which a delta has different values under its several names."""
+def _differing_shared(shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Describe the first shared tensor of a model for which a delta has different values under its names."""
     return next(
         (
-            f'{name} and {first} are one tensor here, and there are two.'
+            f'{name} and {first} are one tensor in the model and differ in the delta.'
             for name, first in shared.items()
             if not torch.equal(tensors[name], tensors[first])
         ),
@@ -590,12 +633,12 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 
 def _halved(tensor: Tensor) -> Tensor:
-    fits = tensor.is_floating_point() and (tensor.abs() <= torch.finfo(torch.float16).max).all()  # of no values, too
-    return tensor.half() if fits else tensor
+    is_in_range = tensor.is_floating_point() and (tensor.abs() <= torch.finfo(torch.float16).max).all()
+    return tensor.half() if is_in_range else tensor
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of those that are loaded under it."""
+    """The versions of this package and of the loaded packages among torch and the OpenMMLab libraries."""
     found = dict(mona_mm=__version__)
     for name in _PACKAGES:
         module = sys.modules.get(name)

@@ -1,8 +1,8 @@
-"""Whatever loads checkpoints through mmengine loads deltas, too: the Runner, ``init_detector``, the inferencers.
+"""Let everything that loads checkpoints through mmengine load deltas: the Runner, ``init_detector``, the inferencers.
 
-mmengine reads a file (:class:`CheckpointLoader`, by the form of its path) and puts it into a model
-(``load_state_dict``) in two steps. A delta needs the second to know that it is one: the base has to be there first, and
-to be the right one. So the tensors carry the delta as their ``_metadata``, which mmengine hands on.
+mmengine loads in two steps: it reads a file (:class:`CheckpointLoader`, by the form of its path), and it loads the
+tensors into a model (``load_state_dict``). The second step must recognise a delta, since its base has to be loaded
+first and checked. So the state dict carries the delta in its ``_metadata``, which mmengine passes on.
 """
 
 import os
@@ -47,14 +47,17 @@ from mona_mm.record import record_of
 
 _WEB = ('http', 'https')
 _CHUNK = 2**20
-_LARGEST, _TIMES = 2**28, 20  # bytes of an archive's contents, and how many times the file they may be beyond that
+# The contents of a compressed archive may have this many bytes, or this many times the bytes of the file.
+_LARGEST, _TIMES = 2**28, 20
 _load_checkpoint = mmengine_checkpoint.CheckpointLoader.load_checkpoint.__func__
 
 
 @wraps(_load_checkpoint)
 def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: Any = 'current') -> dict[str, Any]:
-    """mmengine's, but whichever reader the path is for, whoever registered it, loads weights only: torch.hub, which
-    fetches most addresses, asks torch.load for everything. What cannot be fetched or read is a UserError."""
+    """mmengine's ``load_checkpoint``, with weights-only loading in every reader, and errors that are UserErrors.
+
+    torch.hub, which downloads most addresses, calls torch.load without weights-only loading.
+    """
     try:
         with weights_only():
             checkpoint = finished(_load_checkpoint(cls, _fetched(filename), map_location, logger))
@@ -64,38 +67,40 @@ def load_checkpoint(cls: type, filename: str, map_location: Any = None, logger: 
         raise unreachable(filename, error) from error
     except Exception as error:  # a damaged file can make a reader raise anything
         if urlparse(str(filename)).scheme in _WEB:
-            filename = f'{filename} (now at {download_place(filename)}; without that, it is downloaded again)'
+            filename = f'{filename} (kept at {download_place(filename)}; delete that file to download it again)'
         raise unreadable(filename, error) from error
-    _check_names(filename, checkpoint)
+    _check_state_dict(filename, checkpoint)
     return checkpoint
 
 
 mmengine_checkpoint.CheckpointLoader.load_checkpoint = classmethod(load_checkpoint)
-# What the fork's readers of other addresses allow beside: getattr and numpy's own classes, which forge any object.
+# A fork of mmengine allows getattr and numpy's classes in readers of other addresses, by which any object can be made.
 if hasattr(mmengine_checkpoint, 'get_torch_safe_globals'):
     mmengine_checkpoint.get_torch_safe_globals = list
 
 
-def _check_names(filename: str, checkpoint: Any) -> None:
-    """Refuse what is no mapping of tensors by name, wherever a reader looks for one."""
+def _check_state_dict(filename: str, checkpoint: Any) -> None:
+    """Refuse a checkpoint that is not a mapping of tensors by name, at each place where a reader looks for one."""
     found = [checkpoint]
     if isinstance(checkpoint, Mapping):
         if 'state_dict' in checkpoint:
             found.append(checkpoint['state_dict'])
-        if isinstance(checkpoint.get('model'), Mapping):  # else it may be the name of one
+        if isinstance(checkpoint.get('model'), Mapping):  # otherwise it may be the name of a model
             found.append(checkpoint['model'])
     for tensors in found:
         if not isinstance(tensors, Mapping):
             raise CheckpointMismatchError(
-                f'{filename} is no checkpoint: it holds a {type(tensors).__name__} and not tensors by name.'
+                f'{filename} is not a checkpoint: it holds a {type(tensors).__name__} and not tensors by name.'
             )
         wrong = [name for name, value in tensors.items() if isinstance(value, Tensor) and not isinstance(name, str)]
         if wrong:
-            raise CheckpointMismatchError(f'{filename} is no checkpoint: {str(wrong[0])[:80]} is no name of a tensor.')
+            raise CheckpointMismatchError(
+                f'{filename} is not a checkpoint: {str(wrong[0])[:80]} is not a name of a tensor.'
+            )
 
 
 def _fetched(filename: str) -> str:
-    """The file itself, or, of an address of a format that torch.hub does not read, where it has been downloaded to."""
+    """The file itself, or for an address in a format of :data:`FETCHED` the path to which it was downloaded."""
     address = urlparse(str(filename))
     if address.scheme not in _WEB or not address.path.endswith(FETCHED):
         return filename
@@ -103,9 +108,9 @@ def _fetched(filename: str) -> str:
     try:
         if is_main_process():
             _download(filename, file)
-    finally:  # else the others would wait for it, and say that it was the connection to it
+    finally:  # otherwise the other processes would wait, and report a lost connection to the main process
         barrier()
-    _download(filename, file)  # on another machine than the main process's
+    _download(filename, file)  # for processes on other machines than the main process
     return file
 
 
@@ -116,14 +121,14 @@ def _download(address: str, file: str) -> None:
 
 
 def _loader(pattern: str) -> Callable:
-    """Register a reader of local files as mmengine's for paths of this form."""
+    """Decorate a reader of local files, to register it with mmengine for paths that match ``pattern``."""
 
     def register(read: Callable[[str, Any], dict[str, Any]]) -> Callable[[str, Any], dict[str, Any]]:
         @wraps(read)
         def local(filename: str, map_location: Any = None) -> dict[str, Any]:
             filename = osp.expanduser(filename)
             if not osp.isfile(filename):
-                raise FileNotFoundError(f'{filename} can not be found.')
+                raise FileNotFoundError(f'{filename} cannot be found.')
             return read(filename, map_location)
 
         mmengine_checkpoint.CheckpointLoader.register_scheme(pattern, local, force=True)
@@ -134,9 +139,9 @@ def _loader(pattern: str) -> Callable:
 
 @_loader('')
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """mmengine's own, which loads weights only; the fork's would then try again and execute the pickle.
+    """Load a file by torch, weights only, after checking its checksums, which torch writes but does not check.
 
-    torch itself does not look at the checksums that it writes.
+    A fork of mmengine would try again without weights-only loading, and execute the pickle.
     """
     if zipfile.is_zipfile(filename):
         _check_archive(filename)
@@ -144,34 +149,36 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _check_archive(filename: str, compressed: bool = False) -> None:
-    """Refuse a damaged archive, of whose checksums neither torch nor numpy takes notice, and one that takes up much
-    more memory than it has bytes; torch compresses nothing."""
+    """Refuse an archive that is damaged or would take much more memory than it has bytes.
+
+    Neither torch nor numpy checks the checksums. Archives of torch are not compressed.
+    """
     with zipfile.ZipFile(filename) as archive:
         infos, most = archive.infolist(), osp.getsize(filename)
         if compressed:
             most = max(_LARGEST, _TIMES * most)
         elif any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-            raise zipfile.BadZipFile('its records are compressed, and torch compresses none')
+            raise zipfile.BadZipFile('its records are compressed, which torch never does')
         size = sum(info.file_size for info in infos)
         if size > most:
-            raise zipfile.BadZipFile(f'its records would take {size:,} bytes, far more than itself')
+            raise zipfile.BadZipFile(f'its records would take {size:,} bytes, far more than the file')
         for info in infos:
-            if info.CRC:  # else torch was told to write none, or the record is empty
+            if info.CRC:  # it is 0 if the record is empty or torch was told not to write checksums
                 with archive.open(info) as record:
-                    while record.read(_CHUNK):  # raises at the end, if the checksum is another
+                    while record.read(_CHUNK):  # raises at the end if the checksum differs
                         pass
 
 
 @_loader(r'.*(?<!\.delta)\.safetensors$')
 def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Tensors by name, as timm publishes them."""
+    """Load tensors by name, as timm publishes them."""
     check_length(filename, LONGEST_OF_OTHERS)
     return safetensors.torch.load_file(filename)
 
 
 @_loader(r'.*\.npz$')
 def load_from_npz(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Arrays by name, as Google publishes its ViT; an array of Python objects, which would be a pickle, is refused."""
+    """Load arrays by name, as Google publishes its ViT. Arrays of Python objects, which are pickles, are refused."""
     _check_archive(filename, compressed=True)
     with np.load(filename, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
@@ -183,19 +190,19 @@ class _DeltaMetadata(OrderedDict):
     delta: Delta
 
     def __deepcopy__(self, memo: dict) -> '_DeltaMetadata':
-        return self  # EMAHook copies state dicts; nobody changes this one
+        return self  # EMAHook copies state dicts; the delta is never changed
 
 
 def is_delta(state_dict: Any) -> bool:
-    """Whether a state dict, as mmengine read it, is a delta."""
+    """Whether a state dict that mmengine has read is a delta."""
     return isinstance(getattr(state_dict, '_metadata', None), _DeltaMetadata)
 
 
 @_loader(r'.*\.delta\.safetensors$')
 def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """A delta in the form of a checkpoint of mmengine.
+    """Load a delta in the form of an mmengine checkpoint.
 
-    The config in it is left out: whoever finds one in a checkpoint executes it.
+    The config in it is left out, since readers of checkpoints execute a config that they find there.
     """
     delta = read_delta(filename)
     header, progress = delta.header, dict(delta.header.progress)
@@ -219,12 +226,12 @@ def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _tuple(value: Any) -> Any:
-    """A list, of classes for instance, as the tuple that it was before it became JSON."""
-    return tuple(_tuple(each) for each in value) if isinstance(value, list) else value
+    """A value with tuples in place of lists, as it was before it became JSON (the names of classes, for instance)."""
+    return tuple(_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def _optimizer(progress: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer that has its settings and no moments yet."""
+    """The state of an optimizer with its settings and without moments."""
     param_groups, count = [], 0
     for group in progress['param_groups']:
         size = group['params']
@@ -240,20 +247,20 @@ Check = Callable[[nn.Module, Mapping, bool], tuple[Mapping, bool]]
 
 
 class _CheckedMetadata(OrderedDict):
-    """The ``_metadata`` of a state dict that is checked at the last moment before it is loaded."""
+    """The ``_metadata`` of a state dict that is checked immediately before it is loaded."""
 
     check: Check
 
     def __deepcopy__(self, memo: dict) -> '_CheckedMetadata':
-        return self  # EMAHook copies state dicts; nobody changes this one
+        return self  # EMAHook copies state dicts; the check is never changed
 
 
 def check_loading(checkpoint: dict[str, Any], check: Check) -> None:
-    """Let ``check(module, state_dict, strict)`` see what mmengine hands a model of this checkpoint, the last moment
-    before it is loaded; it returns the state dict and the strictness to go on with.
+    """Call ``check(module, state_dict, strict)`` immediately before mmengine loads this checkpoint into a model.
 
-    The check travels with the tensors, as their ``_metadata``: they are put into an ``OrderedDict``, which can have
-    one, under ``'state_dict'``, where mmengine looks first.
+    The check returns the state dict and the strictness with which to load. It is attached to the state dict as its
+    ``_metadata``; for that the tensors are put into an ``OrderedDict`` under ``'state_dict'``, where mmengine looks
+    first.
     """
     given = checkpoint.get('state_dict', checkpoint)
     state_dict = OrderedDict(given)
@@ -287,9 +294,9 @@ mmengine_checkpoint.load_state_dict = load_state_dict
 
 
 def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
-    """mmengine's initialisation from a file, in its own steps, which refuses to leave something frozen at random."""
-    whose = 'model' if self.prefix is None else f'{self.prefix} in model'
-    print_log(f'load {whose} from: {self.checkpoint}', logger='current')
+    """mmengine's initialisation from a file, in its own steps, with an error if frozen tensors would stay random."""
+    target = 'model' if self.prefix is None else f'{self.prefix} in model'
+    print_log(f'load {target} from: {self.checkpoint}', logger='current')
     checkpoint = read_checkpoint(self.checkpoint, self.map_location)
     if self.prefix is None:
         state_dict = model_state(checkpoint)
@@ -297,11 +304,11 @@ def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
         given, prefix = checkpoint.get('state_dict', checkpoint), f'{self.prefix.removesuffix(".")}.'
         state_dict = {name.removeprefix(prefix): t for name, t in given.items() if name.startswith(prefix)}
         if not state_dict:
-            raise CheckpointMismatchError(f'{self.checkpoint} holds nothing whose name begins with {prefix!r}.')
+            raise CheckpointMismatchError(f'{self.checkpoint} has no tensor whose name begins with {prefix!r}.')
     if not is_delta(state_dict):
         _check_frozen(self.checkpoint, module, state_dict)
     load_state_dict(module, state_dict, strict=False, logger='current')
-    if hasattr(module, '_params_init_info'):  # only while mmengine initialises a whole model
+    if hasattr(module, '_params_init_info'):  # it exists only while mmengine initialises a whole model
         update_init_info(module, f'{type(self).__name__}: load from {self.checkpoint}')
 
 
@@ -309,7 +316,7 @@ PretrainedInit.__call__ = pretrained_init
 
 
 def _check_frozen(file: str, module: nn.Module, state_dict: Mapping) -> None:
-    """Refuse a ``Pretrained`` ``init_cfg`` that would leave something frozen at random: mmengine only warns of it."""
+    """Refuse a ``Pretrained`` ``init_cfg`` whose file lacks frozen tensors, of which mmengine only warns."""
     if not all(p.requires_grad for p in module.parameters()):
         trains = changing(module) | method_names(module)
         found = rehearse(module, state_dict)
@@ -317,6 +324,6 @@ def _check_frozen(file: str, module: nn.Module, state_dict: Mapping) -> None:
         wrong = misfit(replace(found, unexpected=[], reshaped=frozen), optional=lambda name: name in trains)
         if wrong:
             raise CheckpointMismatchError(
-                f'{file} does not hold what is frozen in this {type(module).__name__}, which would stay random: '
-                f'{wrong} Name the checkpoint of the same architecture in init_cfg, or let these train.'
+                f'{file} lacks frozen tensors of this {type(module).__name__}, which would stay random: {wrong} Name '
+                'a checkpoint of the same architecture in init_cfg, or select these parameters in `trainable`.'
             )

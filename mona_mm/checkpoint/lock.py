@@ -1,8 +1,8 @@
-"""Who predicts with a model while others put deltas into it: many may read its weights at once, one may change them.
+"""A lock for threads that predict with a model while others load deltas into it.
 
-:func:`~mona_mm.load_delta` and :func:`~mona_mm.merge` wait until nobody is within :func:`reading` of the same model,
-and let nobody in until they are done. A forward pass takes no lock by itself: what an answer is made of, from the first
-image to the last, only the caller knows.
+Many threads may read the weights at once, and one may change them. :func:`~mona_mm.load_delta` and
+:func:`~mona_mm.merge` wait until no thread is within :func:`reading` of the same model, and let none enter until they
+are done. A forward pass takes no lock by itself, since only the caller knows which passes belong to one answer.
 """
 
 import threading
@@ -17,14 +17,14 @@ from mona_mm.nn.wrappers import innermost
 
 
 class _Lock:
-    """Held by any number of threads that read, or by one that writes; both as often as they like.
+    """A lock that any number of reading threads may hold, or one writing thread. Both may enter it again.
 
-    Who waits to write goes before who comes to read later, so that a busy server cannot keep it waiting.
+    A waiting writer goes before readers that come later, so that a busy server cannot keep it waiting.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._readers: dict[int, int] = {}  # how often, by thread
+        self._readers: dict[int, int] = {}  # how many times each thread has entered
         self._writer: int | None = None
         self._depth = 0
         self._waiting = 0
@@ -52,8 +52,8 @@ class _Lock:
             if self._writer != me:
                 if me in self._readers:
                     raise UserError(
-                        'The weights of this model cannot be changed within mona_mm.reading(model) of the same thread, '
-                        'which asks that they stay. Load the delta before it, or after it.'
+                        'The weights of this model cannot be changed within mona_mm.reading(model) of the same thread. '
+                        'Load or merge before it, or after it.'
                     )
                 self._waiting += 1
                 try:
@@ -73,7 +73,7 @@ class _Lock:
                     self._changed.notify_all()
 
 
-# Beside the models and not on them: no copy, pickle or state dict has a lock.
+# Kept beside the models, so that no copy, pickle or state dict contains a lock.
 _LOCKS: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
 _GUARD = threading.Lock()
 
@@ -85,18 +85,19 @@ def _lock_of(model: nn.Module) -> _Lock:
 
 @contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """In this context the weights of ``model`` stay what they are: nobody loads a delta into it or merges it.
+    """A context in which the weights of ``model`` stay the same: no thread loads a delta into it or merges it.
 
     ::
 
         with mona_mm.reading(model):
-            result = inference_detector(model, image)  # wholly of one delta
+            result = inference_detector(model, image)  # computed with one delta throughout
 
-    Any number of threads may be in it at once, and one may enter it again. Take it around the whole answer, of the same
-    model that is given to :func:`~mona_mm.load_delta` (a wrapper of it counts as the model, a part of it does not).
+    Any number of threads may be in it at once, and a thread may enter it again. Put it around everything that belongs
+    to one answer, with the model that is given to :func:`~mona_mm.load_delta` (a wrapper counts as its model, a part
+    of the model does not).
 
     Raises:
-        UserError: by ``load_delta`` or ``merge``, called within it by the same thread.
+        UserError: if the same thread calls ``load_delta`` or ``merge`` within it.
     """
     with _lock_of(model).reading():
         yield
@@ -104,6 +105,6 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def writing(model: nn.Module) -> Iterator[None]:
-    """In this context nobody reads the weights of ``model``, and no other thread changes them."""
+    """A context in which no thread reads the weights of ``model``, and no other thread changes them."""
     with _lock_of(model).writing():
         yield

@@ -1,4 +1,4 @@
-"""Merge a method into the weights of its base, where it is an addition to them."""
+"""Merge methods that add to weights into the weights of their base."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -18,11 +18,11 @@ from mona_mm.methods.base import PeftModule
 from mona_mm.nn.mixin import Mixin, mix_out
 from mona_mm.record import freeze_records, record_of
 from mona_mm.registry import METHODS
-from mona_mm.type_names import is_ours, is_type, look_up, with_names
+from mona_mm.type_names import is_of_mona_mm, is_type, look_up, with_names
 
 
 def unmergeable(model: nn.Module) -> list[str]:
-    """The methods in ``model`` that are no addition to weights, so that no stock model can compute what they do."""
+    """The methods in ``model`` that do more than add to weights, so that no stock model can compute the same."""
     return sorted(
         {
             type(module).__name__
@@ -34,19 +34,19 @@ def unmergeable(model: nn.Module) -> list[str]:
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What the parameters become to which a method adds: the sums, by name in the state dict, under every name.
+    """Compute the merged values of the parameters to which a method adds, by every name in the state dict.
 
-    ``model`` itself is not changed. A low-rank product is added in float64. Weights in half precision come out in
-    float32: there they would round small additions away.
+    ``model`` itself is not changed. Low-rank products are added in float64. Weights in half precision are returned in
+    float32, since half precision would round small additions away.
 
     Raises:
-        ConfigError: if something in the model is :func:`unmergeable`; a weight is parametrized; or it is shared with a
-            module to which nothing is added, or something else.
+        ConfigError: if a method in the model is :func:`unmergeable`, or a weight to which one adds is parametrized or
+            shared by several modules.
     """
     left = unmergeable(model)
     if left:
         raise ConfigError(
-            f'{", ".join(left)} cannot be merged into the weights of a base: it computes what no stock model does. '
+            f'{", ".join(left)} cannot be merged into the weights of a base, since no stock model computes the same. '
             '`tools/delta.py merge` writes such a model with a config of its own.'
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -58,23 +58,23 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
 
-    sums: dict[int, Tensor] = {}  # by parameter and not by name, of which it has several where a part has two paths
+    sums: dict[int, Tensor] = {}  # by the id of the parameter, since a parameter may have several names
 
     def add(name: str, change: Callable[[Tensor], Tensor]) -> None:
         if name not in parameters:
             raise ConfigError(
-                f'{name} is parametrized; torch.nn.utils.parametrize.remove_parametrizations comes first.'
+                f'{name} is parametrized. Call torch.nn.utils.parametrize.remove_parametrizations before merging.'
             )
         if holders[id(parameters[name])] > 1:
             raise ConfigError(
-                f'{", ".join(names[id(parameters[name])])} are one weight, so that what is added to it for one of the '
-                'modules would be added for all.'
+                f'{", ".join(names[id(parameters[name])])} are one weight that several modules share, so an addition '
+                'for one of them would change all. Such a model cannot be merged.'
             )
         key = id(parameters[name])
         sums[key] = change(sums.get(key, parameters[name]))
 
     with torch.no_grad():
-        for path, _, changes in _changed(model):
+        for path, _, changes in _modules_beside_parameters(model):
             for name, change in changes.items():
                 add(f'{path}.{name}' if path else name, change)
         for path, block in _blocks(model):
@@ -93,50 +93,51 @@ def _with_rows(linear: Linear, module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``model`` as of a stock one: what the method adds to weights is in them, and its own is gone.
+    """The state dict of ``model`` as a stock model has it, with merged weights and without the method's tensors.
 
-    ``model`` itself is not changed. Weights in half precision (``frozen_dtype``) come out in float32.
+    ``model`` itself is not changed. Weights in half precision (``frozen_dtype``) are returned in float32.
 
     Raises:
         ConfigError: see :func:`merged_weights`.
     """
-    sums, own = merged_weights(model), method_names(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    sums, removed = merged_weights(model), method_names(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in removed}
     return {name: sums[name] if name in sums else _single(tensor.detach().clone()) for name, tensor in state.items()}
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Merge a method into the weights of its base and remove everything of mona_mm from ``model``, in place.
 
-    What is left is the stock model: its classes, the names of its state dict, its ``init_weights`` and ``train``; what
-    :mod:`mona_mm.frozen.rules` froze trains again (in a teacher or an average, where nothing trains, nothing does), and
-    the fast forms (``fast=True``) are gone. The parameters stay the objects that they were, so that an optimizer which
-    has them goes on. Weights that ``frozen_dtype`` kept in half precision are in float32, and the backbone computes in
-    the precision of its input. An average of the model (``EMAHook``) is another model, and merged on its own.
+    The result is the stock model, with its classes, the names of its state dict, its ``init_weights`` and ``train``.
+    Parameters that :mod:`mona_mm.frozen.rules` has frozen train again (but not in a teacher or an average, where
+    nothing trains), and the fast forms (``fast=True``) are removed. The parameters stay the same objects, so that an
+    optimizer can continue with them. Weights that ``frozen_dtype`` kept in half precision become float32, and the
+    backbone computes in the precision of its input. An average of the model (``EMAHook``) is a model of its own and is
+    merged separately.
 
     Args:
-        model: a model, or a backbone alone, whose methods are additions to weights (LoRA, SPT with LoRA modules and
-            single weights) or only a choice of what trains (BitFit, ...). For inference with a Mona see
+        model: a model, or a backbone alone, whose methods add to weights (LoRA, SPT with LoRA modules and single
+            weights) or only choose which parameters train (BitFit, ...). For inference with a Mona see
             :func:`mona_mm.methods.deploy`.
 
     Returns:
         ``model``.
 
     Raises:
-        ConfigError: if it holds another method; or a weight is parametrized, or shared with another module. The model
-            is not changed then.
-        UserError: within :func:`mona_mm.reading` of the model.
+        ConfigError: if it holds another method, or a weight to which one adds is parametrized or shared by several
+            modules; the model is then unchanged.
+        UserError: if it is called within :func:`mona_mm.reading` of the model.
     """
     with writing(model), torch.no_grad():
         sums = merged_weights(model)
-        still = [module for module in model.modules() if _is_kept_from_training(module)]
+        untrained = [module for module in model.modules() if _is_kept_from_training(module)]
         for module in [m for m in model.modules() if record_of(m).frozen_dtype]:
             for weight in kept_weights(module):
                 weight.data = weight.data.float()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, total in sums.items():
             parameters[name].copy_(total)
-        for _, module, changes in list(_changed(model)):
+        for _, module, changes in list(_modules_beside_parameters(model)):
             for name in changes:
                 getattr(module, name).requires_grad = True
             del module.peft
@@ -144,19 +145,19 @@ def merge(model: nn.Module) -> nn.Module:
             remove(module)
         for module in model.modules():
             _make_stock(module)
-        for module in still:
+        for module in untrained:
             module.requires_grad_(False)
     return model
 
 
 def _is_kept_from_training(module: nn.Module) -> bool:
-    """Whether nothing in a module trains, though something was built to: a teacher, an average."""
-    built_to = any(record.trainable for _, _, record in freeze_records(module))
-    return built_to and not any(p.requires_grad for p in module.parameters())
+    """Whether nothing in a module trains although it was built with trainable parameters, as in a teacher."""
+    was_trainable = any(record.trainable for _, _, record in freeze_records(module))
+    return was_trainable and not any(p.requires_grad for p in module.parameters())
 
 
 def _make_stock(module: nn.Module) -> None:
-    """Take from a module, in place, what PeftBackbone and FrozenModel gave it."""
+    """Remove everything that PeftBackbone and FrozenModel have added to a module, in place."""
     record = record_of(module).freeze
     for name, parameter in module.named_parameters() if record is not None else ():
         if name in record.frozen:
@@ -170,16 +171,20 @@ def _make_stock(module: nn.Module) -> None:
     for name in _ATTRIBUTES:
         vars(module).pop(name, None)
     if isinstance(module, BaseModule):
-        module.is_init = True  # else a Runner would load what init_cfg names over the merged weights
+        module.is_init = True  # otherwise a Runner would load the file of init_cfg over the merged weights
 
 
 _METHODS = ('forward', 'train', 'init_weights')
 _ATTRIBUTES = ('peft_record', '_masks')
 
 
-def _changed(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module, PeftModules]]:
-    """The modules, by path, that have a module of their own beside a parameter, which maps it to what the forward
-    computes with (SPT's single weights), and those."""
+def _modules_beside_parameters(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module, PeftModules]]:
+    """Yield the path and module for every module whose parameters have method modules beside them, and those modules.
+
+    Such a method module maps a parameter to the tensor that the forward uses (SPT's single weights).
+    """
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         changes = None if isinstance(module, PeftBlock) else module._modules.get('peft')
         if isinstance(changes, PeftModules):
@@ -187,11 +192,14 @@ def _changed(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[
 
 
 def self_contained_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of ``model``, which is not changed, with its single weights (SPT) in those of the base."""
-    # What has several names, because modules share it, is one tensor here, too.
+    """The state dict of ``model`` with its single weights (SPT) merged into those of the base.
+
+    ``model`` itself is not changed.
+    """
+    # deepcopy keeps tensors that modules share as one tensor.
     state = deepcopy(dict(model.state_dict()))
     with torch.no_grad():
-        for path, _, changes in _changed(model, remove_duplicate=False):
+        for path, _, changes in _modules_beside_parameters(model, remove_duplicate=False):
             prefix = f'{path}.' if path else ''
             for name, change in changes.items():
                 state[prefix + name] = change(state[prefix + name])
@@ -209,23 +217,26 @@ def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
 
 
 def stock_config(cfg: Config) -> Config:
-    """A config without anything of mona_mm: every ``base`` in the place of what is built around it, mmengine's classes
-    for its own. Only of data sets that the libraries do not have, the types stay: see :func:`types_left`. No pretrained
-    file is named in it: all weights are merged ones, and many a file only mona_mm can read."""
+    """Make a config without types of mona_mm, for a :func:`merged_state_dict`.
+
+    Every PeftBackbone and FrozenModel is replaced by its ``base``, and other classes by mmengine's. Only data sets that
+    the libraries do not have keep their types, see :func:`types_left`. Pretrained files are left out, since all weights
+    come from the merged checkpoint.
+    """
     plain = _stock(with_names(cfg.to_dict()))
     _forget_pretrained(plain.get('model'))
-    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_ours(hook)]
+    plain['custom_hooks'] = [hook for hook in plain.get('custom_hooks') or [] if not is_of_mona_mm(hook)]
     plain['custom_imports'] = None
     for hook in (plain.get('default_hooks') or {}).values():
-        if hook and is_type(hook, 'mona_mm.SafeCheckpointHook'):  # None takes one of mmengine's away
+        if hook and is_type(hook, 'mona_mm.SafeCheckpointHook'):  # None removes one of mmengine's hooks
             hook['type'] = 'CheckpointHook'
-    if is_ours((plain.get('optim_wrapper') or {}).get('constructor')):
+    if is_of_mona_mm((plain.get('optim_wrapper') or {}).get('constructor')):
         del plain['optim_wrapper']['constructor']
     schedulers = plain.get('param_scheduler')
-    if isinstance(schedulers, dict) and 'type' in schedulers:  # else by the names of several optimizers
+    if isinstance(schedulers, dict) and 'type' in schedulers:  # without a type it has a scheduler for each optimizer
         schedulers = [schedulers]
     if isinstance(schedulers, list):
-        plain['param_scheduler'] = [stock for each in schedulers for stock in _stock_schedulers(each)]
+        plain['param_scheduler'] = [stock for scheduler in schedulers for stock in _stock_schedulers(scheduler)]
     return Config(plain)
 
 
@@ -234,7 +245,7 @@ def types_left(cfg: Config) -> list[str]:
     found: set[str] = set()
 
     def look(node: Any) -> None:
-        if isinstance(node, dict) and is_ours(node):
+        if isinstance(node, dict) and is_of_mona_mm(node):
             found.add(node['type'])
         for value in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
             look(value)
@@ -244,7 +255,7 @@ def types_left(cfg: Config) -> list[str]:
 
 
 def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
-    """mmengine's nearest to a scheduler: its cosine begins after the warm-up."""
+    """mmengine's closest equivalent of a scheduler; its cosine begins only after the warm-up."""
     if not is_type(scheduler, 'mona_mm.WarmupCosineLR'):
         return [scheduler]
     options = {key: scheduler[key] for key in ('by_epoch', 'end', 'verbose') if key in scheduler}
@@ -255,15 +266,17 @@ def _stock_schedulers(scheduler: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def self_contained_config(cfg: Config) -> Config:
-    """A config for a :func:`self_contained_state_dict`, which needs no pretrained file."""
+    """Make a config for a :func:`self_contained_state_dict`, without pretrained files."""
     plain = with_names(cfg.to_dict())
     _forget_pretrained(plain['model'])
     return Config({**plain, 'load_from': None})
 
 
 def set_deploy(cfg: Config) -> None:
-    """Let a config build its methods in their forms for inference, in place: for a state dict of a model in which
-    :func:`mona_mm.methods.deploy` has put them."""
+    """Set ``deploy=True`` for the methods of a config that have a form for inference, in place.
+
+    The config then fits the state dict of a model that :func:`mona_mm.methods.deploy` has changed.
+    """
     _set_deploy(cfg.model)
 
 
@@ -280,8 +293,8 @@ def _stock(node: Any) -> Any:
 def _forget_pretrained(node: Any) -> None:
     for key, value in _children(node):
         if key == 'init_cfg':
-            several = [each for each in value if not _names_file(each)] if isinstance(value, list | tuple) else []
-            node[key] = None if _names_file(value) else several or value
+            others = [entry for entry in value if not _names_file(entry)] if isinstance(value, list | tuple) else []
+            node[key] = None if _names_file(value) else others or value
         elif key == 'pretrained' and (isinstance(value, str) or value is True):  # mmseg's models, timm's backbones
             node[key] = None if isinstance(value, str) else False
         else:
@@ -289,12 +302,12 @@ def _forget_pretrained(node: Any) -> None:
 
 
 def _children(node: Any) -> Iterable[tuple[Any, Any]]:
-    """What a dict, list or tuple holds, by key or index; nothing of anything else."""
+    """The items of a dict, list or tuple by key or index; nothing for other values."""
     return node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
 
 
 def _names_file(init_cfg: Any) -> bool:
-    """Some hosts read a ``checkpoint`` whatever the type of their ``init_cfg``."""
+    """Whether an ``init_cfg`` names only files. Some hosts read a ``checkpoint`` whatever the type."""
     if isinstance(init_cfg, list | tuple):
         return bool(init_cfg) and all(map(_names_file, init_cfg))
     return isinstance(init_cfg, dict) and (is_type(init_cfg, 'Pretrained') or 'checkpoint' in init_cfg)
@@ -309,6 +322,6 @@ def _set_deploy(node: Any) -> None:
 
 def _has_deploy_form(peft: Mapping[str, Any] | None) -> bool:
     method = look_up(METHODS, (peft or {}).get('type'))
-    if is_type(peft, 'mona_mm.SPT'):  # whose modules may be Mona's
+    if is_type(peft, 'mona_mm.SPT'):  # its modules may be those of Mona
         method = look_up(METHODS, (peft.get('structured') or {}).get('type'))
     return getattr(method, 'to_deploy', PeftModule.to_deploy) is not PeftModule.to_deploy

@@ -1,4 +1,4 @@
-"""Load the pretrained base: any known format, into any host, with nothing skipped in silence."""
+"""Load a pretrained base of any known format into any host, without skipping tensors silently."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileErro
 from mona_mm.hosts import find_host, method_names, recomputed_names
 from mona_mm.type_names import is_type
 
-_CLASSIFIER = ('norm.', 'head.')  # what a classifier has beyond the backbone
-FETCHED = ('.safetensors', '.npz')  # without torch.hub
+_CLASSIFIER = ('norm.', 'head.')  # parts of a classifier that are not the backbone's
+FETCHED = ('.safetensors', '.npz')  # formats that are downloaded here, since torch.hub cannot read them
 UNREACHABLE = (URLError, HTTPException, TimeoutError, ConnectionError)
 _OPTION = '--cfg-options model.backbone.base.init_cfg.checkpoint=/path/to/the/file'
 
 
 def pretrained_file(host: nn.Module) -> dict[str, str] | None:
-    """The ``file`` (or address) and ``prefix`` that the ``init_cfg`` of a supported backbone names, or None.
+    """The ``file`` (or address) and ``prefix`` of the ``Pretrained`` ``init_cfg`` of a supported backbone, or None.
 
-    What an ``init_cfg`` means is what mmengine does with it: it may be a dict or several, of which a ``Pretrained`` one
-    (by name or by class) comes last and wins, and an empty one is none. The hosts that read their checkpoint themselves
-    (mmdet's and mmseg's) take one without a ``type``, as mmdet's PVT configs have it.
+    The ``init_cfg`` is read as mmengine reads it: it is a dict or a list of dicts, the last ``Pretrained`` one (by name
+    or by class) counts, and an empty one means none. Hosts that read their checkpoint themselves (mmdet's and mmseg's)
+    accept a dict without ``type``, as in mmdet's PVT configs.
 
     Raises:
-        ConfigError: if it is neither, or names no file, where the stock backbone would fail, too.
+        ConfigError: if ``init_cfg`` is malformed or names no file, so that the stock backbone would fail as well.
     """
     init_cfg = getattr(host, 'init_cfg', None)
     if not init_cfg:
@@ -42,48 +42,49 @@ def pretrained_file(host: nn.Module) -> dict[str, str] | None:
     reads_itself, pretrained = find_host(host).reads_checkpoint, None
     for cfg in init_cfg if isinstance(init_cfg, list | tuple) else [init_cfg]:
         if not isinstance(cfg, Mapping) or not ('type' in cfg or (reads_itself and 'checkpoint' in cfg)):
-            raise _no_init_cfg(host, "it has to be a dict with a type, or a list of such: dict(type='Pretrained', "
-                                     "checkpoint='/path/or/address')")  # fmt: skip
+            raise _invalid_init_cfg(host, "it must be a dict with a type, or a list of such dicts: "
+                                          "dict(type='Pretrained', checkpoint='/path/or/address')")  # fmt: skip
         if is_type(cfg, 'Pretrained') or (reads_itself and 'checkpoint' in cfg):
             pretrained = cfg
     if pretrained is None:
         return None
     if not isinstance(pretrained.get('checkpoint'), str) or not isinstance(pretrained.get('prefix') or '', str):
-        raise _no_init_cfg(host, "Pretrained needs checkpoint='/path/or/address', and may have prefix='backbone.'")
+        raise _invalid_init_cfg(host, "Pretrained needs checkpoint='/path/or/address', and may have prefix='backbone.'")
     return dict(file=pretrained['checkpoint'], prefix=pretrained.get('prefix') or '')
 
 
 def initialise_as_stock(host: nn.Module) -> None:
-    """The stock backbone's own ``init_weights``.
+    """Run the stock backbone's own ``init_weights``.
 
     Raises:
-        ConfigError: if it fails at its ``init_cfg``.
+        ConfigError: if it cannot use its ``init_cfg``.
     """
     try:
         type(host).init_weights(host)
     except (AssertionError, LookupError, TypeError, ValueError, AttributeError) as error:
         if host.init_cfg is None or isinstance(error, UserError):
             raise
-        raise _no_init_cfg(host, f'the stock backbone fails at it ({type(error).__name__}: {error})') from error
+        raise _invalid_init_cfg(host, f'the stock backbone fails with it ({type(error).__name__}: {error})') from error
 
 
-def _no_init_cfg(host: nn.Module, reason: str) -> ConfigError:
+def _invalid_init_cfg(host: nn.Module, reason: str) -> ConfigError:
     return ConfigError(
-        f'init_cfg={host.init_cfg!r} of the {type(host).__name__} is none: {reason}. None starts from random weights.'
+        f'init_cfg={host.init_cfg!r} of the {type(host).__name__} is not valid: {reason}. Set init_cfg=None to start '
+        'from random weights.'
     )
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a file, by the names in the model.
+    """The result of loading a file, by the names of tensors in the model.
 
     Args:
         file: the file.
-        format: of its names; see :mod:`mona_mm.checkpoint.convert`.
-        loaded: tensors of the model that were in it.
-        missing: tensors of the model that were not, and need not be.
-        unexpected: tensors of the file that the model has no use for, and need not have.
-        resized: of the loaded, those that were interpolated: (name, shape in the file, shape in the model).
+        format: the format of the names in the file; see :mod:`mona_mm.checkpoint.convert`.
+        loaded: the tensors of the model that were loaded from the file.
+        missing: the tensors of the model that are not in the file and may be absent.
+        unexpected: the tensors of the file that are not in the model and may be absent there.
+        resized: the loaded tensors that were interpolated, as (name, shape in the file, shape in the model).
     """
 
     file: str
@@ -94,34 +95,35 @@ class LoadReport:
     resized: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
     def lines(self, every: bool = False) -> list[str]:
-        """The report as lines of text; ``every`` names each missing and unexpected tensor, and not the first three."""
+        """Format the report as lines of text, with the first three names of each list, or all with ``every``."""
         resized = [f'{name} {old} to {new}' for name, old, new in self.resized]
         lines = [f'{self.file} (names: {self.format}): {len(self.loaded)} tensors loaded']
         for label, names in (('missing', self.missing), ('unexpected', self.unexpected), ('resized', resized)):
             if names:
-                lines.append(_first(f'{label}, {len(names)}: ', names, len(names) if every else 3))
+                lines.append(_list_first(f'{label}, {len(names)}: ', names, len(names) if every else 3))
         return lines
 
 
 def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadReport:
-    """Load a pretrained base into a supported backbone, in place, and log what it held.
+    """Load a pretrained base into a supported backbone, in place, and log a report.
 
-    Relative-position tables of another window size are interpolated (bicubic), position embeddings of another image
-    size by the host. The parameters of a method and the norms of the backbone's outputs, which pretraining does not
-    have, may be absent; everything else must be there.
+    Relative-position tables of another window size are interpolated (bicubic); position embeddings of another image
+    size are resized by the host. The parameters of a method and the norms of the backbone's outputs, which pretrained
+    models do not have, may be absent from the file; everything else must be present.
 
     Args:
         backbone: an instance of one of :data:`mona_mm.hosts.HOSTS`, with or without a method.
         file: a path or an address that mmengine can read.
-        prefix: of the backbone's names in the file; without one, ``backbone.`` is found by itself.
+        prefix: the prefix of the backbone's names in the file; by default ``backbone.`` if names have it.
 
     Raises:
-        MissingFileError: if the file is not there or cannot be downloaded; it says where to put it.
-        CheckpointMismatchError: if it does not fit, or is no checkpoint; it names the first keys that do not fit.
+        MissingFileError: if the file does not exist or cannot be downloaded; the error tells where to put it.
+        CheckpointMismatchError: if the file is not a checkpoint or does not fit; the error names the first tensors that
+            do not fit.
     """
     checkpoint = read_checkpoint(file)
     form = recognise(backbone_tensors(checkpoint, prefix)) or 'unknown'
-    state_dict = convert_state_dict(checkpoint, prefix, known=False)  # it is compared with the backbone below
+    state_dict = convert_state_dict(checkpoint, prefix, known=False)  # unknown names are found by rehearse below
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     host = find_host(backbone)
@@ -130,7 +132,7 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     for name in state_dict.keys() & current.keys():
         shape = current[name].shape
         if state_dict[name].shape != shape and _squeezed(state_dict[name]) == _squeezed(current[name]):
-            # a 1x1 convolution where the file has a linear layer, or the other way round
+            # a 1x1 convolution where the file has a linear layer, or vice versa
             state_dict[name] = state_dict[name].reshape(shape)
             in_file[name] = tuple(shape)
 
@@ -161,20 +163,19 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     ]
     report = LoadReport(file, form, loaded, absent, list(unexpected), resized)
     print_log(
-        f'Loaded {len(loaded)} tensors of the base from {file}; {len(absent)} are not in it and keep their initial '
-        f'values (the method and the output norms).{" ".join(["", *report.lines()[1:]])}',
+        f'Loaded {len(loaded)} tensors of the base from {file}; {len(absent)} others (of the method and the output '
+        f'norms) keep their initial values.{" ".join(["", *report.lines()[1:]])}',
         logger='current',
     )
     return report
 
 
 def read_checkpoint(file: str, map_location: Any = 'cpu') -> dict:
-    """Read a checkpoint with mmengine's loaders, as :mod:`mona_mm.checkpoint.loading` guards them, by default onto the
-    CPU.
+    """Read a checkpoint by mmengine's loaders, with the checks of :mod:`mona_mm.checkpoint.loading`.
 
     Raises:
-        MissingFileError: if it is not there or cannot be downloaded; it says where to put the file.
-        CheckpointMismatchError: if it is not a checkpoint that weights-only loading can read.
+        MissingFileError: if the file does not exist or cannot be downloaded; the error tells where to put it.
+        CheckpointMismatchError: if the file is not a checkpoint that weights-only loading can read.
     """
     try:
         return CheckpointLoader.load_checkpoint(file, map_location=map_location)
@@ -182,14 +183,17 @@ def read_checkpoint(file: str, map_location: Any = 'cpu') -> dict:
         raise
     except FileNotFoundError as error:
         raise MissingFileError(
-            f'There is no checkpoint {file}. Name another in init_cfg, in the shipped configs with {_OPTION}, or set '
-            'model.backbone.base.init_cfg=None to start from random weights.'
+            f'There is no checkpoint {file}. Name another one in init_cfg (in the shipped configs with {_OPTION}), or '
+            'set model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
 
 
 def download_place(address: str) -> str:
-    """Where a file is kept once it has been downloaded: torch.hub's place, but one of its own for every address of a
-    format that torch.hub does not read. Deltas and safetensors of different models often have the same name."""
+    """The path under which a downloaded file is kept.
+
+    It is torch.hub's path, but with a folder for every address in the formats of :data:`FETCHED`, since deltas and
+    safetensors files of different models often have the same name.
+    """
     folder, path = join(torch.hub.get_dir(), 'checkpoints'), urlparse(address).path
     if path.endswith(FETCHED):
         folder = join(folder, sha256(address.encode()).hexdigest()[:8])
@@ -197,26 +201,26 @@ def download_place(address: str) -> str:
 
 
 def unreachable(file: str, error: Exception) -> MissingFileError:
-    """What to tell of an address that could not be downloaded: why, and where to put the file."""
+    """Make the error for an address that could not be downloaded, with the reason and the place for the file."""
     return MissingFileError(
-        f'Cannot download {file} ({error}). Fetch it on a machine with network and either put it at '
+        f'Cannot download {file} ({error}). Download it on a machine with network access, and either put it at '
         f'{download_place(file)}, where the next run finds it, or name its path in init_cfg: {_OPTION}'
     )
 
 
 def unreadable(file: str, error: Exception) -> CheckpointMismatchError:
-    """What to tell of a file that could not be read: why, and how to read it all the same."""
+    """Make the error for a file that could not be read, with the reason and the way to convert it."""
     return CheckpointMismatchError(
-        f'{file} cannot be read as a checkpoint of weights: it is damaged, something else, or needs more than '
-        f'weights-only loading allows ({reason(error)}). No pickle in it was executed. If you trust whoever made it, '
-        'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes the weights alone.'
+        f'{file} cannot be read as a checkpoint of weights: it is damaged, not a checkpoint, or contains more than '
+        f'weights-only loading allows ({reason(error)}). No pickle in it was executed. If you trust its source, '
+        'python tools/convert_checkpoint.py --trust-pickle FILE OUT executes it once and writes only the weights.'
     )
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error; of torch's about weights-only loading, which begins with advice, what it is about."""
-    about = str(error).rpartition('WeightsUnpickler error: ')[2].lstrip()
-    return f'{type(error).__name__}: {about.partition(chr(10))[0]}'
+    """The first line of an error, without the advice with which torch's errors about weights-only loading begin."""
+    message = str(error).rpartition('WeightsUnpickler error: ')[2].lstrip()
+    return f'{type(error).__name__}: {message.partition(chr(10))[0]}'
 
 
 def _squeezed(tensor: Tensor) -> tuple[int, ...]:
@@ -226,7 +230,7 @@ def _squeezed(tensor: Tensor) -> tuple[int, ...]:
 def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional: Callable[[str], bool]) -> str:
     """Describe how the keys and shapes of ``given`` differ from ``current``; the empty string if they fit.
 
-    Keys that are ``optional`` may be in one of the two alone.
+    Keys that are ``optional`` may be in only one of the two.
     """
     missing = [name for name in current if name not in given]
     unexpected = [name for name in given if name not in current]
@@ -235,32 +239,36 @@ def compare(current: Mapping[str, Tensor], given: Mapping[str, Tensor], optional
         for name, tensor in current.items()
         if name in given and given[name].shape != tensor.shape
     ]
-    return _describe(missing, unexpected, reshaped, optional)
+    return _describe_misfit(missing, unexpected, reshaped, optional)
 
 
 def misfit(rehearsal: Rehearsal, optional: Callable[[str], bool]) -> str:
-    """Describe what does not fit in what loading would do; the empty string if all of it does.
+    """Describe the tensors that do not fit in a rehearsal of loading; the empty string if all of them fit.
 
-    Keys that are ``optional`` may be missing in the file or in the model, and of those that the host computes from its
-    configuration it does not matter what the file holds.
+    Keys that are ``optional`` may be missing in the file or in the model. The tensors that a host computes from its
+    configuration are not compared.
     """
     reshaped = [f'{n} {shapes}' for n, shapes in rehearsal.reshaped.items() if not n.endswith(recomputed_names())]
     missing = [name for name in rehearsal.missing if not name.endswith(recomputed_names())]
     unexpected = [name for name in rehearsal.unexpected if not name.endswith(recomputed_names())]
-    wrong = _describe(missing, unexpected, reshaped, optional)
-    return f'{wrong} The model itself fails at it: {rehearsal.problem}.'.strip() if rehearsal.problem else wrong
+    wrong = _describe_misfit(missing, unexpected, reshaped, optional)
+    return f'{wrong} The model cannot load it: {rehearsal.problem}.'.strip() if rehearsal.problem else wrong
 
 
-def _describe(
+def _describe_misfit(
     missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str], optional: Callable[[str], bool]
 ) -> str:
     missing = [name for name in missing if not optional(name)]
     unexpected = [name for name in unexpected if not optional(name)]
-    parts = [_first('other shapes: ', reshaped), _first('missing: ', missing), _first('unexpected: ', unexpected)]
+    parts = [
+        _list_first('other shapes: ', reshaped),
+        _list_first('missing: ', missing),
+        _list_first('unexpected: ', unexpected),
+    ]
     return ' '.join(part for part in parts if part)
 
 
-def _first(label: str, names: Sequence[str], count: int = 3) -> str:
+def _list_first(label: str, names: Sequence[str], count: int = 3) -> str:
     if not names:
         return ''
     more = f' and {len(names) - count} more' if len(names) > count else ''

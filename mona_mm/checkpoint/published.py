@@ -1,7 +1,7 @@
-"""The modules of the published repositories of Mona and of CoLin, in a Swin: their names there and here.
+"""Convert the names of the modules of the published Mona and CoLin repositories in a Swin to those of this package.
 
-The code that was published for Mona has its modules in a Swin of Microsoft's names; the CoLin release has LoRand and
-Adapter in mmdet's Swin. Everything else of such a checkpoint is the host's, see :mod:`mona_mm.hosts.swin`.
+The published Mona code has its modules in a Swin with Microsoft's names; the CoLin release has LoRand and Adapter in
+mmdet's Swin. All other names of such a checkpoint belong to the host, see :mod:`mona_mm.hosts.swin`.
 """
 
 import re
@@ -20,8 +20,8 @@ MODULE_NAMES = (
     r'|(attn|ffn)_out\.(down|up)\.(a|g|b|bias)'
     r'|[qv]\.(down|up)\.weight)'
 )
-"""A regular expression of the tensors, by our names, of modules that were published for a Swin: of Mona, of Adapter or
-AdaptFormer, of LoRand, of LoRA."""
+"""A regular expression for the names, in this package, of the tensors of the modules that were published for a Swin:
+Mona, Adapter, AdaptFormer, LoRand and LoRA."""
 
 _RENAMES = (
     (r'(\.peft\.\w+)\.(norm\.|gamma)', r'\1.entrance.\2'),
@@ -43,7 +43,7 @@ _RENAMES_BACK = (
     (r'(\.my_module_\d)\.depthwise\.2\.', r'\1.adapter_conv.conv3.'),
     (r'(\.my_module_\d)\.pointwise\.', r'\1.adapter_conv.projector.'),
 )
-# The CoLin release's, behind attention and FFN: LoRand after DropPath, Adapter before it.
+# In the CoLin release, at the ends of the attention and FFN branches: LoRand after DropPath, Adapter before it.
 _COLIN_SITES = (
     (r'\.lorand1\.', '.peft.attn_out.'),
     (r'\.lorand2\.', '.peft.ffn_out.'),
@@ -61,9 +61,9 @@ _COLIN_SITES_BACK = (
 
 
 def convert_modules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The modules of the published Mona code under our names; everything else keeps its name."""
+    """Rename the modules of the published Mona code to the names of this package; other names stay."""
     converted: dict[str, Tensor] = {}
-    renames = (*_sites(tensors), *_RENAMES)
+    renames = (*_site_renames(tensors), *_RENAMES)
     for source, tensor in tensors.items():
         name = source
         for pattern, replacement in renames:
@@ -84,7 +84,7 @@ def convert_modules_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_colin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The modules of the CoLin release under our names; everything else has mmdet's names already."""
+    """Rename the modules of the CoLin release to the names of this package; all others have mmdet's names already."""
     return _stack_factors(rename(tensors, (*_COLIN_SITES, *_RENAMES)))
 
 
@@ -92,13 +92,13 @@ def convert_colin_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`convert_colin`.
 
     Raises:
-        ConfigError: if a module is not in that release.
+        ConfigError: if the release has no such module.
     """
     _check_modules(tensors)
     renamed = rename(_unstack_factors(dict(tensors)), _COLIN_SITES_BACK)
     left = next((name for name in renamed if '.peft.' in name), None)
     if left is not None:
-        raise ConfigError(f'{left}: the CoLin release has no such module, but LoRand and Adapter.')
+        raise ConfigError(f'{left}: the CoLin release has no such module; it has only LoRand and Adapter.')
     return renamed
 
 
@@ -108,7 +108,7 @@ COLIN = CheckpointFormat(
     convert=convert_colin,
     left_out=r'.*\.attn_mask$',
 )
-"""The authors' LoRand and Adapter in mmdet's Swin, of the CoLin release."""
+"""The checkpoints of the CoLin release, which has the authors' LoRand and Adapter in mmdet's Swin."""
 
 
 def _check_modules(tensors: Mapping[str, Tensor]) -> None:
@@ -117,8 +117,8 @@ def _check_modules(tensors: Mapping[str, Tensor]) -> None:
             raise ConfigError(f'{name}: the published code has no such module.')
 
 
-def _sites(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
-    """Which sites ``my_module_1`` and ``my_module_2`` stand for: it depends on the method, seen from its other keys."""
+def _site_renames(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+    """The renames of ``my_module_1`` and ``my_module_2`` to sites, which depend on the method that the names show."""
     if any('.adapter_conv.' in name for name in tensors):
         sites = ('post_attn', 'post_ffn')  # Mona
     elif any('.param_dict.' in name for name in tensors):
@@ -131,7 +131,7 @@ def _sites(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
 
 
 def _split_lora(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Published LoRA keeps q's and v's factors in one tensor, q's rows first."""
+    """Split a tensor of the published LoRA, which holds the factors of q and v one after another."""
     match = re.match(r'(.*\.)attn\.qkv\.lora_([AB])$', name)
     if match is None:
         return {name: tensor}
@@ -150,22 +150,24 @@ def _join_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         elif match[2] == 'q':
             other = tensors.get(f'{match[1]}peft.v.{match[3]}.weight')
             if other is None:
-                raise ConfigError(f'{name}: the published LoRA is on q and on v.')
+                raise ConfigError(f'{name}: the published LoRA is at q and v, and this model has none at v.')
             joined[f'{match[1]}attn.qkv.lora_{"A" if match[3] == "down" else "B"}'] = torch.cat((tensor, other))
     return joined
 
 
 def _stack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published LoRand numbers its factors (``param_dict.A0``, ``g0``, ``B0``, ...); ours are one tensor a kind."""
+    """Stack the factors of the published LoRand (``param_dict.A0``, ``g0``, ``B0``, ...) to one tensor for each of A, G
+    and B."""
     pattern = re.compile(r'(.*\.)?param_dict\.([AgGB])(\d+)$')
     stacks: dict[str, dict[int, Tensor]] = {}
     for name in [name for name in tensors if pattern.match(name)]:
-        path, kind, index = pattern.match(name).groups()
-        stacks.setdefault(f'{path or ""}{kind.lower()}', {})[int(index)] = tensors.pop(name)
+        path, letter, index = pattern.match(name).groups()
+        stacks.setdefault(f'{path or ""}{letter.lower()}', {})[int(index)] = tensors.pop(name)
     for name, factors in stacks.items():
         if sorted(factors) != list(range(len(factors))) or len({factor.shape for factor in factors.values()}) > 1:
             raise CheckpointMismatchError(
-                f'{name}: the factors are numbered {sorted(factors)}, or are not of one shape.'
+                f'{name}: the factors are numbered {sorted(factors)} and not from 0 without gaps, or their shapes '
+                'differ.'
             )
         tensors[name] = torch.stack([factors[i] for i in sorted(factors)])
     return tensors
@@ -179,6 +181,6 @@ def _unstack_factors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if match is None:
             unstacked[name] = tensor
         else:
-            kind = match[2] if match[2] == 'g' else match[2].upper()
-            unstacked.update({f'{match[1]}param_dict.{kind}{i}': factor for i, factor in enumerate(tensor)})
+            letter = match[2] if match[2] == 'g' else match[2].upper()
+            unstacked.update({f'{match[1]}param_dict.{letter}{i}': factor for i, factor in enumerate(tensor)})
     return unstacked

@@ -10,9 +10,9 @@ from mona_mm.type_names import enter_scope, is_type
 
 
 def build_on_meta(cfg: Config) -> nn.Module:
-    """The model of a config, its parameters on the meta device: for counting and inspecting, not for running.
+    """Build the model of a config with parameters on the meta device, for counting and inspecting, not for running.
 
-    What a ``ParamFreezeHook`` of the config would freeze is frozen.
+    Parameters that a ``ParamFreezeHook`` of the config would freeze are frozen.
     """
     enter_scope(cfg)
     with meta_device():
@@ -22,7 +22,7 @@ def build_on_meta(cfg: Config) -> nn.Module:
 
 
 def freeze_by_hooks(model: nn.Module, cfg: Config) -> None:
-    """Freeze what a ``ParamFreezeHook`` of the config would freeze."""
+    """Freeze the parameters that a ``ParamFreezeHook`` of the config would freeze."""
     for hook in cfg.get('custom_hooks') or []:
         if is_type(hook, 'mona_mm.ParamFreezeHook') and hook.get('trainable') is not None:
             freeze(model, hook['trainable'])

@@ -1,4 +1,4 @@
-"""What the command lines in ``tools/`` share."""
+"""Arguments, work dirs, runners and error messages of the command lines in ``tools/``."""
 
 import argparse
 import os
@@ -20,12 +20,12 @@ from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.errors import ConfigError, UserError
 
-_SPACE = '\x1f'  # for mmengine, which replaces the usual one
+_SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
 class _Settings(DictAction):
-    """mmengine's, which takes every space out of paths and names of classes; here those within them stay."""
+    """mmengine's ``DictAction``, which keeps the spaces within paths and class names, where mmengine removes them."""
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
@@ -35,12 +35,12 @@ class _Settings(DictAction):
 
 def _with_spaces(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_with_spaces(each) for each in value)
+        return type(value)(_with_spaces(item) for item in value)
     return value.replace(_SPACE, ' ') if isinstance(value, str) else value
 
 
 def run_parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the options that training and testing share."""
+    """Make an argument parser with the options that training and testing share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument(
@@ -50,7 +50,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '--allow-other-base',
         action='store_true',
-        help='load a delta although the frozen base is not the one that it was trained on',
+        help='load a delta although the frozen base is not the one on which it was trained',
     )
     parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -58,7 +58,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command that takes a config the option to change it."""
+    """Add ``--cfg-options`` to a command that reads a config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -69,27 +69,27 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
 
 
 def new_file(path: str) -> str:
-    """An argument that names a file of weights to write: never one that is there, whoever's it is.
+    """The type of an argument that names a file of weights to write, which must not exist.
 
     Raises:
-        UserError: if it is.
+        UserError: if it exists.
     """
     if osp.exists(path):
-        raise UserError(f'{path} is there already, and is not overwritten. Name another file, or remove that one.')
+        raise UserError(f'{path} already exists and is not overwritten. Name another file, or remove that one.')
     return path
 
 
 def work_dir(cfg: Config, file: str) -> str:
-    """The work dir of a config read from ``file``: its own, or the tools' default."""
+    """The work dir of a config that was read from ``file``: its own, or the default of the tools."""
     if cfg.get('work_dir') is not None:
         return cfg.work_dir
-    # One folder a task, where a config has several: each run its own log, plan and checkpoints.
+    # A folder for each task of a config, so that every run has its own log, plan and checkpoints.
     name = osp.splitext(osp.basename(file))[0]
     return osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
 
 
 def read_run_config(args: argparse.Namespace) -> Config:
-    """The config that the arguments of :func:`run_parser` describe, fit for this machine."""
+    """Read the config that the arguments of :func:`run_parser` name, and adapt it to this machine."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
@@ -102,7 +102,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
 
 
 def join_process_group(cfg: Config) -> None:
-    """Join the process group of the config's launcher, for a command that builds no runner."""
+    """Join the process group of the config's launcher, in a command that does not build a Runner."""
     _join_gloo(cfg)
     if cfg.get('launcher', 'none') != 'none' and not torch.distributed.is_initialized():
         env_cfg = cfg.get('env_cfg', {})
@@ -111,12 +111,12 @@ def join_process_group(cfg: Config) -> None:
 
 
 def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: bool = False) -> Runner:
-    """The runner of a config; on a CPU with a launcher it also joins the process group, which mmengine cannot.
+    """Build the Runner of a config. On a CPU with a launcher, join the process group first, which mmengine cannot.
 
     Args:
         cfg: the config.
-        delta_base: the whole model that deltas which it loads are put on, whatever they say themselves.
-        allow_other_base: whether it loads deltas on another base than their own, too.
+        delta_base: the checkpoint of the whole model to use as base of deltas, in place of the one that they name.
+        allow_other_base: whether deltas may be loaded on another base than their own.
     """
     _join_gloo(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -130,13 +130,13 @@ def _join_gloo(cfg: Config) -> None:
         return
     if launcher != 'pytorch':
         raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
-    torch.distributed.init_process_group('gloo')  # mmengine's own way first selects a CUDA device
+    torch.distributed.init_process_group('gloo')  # mmengine's init_dist would first select a CUDA device
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what the user can mend ends it with one line and exit status 2, not with a traceback.
+    """Run a command. Errors that the user can fix are printed as one line without a traceback, with exit status 2.
 
-    A reader that closes the pipe before the command has said all (``| head``) ends it quietly, with exit status 1.
+    If the reader of its output closes the pipe (``| head``), the command ends silently, with exit status 1.
     """
     try:
         try:
@@ -145,14 +145,14 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
-            raise  # another pipe, of a worker process
-        # As Python's documentation has it: what is still to be written at exit goes nowhere.
+            raise  # the pipe of a worker process
+        # Discard the output that is flushed at exit, as Python's documentation recommends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except UserError as error:
         _fail(error)
     except TypeError as error:
-        # A misspelt argument of any module in a config: Python's message says which, and of what.
+        # A misspelt argument of a module in a config. Python's message names the argument and the function.
         if 'unexpected keyword argument' not in str(error):
             raise
         _fail(error)

@@ -1,4 +1,4 @@
-"""Read a config for the command lines: options, data paths, and what a machine without an accelerator needs."""
+"""Read a config for the command lines: apply options and data paths, and adapt it to a machine without accelerator."""
 
 import os.path as osp
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from mona_mm.type_names import is_type
 def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config file and merge ``--cfg-options`` into it.
 
-    mmengine merges after the file has been evaluated, so an option does not reach what was computed from it. Three do
-    here: ``data_root``, the one variable of every data path; ``classes``, the names of the data set's classes, which
-    also sets every ``num_classes`` of the model; and, in a config that says ``tasks``, ``task``, the name of one of
-    them, which sets what ``tasks`` says of it (``num_classes`` of the model, everything else of the data sets) and the
-    task's folder in ``data_root``.
+    mmengine merges options after the file has been evaluated, so values that were computed from them do not change. For
+    three options they do here: ``data_root``, from which all data paths are made; ``classes``, the names of the data
+    set's classes, which also sets every ``num_classes`` of the model; and ``task``, in a config with ``tasks``, which
+    applies the settings of that task (``num_classes`` to the model, all others to the data sets) and its folder in
+    ``data_root``.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -47,7 +47,7 @@ def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
 def _set_task(cfg: Config, task: str) -> None:
     tasks = cfg.get('tasks')
     if not tasks:
-        raise ConfigError(f'task={task}: {cfg.filename} is for one task, and has no others to choose from.')
+        raise ConfigError(f'task={task}: {cfg.filename} has only one task, so leave this option out.')
     if task not in tasks:
         raise ConfigError(f'task={task}: {cfg.filename} has no such task. Its tasks are {", ".join(tasks)}.')
     _replace_folder(cfg, osp.join(cfg.data_root, cfg.task, ''), osp.join(cfg.data_root, task, ''))
@@ -63,12 +63,12 @@ def _set_data_root(cfg: Config, new: str) -> None:
     if not cfg.get('data_root'):
         raise ConfigError(f'data_root={new}: {cfg.filename} has no top-level data_root, so set the paths one by one.')
     old = osp.join(cfg.data_root, '')
-    cfg.data_root = old  # with its slash, so that data/coco is not taken for a part of data/coco_extra
+    cfg.data_root = old  # with a slash, so that data/coco does not match data/coco_extra
     _replace_folder(cfg, old, new)
 
 
 def _replace_folder(cfg: Config, old: str, new: str) -> None:
-    """Both with a slash at the end."""
+    """Replace a folder at the beginning of all paths in a config, in place. Both folders end with a slash."""
 
     def replace(node: Any) -> Any:
         if isinstance(node, str):
@@ -95,9 +95,9 @@ def _set_num_classes(cfg: Config, count: int) -> None:
 
 
 def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to every child of a dict or list in place, to every child of a tuple in a new tuple.
+    """Apply ``function`` to every child of a dict or list in place, and of a tuple in a new tuple.
 
-    What a pure-Python config will import stays to be imported: the class itself would be no text when it is dumped.
+    Lazy imports of a pure-Python config stay lazy, since a class could not be dumped as text.
     """
     if isinstance(node, tuple):
         return tuple(function(child) for child in node)
@@ -113,7 +113,7 @@ def has_accelerator() -> bool:
 
 
 def adapt_to_device(cfg: Config) -> None:
-    """Without an accelerator, replace what needs one: mixed precision, SyncBN, NCCL. Says so in one line."""
+    """Without an accelerator, replace settings that need one (mixed precision, SyncBN, NCCL), and log them."""
     if has_accelerator():
         return
     replaced = []
@@ -154,8 +154,8 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     """Set a config to resume from ``checkpoint``, or with ``'auto'`` from the last one in the work dir.
 
     Raises:
-        MissingFileError: if there is none (the run would otherwise silently start anew), or if there is nothing to
-            resume but a ``load_from`` in the config that does not exist.
+        MissingFileError: if there is no such checkpoint (mmengine would silently start anew), or, without
+            ``checkpoint``, if the config's ``load_from`` does not exist.
     """
     if checkpoint is None:
         file = cfg.get('load_from')
@@ -166,7 +166,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
         checkpoint = find_last_checkpoint(cfg.work_dir)
         if checkpoint is None:
             raise MissingFileError(
-                f'--resume: there is no checkpoint in {cfg.work_dir} that its last_checkpoint file names. Name one '
+                f'--resume: {cfg.work_dir} has no last_checkpoint file that names an existing checkpoint. Name one '
                 '(--resume PATH), name the work dir of the run to continue (--work-dir), or leave --resume out.'
             )
     elif '://' not in checkpoint and not osp.isfile(checkpoint):
@@ -174,7 +174,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
     if checkpoint.endswith(SUFFIX):
         _check_resumable(checkpoint)
     if not cfg.get('resume') and cfg.get('load_from'):
-        cfg.base_checkpoint = cfg.load_from  # for the deltas of this run, which are still on that base
+        cfg.base_checkpoint = cfg.load_from  # the base of this run's deltas, which stays the same
     cfg.resume = True
     cfg.load_from = checkpoint
 
@@ -187,8 +187,8 @@ def fine_tune_from(cfg: Config, checkpoint: str) -> None:
     """
     if checkpoint.endswith(SUFFIX):
         raise ConfigError(
-            f'--fine-tune {checkpoint}: a delta fits only the classes that it was trained for. Make a whole checkpoint '
-            'of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
+            f'--fine-tune {checkpoint}: a delta fits only the classes for which it was trained. Make a whole '
+            'checkpoint of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
         )
     cfg.load_from = checkpoint
     hooks = list(cfg.get('custom_hooks') or [])
@@ -197,7 +197,7 @@ def fine_tune_from(cfg: Config, checkpoint: str) -> None:
         check = dict(type='mona_mm.LoadCheckHook')
         hooks.append(check)
     check['other_classes'] = True
-    cfg.custom_hooks = hooks  # last: what is assigned to a Config is copied
+    cfg.custom_hooks = hooks  # last, since assigning to a Config copies the value
 
 
 def _check_resumable(file: str) -> None:
@@ -208,15 +208,15 @@ def _check_resumable(file: str) -> None:
             f'Start a new run from it with --cfg-options load_from={file}, or resume from a whole checkpoint.'
         )
     print_log(
-        f'Resuming from {file}: a delta holds no moments of the optimizer, so they begin anew. The whole checkpoint '
-        'beside it continues exactly.',
+        f'Resuming from {file}: a delta does not hold the moments of the optimizer, so they start at zero. For an '
+        'exact continuation resume from the whole checkpoint beside it.',
         logger='current',
         level=WARNING,
     )
 
 
 def find_last_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint that ``last_checkpoint`` in ``work_dir`` names, or None."""
+    """The checkpoint that the file ``last_checkpoint`` in ``work_dir`` names; None if there is none."""
     pointer = osp.join(work_dir, 'last_checkpoint')
     if not osp.isfile(pointer):
         return None

@@ -1,4 +1,4 @@
-"""Check the data that a config names, before anything is built."""
+"""Check the data of a config before anything is built."""
 
 import json
 import mmap
@@ -16,20 +16,20 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.type_names import enter_scope, look_up, type_name
 
 SPLITS = ('train', 'val', 'test', 'sensitivity')
-"""Each is what a config says in ``<split>_dataloader``."""
+"""The splits of a config, each of which is defined by its ``<split>_dataloader``."""
 
 
 def sensitivity_split(cfg: Config) -> str:
-    """The split whose data SPT's sensitivity is measured on."""
+    """The split on whose data SPT's sensitivity is measured."""
     return 'sensitivity' if cfg.get('sensitivity_dataloader') else 'train'
 
 
 def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Check that the data which ``splits`` (``'train'``, ...) name are there and hold the classes of the config.
+    """Check that the data of ``splits`` (``'train'``, ...) exist and have the classes of the config.
 
     Raises:
-        MissingFileError: if a data set's root, annotation file or image folder is missing; it says what to set.
-        ConfigError: if annotations (COCO, VOC, label maps, lists of labels) hold other classes, or in another order.
+        MissingFileError: if a data set's root, annotation file or image folder is missing; it names the option to set.
+        ConfigError: if annotations (COCO, VOC, label maps, lists of labels) have other classes, or in another order.
     """
     hint = f'/path/to/it, the folder that holds {cfg.task}/' if cfg.get('tasks') else '/path/to/it'
     for split in splits:
@@ -47,13 +47,13 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
 def _require(path: str | None, root: str | None, split: str, hint: str) -> None:
     if path and '://' not in path and not osp.exists(path):
         raise MissingFileError(
-            f'The {split} data of this config are not there: no {path}. Put the data set at {root} or say where it is '
-            f'with --cfg-options data_root={hint}'
+            f'The {split} data of this config are missing: there is no {path}. Put the data set at {root}, or set its '
+            f'place with --cfg-options data_root={hint}'
         )
 
 
 def datasets(cfg: Config, split: str) -> Iterator[dict]:
-    """The data sets of a split, within wrappers (RepeatDataset, ConcatDataset, ...)."""
+    """Yield the data sets of a split, also those within wrappers (RepeatDataset, ConcatDataset, ...)."""
     pending = [(cfg.get(f'{split}_dataloader') or {}).get('dataset')]
     while pending:
         dataset = pending.pop(0)
@@ -65,19 +65,22 @@ def datasets(cfg: Config, split: str) -> Iterator[dict]:
 
 
 def _check_classes(cfg: Config, dataset: dict) -> None:
-    """The libraries drop annotations of other classes in silence, misname classes whose order is not the file's, or
-    end in the middle of training with an index error."""
+    """Check the classes of a data set.
+
+    The libraries silently drop annotations of other classes, misname classes in another order than the file's, or stop
+    in the middle of training with an index error.
+    """
     enter_scope(cfg)
     with DATASETS.switch_scope_and_registry(None) as registry:
         dataset_class = look_up(registry, dataset.get('type'))
     for cls in getattr(dataset_class, '__mro__', ()):
         if cls.__name__ in _CHECKS:
             classes = (dataset.get('metainfo') or {}).get('classes') or dataset_class.METAINFO.get('classes')
-            if classes is None:  # a classifier may number them only
+            if classes is None:  # a classifier may have only numbers of classes
                 head = cfg.model.get('head')
                 count = head.get('num_classes') if isinstance(head, dict) else None
                 classes = None if count is None else [str(i) for i in range(count)]
-            if classes is None or isinstance(classes, list | tuple):  # or a file of names, which mmengine reads itself
+            if classes is None or isinstance(classes, list | tuple):  # mmengine itself reads a file of names
                 _CHECKS[cls.__name__](dataset, classes)
             return
 
@@ -95,16 +98,19 @@ def _check_coco(dataset: dict, classes: Sequence[str] | None) -> None:
     expected = [name for name in in_file if name in set(classes)]
     if list(classes) != expected:
         missing = [name for name in classes if name not in in_file]
-        what = f'it has no {", ".join(missing)}' if missing else 'their order is not its'
+        problem = f'it has no {", ".join(missing)}' if missing else 'their order differs'
         raise ConfigError(
-            f'The classes of the config, {_short(classes)}, do not fit {ann_file}: {what}. Its classes are '
+            f'The classes of the config, {_short(classes)}, do not fit {ann_file}: {problem}. Its classes are '
             f'{_short(in_file)}; train on all or some of them, in this order, with --cfg-options '
             f'classes="[{_short(in_file, ",")}]"'
         )
 
 
 def _check_voc(dataset: dict, classes: Sequence[str] | None) -> None:
-    """A class may well not occur in a small split, and leaving classes out is a choice; both at once is a mistake."""
+    """Refuse classes that both lack objects in the annotations and leave others out.
+
+    Either alone may be right: a class may not occur in a small split, and leaving classes out is a choice.
+    """
     ann_file = _annotation_file(dataset)
     if classes is None or ann_file is None:
         return
@@ -114,19 +120,19 @@ def _check_voc(dataset: dict, classes: Sequence[str] | None) -> None:
     for image in Path(ann_file).read_text().split():
         file = folder / f'{image}.xml'
         if not file.is_file():
-            raise MissingFileError(f'{ann_file} lists {image}, and there is no {file}.')
+            raise MissingFileError(f'{ann_file} lists {image}, but there is no {file}.')
         found.update(thing.findtext('name') for thing in ET.parse(file).iterfind('object'))
     missing, unknown = [name for name in classes if name not in found], sorted(found.difference(classes))
     if missing and unknown:
         raise ConfigError(
-            f'The classes of the config do not fit the annotations that {ann_file} lists: no object there is '
-            f'{_short(missing)}, and {_short(unknown)} would be dropped in silence. Name the classes to train on with '
+            f'The classes of the config do not fit the annotations that {ann_file} lists: they have no object of '
+            f'{_short(missing)}, and {_short(unknown)} would silently be dropped. Name the classes to train on with '
             f'--cfg-options classes="[{_short(sorted(found), ",")}]"'
         )
 
 
 def _check_segmentation(dataset: dict, classes: Sequence[str] | None) -> None:
-    """Looks into some of the label maps; all would take minutes."""
+    """Check the class numbers in some of the label maps, since reading all would take minutes."""
     with DATASETS.switch_scope_and_registry(None) as registry:
         known = (look_up(registry, dataset['type']).METAINFO or {}).get('classes')
         foreign = [name for name in classes or () if known and name not in known]
@@ -143,7 +149,7 @@ def _check_segmentation(dataset: dict, classes: Sequence[str] | None) -> None:
             continue
         label_map = mmcv.imread(path, flag='unchanged', backend='pillow')
         if label_map.ndim != 2:
-            raise ConfigError(f'{path} is a colour picture, not a map of class numbers (one channel, 8 bits).')
+            raise ConfigError(f'{path} is a colour image, not a map of class numbers (one channel, 8 bits).')
         ids = set(np.unique(label_map).tolist()) - {255}
         if info.get('reduce_zero_label'):
             ids = {i - 1 for i in ids - {0}}
@@ -151,7 +157,7 @@ def _check_segmentation(dataset: dict, classes: Sequence[str] | None) -> None:
         wrong = sorted(i for i in ids if i not in known_ids)
         if wrong:
             raise ConfigError(
-                f'{path} holds the class number {wrong[-1] + bool(info.get("reduce_zero_label"))}, and this config has '
+                f'{path} has the class number {wrong[-1] + bool(info.get("reduce_zero_label"))}, but this config has '
                 f'{len(known_ids)} classes. Name yours with --cfg-options classes="[...]", one for every number'
                 f'{" from 1 on (0 is ignored: reduce_zero_label)" if info.get("reduce_zero_label") else ""}; '
                 '255 is ignored.'
@@ -179,24 +185,24 @@ def _check_fgvc(dataset: dict, classes: Sequence[str] | None) -> None:
     if classes is None or ann_file is None:
         return
     with DATASETS.switch_scope_and_registry(None) as registry:
-        built = registry.build({**dataset, 'pipeline': []})  # which reads the lists, and says what is wrong with them
+        built = registry.build({**dataset, 'pipeline': []})  # reads the lists, and raises errors about them
     highest = max((built.get_data_info(i)['gt_label'] for i in range(len(built))), default=0)
     if highest >= len(classes):
         raise ConfigError(
-            f'{ann_file} has images of {highest + 1} or more classes, and the config has {len(classes)}. Is it the '
-            'list of another task (--cfg-options task=...)? Name classes of your own with --cfg-options classes="[...]"'
+            f'{ann_file} has images of at least {highest + 1} classes, but the config has {len(classes)}. If it is the '
+            'list of another task, set --cfg-options task=...; name your own classes with --cfg-options classes="[...]"'
         )
     if len(built):
         _require_image({}, built.get_data_info(0)['img_path'], ann_file)
 
 
 def _require_image(dataset: dict, path: str, ann_file: str) -> None:
-    """The first image of a list: a wrong folder is common, a single file that lacks is not."""
+    """Check that the first image of a list exists, which finds a wrong folder."""
     prefix = dataset.get('data_prefix') or ''
     folder = prefix.get('img_path') or '' if isinstance(prefix, dict) else prefix
     path = osp.join(dataset.get('data_root') or '', folder, path)
     if '://' not in path and not osp.isfile(path):
-        raise MissingFileError(f'{ann_file} begins with an image that is not there: {path}. Put the images beside it.')
+        raise MissingFileError(f'The first image of {ann_file} does not exist: {path}. Put the images beside the list.')
 
 
 _CHECKS = dict(
@@ -206,7 +212,7 @@ _CHECKS = dict(
     CustomDataset=_check_labels,
     FGVCJson=_check_fgvc,
 )
-"""By the libraries' base class of a data set; the first that a data set's class has counts."""
+"""The checks by name of a library's data set class; the first one among a class and its bases is used."""
 
 
 def _short(names: Sequence[str], separator: str = ', ') -> str:
@@ -214,7 +220,7 @@ def _short(names: Sequence[str], separator: str = ', ') -> str:
 
 
 def _categories(ann_file: str) -> list[dict]:
-    """The ``categories`` of a COCO file, without parsing the hundreds of megabytes around them.
+    """Read the ``categories`` of a COCO file, without parsing the hundreds of megabytes around them.
 
     Raises:
         ConfigError: if there are none.

@@ -1,4 +1,4 @@
-"""The plan of a config: found, or made before training."""
+"""Find the plan of an SPT config, or make it before training."""
 
 import os.path as osp
 from collections.abc import Mapping
@@ -22,24 +22,23 @@ _ALLOCATION = ('rule', 'alpha', 'beta', 'structured_vectors', 'structured_only')
 
 
 def find_plan(cfg: Config, folders: tuple[str, ...] = ()) -> str | Mapping[str, Any] | None:
-    """The file of an SPT config's plan, or the plan that is in it; None if there is none.
+    """Find the file of an SPT config's plan, or the plan that the config itself holds; None if there is none.
 
     Args:
         cfg: a config; one without SPT needs no plan.
-        folders: where to look for ``plan.safetensors`` when the file that the config names does not exist, or it names
-            none.
+        folders: the folders to search for ``plan.safetensors`` if the config names no file or one that does not exist.
     """
     peft = spt_config(cfg)
     if peft is None:
         return None
-    if isinstance(peft.get('plan'), Mapping):  # its modules, in the config itself
+    if isinstance(peft.get('plan'), Mapping):  # the sites of its modules, in the config itself
         return peft['plan']
     files = [peft.get('plan'), *(osp.join(folder, PLAN_FILE) for folder in folders)]
     return next((file for file in files if file and osp.isfile(file)), None)
 
 
 def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
-    """Name the plan that :func:`find_plan` finds in the config, in place, for what cannot make one.
+    """Set the plan that :func:`find_plan` finds in the config, in place, for commands that cannot make one.
 
     Raises:
         MissingFileError: if there is none.
@@ -50,8 +49,8 @@ def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
     found = find_plan(cfg, folders)
     if found is None:
         raise MissingFileError(
-            f'The plan of this SPT config is not there: no {PLAN_FILE} in {" or ".join(folders)}. Training left it in '
-            'its work dir; name it with --cfg-options model.backbone.peft.plan=/path/to/it'
+            f'The plan of this SPT config is missing: there is no {PLAN_FILE} in {" or ".join(folders)}. Training has '
+            'written it to its work dir; name it with --cfg-options model.backbone.peft.plan=/path/to/it'
         )
     peft.plan = found
 
@@ -59,21 +58,22 @@ def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
 def make_plan(cfg: Config) -> None:
     """Measure the sensitivity of an SPT config's base and store the plan in the work dir, unless there is one.
 
-    In every process of a group, which has been joined; the plan is then that of the main process.
+    With several processes it is called in each of them, after they have joined a group; the main process writes the
+    plan.
 
     Raises:
-        ConfigError: if the plan in the work dir was made for another request, the config says no budget, or its
-            options are no SPT's.
-        UserError: what :func:`mona_mm.spt.compute_sensitivity` and :func:`mona_mm.spt.allocate` raise.
+        ConfigError: if the plan in the work dir was made for other settings, the config has no budget, or SPT does not
+            have its options.
+        UserError: see :func:`mona_mm.spt.compute_sensitivity` and :func:`mona_mm.spt.allocate`.
     """
     peft = spt_config(cfg)
     if peft is None:
         return
-    check_options(peft)  # a misspelt one is better known before than after
+    check_options(peft)  # before the measurement, which takes long
     named = peft.get('plan')
     found = find_plan(cfg, (cfg.work_dir, *([osp.dirname(cfg.load_from)] if cfg.get('resume') else [])))
     if found:
-        if found != named and not cfg.get('resume'):  # what is resumed has its plan, whatever the options say now
+        if found != named and not cfg.get('resume'):  # a resumed run keeps its plan, whatever the options
             _check_same_request(cfg, Plan.load(found), found)
         _say(f'Plan: {found if isinstance(found, str) else "in the config"}')
         peft.plan = found
@@ -123,8 +123,10 @@ def spt_config(cfg: Mapping[str, Any]) -> dict | None:
 
 
 def put_plan_in(cfg: Config) -> None:
-    """Let an SPT config say itself where its structured modules are, for a checkpoint that has its single weights in
-    those of the base: it then needs no file."""
+    """Write the sites of the structured modules into an SPT config, in place, so that it needs no plan file.
+
+    This is for a checkpoint whose single weights are merged into those of the base.
+    """
     peft = spt_config(cfg)
     if peft is None or isinstance(peft['plan'], Mapping):
         return
@@ -138,39 +140,39 @@ def check_options(peft: dict[str, Any]) -> None:
     """Check an SPT config's options and those of its structured module.
 
     Raises:
-        UnknownOptionError: if one is no option there.
-        ConfigError: if a value cannot be.
+        UnknownOptionError: if an option does not exist.
+        ConfigError: if a value is not accepted.
     """
     check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key != 'type'})
     check_structured(peft.get('structured'))
 
 
 def _request(cfg: Config) -> dict[str, Any]:
-    """What an SPT config asks for, with the defaults of what it does not say."""
+    """The settings of an SPT config for making a plan, with defaults filled in."""
     defaults = {name: p.default for name, p in signature(SPT).parameters.items()}
     request = defaults | dict(spt_config(cfg))
     return request | dict(structured=structured_module(request['structured']))
 
 
 def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
-    """A plan left by another run must not decide what this one trains."""
+    """Refuse a plan that another run has left in the work dir, if it was made with other settings."""
     request = _request(cfg)
-    asked = {'task': cfg.get('task')}
-    asked |= {key: request[key] for key in ('structured', 'num_batches', 'per_sample', *_ALLOCATION)}
+    wanted = {'task': cfg.get('task')}
+    wanted |= {key: request[key] for key in ('structured', 'num_batches', 'per_sample', *_ALLOCATION)}
     made = {'structured': plan.structured_config, **plan.info}
-    if asked['structured'] is not None and made['structured'] is not None:
-        asked['structured'] = {key: asked['structured'].get(key) for key in made['structured']}
+    if wanted['structured'] is not None and made['structured'] is not None:
+        wanted['structured'] = {key: wanted['structured'].get(key) for key in made['structured']}
     if request['budget'] is not None:
-        asked['budget'] = request['budget']
+        wanted['budget'] = request['budget']
         if parse_budget(request['budget'], plan.architecture.parameters) == made.get('budget_parameters'):
             made['budget'] = request['budget']
-    asked['seed'] = (cfg.get('randomness') or {}).get('seed') or 0
+    wanted['seed'] = (cfg.get('randomness') or {}).get('seed') or 0
     advice = 'Train in another --work-dir, or name the plan to use with --cfg-options model.backbone.peft.plan=/path'
-    for key, value in asked.items():
+    for key, value in wanted.items():
         if value != made.get(key):
-            raise ConfigError(f'{file} is a plan for {key}={made.get(key)}, and this config says {value}. {advice}')
+            raise ConfigError(f'{file} is a plan for {key}={made.get(key)}, but this config has {value}. {advice}')
     if config_fingerprint(cfg) != made.get('config_fingerprint'):
-        raise ConfigError(f'{file} was measured with another model, or on other data, than this config names. {advice}')
+        raise ConfigError(f'{file} was measured with another model or other data than those of this config. {advice}')
 
 
 def _say(message: str) -> None:

@@ -1,4 +1,4 @@
-"""The sensitivity of the base that a config names, on the data that it names."""
+"""Measure the sensitivity of the base of a config on the config's data."""
 
 import hashlib
 import json
@@ -21,24 +21,26 @@ from mona_mm.errors import ConfigError, SensitivityError
 from mona_mm.spt.sensitivity import NO_LABELS, Sensitivity, alone, compute_sensitivity, first_batches, set_seed
 from mona_mm.type_names import enter_scope, is_type, type_name, with_names
 
-_HOW = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')  # of loading; not what is loaded
+# Settings of a data loader that do not change the data.
+_LOADER_SETTINGS = ('num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor')
 
 
 def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: int | None = None) -> Sensitivity:
-    """The sensitivity of a config's base under the config's own data and losses.
+    """Measure the sensitivity of a config's base with the config's own data and losses.
 
-    The data are those of the config's ``sensitivity_dataloader``, which is written like ``train_dataloader``; without
-    one they are the training's. A method of the config's backbone is left out and all of its base trains; heads are
-    fresh, pretrained weights are loaded as for training. The images of a batch and their augmentation depend on the
-    seed and the batch's number alone, and so neither on the number of processes nor on that of the loader's workers.
+    The data are those of the config's ``sensitivity_dataloader``, which has the form of ``train_dataloader``, or else
+    the training data. The backbone has no method, and all of its base trains; heads are initialised and pretrained
+    weights loaded as for training. The images of a batch and their augmentation depend only on the seed and the number
+    of the batch, not on the numbers of processes and workers.
 
     Args:
-        cfg: a training config; the process group, if there is to be one, has been joined.
-        num_batches: see :func:`compute_sensitivity`, as ``per_sample``.
-        seed: by default the config's, or 0.
+        cfg: a training config. A process group has to be joined before.
+        num_batches: see :func:`compute_sensitivity`.
+        per_sample: see :func:`compute_sensitivity`.
+        seed: the seed; by default that of the config, or 0.
 
     Raises:
-        UserError: what building the model, loading its weights and :func:`compute_sensitivity` raise.
+        UserError: if the model cannot be built or its weights cannot be loaded; see also :func:`compute_sensitivity`.
     """
     enter_scope(cfg)
     if seed is None:
@@ -47,8 +49,8 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
     model_cfg = base_model_config(cfg)
     model = MODELS.build(model_cfg)
     if not isinstance(getattr(model, 'backbone', None), nn.Module):
-        raise ConfigError(f'{type(model).__name__} has no `backbone`, whose sensitivity could be measured.')
-    model._dump_init_info = lambda *_: None  # mmengine's report of four lines a parameter
+        raise ConfigError(f'{type(model).__name__} has no `backbone`, so no sensitivity can be measured.')
+    model._dump_init_info = lambda *_: None  # suppresses mmengine's report of four lines for each parameter
     model.init_weights()
     del model._dump_init_info
     model = revert_sync_batchnorm(model).to(get_device())
@@ -68,13 +70,13 @@ def measure(cfg: Config, num_batches: int = 16, per_sample: bool = False, seed: 
 
 
 def base_model_config(cfg: Config) -> dict[str, Any]:
-    """The model of a config, a copy, with all of its backbone's base trainable, and no method."""
+    """Copy the model of a config, without the method, so that all of its backbone's base trains."""
 
     def without_method(node: Any) -> Any:
         if isinstance(node, dict):
             if is_type(node, 'mona_mm.PeftBackbone'):
                 return ConfigDict(type='mona_mm.PeftBackbone', base=node['base'])
-            # dict's own: ConfigDict's would import what a pure-Python config names
+            # dict.items, since ConfigDict.items would import the lazy objects of a pure-Python config
             return ConfigDict({key: without_method(value) for key, value in dict.items(node)})
         if isinstance(node, list | tuple):
             return type(node)(without_method(value) for value in node)
@@ -84,10 +86,11 @@ def base_model_config(cfg: Config) -> dict[str, Any]:
 
 
 def config_fingerprint(cfg: Config) -> str:
-    """SHA-256 of what of a config decides a sensitivity, shortened: the model without its method, and the data."""
+    """The shortened SHA-256 of the parts of a config on which a sensitivity depends: the model without method, and the
+    data."""
     settings = cfg[f'{sensitivity_split(cfg)}_dataloader']
-    parts = base_model_config(cfg), {key: value for key, value in dict.items(settings) if key not in _HOW}
-    # On a CPU, a BatchNorm stands in for the other.
+    parts = base_model_config(cfg), {key: value for key, value in dict.items(settings) if key not in _LOADER_SETTINGS}
+    # SyncBN counts as BN, which replaces it on a CPU.
     text = re.sub(
         r'"(SyncBN|[\w.]+\.SyncBatchNorm)"', '"BN"', json.dumps(with_names(parts), sort_keys=True, default=str)
     )
@@ -95,21 +98,21 @@ def config_fingerprint(cfg: Config) -> str:
 
 
 def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
-    """This process's share of the first batches of the data that a config's sensitivity is measured on.
+    """Build the loader of this process's share of the first batches of the data for a config's sensitivity.
 
     Raises:
         SensitivityError: if the data set is empty.
     """
     settings = dict(cfg[f'{sensitivity_split(cfg)}_dataloader'])
     workers = settings.get('num_workers', 0)
-    for key in ('persistent_workers', 'prefetch_factor'):  # not without workers
+    for key in ('persistent_workers', 'prefetch_factor'):  # not accepted without workers
         settings.pop(key, None)
     rank, processes = get_dist_info()
-    with alone():  # the samplers give this process all batches, of which it then takes its share
+    with alone():  # the samplers then give this process all batches, of which it takes its share below
         try:
             loader = Runner.build_dataloader({**settings, 'num_workers': 0}, seed=seed)
         except ValueError as error:
-            # torch's and mmengine's words for an empty data set
+            # parts of torch's and mmengine's messages for an empty data set
             if 'num_samples' not in str(error) and 'at least one array' not in str(error):
                 raise
             raise SensitivityError(NO_LABELS.format('in the training data')) from error
@@ -125,7 +128,7 @@ def build_loader(cfg: Config, num_batches: int, seed: int) -> DataLoader:
 
 
 class _ShareOfBatches:
-    """Every n-th batch of a batch sampler, its number before its indices."""
+    """Every n-th batch of a batch sampler, as lists of the number of the batch and its indices."""
 
     def __init__(self, batches: Iterable[list[int]], rank: int, processes: int, num_batches: int) -> None:
         self.batches = batches
@@ -140,7 +143,7 @@ class _ShareOfBatches:
 
 
 class _SeededDataset:
-    """A data set whose random numbers, transforms included, depend on the number of the batch alone."""
+    """A data set whose random numbers, also those of the transforms, depend only on the number of the batch."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset

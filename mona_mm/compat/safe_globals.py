@@ -1,9 +1,9 @@
-"""Let weights-only loading read what mmengine itself puts into a checkpoint, and let no file forge an object with it.
+"""Let weights-only loading read the objects that mmengine writes to a checkpoint, without allowing forged ones.
 
-Each mmengine checkpoint holds its log history: :class:`HistoryBuffer`, numpy arrays and numpy scalars. To allow numpy's
-own classes would be dangerous: a pickle sets the inside of a ``numpy.dtype`` and of an array as it likes, so it can
-make an array of Python objects over bytes of its choice, or take the memory away from under a tensor that shares it.
-So the names in a file stand for the classes and functions below, which accept plain numbers and nothing else.
+Each mmengine checkpoint holds its log history: :class:`HistoryBuffer`, numpy arrays and numpy scalars. Allowing numpy's
+own classes would be dangerous: a pickle can set the inner state of a ``numpy.dtype`` and of an array, so it can make an
+array of Python objects over bytes of its choice, or free the memory of a tensor that shares it. So the names in a file
+stand for the classes and functions below, which accept only plain numbers.
 """
 
 import math
@@ -37,8 +37,10 @@ def _are(values: Any, *types: type) -> bool:
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: the type of plain numbers, without fields, shape, objects or metadata. It is pickled
-    as numpy's own."""
+    """Stands for ``numpy.dtype``: a dtype of plain numbers, without fields, shape, objects or metadata.
+
+    It is pickled as numpy's own.
+    """
 
     __slots__ = ('_kind', '_order')
     __hash__ = None
@@ -57,10 +59,10 @@ class _DType:
             _refuse('a numpy type with fields, a shape or metadata')
         if (state[0], *state[5:]) != (3, -1, -1, 0):
             _refuse('a numpy type of another size, alignment or kind than it says')
-        self._order = state[1].replace('|', '=')  # which says of one byte that it has none
+        self._order = state[1].replace('|', '=')  # '|' means that the order does not apply, for one byte
 
     def plain(self) -> np.dtype:
-        """numpy's own."""
+        """Convert it to numpy's own dtype."""
         return np.dtype(self._order + self._kind)
 
     def __reduce__(self) -> Any:
@@ -76,7 +78,7 @@ class _Array(np.ndarray):
         _refuse('an array that is made in another way than numpy writes it')
 
     def __setstate__(self, state: Any) -> None:
-        if self.is_filled:  # a tensor may share its memory
+        if self.is_filled:  # otherwise the memory of a tensor that shares it would be freed
             _refuse('an array to be filled twice')
         if type(state) is tuple and len(state) == 5 and type(state[3]) is int:
             state = (*state[:3], bool(state[3]), state[4])
@@ -96,11 +98,11 @@ class _Array(np.ndarray):
 
     @property
     def is_filled(self) -> bool:
-        """Whether the values are there. Until then it is of bytes, of which torch makes no tensor."""
+        """Whether the array has its values; before that its dtype is bytes, which torch does not take for a tensor."""
         return self.dtype.kind != 'S'
 
     def plain(self) -> np.ndarray:
-        """numpy's own."""
+        """Convert it to numpy's own array."""
         if not self.is_filled:
             _refuse('an array without values')
         if self._plain is None:  # once: a file may name one array many times
@@ -112,7 +114,7 @@ class _Array(np.ndarray):
 
 
 def _reconstruct(*args) -> _Array:
-    # As numpy writes it, whatever the array: the shape and the type here are those of an empty one.
+    # numpy writes the shape and dtype of an empty array here, whatever the array.
     if len(args) != 3 or args[0] is not _Array or not _are(args[1], int) or args[1] != (0,) or args[2] not in _BYTE:
         _refuse('an array that is made in another way than numpy writes it')
     return np.ndarray.__new__(_Array, (0,), 'S1')
@@ -132,14 +134,14 @@ def _check_truth_values(dtype: np.dtype, data: bytes) -> None:
 
 
 def _no_bytes(*args) -> bytes:
-    """Stands for ``bytes``, by which a pickle means no bytes; a number would make so many."""
+    """Stands for ``bytes``, which a pickle calls without arguments for empty bytes; a number would allocate memory."""
     if args:
         _refuse('bytes that are made in another way than pickle writes them')
     return b''
 
 
 class _Method:
-    """Stands for a method of :class:`HistoryBuffer`, which names its own methods by way of ``getattr``."""
+    """Stands for a method of :class:`HistoryBuffer`, which pickles its own methods as calls of ``getattr``."""
 
     __slots__ = ('name',)
     __hash__ = None
@@ -155,7 +157,7 @@ def _history_method(*args) -> _Method:
 
 
 class _Buffer(HistoryBuffer):
-    """Stands for :class:`HistoryBuffer`, and becomes one once it has its two arrays of numbers."""
+    """Stands for :class:`HistoryBuffer`, and becomes one when it gets its two arrays of numbers."""
 
     def __new__(cls, *args) -> '_Buffer':
         if args:
@@ -166,7 +168,7 @@ class _Buffer(HistoryBuffer):
         names = {'max_length', '_log_history', '_count_history'}
         if type(state) is not dict or state.keys() - {'statistics_methods'} != names:
             _refuse('a log history with other attributes than mmengine writes')
-        # Its methods are mmengine's own; what a file says of them is only checked, for it would hold in the process.
+        # Its methods are mmengine's own. Those in a file are only checked, since they would apply to the whole process.
         methods = state.get('statistics_methods', {})
         if type(methods) is not dict or any(
             type(method) is not _Method or method.name != name for name, method in methods.items()
@@ -187,7 +189,7 @@ class _Buffer(HistoryBuffer):
         self._set_default_statistics()
 
 
-# Both spellings of what numpy 2 has renamed, whichever is here: a file says it as the numpy that wrote it.
+# Both spellings of the names that numpy 2 has changed, since a file has those of the numpy that wrote it.
 _SAFE = [
     (_Buffer, f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'),
     (_history_method, 'builtins.getattr'),
@@ -197,53 +199,53 @@ _SAFE = [
     *((_reconstruct, f'numpy.{core}.multiarray._reconstruct') for core in ('core', '_core')),
     *((_scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')),
 ]
-_STAND_INS = [each for each, _ in _SAFE]
+_STAND_INS = [stand_in for stand_in, _ in _SAFE]
 
 
 def register_safe_globals() -> None:
-    """Allow what mmengine puts into its checkpoints whenever ``torch.load`` loads weights only.
+    """Allow the objects that mmengine writes to its checkpoints whenever ``torch.load`` loads weights only.
 
-    ``torch.load`` by itself then gives arrays of a subclass of ``numpy.ndarray``; what loads through mmengine or this
-    package gives numpy's own, see :func:`finished`.
+    ``torch.load`` itself then returns arrays of a subclass of ``numpy.ndarray``; loading through mmengine or this
+    package returns numpy's own, see :func:`finished`.
     """
     torch.serialization.add_safe_globals(_SAFE)
 
 
 def finished(loaded: Any) -> Any:
-    """What weights-only loading made of a file, with numpy's own arrays and types in the place of the stand-ins.
+    """Replace the stand-ins in the result of weights-only loading by numpy's own arrays and dtypes.
 
-    Dicts and lists are changed in place, and what the file holds twice stays one object.
+    Dicts and lists are changed in place. An object that the file holds several times stays one object.
 
     Raises:
-        UnpicklingError: if anything in it is a stand-in that is no value, or was left without one.
+        UnpicklingError: if it contains a stand-in that is not a value, or that has got none.
     """
-    done: dict[int, tuple[Any, Any]] = {}  # by id; with the old value, so that no other gets its id
+    done: dict[int, tuple[Any, Any]] = {}  # by id, with the old value, so that no other object can get its id
 
     def finish(value: Any) -> Any:
-        of = type(value)
-        if of in (_Array, _DType):
+        cls = type(value)
+        if cls in (_Array, _DType):
             return value.plain()
-        if of in (_Buffer, _Method) or (of in (type, FunctionType) and value in _STAND_INS):
+        if cls in (_Buffer, _Method) or (cls in (type, FunctionType) and value in _STAND_INS):
             _refuse('a part of an array or of a log history alone')
-        if of not in (dict, OrderedDict, Counter, list, tuple, set):
+        if cls not in (dict, OrderedDict, Counter, list, tuple, set):
             return value
         if id(value) in done:
             return done[id(value)][1]
         done[id(value)] = value, value
-        if of is tuple:
-            new = tuple(finish(each) for each in value)
+        if cls is tuple:
+            new = tuple(finish(item) for item in value)
             if any(a is not b for a, b in zip(new, value, strict=True)):
                 done[id(value)] = value, new
-        elif of is set:
-            for each in value:
-                finish(each)
+        elif cls is set:
+            for item in value:
+                finish(item)
         else:
-            for key, each in list(enumerate(value) if of is list else value.items()):
+            for key, item in list(enumerate(value) if cls is list else value.items()):
                 finish(key)
-                new = finish(each)
-                if new is not each:
+                new = finish(item)
+                if new is not item:
                     value[key] = new
-            if of is OrderedDict:
+            if cls is OrderedDict:
                 finish(vars(value))  # the _metadata of a state dict
         return done[id(value)][1]
 
@@ -251,23 +253,30 @@ def finished(loaded: Any) -> Any:
 
 
 class _Loading:
-    """How many are loading weights only now, in all threads, and what was registered before the first one."""
+    """The state of weights-only loading in all threads.
+
+    Attributes:
+        lock: protects the other attributes and torch's list of allowed objects.
+        count: the number of contexts of :func:`weights_only` that are active.
+        registered: the objects that torch allowed before the first of them.
+        allowed: the objects that torch allows during them.
+    """
 
     lock = threading.Lock()
     count = 0
     registered: list
-    ours: list
+    allowed: list
 
 
-# Between mona_mm, which calls a reader of mmengine (or one that somebody has registered with it), and torch.load, which
-# that reader calls as it likes, there is no argument and no object that could be handed on.
+# mona_mm calls a reader of mmengine (or one that other code has registered), which calls torch.load with arguments of
+# its own, so no argument can be passed through.
 _WEIGHTS_ONLY: ContextVar[bool] = ContextVar('weights_only', default=False)
 
 
 def guard_torch_load() -> None:
-    """Let ``torch.load`` load weights only where its caller's caller is within :func:`weights_only`.
+    """Let ``torch.load`` load weights only in the context of :func:`weights_only`.
 
-    An explicit ``weights_only=True`` is also what no environment variable overrides.
+    It gets an explicit ``weights_only=True``, which no environment variable overrides.
     """
     load = torch.load
     if hasattr(load, 'is_guarded_by_mona_mm'):
@@ -285,19 +294,20 @@ def guard_torch_load() -> None:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """In this context ``torch.load`` loads weights only, whatever its caller asks for.
+    """A context in which ``torch.load`` loads weights only, whatever its arguments, in this thread.
 
-    ``torch.hub``, through which mmengine downloads, and mmengine itself from 0.11 on would otherwise execute a pickle.
-    It holds for what this thread calls. What others have registered with torch stays allowed, but not under the names
-    that stand for something else here; of that there is one list a process, which the first thread in this context
-    changes and the last one restores.
+    ``torch.hub``, through which mmengine downloads, and mmengine itself since 0.11 would otherwise execute pickles.
+    Objects that other code has registered with torch stay allowed, except under the names that have stand-ins here.
+    torch has one list of allowed objects for the process, which the first thread in this context changes and the last
+    one restores.
     """
     with _Loading.lock:
         if not _Loading.count:
             _Loading.registered = torch.serialization.get_safe_globals()
             names = {name for _, name in _SAFE}
-            _Loading.ours = [*(each for each in _Loading.registered if _name(each) not in names), *_SAFE]
-            _set_safe_globals(_Loading.ours)
+            others = [registered for registered in _Loading.registered if _registered_name(registered) not in names]
+            _Loading.allowed = [*others, *_SAFE]
+            _set_safe_globals(_Loading.allowed)
         _Loading.count += 1
     token = _WEIGHTS_ONLY.set(True)
     try:
@@ -307,12 +317,13 @@ def weights_only() -> Iterator[None]:
         with _Loading.lock:
             _Loading.count -= 1
             if not _Loading.count:
-                since = [each for each in torch.serialization.get_safe_globals() if each not in _Loading.ours]
-                _set_safe_globals([*_Loading.registered, *since])
+                current = torch.serialization.get_safe_globals()
+                new = [registered for registered in current if registered not in _Loading.allowed]
+                _set_safe_globals([*_Loading.registered, *new])
 
 
-def _name(registered: Any) -> str:
-    """The name in a file by which torch allows something that was registered with it."""
+def _registered_name(registered: Any) -> str:
+    """The name in a file under which torch allows a registered object."""
     return registered[1] if isinstance(registered, tuple) else f'{registered.__module__}.{registered.__qualname__}'
 
 
@@ -323,20 +334,20 @@ def _set_safe_globals(allowed: list) -> None:
 
 @contextmanager
 def portable_names() -> Iterator[None]:
-    """In this context numpy's arrays and scalars are pickled under the names of numpy 1, which numpy 2 knows as well.
+    """A context in which numpy's arrays and scalars are pickled under the names of numpy 1, which numpy 2 has as well.
 
-    What numpy 2 writes by itself is not readable with numpy before 1.26, not even by ``pickle``.
+    The names that numpy 2 writes otherwise cannot be read with numpy before 1.26, not even by ``pickle``.
     """
     try:
         from numpy.core.multiarray import _reconstruct, scalar
-    except ImportError:  # a numpy that has forgotten these names: it cannot pickle by them
+    except ImportError:  # a later numpy may no longer have these names
         yield
         return
-    before = [(each, each.__module__) for each in (_reconstruct, scalar)]
-    for each, _ in before:
-        each.__module__ = 'numpy.core.multiarray'
+    modules = [(function, function.__module__) for function in (_reconstruct, scalar)]
+    for function, _ in modules:
+        function.__module__ = 'numpy.core.multiarray'
     try:
         yield
     finally:
-        for each, module in before:
-            each.__module__ = module
+        for function, module in modules:
+            function.__module__ = module

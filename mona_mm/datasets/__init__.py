@@ -1,4 +1,4 @@
-"""Data sets that the OpenMMLab libraries lack. Importing this registers them."""
+"""Data sets that the OpenMMLab libraries lack. Importing this package registers them."""
 
 from mona_mm.datasets.fgvc import FGVCJson
 

@@ -1,7 +1,7 @@
-"""A small instance-segmentation set in COCO's layout, made of drawn shapes: what ``tools/demo.py`` trains on.
+"""Draw a small instance-segmentation data set of shapes in COCO's layout, on which ``tools/demo.py`` trains.
 
-Every image shows a few textured, rotated shapes that cover one another in part, over a gradient with clutter. Neither
-colour nor texture says which class a shape is, so a model has to see its outline.
+Every image shows a few textured, rotated shapes that partly cover each other, over a gradient with clutter. Colour and
+texture are independent of the class, so a model has to recognise outlines.
 """
 
 import json
@@ -20,28 +20,28 @@ from mona_mm.errors import ConfigError
 CLASSES = ('disc', 'square', 'triangle', 'star')
 
 _STAMP = 'demo_dataset.json'
-_VERSION = 1  # of what is drawn; another one makes existing sets be drawn anew
+_VERSION = 1  # of the drawing; sets of another version are drawn again
 _SPLITS = ('train', 'val')
-_SIZE = 128  # of the square images, in pixels
+_SIZE = 128  # side of the images, in pixels
 _SUPERSAMPLING = 4  # outlines are drawn this much larger, then averaged
 _MIN_VISIBLE = 0.5  # share of a shape that later ones must leave uncovered
 
 
 def make_demo_dataset(root: str | Path, train: int = 400, val: int = 60, seed: int = 0) -> Path:
-    """Draw the set into ``root``, the same bytes for the same arguments; do nothing where it already is.
+    """Draw the data set into ``root``, unless it is there already. The same arguments give the same bytes.
 
     Args:
-        root: a folder of this function's own: not there yet, empty, or made by an earlier call, whose set is replaced
-            if it had other arguments or was interrupted.
+        root: a folder that does not exist, is empty, or was made by an earlier call, whose set is replaced if it had
+            other arguments or was interrupted.
         train: number of training images (``train2017/``, ``annotations/instances_train2017.json``).
         val: number of validation images (``val2017/``, ``annotations/instances_val2017.json``).
-        seed: of the random numbers.
+        seed: seed of the random numbers.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        ConfigError: if ``root`` holds anything else, or a number is negative.
+        ConfigError: if ``root`` holds other files, or a number is negative.
     """
     if min(train, val, seed) < 0:
         raise ConfigError(f'make_demo_dataset: train={train}, val={val} and seed={seed} must not be negative.')
@@ -55,7 +55,7 @@ def make_demo_dataset(root: str | Path, train: int = 400, val: int = 60, seed: i
         shutil.rmtree(root / f'{split}2017', ignore_errors=True)
         (root / f'{split}2017').mkdir(parents=True)
     (root / 'annotations').mkdir(exist_ok=True)
-    # Written before anything else, so that an interrupted call leaves a folder which the next one knows for its own.
+    # Written first, so that the next call recognises the folder of an interrupted one.
     _write_json(root / _STAMP, {**wanted, 'complete': False})
     for number, (split, count) in enumerate(zip(_SPLITS, (train, val), strict=True)):
         _write_split(root, split, count, np.random.default_rng([seed, number]))
@@ -64,7 +64,7 @@ def make_demo_dataset(root: str | Path, train: int = 400, val: int = 60, seed: i
 
 
 def _read_stamp(root: Path) -> dict[str, Any] | None:
-    """What the stamp in ``root`` says, None where there is nothing yet."""
+    """The contents of the stamp in ``root``; None if the folder is empty or does not exist."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return None
     try:
@@ -74,7 +74,7 @@ def _read_stamp(root: Path) -> dict[str, Any] | None:
     except (OSError, TypeError, ValueError):
         pass
     raise ConfigError(
-        f'{root} holds something else than the demo data, and is left alone. Name another folder (--data-root).'
+        f'{root} holds other files than the demo data, and is left alone. Name another folder (--data-root).'
     )
 
 
@@ -104,7 +104,7 @@ def _write_split(root: Path, split: str, count: int, rng: Generator) -> None:
         cv2.imwrite(str(root / f'{split}2017' / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
         images.append(dict(id=image_id, file_name=name, height=_SIZE, width=_SIZE))
         for category_id, mask in shapes:
-            # Run lengths, because a polygon can neither say which pixels are covered exactly nor have a hole.
+            # Run lengths, since a polygon can neither cover exactly these pixels nor have a hole.
             rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
             annotations.append(
                 dict(
@@ -127,7 +127,8 @@ def _write_split(root: Path, split: str, count: int, rng: Generator) -> None:
 
 
 def draw_image(rng: Generator) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """One image, ``(H, W, 3)`` uint8 BGR, and its shapes: category id (from 1) and visible mask, ``(H, W)`` bool."""
+    """Draw an image, ``(H, W, 3)`` uint8 BGR, and its shapes as category ids (from 1) and visible masks, ``(H, W)``
+    bool."""
     image = _background(rng)
     shapes: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []  # of the whole shapes

@@ -1,1 +1,1 @@
-"""What of a model trains, what stays frozen, and what can be saved on what is frozen."""
+"""Which parameters train and which stay frozen, and how time and memory are saved on the frozen ones."""

@@ -1,9 +1,9 @@
-"""Averages of a model keep its frozen part: it is no average of anything, and rounding would let it drift.
+"""Keep the frozen part of a model's averages equal to the model's.
 
-mmengine's and torch's classes average every parameter, those that never change too, and most formulas round. After
-hundreds of updates a frozen weight of the average is another one than the base's (in half precision by percents), and
-what was trained beside it belongs on a base that exists nowhere else. So every averaging object that is built of a
-model with something frozen by :mod:`mona_mm.frozen.rules` copies the frozen part after each update.
+mmengine's and torch's classes average every parameter, frozen ones included, and most of their formulas round. After
+hundreds of updates the frozen weights of the average differ from the base's (by percents in half precision), and the
+trained weights beside them fit no base that exists. So every averaging object of a model that was frozen by
+:mod:`mona_mm.frozen.rules` copies the frozen part after each update.
 """
 
 from functools import wraps
@@ -19,7 +19,7 @@ from mona_mm.nn.mixin import Mixin, mix_in
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import freeze_records
 
-# By copy: what trained when the names of the frozen tensors were looked for, which is slow, and those.
+# For every copy, the names of the frozen tensors, which are slow to find, and the requires_grad flags at that time.
 _FROZEN: WeakKeyDictionary[nn.Module, tuple[list[bool], list[str]]] = WeakKeyDictionary()
 
 
@@ -27,13 +27,13 @@ class KeepsFrozenPart(Mixin):
     """Mixin in front of an averaging class."""
 
     def update_parameters(self, model: nn.Module) -> None:
-        """The class's own update, of what changes in ``model``."""
+        """Update the average, except for the frozen part, which is copied from ``model``."""
         super().update_parameters(model)
         keep_frozen_part(innermost(self.module), innermost(model))
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes nothing of, parameters and buffers, by their names in the state dict."""
+    """The parameters and buffers that training does not change, by their names in the state dict."""
     changes = changing(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in changes and _is_tensor(tensor)}
 
@@ -50,7 +50,7 @@ def keep_frozen_part(copy: nn.Module, model: nn.Module) -> None:
 
 
 def differing_frozen(copy: nn.Module, model: nn.Module) -> list[str]:
-    """The names of the frozen tensors of ``model`` that are others in ``copy``."""
+    """The names of the frozen tensors of ``model`` whose values differ in ``copy``."""
     state = copy.state_dict()
     return [name for name, t in frozen_tensors(model).items() if not torch.equal(state[name].to(t.device), t)]
 
@@ -60,7 +60,7 @@ def _is_tensor(value: object) -> bool:
 
 
 def _keep_in(cls: type[nn.Module]) -> None:
-    """Let all objects of an averaging class, and of those derived from it, keep the frozen part."""
+    """Make all objects of an averaging class, and of classes derived from it, keep the frozen part."""
     init = cls.__init__
 
     @wraps(init)

@@ -1,4 +1,4 @@
-"""What training changes in a model, and what it leaves as it was."""
+"""Tell which tensors of a model training changes."""
 
 from torch import Tensor, nn
 
@@ -7,17 +7,17 @@ from mona_mm.hosts import method_names, recomputed_names
 from mona_mm.nn.private import NORMS_WITH_STATISTICS
 
 PLACES = '.indices'
-"""The end of the names of the places of single weights (SPT)."""
+"""The ending of the names of the buffers that hold the places of single weights (SPT)."""
 
 
 def changing(model: nn.Module) -> set[str]:
-    """The names, in the state dict, of what training changes in ``model``.
+    """The names, in the state dict, of the tensors that training changes in ``model``.
 
-    These are the parameters that require a gradient, everything of a method, and the buffers of modules that are not
-    frozen: of a normalisation layer, if it has parameters that train or none; of any other module, if among the
-    parameters of it or of the innermost module around it that has some, one trains. The places of single weights
-    (SPT) are not among them: they are the plan's, and a delta has them in its fingerprint. What follows another part
-    (a teacher its student) changes where that does, and so do the buffers of what averages it.
+    These are the parameters that require a gradient, all tensors of a method, and the buffers of modules that are not
+    frozen. A normalisation layer is not frozen if it has no parameters or one of them trains; any other module, if a
+    parameter of it, or of the innermost module around it that has parameters, trains. The places of single weights
+    (SPT) are left out: they belong to the plan, and a delta has them in its fingerprint. A part that follows another
+    (a teacher its student) changes where the other does, and so do the buffers of a module that averages.
     """
     method = method_names(model)
     places = {name for name in method if name.endswith(PLACES)}
@@ -31,7 +31,7 @@ def changing(model: nn.Module) -> set[str]:
         if name in places or name.endswith(recomputed_names()):
             continue
         if isinstance(module, NORMS_WITH_STATISTICS) and not module.affine:
-            names.add(name)  # freeze.train leaves these in training mode
+            names.add(name)  # frozen.rules.train leaves these in training mode
             continue
         while path and next(module.parameters(), None) is None:
             path = path.rpartition('.')[0]
@@ -47,5 +47,5 @@ def changing(model: nn.Module) -> set[str]:
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors in the state dict of a model, without what else a module may keep there."""
+    """The tensors in the state dict of a model, without objects of other kinds that a module may keep there."""
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}

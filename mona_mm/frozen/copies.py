@@ -1,4 +1,4 @@
-"""The parts of a model that follow another one: a teacher its student, an average what it is of."""
+"""Find the parts of a model that follow another part: a teacher its student, an average its model."""
 
 from collections.abc import Iterable
 
@@ -8,14 +8,15 @@ from mona_mm.record import freeze_records
 
 
 def moving_copies(model: nn.Module) -> dict[str, str]:
-    """The parts of ``model`` that follow another one: a teacher its student, a momentum encoder its encoder.
+    """Find the parts of ``model`` that follow another part: a teacher its student, a momentum encoder its encoder.
 
-    Such a part was built to train and is kept from it: something in it has a :class:`~mona_mm.record.FreezeRecord` that
-    says so, or it is an averaging object (with ``update_parameters``), or the ``teacher`` beside a ``student``. What it
-    follows is a child of the model, of the same class and with the same tensors, in which something trains.
+    Nothing trains in such a part although it was built to train: a :class:`~mona_mm.record.FreezeRecord` in it names
+    parameters to train, or it is an averaging object (with ``update_parameters``), or it is the ``teacher`` beside a
+    ``student``. The part that it follows is a child of the model of the same class, with tensors of the same shapes, in
+    which something trains.
 
     Returns:
-        By path of the copy, the path of what it follows.
+        The path of the followed part, by path of the copy.
     """
     followed = {
         name: child for name, child in model.named_children() if any(p.requires_grad for p in child.parameters())
@@ -42,7 +43,7 @@ def moving_copies(model: nn.Module) -> dict[str, str]:
 
 
 def alike(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two modules are of one class and have the same tensors, values apart."""
+    """Whether two modules have the same class, and tensors of the same names and shapes."""
     return type(first) is type(second) and _shapes(first) == _shapes(second)
 
 
@@ -51,5 +52,5 @@ def _shapes(module: nn.Module) -> dict[str, Size]:
 
 
 def is_under(path: str, parents: Iterable[str]) -> bool:
-    """Whether a path is one of ``parents``, or leads into it."""
+    """Whether a path is one of ``parents`` or lies under one of them."""
     return any(f'{path}.'.startswith(f'{parent}.') for parent in parents)

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them train."""
+"""Count the parameters of a model, and those that train."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mona_mm.record import record_of
 
 @dataclass(frozen=True)
 class PartCount:
-    """Parameters of one part of a model."""
+    """The parameter counts of one part of a model."""
 
     part: str
     trainable: int
@@ -21,10 +21,15 @@ class PartCount:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model.
+    """The parameter counts of a model.
 
-    ``method`` is the method's name, without one the ``trainable`` rules (by their published names), of a stock model
-    None. ``backbone_*`` count base and method; a model without a backbone is its own.
+    Args:
+        method: the name of the method, or else the ``trainable`` rules by their published names; None for a stock
+            model.
+        parts: the counts of the model's parts.
+        backbone_base_total: the parameters of the backbone without the method.
+        backbone_total: the parameters of the backbone with the method. A model without a backbone counts as one.
+        backbone_trainable: those of them that train.
     """
 
     method: str | None
@@ -42,7 +47,7 @@ class ParameterCount:
         return sum(part.trainable for part in self.parts)
 
     def table(self) -> str:
-        """A table of the parts, and what trains as a share of the backbone, as lines of text."""
+        """Format a table of the parts and the share of the backbone that trains, as lines of text."""
         rows = [('part', 'trainable', 'total', '%')]
         for p in (*self.parts, PartCount('model', self.trainable, self.total)):
             share = f'{100 * p.trainable / p.total:.2f}' if p.total else '-'
@@ -65,15 +70,17 @@ def _percent(part: int, whole: int) -> str:
 
 
 def backbone_path(model: nn.Module) -> str:
-    """The path of a model's backbone, in a teacher and student that of the first; empty for a backbone alone."""
+    """The path of a model's backbone, which is the first one if there are several; empty for a backbone alone."""
     if isinstance(getattr(model, 'backbone', None), nn.Module):
         return 'backbone'
     return next((path for path, _ in model.named_modules() if path.endswith('.backbone')), '')
 
 
 def count_trainable(model: nn.Module) -> ParameterCount:
-    """Count what trains in ``model``: a whole model, or a backbone alone. Meta tensors count like others, and a
-    parameter that several parts share in the first of them."""
+    """Count the parameters of ``model``, which may be a whole model or a backbone alone, and those that train.
+
+    A parameter that several parts share counts for the first of them. Meta tensors count like any others.
+    """
     backbone = model.get_submodule(backbone_path(model))
     method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
     seen = set(method)

@@ -1,19 +1,20 @@
-"""What a frozen backbone makes of an image, kept from one epoch for the next.
+"""Keep the features that a frozen backbone computes for an image from one epoch to the next.
 
-Where nothing in the backbone trains (``trainable='fixed'``) its outputs are kept; where its last block does
-(``'partial_1'``), the input of that block and the outputs before it. They are found again by the content of the image
-as the backbone gets it, image by image, so that batches may be composed anew every epoch; a random augmentation
-makes other images, which are computed. What was computed in a batch may differ by rounding from what another batch
-would give; in batches of one, on a CPU, nothing differs.
+Where nothing in the backbone trains (``trainable='fixed'``) its outputs are kept. Where its last block trains
+(``'partial_1'``) the input of that block and the outputs before it are kept. Features are found by the content of each
+image as the backbone gets it, so the batches may be composed differently in every epoch; a random augmentation makes
+new images, whose features are computed. Features of an image that were computed in another batch may differ by
+rounding; with batches of one image on a CPU nothing differs.
 
-Features are kept in CPU memory, until it is used up, and then those there are stay: of a data set larger than the
-memory, throwing out the oldest would find nothing again. Those of validation are kept as well. Every process of a
-distributed run has its own, of the images that it has seen. Hooks on modules whose features are found do not run.
+Features are kept in CPU memory until the limit is reached, and are never replaced: with a data set larger than the
+limit, dropping the oldest ones would mean that none is ever found. Those of validation are kept as well. Every process
+of a distributed run keeps the features of the images that it has seen. Hooks on modules do not run when features are
+found.
 
-They belong to the weights. Weights that were loaded, initialised or changed in place are found by their addresses and
-version counters at the next image, those exchanged without a trace (mmengine's EMAHook does so between training and
-evaluation) by their fingerprint after every ``train()`` and ``eval()``; then all features are dropped. No state dict,
-copy or pickle has them.
+Features are valid for one set of weights, and all are dropped when the weights change. Weights that were loaded,
+initialised or changed in place are noticed at the next image by their addresses and version counters. Weights that were
+exchanged without a trace (as mmengine's EMAHook does between training and evaluation) are noticed by their fingerprint
+after every ``train()`` and ``eval()``. State dicts, copies and pickles do not contain features.
 """
 
 import math
@@ -38,13 +39,13 @@ from mona_mm.record import make_record, record_of
 
 
 class Features(NamedTuple):
-    """Of one image.
+    """The features of one image.
 
     Args:
-        outputs: of the backbone; those of the last block are not among them where it trains.
-        tokens: what the last block is given, ``(N, C)``, where it trains.
-        arguments: what it is given besides.
-        hw: the ``(H, W)`` of the tokens.
+        outputs: the outputs of the backbone, without that of the last block if it trains.
+        tokens: the input ``(N, C)`` of the last block, if it trains.
+        arguments: the other arguments of the last block.
+        hw: the grid ``(H, W)`` of the tokens.
         container: the type in which the backbone returns its outputs.
     """
 
@@ -55,7 +56,7 @@ class Features(NamedTuple):
     container: type = tuple
 
     def copy(self) -> 'Features':
-        """In memory of its own on the CPU."""
+        """Copy the features to memory of their own on the CPU."""
         outputs = tuple(out.to('cpu', copy=True) for out in self.outputs)
         return self._replace(outputs=outputs, tokens=None if self.tokens is None else self.tokens.to('cpu', copy=True))
 
@@ -65,48 +66,51 @@ class Features(NamedTuple):
 
 
 class FeatureCache:
-    """The features of images, by key, and the weights that they belong to. Threads may share it.
+    """The features of images by key, and the state of the weights that they belong to. Threads may share it.
 
     Args:
-        gib: how much memory they may take, in GiB.
+        gib: the memory that the features may take, in GiB.
     """
 
     def __init__(self, gib: float) -> None:
         self.gib = gib
         self.features: dict[tuple, Features] = {}
         self.bytes = 0
-        self.asked = self.found = 0  # images, since they were last reported
-        self.switched = True  # whether train() or eval() has been called since the weights were looked at
+        self.requested = self.found = 0  # numbers of images since the last report
+        self.mode_changed = True  # whether train() or eval() was called since the weights were last checked
         self._is_full = False
-        # Their marks, fingerprint and, so that their addresses can be no others', storages.
+        # Marks and fingerprint of the weights, and the tensors themselves, so that no others can get their addresses.
         self._weights: tuple[list, dict, list[Tensor]] = [], {}, []
-        self._age = 0  # how often the weights have changed
+        self._age = 0  # number of times that the weights have changed
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple:
         return FeatureCache, (self.gib,)
 
     def look_up(self, backbone: nn.Module, keys: Sequence[tuple]) -> tuple[list[Features | None], int]:
-        """The features of images, None where there are none, and the age of the weights, which :meth:`keep` asks for.
+        """Look up the features of images.
 
-        All features are dropped first if they are of other weights than those that ``backbone`` has now.
+        All features are dropped first if the weights of ``backbone`` have changed.
+
+        Returns:
+            The features of every image, None where there are none, and the age of the weights, for :meth:`keep`.
 
         Raises:
-            FreezeError: if what the features were kept for as frozen trains now.
+            FreezeError: if a parameter trains now that was frozen.
         """
         with self._lock:
-            self._follow(backbone)
+            self._drop_if_changed(backbone)
             found = [self.features.get(key) for key in keys]
-            self.asked += len(found)
-            self.found += sum(each is not None for each in found)
+            self.requested += len(found)
+            self.found += sum(features is not None for features in found)
             return found, self._age
 
-    def _follow(self, backbone: nn.Module) -> None:
+    def _drop_if_changed(self, backbone: nn.Module) -> None:
         trainable = record_of(backbone).freeze.trainable
         tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
         marks = [(t.data_ptr(), change_count(t), t.requires_grad) for name, t in tensors if name not in trainable]
-        if self.switched:
-            self.switched = False  # before the weights are looked at: who calls train() from now on is not overlooked
+        if self.mode_changed:
+            self.mode_changed = False  # before the weights are checked, so that a call of train() meanwhile counts
             self.report()
         elif marks == self._weights[0]:
             return
@@ -114,24 +118,24 @@ class FeatureCache:
         current = fingerprint({name: t for name, t in tensors if name not in trainable})
         if current != self._weights[1]:
             if self.features:
-                print_log('The frozen weights have changed: the features kept are dropped.', logger='current')
+                print_log('The frozen weights have changed, so all kept features are dropped.', logger='current')
             self.features.clear()
             self.bytes, self._is_full = 0, False
             self._age += 1
         self._weights = marks, current, [t.detach() for _, t in tensors]
 
     def report(self) -> None:
-        """Say how many images were found since the last report."""
-        if self.asked:
+        """Log the number of images whose features were found since the last report."""
+        if self.requested:
             print_log(
-                f'Features of {self.found} of {self.asked} images were found again; those of {len(self.features)} are '
-                f'kept, in {self.bytes / 2**30:.2f} of {self.gib} GiB.',
+                f'Features were found for {self.found} of {self.requested} images; those of {len(self.features)} '
+                f'images are kept, in {self.bytes / 2**30:.2f} of {self.gib} GiB.',
                 logger='current',
             )
-        self.asked = self.found = 0
+        self.requested = self.found = 0
 
     def keep(self, key: tuple, features: Features, age: int) -> None:
-        """Keep a copy of the features of an image, if there is room for them and the weights are still that old."""
+        """Keep a copy of the features of an image, if there is room and the weights still have that age."""
         with self._lock:
             if key in self.features or age != self._age:
                 return
@@ -141,51 +145,55 @@ class FeatureCache:
             elif not self._is_full:
                 self._is_full = True
                 print_log(
-                    f'cache_features={self.gib} GiB are full: the features of {len(self.features)} images are kept, '
-                    'those of others are computed every time.',
+                    f'The {self.gib} GiB of cache_features are full: the features of {len(self.features)} images are '
+                    'kept, and those of other images are computed every time.',
                     logger='current',
                     level=WARNING,
                 )
 
 
 def cache_features(backbone: nn.Module, gib: float) -> None:
-    """Keep the features of ``backbone``, in place, in at most so many GiB of memory, in its record's ``feature_cache``.
+    """Let ``backbone`` keep its features, in place, in the ``feature_cache`` of its record.
+
+    Args:
+        backbone: a supported backbone that is frozen up to its last block.
+        gib: the memory that the features may take, in GiB.
 
     Raises:
-        ConfigError: if ``gib`` is no positive number, anything below the last block trains or drops at random, or the
-            last block trains in a backbone whose end is not known.
+        ConfigError: if ``gib`` is not a positive number, anything before the last block trains or drops at random, or
+            the last block trains in a host without :attr:`~mona_mm.hosts.Host.last_output`.
     """
     if not isinstance(gib, int | float) or isinstance(gib, bool) or not 0 < gib < math.inf:
         raise ConfigError(f'cache_features={gib!r} must be a number of GiB greater than 0, or None.')
     host = find_host(backbone)
     *_, last = host.blocks(backbone)
     trainable = record_of(backbone).freeze.trainable
-    below = sorted(name for name in trainable if not name.startswith(f'{last}.'))
-    if below or method_modules(backbone):
+    earlier = sorted(name for name in trainable if not name.startswith(f'{last}.'))
+    if earlier or method_modules(backbone):
         record = record_of(backbone)
-        what = record.method or f'trainable={list(record.freeze.rules)}'
+        setting = record.method or f'trainable={list(record.freeze.rules)}'
         raise ConfigError(
-            f'cache_features: {what} trains {below[0] if below else "modules in its blocks"}, so that nothing behind '
-            "it stays the same. Features can be kept with trainable='fixed' or 'partial_1' and no method."
+            f'cache_features: {setting} trains {earlier[0] if earlier else "modules in the blocks"}, so that later '
+            "features change. Features can be kept with trainable='fixed' or 'partial_1' and no method."
         )
     if trainable and (host.last_output is None or not _has_stock_forward(backbone)):
-        ends = ', '.join(name for name, each in HOSTS.items() if each.last_output is not None)
+        supported = ', '.join(name for name, other in HOSTS.items() if other.last_output is not None)
         raise ConfigError(
-            f"cache_features with trainable='partial_1' is there for {ends}, and not for "
-            f"{qualified_name(type(backbone))}; with trainable='fixed' it is."
+            f"cache_features with trainable='partial_1' supports only {supported}, and not "
+            f"{qualified_name(type(backbone))}. Use trainable='fixed', which supports every backbone."
         )
     for path, module in backbone.named_modules():
         rate = _drop_rate(module)
         if rate and not (trainable and f'{path}.'.startswith(f'{last}.')):
             raise ConfigError(
-                f'cache_features: {path} drops at random while training ({rate:.3g}), so that an image has other '
-                'features every time. Set drop_path_rate=0.0 in the base config (and drop_rate=0.0, '
-                'attn_drop_rate=0.0, where those are set).'
+                f'cache_features: {path} drops at random while training (rate {rate:.3g}), so that the features of an '
+                'image differ every time. Set drop_path_rate=0.0 in the base config (and drop_rate=0.0 and '
+                'attn_drop_rate=0.0, if those are set).'
             )
     cache = make_record(backbone).feature_cache = FeatureCache(gib)
     backbone.train = partial(_train, backbone.train, cache)
-    # By the class, and not as a bound method: that would be pickled by its name, and come back as what it is now.
-    backbone.forward = partial(_forward, backbone, partial(type(backbone).forward, backbone), cache)
+    # A bound method would be pickled by its name, and would become this forward itself when it is loaded.
+    backbone.forward = partial(_forward_with_cache, backbone, partial(type(backbone).forward, backbone), cache)
 
 
 def _has_stock_forward(backbone: nn.Module) -> bool:
@@ -196,19 +204,19 @@ def _drop_rate(module: nn.Module) -> float:
     rates = [module.p] if isinstance(module, DROPOUTS) else []
     if isinstance(module, nn.MultiheadAttention):
         rates.append(module.dropout)
-    rates += [getattr(module, name, 0.0) for name in ('drop_prob', 'attn_drop')]  # of mmcv's DropPath, ViT's attention
+    rates += [getattr(module, name, 0.0) for name in ('drop_prob', 'attn_drop')]  # mmcv's DropPath, ViT's attention
     return max((rate for rate in rates if isinstance(rate, int | float)), default=0.0)
 
 
 def _train(inner: partial, cache: FeatureCache, mode: bool = True) -> nn.Module:
-    cache.switched = True
+    cache.mode_changed = True
     return inner(mode)
 
 
-def _forward(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor) -> Sequence[Tensor]:
+def _forward_with_cache(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor) -> Sequence[Tensor]:
     if x.requires_grad or x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return inner(x)
-    keys = _keys(x)
+    keys = _image_keys(x)
     features, age = cache.look_up(backbone, keys)
     missing = [i for i, found in enumerate(features) if found is None]
     if len(missing) == len(features):
@@ -217,14 +225,14 @@ def _forward(backbone: nn.Module, inner: partial, cache: FeatureCache, x: Tensor
         outputs = None
         with torch.no_grad():
             computed = _compute(backbone, inner, x[missing])[1] if missing else []
-    for i, each in zip(missing, computed, strict=True):
-        cache.keep(keys[i], each, age)
-        features[i] = each
+    for i, features_of_image in zip(missing, computed, strict=True):
+        cache.keep(keys[i], features_of_image, age)
+        features[i] = features_of_image
     return _assemble(backbone, features, x.device) if outputs is None else outputs
 
 
-def _keys(x: Tensor) -> list[tuple]:
-    """Of every image: two digests, for there may be millions, and what else decides on its features."""
+def _image_keys(x: Tensor) -> list[tuple]:
+    """The key of every image: two digests, since there may be millions of images, its shape and dtypes."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     images = dict(enumerate(x))
@@ -233,14 +241,14 @@ def _keys(x: Tensor) -> list[tuple]:
 
 
 def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[Tensor], list[Features]]:
-    """The outputs of a batch, as the backbone gives them, and the features of every image."""
+    """Compute the outputs of a batch, as the backbone returns them, and the features of every image."""
     if not record_of(backbone).freeze.trainable:
         outputs = inner(x)
         return outputs, [Features(tuple(image), container=type(outputs)) for image in zip(*outputs, strict=True)]
-    heard: dict[str, Any] = {}
-    outputs = _compute_heard(backbone, heard, x)
-    tokens, *arguments = heard['block']
-    hw = heard['hw']
+    recorded: dict[str, Any] = {}
+    outputs = _compute_recording(backbone, recorded, x)
+    tokens, *arguments = recorded['block']
+    hw = recorded['hw']
     return outputs, [
         Features(
             tuple(out[i].detach() for out in outputs[:-1]),
@@ -253,18 +261,19 @@ def _compute(backbone: nn.Module, inner: partial, x: Tensor) -> tuple[Sequence[T
     ]
 
 
-def _compute_heard(backbone: nn.Module, heard: dict[str, Any], x: Tensor) -> Sequence[Tensor]:
-    """The outputs of a batch; what the last block is called with, and the grid where it is not told, is then heard."""
+def _compute_recording(backbone: nn.Module, recorded: dict[str, Any], x: Tensor) -> Sequence[Tensor]:
+    """Compute the outputs of a batch, and write the last block's arguments (``block``) and grid (``hw``) to
+    ``recorded``."""
 
     def block(*args: Any) -> Tensor:
-        heard.update(block=args)
+        recorded.update(block=args)
         if not isinstance(spec.grid, GridSource):
-            heard.update(hw=spec.grid.of_call(last, args, {}))
+            recorded.update(hw=spec.grid.of_call(last, args, {}))
         return last(*args)
 
     def grid(*args: Any) -> Any:
         output = source(*args)
-        heard.update(hw=spec.grid.find(source, args, output))
+        recorded.update(hw=spec.grid.find(source, args, output))
         return output
 
     host, last = find_host(backbone), _last_block(backbone)
@@ -283,13 +292,14 @@ def _last_block(backbone: nn.Module) -> nn.Module:
 
 
 def _assemble(backbone: nn.Module, features: Sequence[Features], device: torch.device) -> Sequence[Tensor]:
-    """The outputs of a batch from the features of its images."""
+    """Assemble the outputs of a batch from the features of its images."""
     first = features[0]
     outputs = [
-        torch.stack([each.to(device) for each in image]) for image in zip(*(f.outputs for f in features), strict=True)
+        torch.stack([output.to(device) for output in of_images])
+        for of_images in zip(*(f.outputs for f in features), strict=True)
     ]
     if first.tokens is not None:
-        tokens = torch.stack([each.tokens.to(device) for each in features])
+        tokens = torch.stack([f.tokens.to(device) for f in features])
         tokens = _last_block(backbone)(tokens, *first.arguments)
         outputs.append(find_host(backbone).last_output(backbone, tokens, first.hw))
     return first.container(outputs)

@@ -1,13 +1,13 @@
-r"""Frozen weights kept in half precision: half their memory, and no cast of them in every step of mixed precision.
+r"""Keep frozen weights in half precision, which halves their memory and saves their casts in every autocast step.
 
-What is kept so are the frozen matrices and kernels, :math:`W` of linear layers, convolutions and torch's attention:
-99% of a backbone's bytes. Norms, biases, position tables, and all that trains stay in float32.
+These are the frozen weights of linear layers, convolutions and torch's attention, which take 99% of a backbone's bytes.
+Norms, biases, position tables, and all parameters that train stay in float32.
 
-Such a backbone computes what the same one in float32 computes under autocast, bit for bit, once its weights have been
-rounded. Where no autocast is on (mmengine validates without, whatever it trains with), the backbone switches one on for
-itself, and gives its outputs the type of its input. A cast of the whole model (``half()``, ``to(torch.bfloat16)``,
-``float()``, ``double()``) casts the frozen weights as well. Autocast is then in the half type that they have; over
-weights in float32 it stays in the configured one, and over float64 there is none.
+Once its weights have been rounded, such a backbone computes the same as one in float32 under autocast, bit for bit.
+Where autocast is off (mmengine validates without it, even if it trains with it), the backbone enables it for itself,
+and returns its outputs in the dtype of its input. A cast of the whole model (``half()``, ``to(torch.bfloat16)``,
+``float()``, ``double()``) casts the frozen weights as well. Autocast then uses the half-precision dtype that they have,
+or the configured one if they are in float32; with float64 it stays off.
 """
 
 from collections.abc import Iterator
@@ -28,14 +28,14 @@ _KEPT = (nn.Linear, *CONVOLUTIONS, nn.MultiheadAttention)
 
 
 def keep_frozen(backbone: nn.Module, dtype: str) -> None:
-    """Keep the frozen matrices and kernels of ``backbone`` in ``dtype`` from now on, in place.
+    """Keep the frozen weights of ``backbone``'s linear layers and convolutions in ``dtype`` from now on, in place.
 
     Args:
-        backbone: given to :func:`mona_mm.frozen.rules.freeze`.
-        dtype: one of :data:`DTYPES`; it is then the ``frozen_dtype`` of the backbone's record.
+        backbone: a backbone that :func:`mona_mm.frozen.rules.freeze` has frozen.
+        dtype: one of :data:`DTYPES`, which becomes the ``frozen_dtype`` of the backbone's record.
 
     Raises:
-        ConfigError: if it is another, or nothing that could be kept so is frozen.
+        ConfigError: if ``dtype`` is not one of them, or no such weight is frozen.
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ConfigError(
@@ -50,9 +50,9 @@ def keep_frozen(backbone: nn.Module, dtype: str) -> None:
     make_record(backbone).frozen_dtype = dtype
     for weight in kept_weights(backbone):
         weight.data = weight.data.to(DTYPES[dtype])
-    # By the class, and not as a bound method: that would be pickled by its name, and come back as what it is now.
+    # A bound method would be pickled by its name, and would become this forward itself when it is loaded.
     inner = vars(backbone).get('forward') or partial(type(backbone).forward, backbone)
-    backbone.forward = partial(_forward, backbone, inner)
+    backbone.forward = partial(_forward_in_autocast, backbone, inner)
 
 
 def kept_weights(backbone: nn.Module) -> list[nn.Parameter]:
@@ -62,22 +62,23 @@ def kept_weights(backbone: nn.Module) -> list[nn.Parameter]:
 
 def _kept_weights(backbone: nn.Module) -> Iterator[nn.Parameter]:
     for module in backbone.modules():
-        for name in _names(module) if isinstance(module, _KEPT) else ():
+        for name in _weight_names(module) if isinstance(module, _KEPT) else ():
             weight = getattr(module, name, None)
             if isinstance(weight, nn.Parameter) and not weight.requires_grad:
                 yield weight
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
     attention = ('in_proj_weight', 'q_proj_weight', 'k_proj_weight', 'v_proj_weight')
     return attention if isinstance(module, nn.MultiheadAttention) else ('weight',)
 
 
 @contextmanager
 def in_float32(backbone: nn.Module) -> Iterator[None]:
-    """In this context the frozen weights are in float32, for who initialises, loads or checks them; then rounded.
+    """A context in which the frozen weights are in float32, to initialise, load or check them; then they are rounded.
 
-    So random values are those of a backbone without ``frozen_dtype``, and a plan of SPT knows its base again.
+    Thus random initial values equal those of a backbone without ``frozen_dtype``, and a plan of SPT recognises its
+    base.
     """
     weights = kept_weights(backbone) if record_of(backbone).frozen_dtype else []
     halves = [weight.data for weight in weights]
@@ -89,10 +90,10 @@ def in_float32(backbone: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for weight, half in zip(weights, halves, strict=True):
                 single, weight.data = weight.data, half
-                weight.copy_(single)  # where it was: others may hold a view of it
+                weight.copy_(single)  # into the same memory, of which other code may hold a view
 
 
-def _forward(backbone: nn.Module, inner: partial, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward_in_autocast(backbone: nn.Module, inner: partial, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     device = x.device.type
     dtype = _autocast_dtype(backbone)
     if dtype is None or not is_autocast_available(device) or torch.is_autocast_enabled(device):
@@ -103,7 +104,7 @@ def _forward(backbone: nn.Module, inner: partial, x: Tensor, *args: Any, **kwarg
 
 
 def _autocast_dtype(backbone: nn.Module) -> torch.dtype | None:
-    """The type to compute in, which depends on whether the model has been cast since; None for that of the weights."""
+    """The dtype for autocast, which follows a cast of the whole model; None to compute in the dtype of the weights."""
     weight = next(_kept_weights(backbone), None)
     if weight is None or weight.dtype == torch.float32:
         return DTYPES[record_of(backbone).frozen_dtype]
@@ -112,5 +113,5 @@ def _autocast_dtype(backbone: nn.Module) -> torch.dtype | None:
 
 def _cast(outputs: Any, dtype: torch.dtype) -> Any:
     if isinstance(outputs, list | tuple):
-        return type(outputs)(_cast(each, dtype) for each in outputs)
+        return type(outputs)(_cast(output, dtype) for output in outputs)
     return outputs.to(dtype)

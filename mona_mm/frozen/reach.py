@@ -1,4 +1,4 @@
-"""What of a backbone its outputs depend on: with ``out_indices`` that end early, the stages behind compute in vain."""
+"""Find the parameters that no output of a backbone depends on, as after the last stage that ``out_indices`` names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +10,15 @@ from torch.func import functional_call
 
 from mona_mm.hosts import find_host, is_host
 
-_SIDE = 224  # of an image, where a backbone is for none in particular
+_SIDE = 224  # side of the image for a backbone without img_size, in pixels
 
 
 def unreached(module: nn.Module) -> set[str]:
-    """The parameters that train in the backbones of ``module`` (or in it, if it is one), and that none of their outputs
-    depends on.
+    """Find the parameters that train in the backbones of ``module`` (or in it, if it is one) without any effect on
+    their outputs.
 
-    Found by autograd, in a forward and a backward pass on the meta device, which cost no memory. A backbone that no
-    such pass can be made with counts as reached altogether.
+    They are found by a forward and a backward pass on the meta device, which take no memory. If a backbone cannot run
+    there, none of its parameters counts.
     """
     found: set[str] = set()
     for path, backbone in module.named_modules():
@@ -45,21 +45,21 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
     size = getattr(backbone, 'img_size', None) or _SIDE
     size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     try:
-        with _plainly(backbone), torch.enable_grad():
+        with _deterministic(backbone), torch.enable_grad():
             outputs = functional_call(backbone, state, torch.empty(1, channels, *size, device='meta'))
-            total = sum(each.sum() for each in _tensors_in(outputs) if each.requires_grad)
+            total = sum(output.sum() for output in _tensors_in(outputs) if output.requires_grad)
             if not isinstance(total, Tensor):
                 return trains
             wanted = [state[name] for name in trains]
             gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    except Exception:  # whatever a foreign forward does not do without values
+    except Exception:  # a third-party forward may fail in any way on tensors without values
         return set()
     return {name for name, gradient in zip(trains, gradients, strict=True) if gradient is None}
 
 
 @contextmanager
-def _plainly(backbone: nn.Module) -> Iterator[None]:
-    """In this context nothing is random and nothing is computed twice."""
+def _deterministic(backbone: nn.Module) -> Iterator[None]:
+    """A context without randomness and activation checkpoints."""
     before = [(m, m.training, m.__dict__.get('with_cp')) for m in backbone.modules()]
     for m, _, with_cp in before:
         m.training = False
@@ -78,5 +78,5 @@ def _tensors_in(outputs: Any) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
     elif isinstance(outputs, list | tuple):
-        for each in outputs:
-            yield from _tensors_in(each)
+        for output in outputs:
+            yield from _tensors_in(output)

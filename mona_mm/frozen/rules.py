@@ -1,4 +1,4 @@
-"""Which parameters train: rules and freezing.
+"""Choose which parameters train, by rules, and freeze the others.
 
 Rules select by module structure, never by a substring of a parameter's name:
 
@@ -9,11 +9,11 @@ Rules select by module structure, never by a substring of a parameter's name:
 ``'norm'`` or ``'norm_tuning'``     every parameter of a normalisation layer
 ``'last_block'`` or                 the last block of a supported host
 ``'partial_1'``
-a module path                       every parameter under it, ``'stages.3'``; a parameter's own path selects that one
-a module type                       every parameter directly in modules of that class, ``'Conv2d'``
+a module path, ``'stages.3'``       every parameter under it; the path of a parameter selects only that parameter
+a module type, ``'Conv2d'``         every parameter directly in modules of that class
 ==================================  =================================================================================
 
-The second names are the methods' in the tables of the Mona paper, and in reports.
+The second names are those of the methods in the tables of the Mona paper and in reports.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,22 +36,22 @@ from mona_mm.record import FreezeRecord, freeze_records, make_record
 Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
 
 METHOD_RULES = dict(full='all', fixed='none', bitfit='bias', norm_tuning='norm', partial_1='last_block')
-"""The methods that are only a choice of the base's own parameters: published name to rule."""
+"""The rule of each published method that only chooses parameters of the base, by the method's published name."""
 
 
 def published_name(rule: str) -> str:
-    """The name in the tables of what a rule is, by whichever name it is given; any other rule itself."""
-    return next((name for name, meant in METHOD_RULES.items() if rule == meant), rule)
+    """The published name of a rule, which may be given by either name; a rule without one is returned as it is."""
+    return next((name for name, method_rule in METHOD_RULES.items() if rule == method_rule), rule)
 
 
 _NORMS = (*NORMS_WITH_STATISTICS, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 def as_rules(rules: Rules) -> tuple[str, ...]:
-    """One rule or several, as a tuple.
+    """Turn one rule or several into a tuple.
 
     Raises:
-        ConfigError: if they are neither.
+        ConfigError: if they are not a string or a list of strings.
     """
     several = (rules,) if isinstance(rules, str) else rules
     if not isinstance(several, Sequence) or not several or not all(isinstance(rule, str) for rule in several):
@@ -60,10 +60,10 @@ def as_rules(rules: Rules) -> tuple[str, ...]:
 
 
 def select(module: nn.Module, rules: Rules) -> set[str]:
-    """The names of the parameters of ``module`` that ``rules`` select; of several names that one has, the first.
+    """The names of the parameters of ``module`` that ``rules`` select. A shared parameter has its first name.
 
     Raises:
-        ConfigError: if a rule selects nothing (other than ``'none'``); it lists what could have been meant.
+        ConfigError: if a rule other than ``'none'`` selects nothing; it lists similar paths and types.
     """
     selected: set[str] = set()
     first = _first_names(module)
@@ -71,7 +71,7 @@ def select(module: nn.Module, rules: Rules) -> set[str]:
         names = {first[name] for name in _select(module, rule)}
         if not names and METHOD_RULES.get(rule, rule) != 'none':
             raise ConfigError(
-                f'trainable={rule!r} matches nothing in {type(module).__name__}. A rule is '
+                f'trainable={rule!r} matches no parameter of {type(module).__name__}. A rule is one of '
                 f'{", ".join(map(repr, METHOD_RULES.values()))} ({", ".join(map(repr, METHOD_RULES))}), a module path '
                 'or a module type. ' + _suggest(module, rule)
             )
@@ -85,30 +85,30 @@ def _select(module: nn.Module, rule: str) -> set[str]:
         return set()
     if rule == 'last_block':
         *_, last = find_host(module).blocks(module)
-        return _names(module, [last])
-    own = {  # parameter -> (the module it is directly in, its name there)
+        return _names_under(module, [last])
+    owners = {  # the module that directly has the parameter, and its name there, by path of the parameter
         f'{path}.{name}' if path else name: (m, name)
         for path, m in module.named_modules(remove_duplicate=False)
         for name, _ in m.named_parameters(recurse=False, remove_duplicate=False)
     }
     if rule == 'all':
-        return set(own)
+        return set(owners)
     if rule == 'bias':
-        return {full for full, (_, name) in own.items() if name == 'bias' or name.endswith(('_bias', '_bias_table'))}
+        return {path for path, (_, name) in owners.items() if name == 'bias' or name.endswith(('_bias', '_bias_table'))}
     if rule == 'norm':
-        return {full for full, (m, _) in own.items() if isinstance(m, _NORMS)}
-    if rule in own:
+        return {path for path, (m, _) in owners.items() if isinstance(m, _NORMS)}
+    if rule in owners:
         return {rule}
-    return _names(module, [rule]) or {full for full, (m, _) in own.items() if type(m).__name__ == rule}
+    return _names_under(module, [rule]) or {path for path, (m, _) in owners.items() if type(m).__name__ == rule}
 
 
-def _names(module: nn.Module, paths: Iterable[str]) -> set[str]:
+def _names_under(module: nn.Module, paths: Iterable[str]) -> set[str]:
     names = (name for name, _ in module.named_parameters(remove_duplicate=False))
     return {name for name in names if any(name.startswith(f'{path}.') for path in paths)}
 
 
 def _first_names(module: nn.Module) -> dict[str, str]:
-    """By every name of every parameter, its first: modules that share parameters give them several."""
+    """The first name of every parameter, by each of its names. Parameters that modules share have several names."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
 
@@ -124,17 +124,17 @@ def _suggest(module: nn.Module, rule: str) -> str:
 
 
 def freeze(module: nn.Module, rules: Rules) -> None:
-    """Let only the parameters that ``rules`` select train, and those of a method; freeze every other, in place.
+    """Freeze all parameters of ``module`` but those that ``rules`` select and those of a method, in place.
 
-    What is frozen already stays so: position embeddings that a host fixes, ``frozen_stages``, the base of a
-    PeftBackbone inside a FrozenModel. A BatchNorm that is frozen altogether stays in eval mode through every later
-    ``module.train()``: with statistics that move it would not be frozen. What none of a backbone's outputs depends on
-    (behind the last of its ``out_indices``), a method's modules included, stays frozen with a warning: it would get no
-    gradient, for which DistributedDataParallel waits.
+    Parameters that are already frozen stay frozen: position embeddings that a host fixes, those of ``frozen_stages``,
+    the base of a PeftBackbone inside a FrozenModel. A BatchNorm without trainable parameters stays in eval mode through
+    every later ``module.train()``, since its statistics would change otherwise. Parameters that no output of a backbone
+    depends on (after the last stage in ``out_indices``), those of a method included, stay frozen with a warning: they
+    would get no gradient, and DistributedDataParallel would wait for it.
 
     Raises:
-        ConfigError: if a rule, or the method, selects nothing, or nothing that can train, or under a method if the
-            host has ``frozen_stages`` of its own.
+        ConfigError: if a rule or the method selects no parameter that can train, or if the host of a method has
+            ``frozen_stages``.
     """
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
@@ -146,52 +146,54 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     training = module.training
     module.train()
     _refuse_frozen_methods(module)
-    behind = _freeze_unreached(module, {**selected, 'the method': method_names(module)})
+    unreached_names = _freeze_unreached(module, {**selected, 'the method': method_names(module)})
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
         if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
             raise ConfigError(
-                f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen '
-                f'(frozen_stages={getattr(module, "frozen_stages", None)}, or a PeftBackbone within it with a '
-                '`trainable` of its own), so it would train nothing.'
+                f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen, by '
+                f'frozen_stages={getattr(module, "frozen_stages", None)} or by a PeftBackbone within it that has its '
+                'own `trainable`. Select other parameters, or change those settings.'
             )
     module.train(training)
-    make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(behind), frozenset(frozen | behind))
+    frozen |= unreached_names
+    make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(unreached_names), frozenset(frozen))
 
 
 def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
-    behind = unreached(module)
-    if not behind:
-        return behind
+    """Freeze the parameters that no output depends on, with a warning, and return their names."""
+    found = unreached(module)
+    if not found:
+        return found
     trains = {name for name, p in module.named_parameters() if p.requires_grad}
-    outputs = {tuple(m.out_indices) for m in module.modules() if hasattr(m, 'out_indices')}
-    where = f'behind the last output of {type(module).__name__} (out_indices={" or ".join(map(str, outputs))})'
+    indices = {tuple(m.out_indices) for m in module.modules() if hasattr(m, 'out_indices')}
+    place = f'after the last output of {type(module).__name__} (out_indices={" or ".join(map(str, indices))})'
     for rule, names in selected.items():
-        if names & behind and not names & (trains - behind):
+        if names & found and not names & (trains - found):
             raise ConfigError(
-                f'What {f"trainable={rule!r}" if rule != "the method" else rule} lets train lies {where}, which '
-                f'nothing computed there reaches: {", ".join(sorted(names & behind)[:3])}. It would train nothing. '
-                'Choose what lies before that, or let out_indices end later.'
+                f'{f"trainable={rule!r}" if rule != "the method" else "The method"} selects only parameters {place}, '
+                f'which have no effect on the outputs: {", ".join(sorted(names & found)[:3])}. Select parameters '
+                'before that output, or add a later stage to out_indices.'
             )
     for name, parameter in module.named_parameters():
-        if name in behind:
+        if name in found:
             parameter.requires_grad = False
     print_log(
-        f'{len(behind)} parameters that were to train lie {where} and would never get a gradient: they stay frozen '
-        f'({", ".join(sorted(behind)[:3])}{", ..." if len(behind) > 3 else ""}).',
+        f'{len(found)} selected parameters lie {place} and would never get a gradient, so they stay frozen: '
+        f'{", ".join(sorted(found)[:3])}{", ..." if len(found) > 3 else ""}.',
         logger='current',
         level=WARNING,
     )
-    return behind
+    return found
 
 
 def behind_outputs(model: nn.Module) -> set[str]:
-    """The parameters that were selected to train and stay frozen, since no output of their backbone depends on them."""
+    """The parameters that were selected to train but stay frozen, since no output of their backbone depends on them."""
     return {f'{path}.{name}' if path else name for path, _, record in freeze_records(model) for name in record.behind}
 
 
 def train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """``nn.Module.train`` of a module given to :func:`freeze`."""
+    """``nn.Module.train`` of a module that :func:`freeze` has frozen: frozen BatchNorms stay in eval mode."""
     type(self).train(self, mode)
     for m in self.modules():
         if isinstance(m, BATCH_NORMS) and m.affine and not any(p.requires_grad for p in m.parameters()):
@@ -202,25 +204,29 @@ def train(self: nn.Module, mode: bool = True) -> nn.Module:
 def _refuse_frozen_methods(module: nn.Module) -> None:
     followers = {id(m) for path in moving_copies(module) for m in module.get_submodule(path).modules()}
     modules = [m for m in method_modules(module) if id(m) not in followers]
-    behind = {id(module.get_parameter(name)) for name in behind_outputs(module)}
-    reached = [
-        m for m in modules if not m.training or not all(p.requires_grad or id(p) in behind for p in m.parameters())
+    without_effect = {id(module.get_parameter(name)) for name in behind_outputs(module)}
+    frozen_by_host = [
+        m
+        for m in modules
+        if not m.training or not all(p.requires_grad or id(p) in without_effect for p in m.parameters())
     ]
     stages = getattr(module, 'frozen_stages', -1)
-    if reached or (modules and stages >= 1):
+    if frozen_by_host or (modules and stages >= 1):
         raise ConfigError(
-            f'frozen_stages={stages} in the base config: {type(module).__name__} freezes those stages by itself, '
-            f'the {type(modules[0]).__name__} modules in them included, and does so again at every .train(), after '
-            'the model has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and say in '
-            '`trainable` what else is to train.'
+            f'frozen_stages={stages} in the base config: {type(module).__name__} freezes those stages itself, with '
+            f'the {type(modules[0]).__name__} modules in them, and repeats it at every .train(), even after the model '
+            'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and select in '
+            '`trainable` which parameters of the base train.'
         )
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Check that what trains in ``model`` is still what its :class:`FreezeRecord` s say; a teacher follows.
+    """Check that the parameters that train in ``model`` are those of its :class:`FreezeRecord` s.
+
+    Parts that follow another part (a teacher its student) are not checked.
 
     Raises:
-        FreezeError: if not; it names the first parameters that differ.
+        FreezeError: if they differ; it names the first such parameters.
     """
     copies = moving_copies(model)
     for path, module, record in freeze_records(model):

@@ -1,4 +1,4 @@
-"""mmengine hooks, one behaviour a file."""
+"""Hooks for mmengine's Runner, one in each file."""
 
 from mona_mm.hooks.checkpoint import SafeCheckpointHook
 from mona_mm.hooks.delta_checkpoint import DeltaCheckpointHook

@@ -1,4 +1,4 @@
-"""Checkpoints that a stopped process cannot break."""
+"""Write checkpoints that a stopped process cannot break."""
 
 import shutil
 from pathlib import Path
@@ -20,12 +20,13 @@ class SafeCheckpointHook(CheckpointHook):
     """mmengine's ``CheckpointHook``, with the same options, whose last good checkpoint always survives.
 
     mmengine deletes outdated files before it writes the new one, and writes in place: a process that is stopped then,
-    or a full disk, leaves a broken file or none. Here a checkpoint is written beside, renamed, and only then are
-    outdated ones deleted, so for a moment there is one file more than ``max_keep_ckpts``. For exact resuming use it
-    with :class:`~mona_mm.hooks.IterationSeedHook`, which makes the random state part of what a checkpoint implies.
+    or a full disk, leaves a broken file or none. This hook writes a checkpoint to a temporary file beside it, renames
+    that, and deletes outdated ones only then, so that for a moment there is one file more than ``max_keep_ckpts``. For
+    exact resuming use it with :class:`~mona_mm.hooks.IterationSeedHook`, with which the iteration determines the random
+    state.
 
     Raises:
-        ConfigError: if a ``backend_args`` or ``file_client_args`` is given; files are local.
+        ConfigError: if ``backend_args`` or ``file_client_args`` is given, since files must be local.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -36,7 +37,7 @@ class SafeCheckpointHook(CheckpointHook):
         super().__init__(*args, **{**kwargs, 'backend_args': dict(backend='mona_mm_atomic')})
 
     def before_train(self, runner: Runner) -> None:
-        """Resolve the directory and clear what a stopped process left half-written."""
+        """Resolve the directory and remove incomplete files of a stopped process."""
         super().before_train(runner)
         if is_main_process():
             for folder in {Path(self.out_dir), Path(runner.work_dir)}:
@@ -83,14 +84,14 @@ class SafeCheckpointHook(CheckpointHook):
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():  # as deepspeed writes them
+    if path.is_dir():  # deepspeed writes folders
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
 class _DeferredRemoval:
-    """A file backend that only notes what it is told to remove."""
+    """A file backend that records the paths to remove, and removes nothing."""
 
     def __init__(self, backend: LocalBackend) -> None:
         self._backend = backend

@@ -1,4 +1,4 @@
-"""A small file beside every whole checkpoint: what training changed."""
+"""Write a delta, the small file of the tensors that training has changed, beside every whole checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from mona_mm.nn.wrappers import innermost
 from mona_mm.options import Rule, checked
 from mona_mm.registry import HOOKS
 
-# What a scheduler needs to go on; the rest of its state comes from the config.
+# The state that a scheduler needs to continue; all other state comes from the config.
 _SCHEDULER_STATE = ('last_step', '_global_step', '_last_value', 'base_values')
 
 
@@ -25,16 +25,16 @@ Parts = Annotated[Sequence[str], Rule("a list of parts of the model, such as ['m
 
 @HOOKS.register_module()
 class DeltaCheckpointHook(Hook):
-    """Writes ``epoch_3.delta.safetensors`` beside ``epoch_3.pth``, and deletes it when that one is deleted.
+    """Write ``epoch_3.delta.safetensors`` beside ``epoch_3.pth``, and delete it when that file is deleted.
 
-    So intervals, the number kept and the choice of the best are those of the run's checkpoint hook, and no setting has
-    to be given twice. The values are those of the whole checkpoint, averaged ones under an ``EMAHook``. In the header
-    are the method, the config, the versions, the classes, the metrics of the validation that followed or preceded, a
-    fingerprint of the frozen base, and what resuming needs besides the moments of the optimizer: iteration, learning
-    rates, schedulers.
+    So intervals, the number of files and the choice of the best are those of the run's checkpoint hook, and no setting
+    has to be given twice. The values are those of the whole checkpoint, which are averaged ones with an ``EMAHook``.
+    The header holds the method, the config, the versions, the classes, the metrics of the validation, a fingerprint of
+    the frozen base, and the state for resuming without the moments of the optimizer: iteration, learning rates,
+    schedulers.
 
     Args:
-        parts: of the model to write; None for all that trains. ``['method']`` is what is in the backbone.
+        parts: the parts of the model to write; None for all that train. ``'method'`` is everything in the backbone.
         half: round trained values to float16.
     """
 
@@ -45,15 +45,15 @@ class DeltaCheckpointHook(Hook):
         self.parts = parts
         self.half = half
         self._checkpoint: dict[str, Any] | None = None
-        self._written: dict[Path, tuple[int, int]] = {}  # whole checkpoint -> what tells one version from the next
-        self._latest: tuple[Path, int] | None = None  # and the iteration that it was written at
+        self._written: dict[Path, tuple[int, int]] = {}  # whole checkpoints and their versions, see _version
+        self._latest: tuple[Path, int] | None = None  # the latest checkpoint and its iteration
 
     def before_train(self, runner: Runner) -> None:
-        """Say so if there is nothing to do, and clear what a stopped process left half-written."""
+        """Find the checkpoint hook, and remove incomplete files of a stopped process."""
         self._checkpoints = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
         self._useful = any(not p.requires_grad for p in innermost(runner.model).parameters())
         if not self._useful:
-            print_log('Nothing is frozen, so a delta would be the whole model: none is written.', logger='current')
+            print_log('Nothing is frozen, so no deltas are written: each would be the whole model.', logger='current')
         if self._checkpoints is not None and runner.rank == 0:
             for partial in Path(self._checkpoints.out_dir).glob(f'*{SUFFIX}.*.partial'):
                 partial.unlink(missing_ok=True)
@@ -63,12 +63,12 @@ class DeltaCheckpointHook(Hook):
             self._record(runner)
 
     def _adopt(self, info: Mapping[str, Any]) -> None:
-        """Go on with the deltas of the run that is resumed, by what its checkpoint knows of itself and of those before.
+        """Take over the deltas of the run that is resumed, by the names of checkpoints in the one that is loaded.
 
-        By their names, in this run's folder: what else is there is somebody's own, and so is by now a delta whose
-        checkpoint somebody else than the checkpoint hook has deleted.
+        Only deltas with these names in this run's folder are taken over. Other files belong to the user, and so does a
+        delta whose checkpoint was deleted by anything but the checkpoint hook.
         """
-        if 'delta_of' not in info:  # nothing is resumed, or no run of this hook
+        if 'delta_of' not in info:  # no run is resumed, or one without this hook
             return
         hook = self._checkpoints
         best = {Path(path).name for key, path in info.items() if key.startswith('best_ckpt') and path}
@@ -86,30 +86,30 @@ class DeltaCheckpointHook(Hook):
         runner.message_hub.update_info('delta_of', [str(path) for path in self._written])
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Keep what the whole checkpoint is made of, until it has been written and has a name."""
+        """Keep the contents of the whole checkpoint until it has been written and its name is known."""
         self._checkpoint = checkpoint
 
     def after_train_epoch(self, runner: Runner) -> None:
-        """Write beside the checkpoint of the epoch, if there is one."""
-        self._follow(runner)
+        """Write a delta beside the checkpoint of the epoch, if there is one."""
+        self._write_beside_checkpoints(runner)
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Write beside the checkpoint of the iteration, if there is one."""
-        self._follow(runner)
+        """Write a delta beside the checkpoint of the iteration, if there is one."""
+        self._write_beside_checkpoints(runner)
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
-        """Write beside the best checkpoint, and give the latest one its metrics."""
+        """Write a delta beside the best checkpoint, and the metrics to the latest delta."""
         metrics = {name: float(value) for name, value in (metrics or {}).items() if _is_number(value)}
         if self._latest is not None and self._latest[1] == runner.iter:
             delta = read_delta(_delta_of(self._latest[0]))
             delta.header.metrics = metrics
             write_delta(delta.file, delta.header, delta.tensors)
         self._latest = None
-        self._follow(runner, metrics)
+        self._write_beside_checkpoints(runner, metrics)
 
-    def _follow(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+    def _write_beside_checkpoints(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None or self._checkpoints is None or not self._useful:
             return
@@ -148,7 +148,7 @@ def _delta_of(path: Path) -> Path:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Tells whether a file has been written anew: an atomic write makes a new inode."""
+    """A value that changes when a file is written again, since an atomic write makes a new inode; None if absent."""
     if not path.is_file():
         return None
     stat = path.stat()
@@ -156,7 +156,7 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 
 def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What resuming needs, as far as it is small."""
+    """The state for resuming that is small: all but the moments of the optimizer."""
     meta = checkpoint['meta']
     progress = {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
     info = checkpoint.get('message_hub', {}).get('runtime_info', {})
@@ -165,9 +165,11 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     }
     optimizer = checkpoint.get('optimizer', {})
     if 'param_groups' in optimizer:
-        progress['param_groups'] = [{**_plain(g), 'params': len(g['params'])} for g in optimizer['param_groups']]
+        progress['param_groups'] = [
+            {**_plain_settings(g), 'params': len(g['params'])} for g in optimizer['param_groups']
+        ]
     if 'base_param_settings' in optimizer:
-        progress['base_param_settings'] = _plain(optimizer['base_param_settings'])
+        progress['base_param_settings'] = _plain_settings(optimizer['base_param_settings'])
     schedulers = checkpoint.get('param_schedulers')
     if isinstance(schedulers, list):
         progress['param_schedulers'] = [
@@ -176,14 +178,14 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}
     return {key: v for key, v in plain.items() if key != 'params' and (v is None or _is_plain(v))}
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str) or (
-        isinstance(value, list | tuple) and all(_is_plain(each) for each in value)
+        isinstance(value, list | tuple) and all(_is_plain(item) for item in value)
     )
 
 

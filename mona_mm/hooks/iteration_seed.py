@@ -1,4 +1,4 @@
-"""Random numbers that depend on the iteration alone, so that a resumed run repeats an undisturbed one."""
+"""Make random numbers depend only on the iteration, so that a resumed run repeats an uninterrupted one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -26,10 +26,10 @@ class IterationSeedHook(Hook):
 
     @checked
     def __init__(self) -> None:
-        """There is nothing to choose."""
+        """The hook has no options."""
 
     def before_train(self, runner: Runner) -> None:
-        """Make an iteration-based loop seed before each fetch, the fetches that resuming skips included."""
+        """Let an iteration-based loop seed before each fetch, including those that resuming skips."""
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             loop.dataloader_iterator = _SeededIterator(loop.dataloader_iterator, runner.seed)
@@ -51,13 +51,13 @@ _FETCH, _STEP = 0, 1
 
 
 def seed(run_seed: int, iteration: int, purpose: int) -> None:
-    """Seed every random number generator of this process from a hash of the arguments and the rank."""
+    """Seed every random number generator of this process with a hash of the arguments and the rank."""
     sequence = np.random.SeedSequence([run_seed, get_rank(), iteration, purpose])
     set_random_seed(int(sequence.generate_state(1)[0]))
 
 
 class _SeededIterator:
-    """An iterator over batches that seeds before each of them from the batch's number."""
+    """An iterator over batches that seeds with the number of each batch before fetching it."""
 
     def __init__(self, batches: Iterator, run_seed: int) -> None:
         self._batches = batches
@@ -73,6 +73,6 @@ class _SeededIterator:
         return next(self._batches)
 
     def skip_iter(self, count: int) -> None:
-        """Pass ``count`` batches without loading them: how the fork's loop skips what a resumed run has had."""
+        """Skip ``count`` batches without loading them, as the loop of a fork of mmengine does when it resumes."""
         self._batches.skip_iter(count)
         self._fetched += count

@@ -1,4 +1,4 @@
-"""No checkpoint is loaded in part without a word."""
+"""Refuse checkpoints that would silently be loaded only in part."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -24,21 +24,21 @@ from mona_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class LoadCheckHook(Hook):
-    """Refuse a whole-model checkpoint that the Runner, which loads with ``strict=False``, would load in part.
+    """Refuse a whole-model checkpoint that the Runner, which loads with ``strict=False``, would load only in part.
 
-    What fits is what mmengine and the model's own hooks make fit: names that begin with ``module.``, a model behind a
-    wrapper (distributed training, test-time augmentation), tables of positions of another image or window size where
-    the host resizes them. ``load_from`` of a stock model into one with a method may lack the method's parameters. For
-    testing and resuming, everything must be there. (Deltas are checked when they are put into the model.)
+    A checkpoint fits if mmengine and the model's own hooks can load all of it: names may begin with ``module.``, the
+    model may be in a wrapper (distributed training, test-time augmentation), and position tables may have another image
+    or window size if the host resizes them. A stock model in ``load_from`` may lack the method's parameters. For
+    testing and resuming, everything must be present. (Deltas are checked when they are loaded into the model.)
 
     Args:
-        other_classes: whether what ``load_from`` names may have been trained for another number of classes. Then the
-            tensors outside the backbone that differ in their first length alone, the last layers of the heads, are
-            left as they are initialised, and named in the log.
+        other_classes: whether the checkpoint of ``load_from`` may have been trained for another number of classes. The
+            tensors outside the backbone that differ only in their first dimension, those of the last layers of the
+            heads, then keep their initial values and are named in the log.
 
     Raises:
-        CheckpointMismatchError: when the Runner loads, before anything of the model changes; it names the first keys
-            that do not fit.
+        CheckpointMismatchError: when the Runner loads, before the model changes; it names the first tensors that do not
+            fit.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook, which loads into its copy of the model
@@ -48,13 +48,13 @@ class LoadCheckHook(Hook):
         self.other_classes = other_classes
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Called by the Runner between reading a checkpoint and loading it into the model: check what it will load."""
-        held = {*checkpoint, *(checkpoint.get('meta') or {})}
-        absent = [name for name in ('epoch', 'iter', 'message_hub') if name not in held]
+        """Check a checkpoint that the Runner has read and will load into the model."""
+        keys = {*checkpoint, *(checkpoint.get('meta') or {})}
+        absent = [name for name in ('epoch', 'iter', 'message_hub') if name not in keys]
         if resumes(runner) and absent:
             raise CheckpointMismatchError(
-                f'{loaded_file(runner)} holds no state of a run ({", ".join(absent)}), so there is nothing to resume: '
-                f'start a new run from its weights with load_from={loaded_file(runner)} and without resume.'
+                f'{loaded_file(runner)} holds no state of a run ({", ".join(absent)}), so it cannot be resumed. Start '
+                f'a new run from its weights with load_from={loaded_file(runner)} and without resume.'
             )
         if not is_delta(checkpoint.get('state_dict', checkpoint)):
             check_loading(checkpoint, partial(self._check, runner))
@@ -66,22 +66,23 @@ class LoadCheckHook(Hook):
         if type(module) is not type(model):
             return state_dict, strict
         if module is not model:
-            # An EMAHook's copy may lack what the model itself may; the hook leaves names as they are.
+            # The copy of an EMAHook, which does not change names and may lack the same tensors as the model.
             state_dict, strict = model_state(dict(state_dict=state_dict)), False
         fine_tuning = trains(runner) and not resumes(runner)
         found = rehearse(loaded_into, state_dict)
         optional = method_names(module) if fine_tuning and not strict else set()
         if fine_tuning and self.other_classes:
-            anew = _class_layers(module.state_dict(), state_dict) & found.reshaped.keys()
-            if anew:
+            skipped = _class_layers(module.state_dict(), state_dict) & found.reshaped.keys()
+            if skipped:
                 metadata = getattr(state_dict, '_metadata', OrderedDict())
-                state_dict = OrderedDict((name, t) for name, t in state_dict.items() if name not in anew)
+                state_dict = OrderedDict((name, t) for name, t in state_dict.items() if name not in skipped)
                 state_dict._metadata = metadata
-                found = replace(found, reshaped={n: s for n, s in found.reshaped.items() if n not in anew}, problem='')
-            if anew and module is model:
+                reshaped = {name: shapes for name, shapes in found.reshaped.items() if name not in skipped}
+                found = replace(found, reshaped=reshaped, problem='')
+            if skipped and module is model:
                 print_log(
-                    f'{loaded_file(runner)} is of another number of classes. These begin anew: '
-                    f'{", ".join(sorted(anew))}',
+                    f'{loaded_file(runner)} has another number of classes. These tensors keep their initial values: '
+                    f'{", ".join(sorted(skipped))}',
                     logger='current',
                 )
         wrong = misfit(found, optional.__contains__)
@@ -90,7 +91,7 @@ class LoadCheckHook(Hook):
                 f'{loaded_file(runner)} does not fit this {type(module).__name__}: {wrong} '
                 f'{_advice(state_dict, fine_tuning)}'
             )
-        return state_dict, False  # what is strict has been checked, but for what the host computes by itself
+        return state_dict, False  # a strict load has been checked above, except for tensors that the host computes
 
 
 def _class_layers(current: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> set[str]:
@@ -109,10 +110,10 @@ def _advice(given: Mapping[str, Tensor], fine_tuning: bool) -> str:
     form = recognise(backbone_tensors(given))
     if form not in ('mm', None):
         return (
-            f"Its names are another library's ({form}): python tools/convert_checkpoint.py FILE OUT converts them. The "
-            'weights of a backbone alone belong in its init_cfg.'
+            f'Its names are those of another library ({form}); python tools/convert_checkpoint.py FILE OUT converts '
+            'them. The weights of a backbone alone belong in its init_cfg.'
         )
-    advice = 'It was made by another config, or for another number of classes. '
+    advice = 'It was made with another config, or for another number of classes. '
     if fine_tuning:
-        advice += 'To start from a model for other classes: tools/train.py --fine-tune FILE. '
-    return advice + 'To load what fits all the same, take mona_mm.LoadCheckHook out of custom_hooks.'
+        advice += 'To start from a model for other classes, use tools/train.py --fine-tune FILE. '
+    return advice + 'To load only what fits, remove mona_mm.LoadCheckHook from custom_hooks.'

@@ -1,4 +1,4 @@
-"""Freeze, report what trains, and prove that the frozen weights stay."""
+"""Freeze parameters, report which ones train, and check that the frozen weights do not change."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,31 +23,31 @@ from mona_mm.options import checked
 from mona_mm.record import freeze_records
 from mona_mm.registry import HOOKS
 
-_FEW = 64  # things that a hook holds in one place: what is longer is its history
+_FEW = 64  # longer lists and dicts in a hook are histories, and are not searched for copies of the model
 
 
 @HOOKS.register_module()
 class ParamFreezeHook(Hook):
-    """Says before training what trains, and afterwards, and at every checkpoint, that nothing else moved.
+    """Report which parameters train, and check at every checkpoint and after training that no others have changed.
 
-    With a :func:`~mona_mm.PeftBackbone` or :func:`~mona_mm.FrozenModel` in the model, which freeze when the model is
-    built, the hook checks. On a stock model, in one process, it freezes by itself: the Runner wraps the model for
-    distributed training before any hook runs, and freezing after that is too late.
+    A model with a :func:`~mona_mm.PeftBackbone` or :func:`~mona_mm.FrozenModel` is frozen when it is built, and the
+    hook only checks it. A stock model is frozen by the hook, which works in one process only: the Runner wraps the
+    model for distributed training before any hook runs, and freezing is too late then.
 
-    Copies of the model are kept on its frozen part, bit for bit, whoever averages them, and however: those that other
-    hooks hold (an ``EMAHook``) before they are validated or saved, and a teacher in the model
-    (:func:`mona_mm.frozen.copies.moving_copies`) before every iteration. A copy whose frozen part was another one when
-    the hook first saw it (a teacher with weights of its own) is left alone.
+    The frozen part of copies of the model is kept equal to the model's, bit for bit, however the copies are averaged:
+    for copies in other hooks (such as an ``EMAHook``) before they are validated or saved, and for a teacher in the
+    model (:func:`mona_mm.frozen.copies.moving_copies`) before every iteration. A copy whose frozen part already differs
+    when the hook first finds it (a teacher with its own weights) is left alone.
 
     Args:
-        trainable: a rule or a list of rules of :mod:`mona_mm.frozen.rules`, over the names of the whole model
-            (``['backbone.stages.3', 'neck', 'roi_head']``). None checks what the model's parts were built with.
+        trainable: a rule or a list of rules of :mod:`mona_mm.frozen.rules`, for the names of the whole model
+            (``['backbone.stages.3', 'neck', 'roi_head']``). None checks the rules with which the parts were built.
 
     Raises:
-        FreezeError: in ``before_run`` or ``before_train``, if the model does not train what the config asked for, or
-            if the hook would have to freeze a model that is already wrapped; in ``before_save_checkpoint`` or
-            ``after_train``, if a frozen weight changed, in the model or in a copy of it.
-        ConfigError: if a rule matches nothing.
+        FreezeError: in ``before_run`` or ``before_train``, if other parameters train than the config selects, or the
+            hook would have to freeze a model that is already wrapped; in ``before_save_checkpoint`` or ``after_train``,
+            if a frozen weight has changed in the model or in a copy of it.
+        ConfigError: if a rule selects nothing.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook copies the model
@@ -56,12 +56,12 @@ class ParamFreezeHook(Hook):
     def __init__(self, trainable: Rules | None = None) -> None:
         self.trainable = trainable
         self._digests: dict[str, int] = {}
-        self._copies: dict[nn.Module, str] = {}  # that hooks hold, with whose
-        self._seen: WeakSet[nn.Module] = WeakSet()  # what hooks hold, copy or not
-        self._followers: dict[str, str] | None = None  # in the model: see moving_copies
+        self._copies: dict[nn.Module, str] = {}  # copies of the model in hooks, with the names of the hooks
+        self._seen: WeakSet[nn.Module] = WeakSet()  # all modules in hooks that have been looked at
+        self._followers: dict[str, str] | None = None  # copies within the model, see moving_copies
 
     def before_run(self, runner: Runner) -> None:
-        """Freeze a stock model, where ``trainable`` is given and nothing in the model was frozen when built."""
+        """Freeze a stock model if ``trainable`` is given and nothing in the model was frozen when it was built."""
         model = _unwrap(runner.model)
         if self.trainable is None or not trains(runner):
             return
@@ -76,29 +76,28 @@ class ParamFreezeHook(Hook):
             )
         freeze(model, self.trainable)
         wrapper = runner.optim_wrapper
-        for each in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
-            for group in each.optimizer.param_groups:
+        for optim_wrapper in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+            for group in optim_wrapper.optimizer.param_groups:
                 group['params'] = [p for p in group['params'] if p.requires_grad]
 
     def _check_rules(self, model: nn.Module) -> None:
-        method, asked = method_names(model), select(model, self.trainable) - behind_outputs(model)
-        wrong = sorted(
-            name for name, p in model.named_parameters() if name not in method and p.requires_grad != (name in asked)
-        )
+        method, selected = method_names(model), select(model, self.trainable) - behind_outputs(model)
+        parameters = {name: p for name, p in model.named_parameters() if name not in method}
+        wrong = sorted(name for name, p in parameters.items() if p.requires_grad != (name in selected))
         if wrong:
             raise FreezeError(
                 f'ParamFreezeHook(trainable={self.trainable!r}) contradicts how the model was built: '
-                f'{len(wrong)} parameters differ, {", ".join(wrong[:3])} the first. Say it in one place: in '
-                "PeftBackbone's or FrozenModel's `trainable`, and leave the hook's out."
+                f'{len(wrong)} parameters differ, first {", ".join(wrong[:3])}. Set `trainable` only in PeftBackbone '
+                'or FrozenModel, and leave it out of the hook.'
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Check what trains, print the table, and remember the frozen weights (they have been loaded by now)."""
+        """Check and print which parameters train, and take the digests of the frozen weights, which are now loaded."""
         model = _unwrap(runner.model)
         check_trainable(model)
         count = count_trainable(model)
         if not count.trainable:
-            raise FreezeError('No parameter of the model trains: choose a method, or other `trainable` rules.')
+            raise FreezeError('No parameter of the model trains. Choose a method, or other `trainable` rules.')
         print_log(f'What trains:\n{count.table()}', logger='current')
         self._digests = frozen_digests(model)
         self._followers = None
@@ -106,9 +105,9 @@ class ParamFreezeHook(Hook):
         self._find_copies(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep a teacher's frozen part, which its hook has averaged since."""
+        """Restore the frozen part of a teacher, which its hook has averaged since the last iteration."""
         model = _unwrap(runner.model)
-        if self._followers is None:  # not before: such hooks make the teacher equal to the student before training
+        if self._followers is None:  # only now, since the hook of a teacher makes it equal to the student before
             self._followers = {
                 copy: followed
                 for copy, followed in moving_copies(model).items()
@@ -119,35 +118,35 @@ class ParamFreezeHook(Hook):
         self._find_copies(runner)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Keep the frozen part of what is validated."""
+        """Restore the frozen part of the copies that are validated."""
         self._keep_copies(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to write a checkpoint whose frozen weights moved."""
+        """Raise an error instead of writing a checkpoint whose frozen weights have changed."""
         if self._digests:
             self._keep_copies(runner)
             self._check_frozen(runner)
 
     def after_train(self, runner: Runner) -> None:
-        """Say that the frozen weights are what they were."""
+        """Check the frozen weights for the last time, and log that they are unchanged."""
         self._keep_copies(runner)
         self._check_frozen(runner)
-        whose = [*self._copies.values(), *(self._followers or ())]
-        copies = f', in the model and in its copies ({", ".join(whose)})' if whose else ''
+        holders = [*self._copies.values(), *(self._followers or ())]
+        copies = f', in the model and in its copies ({", ".join(holders)})' if holders else ''
         print_log(f'{len(self._digests)} frozen parameters are unchanged, bit for bit{copies}.', logger='current')
 
     def _find_copies(self, runner: Runner) -> None:
-        """Look for copies in what the hooks hold and has not been looked at: some begin late."""
+        """Look for copies of the model in hooks, some of which make them only after training has started."""
         model = _unwrap(runner.model)
         for hook in runner.hooks:
-            for held in _modules_in(hook):
-                if held in self._seen:
+            for module in _modules_in(hook):
+                if module in self._seen:
                     continue
-                self._seen.add(held)
-                copy = next((m for m in held.modules() if alike(m, model)), None)
+                self._seen.add(module)
+                copy = next((m for m in module.modules() if alike(m, model)), None)
                 if copy is None or copy is model:
                     continue
-                if _is_averaged(held) or not differing_frozen(copy, model):
+                if _is_averaged(module) or not differing_frozen(copy, model):
                     self._copies[copy] = type(hook).__name__
 
     def _keep_copies(self, runner: Runner) -> None:
@@ -165,51 +164,51 @@ class ParamFreezeHook(Hook):
 
     def _check_frozen(self, runner: Runner) -> None:
         model = _unwrap(runner.model)
-        for copy, whose in self._copies.items():
+        for copy, hook in self._copies.items():
             wrong = differing_frozen(copy, model)
             if wrong:
                 raise FreezeError(
-                    f'{len(wrong)} frozen tensors of the copy of the model that {whose} holds are not those of the '
-                    f'model: {", ".join(wrong[:5])}. Something else writes to them.'
+                    f'{len(wrong)} frozen tensors in the copy of the model in {hook} differ from those of the model: '
+                    f'{", ".join(wrong[:5])}. Other code writes to them.'
                 )
         now = frozen_digests(model)
         if now.keys() != self._digests.keys():
             changed = sorted(now.keys() ^ self._digests.keys())
-            what = 'were frozen or unfrozen'
+            problem = 'were frozen or unfrozen'
         else:
-            changed = [name for name, each in now.items() if each != self._digests[name]]
+            changed = [name for name, value in now.items() if value != self._digests[name]]
             follows = {
                 f'{copy}.{name}': now.get(f'{followed}.{name}')
                 for copy, followed in (self._followers or {}).items()
                 for name, _ in model.get_submodule(copy).named_parameters()
             }
             changed = [n for n in changed if n not in follows or follows[n] not in (None, now[n])]
-            what = 'are frozen but changed'
+            problem = 'are frozen but changed'
         if changed:
             raise FreezeError(
-                f'{len(changed)} parameters {what} during training: {", ".join(changed[:5])}. Something writes to '
-                'them past the optimizer, or changed requires_grad after the model was built.'
+                f'{len(changed)} parameters {problem} during training: {", ".join(changed[:5])}. Other code writes to '
+                'them without the optimizer, or has changed requires_grad after the model was built.'
             )
 
 
 def _is_averaged(module: nn.Module, path: str = '') -> bool:
-    """Whether a module, or another one on the way down a path in it, averages what is in it."""
-    around = [module]
+    """Whether a module, or any module along a path in it, is an averaging object."""
+    modules = [module]
     for name in filter(None, path.split('.')):
-        around.append(around[-1].get_submodule(name))
-    return any(hasattr(m, 'update_parameters') for m in around)
+        modules.append(modules[-1].get_submodule(name))
+    return any(hasattr(m, 'update_parameters') for m in modules)
 
 
 def _modules_in(hook: Hook) -> Iterator[nn.Module]:
     for value in vars(hook).values():
-        several = isinstance(value, dict | list | tuple) and len(value) <= _FEW
-        for each in (value.values() if isinstance(value, dict) else value) if several else [value]:
-            if isinstance(each, nn.Module):
-                yield each
+        is_container = isinstance(value, dict | list | tuple) and len(value) <= _FEW
+        for item in (value.values() if isinstance(value, dict) else value) if is_container else [value]:
+            if isinstance(item, nn.Module):
+                yield item
 
 
 def frozen_digests(model: nn.Module) -> dict[str, int]:
-    """The digest of every frozen parameter, computed where the parameters are; about 0.3 s for Swin-B on a CPU core."""
+    """The digest of every frozen parameter, by name. Swin-B takes about 0.3 s on one CPU core."""
     return digests({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 

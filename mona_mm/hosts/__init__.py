@@ -1,4 +1,4 @@
-"""The stock backbones, and where in their blocks a method may attach; one file a family of hosts.
+"""The stock backbones, and where in their blocks a method may attach. Each family of hosts has a file of its own.
 
 A *host* is a stock backbone class, a *site* a named place in each of its blocks. At a stream site a method maps tokens
 ``(B, N, C)``, given the grid's ``(H, W)``; at a linear site it adds to the output of a linear layer:
@@ -12,7 +12,7 @@ A *host* is a stock backbone class, a *site* a named place in each of its blocks
 ``fc1``, ``fc2``
 =================================  =================================================================================
 
-Which of them a host has, and where it differs:
+The sites of each host, and how it differs:
 
 ============================  ======================================================================================
 Swin (three libraries), ViT   all
@@ -24,8 +24,8 @@ ConvNeXt                      a block has one branch (depthwise convolution, two
                               FFN: ``ffn_branch``, ``ffn_out``, ``parallel_ffn``, ``post_ffn``, ``fc1``, ``fc2``
 ============================  ======================================================================================
 
-*Reached through their weight*: the host never calls the linear layer as a module, so only a method that is an addition
-to the weight can be there (LoRA without dropout, single weights).
+*Reached through their weight*: the host never calls the linear layer as a module, so only a method that adds to the
+weight can attach there (LoRA without dropout, single weights).
 """
 
 from mona_mm.hosts import (  # noqa: F401  they register themselves

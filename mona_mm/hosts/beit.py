@@ -14,7 +14,7 @@ from mona_mm.hosts.host import (
 )
 
 _BRANCHES = dict(attn=Branch('drop_path', call=0), ffn=Branch('drop_path', call=1))
-# With biases of q and v alone the attention reads the weight itself.
+# The attention has biases of q and v only, so it reads the weight of qkv and does not call the layer.
 _QKV = {
     site: Linear('attn.qkv.weight', f'attn.{site}_bias' if site != 'k' else None, index, is_called=False)
     for index, site in enumerate('qkv')

@@ -1,8 +1,9 @@
 """A block with sites: the mixin in front of a host's block class, and the hooks on the modules within it.
 
-A forward pass keeps nothing on a module, so that threads may share a model. The grid is an argument of the block: in
-hosts that do not pass one, :func:`mona_mm.hosts.inject.forward_on_grid` does. What is computed again in a backward
-pass, by whichever thread, then has it as well. Within the block, hooks find it in the thread's own :data:`_RUNNING`.
+A forward pass keeps nothing on a module, so that threads may share a model. The grid is an argument of the block; for
+hosts that do not pass one, :func:`mona_mm.hosts.inject.forward_on_grid` adds it. An activation checkpoint then has it
+as well when it recomputes the block in the backward pass, in whichever thread. Hooks within the block find the grid in
+the thread-local :data:`_RUNNING`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from mona_mm.nn.tracing import is_traced
 
 
 class _UnknownGrid:
-    """In the place of ``(H, W)`` where nobody has said it; an error only for a method that asks."""
+    """Stands for ``(H, W)`` where the grid is not known, and raises only if a method reads it."""
 
     def __getitem__(self, index: int) -> int:
         raise ConfigError(
             'The grid of the tokens is not known here, so this method cannot run. Either a block was called without '
-            'its backbone, which tells it the grid, or only a part of a block is under an activation checkpoint: put '
+            'its backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put '
             'the checkpoint around the whole block (with_cp=True does, where the backbone has it).'
         )
 
@@ -43,15 +44,15 @@ class _UnknownGrid:
 
 @dataclass
 class _Call:
-    """What hooks within a block have to know of its call that runs.
+    """The state of one call of a block, for the hooks within it.
 
     Args:
         block: the block that runs.
         grid: the grid ``(H, W)`` of its tokens.
-        residual: what a hooked block's FFN and residual are given, with the module at ``post_attn`` in it.
-        shift: what that module has added to it.
+        residual: the input of a hooked block's FFN, after the module at ``post_attn``.
+        shift: the change that the module at ``post_attn`` has made.
         reached: the sites whose hooks have been called.
-        counts: how often the module at a site has been called, from 0.
+        counts: the index, from 0, of the latest call of the module that is hooked for a site.
     """
 
     block: PeftBlock
@@ -67,15 +68,15 @@ class _Running(threading.local):
 
 
 _RUNNING = _Running()
-"""The innermost block's call in this thread."""
+"""The call of the innermost block that runs in this thread."""
 
 
 class StockLinear:
-    """The stock linear layer, or the slice of a fused one, beside which a module is called.
+    """The stock linear layer, or the slice of a fused one, that a method's module stands beside.
 
     Args:
         module: the layer, or a 1x1 convolution.
-        channels: which channels of its output are the slice's.
+        channels: the channels of its output that belong to the slice.
     """
 
     def __init__(self, module: nn.Module, channels: slice) -> None:
@@ -84,12 +85,12 @@ class StockLinear:
 
     @property
     def weight(self) -> Tensor:
-        """``(out_channels, in_channels)``."""
+        """The weight, ``(out_channels, in_channels)``."""
         return self._module.weight[self._channels].flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
-        """``(out_channels,)``, None without one."""
+        """The bias, ``(out_channels,)``; None if the layer has none."""
         bias = self._module.bias
         return None if bias is None else bias[self._channels]
 
@@ -98,33 +99,34 @@ class StockLinear:
 class PassedGrid:
     """The grid ``(H, W)`` as the last positional argument of a block whose stock forward has no argument for it.
 
-    By position, since wrappers for activation checkpointing (mmengine's) pass nothing else on.
+    It is positional, since mmengine's wrapper for activation checkpointing passes on nothing else.
     """
 
     hw: Grid
 
 
 class PeftBlock(Mixin):
-    """Mixin in front of a host's block class; a subclass has the forward of one kind of block, with sites."""
+    """Mixin in front of a host's block class. A subclass implements the forward of one block class, with its sites."""
 
     spec: BlockSpec
     peft: PeftModules
     hooked: frozenset[str]
-    """The sites that a hook reaches."""
+    """The sites that are reached by hooks."""
 
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock block's forward, with :meth:`apply_at` where the sites are."""
+        """The stock block's forward, with :meth:`apply_at` at its sites."""
         raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock block's forward with the method in it; a last argument may be a :class:`PassedGrid`."""
+        """The stock block's forward with the method in it. The last argument may be a :class:`PassedGrid`."""
         if getattr(self, 'with_cp', False) and torch.is_grad_enabled():
             # The stock blocks use the re-entrant form, which needs an input that requires a gradient: under a frozen
-            # base the first block's does not, though its modules do.
-            return checkpoint(self._forward, args, kwargs, use_reentrant=False)
-        return self._forward(args, kwargs)
+            # base the first block's does not, though the method's modules do.
+            return checkpoint(self._forward_in_call, args, kwargs, use_reentrant=False)
+        return self._forward_in_call(args, kwargs)
 
-    def _forward(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _forward_in_call(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Run :meth:`forward_with_sites` as this thread's call, and check that the hooks reached their sites."""
         grid = None
         if args and isinstance(args[-1], PassedGrid):
             *args, passed = args
@@ -140,19 +142,19 @@ class PeftBlock(Mixin):
         missed = self.hooked - call.reached
         if missed and missed & set(self.peft):
             raise ConfigError(
-                f'A module within this {type(self).__name__} was exchanged for another after the method had been '
-                f'attached, so that the method at {", ".join(sorted(missed))} is not reached. Give the new module the '
-                '_forward_hooks and _forward_pre_hooks of the old one, or exchange it before PeftBackbone is built.'
+                f'A module within this {type(self).__name__} was replaced after the method had been attached, so the '
+                f'method at {", ".join(sorted(missed))} is not reached. Give the new module the _forward_hooks and '
+                '_forward_pre_hooks of the old one, or replace it before PeftBackbone is built.'
             )
         return x
 
     def apply_at(self, site: str, x: Tensor, layout: str | None = None) -> Tensor:
-        """The module at a stream site applied to ``x``; without one, ``x``.
+        """Apply the module at a stream site to ``x``; return ``x`` itself if the site has no module.
 
         Args:
-            site: the site.
-            x: ``(B, N, C)``, or of four dimensions.
-            layout: of what has four dimensions, ``'BHWC'`` or ``'BCHW'``; by default the block's.
+            site: the name of the site.
+            x: the stream, ``(B, N, C)`` or four-dimensional.
+            layout: the layout of a four-dimensional ``x``, ``'BHWC'`` or ``'BCHW'``; by default the block's.
         """
         if site not in self.peft:
             return x
@@ -165,11 +167,11 @@ class PeftBlock(Mixin):
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
 
     def add_parallel_ffn(self, x: Tensor, residual: Tensor) -> Tensor:
-        """``x`` plus what the module at ``parallel_ffn`` makes of ``residual``, if there is one."""
+        """Add the output of the module at ``parallel_ffn`` on ``residual`` to ``x``, if there is such a module."""
         return x + self.apply_at('parallel_ffn', residual) if 'parallel_ffn' in self.peft else x
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that the stock block reads without calling a module, by path, with the method in them."""
+        """The weights that the stock block reads directly, with the method's additions, by path."""
         weights: dict[str, Tensor] = {}
         for site, linear in self.spec.linears.items():
             if site in self.peft and not linear.is_called:
@@ -186,13 +188,13 @@ class PeftBlock(Mixin):
         return weights
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call the attention module; a method at weights that the host reads directly is in those weights."""
+        """Call the attention module, with the method's additions in the weights that the host reads directly."""
         weights = self.weights()
         return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
 
 
 class HookedBlock(PeftBlock):
-    r"""The stock forward of a block, with sites by hooks alone: nothing of it has to be written down again.
+    r"""The stock forward of a block, with sites that are reached by hooks, so that no forward has to be rewritten.
 
     In a block :math:`u = x + a(n_1(x)),\; y = u + f(n_2(u))` a module :math:`m` at ``post_attn`` is a hook before the
     norm :math:`n_2` that hands on :math:`u + d`, with :math:`d = m(u) - u`, and an addition of :math:`d` to what the
@@ -200,23 +202,23 @@ class HookedBlock(PeftBlock):
     """
 
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The stock forward of the block, and what is added to what it returns."""
-        # The stock block's own checkpoint would compute again without what the hooks need; see PeftBlock.forward.
+        """The stock forward of the block, with the additions of its stream sites."""
+        # The stock block's own checkpoint would recompute without the state of the call; see PeftBlock.forward.
         parts = {**self.weights(), **({'with_cp': False} if getattr(self, 'with_cp', False) else {})}
         stock = substitute(self, parts) if parts else self
         out = super(PeftBlock, stock).forward(*args, **kwargs)
-        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+        x, other_outputs = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         call = _call_of(self)
         middle = self.spec.mid_layout or self.spec.layout
         if call.shift is not None:
             x = x + _as_layout(call.shift, middle, self.spec.layout)
         residual = args[0] if self.spec.mid_norm is None else _as_layout(call.residual, middle, self.spec.layout)
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
-        return x if rest is None else (x, *rest)
+        return x if other_outputs is None else (x, *other_outputs)
 
 
 def _as_layout(x: Tensor | None, layout: str, wanted: str) -> Tensor | None:
-    """A tensor in another layout: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``; to ``'BNC'`` from the others alone."""
+    """Bring a tensor from one layout (``'BNC'``, ``'BHWC'`` or ``'BCHW'``) to another; ``'BNC'`` cannot be undone."""
     if x is None or layout == wanted:
         return x
     if wanted == 'BNC':
@@ -225,27 +227,27 @@ def _as_layout(x: Tensor | None, layout: str, wanted: str) -> Tensor | None:
 
 
 def _tensor(module: nn.Module, path: str) -> Tensor:
-    """A parameter by its path; of a parametrized one the tensor that is computed with."""
+    """The parameter at a path. For a parametrized one it is the tensor that enters the computation."""
     path, _, name = path.rpartition('.')
     return getattr(module.get_submodule(path), name)
 
 
 def hook_sites(block: PeftBlock) -> None:
-    """Register the hooks through which the modules of ``block.peft`` act, on modules within the block, in place."""
+    """Register the hooks that call the modules of ``block.peft``, on modules within the block, in place."""
     hooked: list[str] = []
     middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
     if middle and isinstance(block, HookedBlock) and block.spec.mid_norm is not None:
         block.get_submodule(block.spec.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
-    for branch, ends in block.spec.branches.items():
-        for site, path in ((f'{branch}_branch', ends.drop_path), (f'{branch}_out', '')):
+    for name, branch in block.spec.branches.items():
+        for site, path in ((f'{name}_branch', branch.drop_path), (f'{name}_out', '')):
             if site not in block.peft:
                 continue
-            module = block.get_submodule(path or ends.end)
+            module = block.get_submodule(path or branch.end)
             if path:
-                module.register_forward_pre_hook(partial(_map_input, block, site, ends.call))
+                module.register_forward_pre_hook(partial(_map_input, block, site, branch.call))
             else:
-                module.register_forward_hook(partial(_map_output, block, site, ends.call))
+                module.register_forward_hook(partial(_map_output, block, site, branch.call))
             hooked.append(site)
     grid = block.spec.grid
     if getattr(grid, 'is_in_block', False):
@@ -290,9 +292,9 @@ def _map_output(
 
 
 def _is_call_of_site(block: PeftBlock, site: str, call_index: int | None) -> bool:
-    """Whether this call of a hooked module is the one of a site in the block, and not of another block or branch."""
+    """Whether this call of a hooked module belongs to a site of the block, and not to another block or branch."""
     call = _call_of(block)
-    if call is None:  # of the module alone, or within another block that has the same module
+    if call is None:  # the module was called alone, or within another block that shares it
         return call_index is None and _RUNNING.call is None
     count = call.counts[site] = call.counts.get(site, -1) + 1
     if call_index is not None and count != call_index:
@@ -332,7 +334,7 @@ def _add_to_linear(
         branches.append(block.peft[site](x, out[..., channels], StockLinear(linear, channels)))
     if branches[0].shape == out.shape:
         return (out + branches[0]).movedim(-1, channel_axis)
-    if is_traced():  # nobody else can differentiate or write down the function
+    if is_traced():  # tracers cannot differentiate or record _AddToSlices
         for start, branch in zip(starts, branches, strict=True):
             out = out + F.pad(branch, (start, out.shape[-1] - start - branch.shape[-1]))
         return out.movedim(-1, channel_axis)
@@ -340,7 +342,10 @@ def _add_to_linear(
 
 
 def _call_of(block: PeftBlock) -> _Call | None:
-    """The call of this block that runs in this thread. torch.export makes other objects of the same attributes."""
+    """This thread's call of the block, if it is the innermost one.
+
+    Blocks are compared by their attributes, since torch.export makes other objects that share them.
+    """
     call = _RUNNING.call
     return call if call is not None and vars(call.block) is vars(block) else None
 
@@ -349,10 +354,11 @@ _HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear)
 
 
 class _AddToSlices(torch.autograd.Function):
-    """``out (..., C)`` with branches ``(..., c)`` added from their starts in the last dimension.
+    """Add each of the branches ``(..., c)`` to ``out (..., C)``, from its start in the last dimension.
 
-    One new tensor for all of them, and none for the gradients. In place, autograd would copy the gradient of ``out``
-    for each: it is a view of what the matrix product wrote. (measured) forward and backward 1.1 to 2.2 times as long.
+    It makes one new tensor for all branches, and none for the gradients. With in-place additions autograd would copy
+    the gradient of ``out`` for each branch, since ``out`` is a view of the result of a matrix product; forward and
+    backward then take 1.1 to 2.2 times as long (measured).
     """
 
     @staticmethod

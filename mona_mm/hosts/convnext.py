@@ -1,4 +1,4 @@
-"""ConvNeXt and ConvNeXt V2: mmpretrain's, whose blocks have one branch, and their checkpoints."""
+"""ConvNeXt and ConvNeXt V2 of mmpretrain, whose blocks have one branch, and their checkpoints."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ class ConvNeXtBlock(PeftBlock):
     """
 
     def forward_with_sites(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W) -> (B, C, H, W)``."""
+        """Map ``(B, C, H, W)`` to ``(B, C, H, W)``."""
         residual, is_channels_last = x, self.linear_pw_conv
         layout = dict(data_format='channel_last' if is_channels_last else 'channel_first')
         x = self.depthwise_conv(x)
@@ -30,14 +30,14 @@ class ConvNeXtBlock(PeftBlock):
 
 
 def convert_convnext(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official ConvNeXt and ConvNeXt V2 for mmpretrain's."""
+    """Convert the official ConvNeXt and ConvNeXt V2 to mmpretrain's names."""
     renames = ((r'\.dwconv\.', '.depthwise_conv.'), (r'\.pwconv(\d)\.', r'.pointwise_conv\1.'), (r'^norm\.', 'norm3.'))
     converted = rename(tensors, renames)
     return {name: t.flatten() if '.grn.' in name else t for name, t in converted.items()}
 
 
 def convert_convnext_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's ConvNeXt for mmpretrain's."""
+    """Convert timm's ConvNeXt to mmpretrain's names."""
     renames = (
         (r'^stem\.', 'downsample_layers.0.'),
         (r'^stages\.(\d+)\.downsample\.', r'downsample_layers.\1.'),

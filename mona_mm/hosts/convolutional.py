@@ -1,14 +1,13 @@
 """Convolutional backbones: ResNet, ResNeXt and HRNet of the three libraries.
 
-A residual block has one branch. Of the sites there are ``post_ffn``, behind the residual add and its activation, and
-the linear sites of the 1x1 convolutions that a block begins (``fc1``) and ends (``fc2``) with.
+A residual block has one branch. Its sites are ``post_ffn``, after the residual add and its activation, and the linear
+sites of the 1x1 convolutions with which a bottleneck begins (``fc1``) and ends (``fc2``).
 """
 
 from mona_mm.hosts.host import BlockSpec, Host, register_host, separate_linears
 
-_STREAM = dict(
-    branches={}, layout='BCHW', without=('parallel_ffn',)
-)  # the input may have another width than the output
+# There is no parallel_ffn: the input of a block may have another width than its output.
+_STREAM = dict(branches={}, layout='BCHW', without=('parallel_ffn',))
 
 
 def _basic(cls: str, width: str) -> BlockSpec:

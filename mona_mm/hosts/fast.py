@@ -1,4 +1,4 @@
-"""The faster forms of stock modules: each computes what the stock one does, within rounding."""
+"""The registry of faster forms of stock modules. Each computes the same as the stock module, within rounding."""
 
 from collections.abc import Callable
 
@@ -10,10 +10,12 @@ _FAST_FORMS: dict[str, Callable[[nn.Module], bool]] = {}
 
 
 def fast_form_of(*classes: str) -> Callable:
-    """Decorator: a function that puts the fast form in front of the class of a module, in place, where it has one.
+    """Register the decorated function as the one that makes modules of some classes fast.
+
+    The function puts the fast form in front of a module's class, in place, and returns whether it did.
 
     Args:
-        classes: qualified names of the modules' classes. The function returns whether it did.
+        classes: qualified names of the modules' classes.
     """
 
     def register(make_fast: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
@@ -24,6 +26,6 @@ def fast_form_of(*classes: str) -> Callable:
 
 
 def make_fast(module: nn.Module) -> bool:
-    """Put the fast form in front of the class of a module, in place, if there is one for that class."""
+    """Put the fast form in front of a module's class, in place, if it has one; return whether it did."""
     function = _FAST_FORMS.get(qualified_name(type(module)))
     return function is not None and function(module)

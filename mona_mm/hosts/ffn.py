@@ -1,19 +1,18 @@
-r"""The FFN of frozen weights, equal to the stock one within rounding, with a quarter of it kept for the backward pass.
+r"""A faster FFN for frozen weights. It equals the stock one within rounding and keeps a quarter of the memory for the
+backward pass.
 
-The stock modules keep the GELU's input, of four times the stream's width, and under frozen weights nothing else of the
-FFN; it is the largest thing that a block keeps. Here the FFN's own input is kept, and the first product computed again
-in the backward pass.
+With frozen weights the stock FFN keeps only the GELU's input, which is four times as wide as the stream and the largest
+tensor that a block keeps. This form keeps the FFN's own input and recomputes the first product in the backward pass.
 
-That is a fifth product beside four. On a CPU the tokens are taken :data:`_ROWS` at a time, so that nothing of the
-hidden width leaves the processor's cache; and in single precision the products are oneDNN's, see
-:mod:`mona_mm.nn.products`, where they take half of MKL's time (measured on an AMD EPYC with AVX-512): forward and
-backward are then done in half of the stock time, the fifth product included, at any width. Elsewhere it is computed
-again where the stream is at most :data:`_WIDEST` wide, as in the first stage of a Swin. There it costs least: the
-blocks of all stages have about as many operations, but those of a stage keep half of what those of the stage before
-keep.
+That is a fifth product beside four. On a CPU the tokens are processed :data:`_ROWS` at a time, so that the wide
+activations stay in the processor's cache, and single-precision products use oneDNN (:mod:`mona_mm.nn.products`), which
+takes half of MKL's time (measured on an AMD EPYC with AVX-512): forward and backward then take half of the stock time
+at any width, the fifth product included. Elsewhere this form is used where the stream is at most :data:`_WIDEST` wide,
+as in the first stage of a Swin. There it costs least: the blocks of all stages have about the same number of
+operations, but each stage keeps half as much per block as the stage before.
 
-The stock path is taken where a weight trains, a dropout drops, a part is hooked or was replaced, by anything but GELU
-between two linears, by what torch.compile or another tracer sees, and under ``torch.func``.
+The stock path runs where a weight trains, a dropout is active, a part is hooked or was replaced, the activation is not
+GELU, and under torch.compile, other tracers and ``torch.func``.
 """
 
 from collections.abc import Iterator
@@ -35,17 +34,18 @@ FFN_LINEARS = separate_linears(fc1='ffn.layers.0.0', fc2='ffn.layers.1')
 _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
 
 _ROWS = 1024
-"""Tokens at once on a CPU. Between 512 and 2048 nothing changes (measured, widths 128 to 1024)."""
+"""The number of tokens that are processed at once on a CPU. Values from 512 to 2048 are equally fast (measured at
+widths of 128 to 1024)."""
 
 _WIDEST = 192
-"""Of the streams whose first product is computed again, unless it is oneDNN's. With MKL's, forward and backward take
+"""The largest width of a stream for which this form is used where oneDNN is not. With MKL, forward and backward take
 0.8 to 0.9 of the stock time for 12,544 tokens of 96 and of 192 channels, 1.0 to 1.2 for 128, 0.8 for 60,800 of 128, and
 1.25 for 3,136 of 256. For half precision and CUDA the limit is an estimate, not measured."""
 
 
 @fast_form_of('mmcv.cnn.bricks.transformer.FFN')
 def make_ffn_fast(module: nn.Module) -> bool:
-    """Put the fast form in front of the class of an FFN's layers, in place, if it has as many as are known."""
+    """Put the fast form in front of the class of an FFN's layers, in place, if there are two linear layers."""
     if len(module.layers) != 3 or len(module.layers[0]) != 3:
         return False
     mix_in(module.layers, FrozenLayers)
@@ -53,10 +53,10 @@ def make_ffn_fast(module: nn.Module) -> bool:
 
 
 class FrozenLayers(Mixin):
-    """Mixin in front of an FFN's ``layers``: linear, GELU and dropout, linear, dropout."""
+    """Mixin in front of an FFN's ``layers``, which are linear, GELU and dropout, then linear, then dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., C) -> (..., C)``."""
+        """Map ``(..., C)`` to ``(..., C)``."""
         if is_traced() or not self._fits(x):
             return super().forward(x)
         fc1, fc2 = self[0][0], self[1]
@@ -66,8 +66,8 @@ class FrozenLayers(Mixin):
         return _FrozenFFN.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether :class:`_FrozenFFN` does the same here."""
-        if len(self) != 3 or not _is_sequence(self[0]) or len(self[0]) != 3:  # no longer what it was built as
+        """Whether :class:`_FrozenFFN` computes the same as the stock layers for this input."""
+        if len(self) != 3 or not _is_sequence(self[0]) or len(self[0]) != 3:  # layers were exchanged after building
             return False
         (fc1, act, drop1), fc2, drop2 = self
         device = x.device.type
@@ -86,7 +86,7 @@ class FrozenLayers(Mixin):
         if is_hooked(self[0], fc1, act, drop1, fc2, drop2):
             return False
         dtypes = (x.dtype,)
-        if mixed:  # frozen weights may be kept in the type of the products
+        if mixed:  # frozen weights may be kept in the dtype of the products
             dtypes = () if x.dtype == torch.float64 else (torch.float32, products)
         parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -98,7 +98,7 @@ def _is_sequence(module: nn.Module) -> bool:
 
 
 class _FrozenFFN(torch.autograd.Function):
-    """``x`` is in the type of the products, the parameters are cast to it; none of them gets a gradient."""
+    """The FFN in the dtype of ``x``, to which the parameters are cast. Only ``x`` gets a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -110,22 +110,22 @@ class _FrozenFFN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):  # who calls backward may have one on
+        with torch.autocast(x.device.type, enabled=False):  # it may be on where backward() is called
             weight1, bias1, weight2 = (p.to(x.dtype) for p in parameters)
-            if torch.is_grad_enabled():  # to be differentiated again
+            if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
                 dx = torch.ops.aten.gelu_backward(grad @ weight2, F.linear(x, weight1, bias1)) @ weight1
                 return dx, None, None, None, None
             parts = []
             for rows, grad_rows in _rows(x, grad):
-                hidden = linear(rows, weight1, bias1)
-                dhidden = linear(grad_rows, weight2.t())
-                torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
-                parts.append(linear(dhidden, weight1.t()))
+                gelu_input = linear(rows, weight1, bias1)
+                grad_rows = linear(grad_rows, weight2.t())
+                torch.ops.aten.gelu_backward.grad_input(grad_rows, gelu_input, grad_input=grad_rows)
+                parts.append(linear(grad_rows, weight1.t()))
             return _whole(parts, x), None, None, None, None
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Of tensors ``(..., C)`` as many tokens as are taken at once, each ``(tokens, C)``."""
+    """Split tensors ``(..., C)`` into the pieces ``(tokens, C)`` that are processed at once."""
     flat = [t.contiguous().view(-1, t.shape[-1]) for t in tensors]
     size = _ROWS if flat[0].device.type == 'cpu' else len(flat[0])
     return zip(*(t.split(size) for t in flat), strict=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of other code: how one is recognised by its names, and how it is converted for a host."""
+"""The checkpoint formats of other code: how they are recognised by their names and converted for a host."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -9,16 +9,16 @@ from torch import Tensor
 from mona_mm.errors import CheckpointMismatchError
 
 END = r'(weight|bias)'
-"""A regular expression of the last part of most names."""
+"""A regular expression for the last part of most names."""
 
 
 @dataclass(frozen=True)
 class OwnNames:
-    """The names of a host's tensors, as regular expressions that match the whole of a name.
+    """The names of a host's tensors, as regular expressions that match a whole name.
 
     Args:
-        in_blocks: of what lies in its blocks and between them, which tells its checkpoints from others.
-        outside: of the rest.
+        in_blocks: the names of the tensors in and between its blocks, which tell its checkpoints from others.
+        outside: the names of all its other tensors.
     """
 
     in_blocks: str
@@ -26,19 +26,19 @@ class OwnNames:
 
     @property
     def pattern(self) -> str:
-        """Of all of them."""
+        """A regular expression that matches every name of the host."""
         return f'{self.in_blocks}|{self.outside}'
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """Checkpoints of other code.
+    """A checkpoint format of other code.
 
     Args:
-        name: what messages and reports call the format.
-        recognised_by: a regular expression that the beginning of at least one name matches.
-        convert: renames and re-orders the tensors of a backbone.
-        left_out: a regular expression of names that no backbone has a use for (a classifier's, a decoder's).
+        name: the name of the format in messages and reports.
+        recognised_by: a regular expression that matches the beginning of at least one name.
+        convert: a function that renames and re-orders the tensors of a backbone.
+        left_out: a regular expression for names that no backbone uses (of a classifier or a decoder).
     """
 
     name: str
@@ -47,19 +47,19 @@ class CheckpointFormat:
     left_out: str = ''
 
     def is_left_out(self, name: str) -> bool:
-        """Whether a name of the checkpoint is one that no backbone has a use for."""
+        """Whether no backbone uses the tensor of this name in the checkpoint."""
         return bool(self.left_out) and re.match(self.left_out, name) is not None
 
 
 def rename(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The tensors under new names.
+    """Rename tensors.
 
     Args:
-        tensors: by their names.
-        renames: regular expressions and what takes the place of each, one after another.
+        tensors: the tensors by name.
+        renames: pairs of a regular expression and its replacement, which are applied one after another.
 
     Raises:
-        CheckpointMismatchError: if two tensors get one name.
+        CheckpointMismatchError: if two tensors get the same name.
     """
     renames, renamed = tuple(renames), {}
     for source, tensor in tensors.items():
@@ -71,10 +71,10 @@ def rename(tensors: Mapping[str, Tensor], renames: Iterable[tuple[str, str]]) ->
 
 
 def put(converted: dict[str, Tensor], name: str, tensor: Tensor, source: str) -> None:
-    """Put a tensor in under its new name.
+    """Add a tensor to ``converted`` under its new name.
 
     Raises:
-        CheckpointMismatchError: if another one has that name already.
+        CheckpointMismatchError: if another tensor already has that name.
     """
     if name in converted:
         raise CheckpointMismatchError(f'{source} and another tensor of the checkpoint would both become {name}.')

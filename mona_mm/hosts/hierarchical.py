@@ -25,7 +25,7 @@ register_host(
                 # The attention's q, k and v are interleaved by head in one weight: no slice of it is one of them.
                 linears=separate_linears(proj='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2'),
                 branches=_SHARED_DROP_PATH,
-                mid_norm='mlp',  # which begins with its norm
+                mid_norm='mlp',  # the MLP begins with its norm
                 grid=GridAttribute('img_size'),
             ),
         ),
@@ -57,7 +57,7 @@ register_host(
     f'{_MMPRETRAIN}.xcit.XCiT',
     Host(
         specs=(
-            # The attention over channels; the last blocks, for the class token alone, are left as they are.
+            # Only the blocks with attention over channels; the last blocks, which serve the class token, stay stock.
             BlockSpec(
                 cls=f'{_MMPRETRAIN}.xcit.XCABlock',
                 linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},

@@ -1,4 +1,4 @@
-"""What has to be known about a stock backbone class so that a method can attach to its blocks."""
+"""Descriptions of stock backbone classes, from which methods know where to attach in their blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mona_mm.hosts.sites import STREAM_SITES
 from mona_mm.nn.mixin import Mixin, qualified_name, stock_class
 
 Grid = tuple[int, int]
-"""Height and width of the grid that the tokens of a block are cut from."""
+"""Height and width of the grid that the tokens of a block form."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Linear:
     """A linear layer of a block, or one slice of a fused one.
 
     Args:
-        weight: name in the block of its weight ``(out, in)``, or ``(out, in, 1, 1)``.
-        bias: name in the block of its bias, if it can have one.
-        slice_index: which of ``num_slices`` equal slices of the weight's rows it is; None for all of them.
-        num_slices: how many linear layers a fused weight holds.
-        is_called: whether the host calls the layer as a module; else the host reads the weight directly.
+        weight: the name in the block of its weight ``(out, in)``, or ``(out, in, 1, 1)``.
+        bias: the name in the block of its bias, if it can have one.
+        slice_index: the index of its slice among ``num_slices`` equal slices of the weight's rows; None for all rows.
+        num_slices: the number of linear layers in a fused weight.
+        is_called: whether the host calls the layer as a module; otherwise the host reads the weight directly.
     """
 
     weight: str
@@ -41,38 +41,38 @@ class Linear:
         return self.weight.rpartition('.')[0]
 
     def rows(self, weight: Tensor) -> slice:
-        """The rows of ``weight`` that are this linear's."""
+        """The rows of ``weight`` that belong to this linear layer."""
         return self.channels(len(weight))
 
     def channels(self, length: int) -> slice:
-        """The channels that are this linear's, of an output with ``length`` of them."""
+        """The channels that belong to this linear layer in an output of ``length`` channels."""
         length = length if self.slice_index is None else length // self.num_slices
         start = length * (self.slice_index or 0)
         return slice(start, start + length)
 
 
 def fused_qkv(module: str, is_called: bool = True) -> dict[str, Linear]:
-    """The sites ``q``, ``k`` and ``v`` of a linear layer that computes all three, one after another."""
+    """The sites ``q``, ``k`` and ``v`` of a linear layer whose output holds all three, one after another."""
     weight, bias = f'{module}.weight', f'{module}.bias'
     return {site: Linear(weight, bias, index, is_called=is_called) for index, site in enumerate('qkv')}
 
 
 def separate_linears(**paths: str) -> dict[str, Linear]:
-    """Linear layers of their own, by site the path of the module."""
+    """Sites whose linear layers are modules of their own, given by the path of each module."""
     return {site: Linear(f'{path}.weight', f'{path}.bias') for site, path in paths.items()}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The modules that end a residual branch of a block.
+    """The modules at the end of a residual branch of a block.
 
-    One module may end several branches of a block; its calls are counted then.
+    One module may end several branches of a block; its calls are then told apart by counting them.
 
     Args:
-        drop_path: path of the module whose input the ``*_branch`` site maps; empty where nothing follows ``end``, whose
-            output that site then maps.
-        end: path of the module whose output the ``*_out`` site maps; by default ``drop_path``.
-        call: which call of these modules in a block it is, from 0; None where a block calls them once.
+        drop_path: the path of the module whose input the ``*_branch`` site maps; empty where nothing follows ``end``,
+            whose output that site then maps.
+        end: the path of the module whose output the ``*_out`` site maps; by default ``drop_path``.
+        call: the index, from 0, of the branch's call of these modules; None where a block calls them once.
     """
 
     drop_path: str
@@ -85,18 +85,18 @@ class Branch:
 
 @dataclass(frozen=True)
 class GridArgument:
-    """The blocks of a backbone are told the grid by an argument ``(H, W)``, or by two, ``H`` and ``W``.
+    """The grid of a backbone whose blocks get it as one argument ``(H, W)``, or as two, ``H`` and ``W``.
 
     Args:
-        names: of the argument, or of both.
-        position: of the first of them.
+        names: the name of the argument, or the names of both.
+        position: the position of the first of them.
     """
 
     names: tuple[str, ...]
     position: int = 1
 
     def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """The grid among the arguments of a block's call; None if it is not there."""
+        """The grid from the arguments of a block's call; None if they do not hold it."""
         given = dict(zip(self.names, args[self.position :], strict=False)) | dict(kwargs)
         if any(name not in given for name in self.names):
             return None
@@ -105,7 +105,7 @@ class GridArgument:
 
 @dataclass(frozen=True)
 class GridAttribute:
-    """The blocks of a backbone are made for one grid, which is an attribute of theirs."""
+    """The grid of a backbone whose blocks are built for one grid and have it as an attribute."""
 
     name: str
 
@@ -121,13 +121,13 @@ def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -
 
 @dataclass(frozen=True)
 class GridSource:
-    """The blocks of a backbone are not told the grid; it is seen in a call of a child of the backbone, or of the block.
+    """The grid of a backbone whose blocks do not get it; it is read from a call of a child of the backbone or block.
 
     Args:
-        path: of the child.
-        find: what makes the grid of the child, its arguments and its output; by default that is
+        path: the path of the child.
+        find: a function of the child, its arguments and its output that returns the grid. By default the output is
             ``(tokens, (H, W))``.
-        is_in_block: whether the child is one of the block, which is called before the sites that need the grid.
+        is_in_block: whether it is a child of the block, called before the sites that need the grid.
     """
 
     path: str
@@ -135,30 +135,30 @@ class GridSource:
     is_in_block: bool = False
 
     def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """None: no argument of a block's call says it."""
+        """None, since the arguments of a block's call do not hold the grid."""
         return None
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What has to be known about a class of blocks.
+    """The description of a class of blocks.
 
     Args:
-        cls: qualified name of the class; a block of any other class, a subclass included, is not touched.
-        has: path of a module that tells blocks of one class apart: only those that have it are meant.
+        cls: the qualified name of the class. Blocks of other classes, subclasses included, are left alone.
+        has: the path of a module that tells blocks of one class apart: only those that have it are meant.
         linears: the linear layers of a block, by site.
-        branches: what ends the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
-        mixin: the forward of such a block, with sites: a :class:`mona_mm.hosts.block.PeftBlock`; None for the stock
+        branches: the ends of the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
+        mixin: the :class:`mona_mm.hosts.block.PeftBlock` that has the block's forward with sites; None for the stock
             forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
-        mid_norm: path in a block of the module that the FFN begins with, whose input is the residual, where the forward
-            is the stock one; None for a block of one branch.
-        layout: of the stream: ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
-        mid_layout: of the input of ``mid_norm``, if it is another.
-        branch_layout: of what ends the branches, if it is another.
-        width: name of a parameter whose first length is the stream's width; by default ``fc2`` 's weight.
-        without: stream sites that the block does not have.
-        grid: how the grid is known; None where the layout says it.
-        uncalled: modules of a block that are never called, only their parameters read.
+        mid_norm: for the stock forward, the path in a block of the first module of the FFN, whose input is the
+            residual; None for a block of one branch.
+        layout: the layout of the stream, ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
+        mid_layout: the layout of the input of ``mid_norm``, if it differs.
+        branch_layout: the layout at the ends of the branches, if it differs.
+        width: the name of a parameter whose first dimension is the stream's width; by default the weight of ``fc2``.
+        without: the stream sites that the block does not have.
+        grid: where the grid is found; None where the layout shows it.
+        uncalled: the modules of a block that are never called; the host only reads their parameters.
     """
 
     cls: str
@@ -184,7 +184,8 @@ class BlockSpec:
         object.__setattr__(self, 'sites', (*stream, *self.linears))
 
     def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
-        """``(channels,)`` of a stream site of a block, ``(in_channels, out_channels)`` of a linear site."""
+        """The widths of a block's site: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear
+        one."""
         linear = self.linears.get(site)
         if linear is None:
             return (len(block.get_parameter(self.width or self.linears['fc2'].weight)),)
@@ -195,22 +196,25 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Host:
-    """What has to be known about a stock backbone class.
+    """The description of a stock backbone class.
 
     Args:
-        specs: of its blocks, one for each of their classes.
-        disordered: why the tokens are not in row-major order, if they are not: no convolution can be over them then.
-        output_norms: prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
-        last_output: what the backbone makes of its last block's ``(B, N, C)`` and their grid: its last output.
-        reads_checkpoint: whether the ``init_weights`` of the class reads the checkpoint that ``init_cfg`` names by
-            itself, whatever the type in it, and knows no other ``init_cfg``.
+        specs: the descriptions of its blocks, one for each class of blocks.
+        disordered: the reason why the tokens are not in row-major order, if they are not. Methods with a convolution
+            over the grid cannot attach then.
+        output_norms: the prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
+        last_output: a function ``(backbone, x, grid)`` that computes the backbone's last output from the last block's
+            ``x (B, N, C)`` and the grid ``(H, W)``.
+        reads_checkpoint: whether the ``init_weights`` of the class reads the checkpoint of ``init_cfg`` by itself,
+            whatever the ``type`` there, and supports no other ``init_cfg``.
         own_names: the names of its tensors, as regular expressions.
-        formats: the checkpoints of other code that can be converted for it.
-        fit_checkpoint: resizes tensors of a checkpoint, in place, to the model's own: ``(given, current)``.
-        recomputed: ends of the names of buffers that it derives from its configuration.
-        position_tables: ends of the names of tables that are resized where a model has another image or window size.
-        not_selected: parts of the names of parameters in a block that are outside of SPT's selection.
-        final_norms: paths of norms behind the last block that belong to SPT's selection.
+        formats: the checkpoint formats of other code that can be converted for it.
+        fit_checkpoint: a function ``(given, current)`` that resizes tensors of a checkpoint, in place, to the shapes
+            of the model's.
+        recomputed: the endings of the names of buffers that it derives from its configuration.
+        position_tables: the endings of the names of tables that are resized for another image or window size.
+        not_selected: parts of the names of parameters in a block that SPT does not select from.
+        final_norms: the paths of norms after the last block that SPT selects from.
     """
 
     specs: tuple[BlockSpec, ...]
@@ -228,16 +232,16 @@ class Host:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The sites that its blocks have, those of each class."""
+        """The sites that any of its blocks has."""
         return tuple(dict.fromkeys(site for spec in self.specs for site in spec.sites))
 
     @property
     def linears(self) -> dict[str, Linear]:
-        """The linear layers of its blocks by site; of a site that classes of blocks have otherwise, the first's."""
+        """The linear layers of its blocks, by site. Where the classes of blocks differ, the first class counts."""
         return {site: linear for spec in reversed(self.specs) for site, linear in spec.linears.items()}
 
     def spec(self, module: nn.Module) -> BlockSpec | None:
-        """What is known about a block, None for any other module."""
+        """The description of a block; None for any other module."""
         name = qualified_name(stock_class(module))
         return next((spec for spec in self.specs if spec.cls == name and _has(module, spec.has)), None)
 
@@ -246,7 +250,7 @@ class Host:
         return {path: m for path, m in backbone.named_modules() if self.spec(m) is not None}
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
-        """Whether it is plain to see that one of the outputs depends on the last block."""
+        """Whether ``out_indices`` shows that one of the outputs depends on the last block."""
         stages = getattr(backbone, 'stages', None) or getattr(backbone, 'layers', None)
         return isinstance(stages, nn.ModuleList) and len(stages) - 1 in backbone.out_indices
 
@@ -263,8 +267,8 @@ OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 """The prefixes of the norms of a hierarchical backbone's outputs."""
 
 HOSTS: dict[str, Host] = {}
-"""The supported backbones by qualified class name. Attribute names alone would also match others (BEiT's blocks have
-the same ones as ViT's) and change what those compute."""
+"""The supported backbones by qualified class name. Attribute names alone would also match blocks that compute something
+else (BEiT's have the same attributes as ViT's)."""
 
 
 REFUSED: dict[str, str] = {}
@@ -276,7 +280,7 @@ def register_host(backbone: str, host: Host) -> None:
 
     Args:
         backbone: its qualified name, such as ``'mmdet.models.backbones.swin.SwinTransformer'``.
-        host: what has to be known about it.
+        host: its description.
 
     Raises:
         ConfigError: if the class is a host already.
@@ -287,7 +291,7 @@ def register_host(backbone: str, host: Host) -> None:
 
 
 def find_host(backbone: nn.Module) -> Host:
-    """The :class:`Host` of a backbone object.
+    """The :class:`Host` that describes a backbone object.
 
     Raises:
         UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the class named there.
@@ -325,10 +329,10 @@ def is_host(module: nn.Module) -> bool:
 
 
 def recomputed_names() -> tuple[str, ...]:
-    """The ends of the names of all buffers that hosts derive from their configuration."""
+    """The endings of the names of all buffers that hosts derive from their configuration."""
     return tuple(dict.fromkeys(name for host in HOSTS.values() for name in host.recomputed))
 
 
 def position_table_names() -> tuple[str, ...]:
-    """The ends of the names of all tables of positions, which hosts resize for another image or window size."""
+    """The endings of the names of all position tables, which hosts resize for another image or window size."""
     return tuple(dict.fromkeys(name for host in HOSTS.values() for name in host.position_tables))

@@ -21,8 +21,8 @@ class Site(NamedTuple):
 
     Args:
         widths: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear site.
-        is_called: whether the host calls the linear layer of the site as a module; else it reads the weight.
-        block_size: how many parameters the block has.
+        is_called: whether the host calls the linear layer of the site as a module; otherwise it reads the weight.
+        block_size: the number of parameters of the block.
     """
 
     widths: tuple[int, ...]
@@ -31,11 +31,11 @@ class Site(NamedTuple):
 
 
 Sites = Mapping[str, Mapping[str, Site]]
-"""By path of a block, its sites."""
+"""The sites of each block, by the path of the block."""
 
 
 def sites_of(backbone: nn.Module) -> Sites:
-    """The sites that the blocks of a backbone have.
+    """Describe the sites of the blocks of a backbone.
 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
@@ -53,23 +53,24 @@ def sites_of(backbone: nn.Module) -> Sites:
 def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
     """Attach the modules of a method to the blocks of ``backbone``, in place.
 
-    A :class:`PeftBlock` is put in front of the class of every block, the modules hang under the block's new child
-    ``peft``, and the modules that end a branch, or are a linear layer at a site in use, get a hook; nothing else
-    changes. The names of the base's parameters stay, the backbone's own class stays, and with modules that do nothing
-    the block computes what the stock one does, bit for bit. :func:`remove` undoes it.
+    A :class:`PeftBlock` is put in front of the class of every block, the modules become children of the block's new
+    child ``peft``, and the ends of branches and the linear layers at the sites in use get hooks. Nothing else changes:
+    the base's parameters keep their names, the backbone keeps its class, and with modules that do nothing a block
+    computes the same as the stock one, bit for bit. :func:`remove` undoes it.
 
     Args:
         backbone: a supported backbone.
-        modules: by path of a block and site.
+        modules: the modules by path of a block and name of a site.
 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
-        ConfigError: if the backbone already carries a method, or a module cannot be where the host reads weights.
+        ConfigError: if the backbone already carries a method, or a module is at a site whose weight the host reads
+            directly and does not add to that weight.
     """
     host = find_host(backbone)
     if method_modules(backbone):
         raise ConfigError(
-            f'{type(backbone).__name__} already carries a method; build a fresh backbone for another one.'
+            f'{type(backbone).__name__} already carries a method. Build a new backbone for another method.'
         )
     blocks = host.blocks(backbone)
     for path, attached in modules.items():
@@ -77,7 +78,7 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
             _check_reach(backbone, host.spec(blocks[path]), site, module)
     source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
     if source is not None and not source.is_in_block:
-        # A partial and not a bound method: that would be pickled by its name, and come back as the host's own.
+        # A bound method would be pickled by its name, and would become the host's own forward when it is loaded.
         backbone.forward = partial(forward_on_grid, backbone, source, tuple(blocks))
     for path, block in blocks.items():
         spec = host.spec(block)
@@ -88,7 +89,7 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
 
 
 def remove(backbone: nn.Module) -> None:
-    """Undo :func:`inject`, in place: the blocks are stock ones again, and the method's modules are gone."""
+    """Undo :func:`inject`, in place, so that the blocks are stock ones without the method's modules."""
     forward = vars(backbone).get('forward')
     if isinstance(forward, partial) and forward.func is forward_on_grid:
         del backbone.forward
@@ -99,7 +100,7 @@ def remove(backbone: nn.Module) -> None:
 
 
 def modules_beside_linears(backbone: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
-    """The modules of a method at linear sites, each with the stock weight ``(out, in)`` that it stands beside."""
+    """Yield the modules of a method at linear sites, each with the stock weight ``(out, in)`` of its site."""
     for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
         for site, module in block.peft.items():
             linear = block.spec.linears.get(site)
@@ -111,23 +112,23 @@ def modules_beside_linears(backbone: nn.Module) -> Iterator[tuple[nn.Module, Ten
 def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
     if site in spec.linears and not spec.linears[site].is_called and not getattr(module, 'is_weight_delta', False):
         raise ConfigError(
-            f'{type(backbone).__name__} reads the weight of {site!r} itself, so only an addition to that weight can be '
-            f'there, which this {type(module).__name__} is not (LoRA is one with dropout=0). Other sites of this '
-            f'backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
+            f'{type(backbone).__name__} reads the weight of {site!r} directly, so only a module that adds to the '
+            f'weight can attach there (LoRA with dropout=0 does), and this {type(module).__name__} does not. Other '
+            f'sites of this backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
         )
 
 
 def forward_on_grid(
     backbone: nn.Module, source: GridSource, blocks: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
-    """The forward of a backbone whose blocks are not told the grid: here they are, by an argument.
+    """The forward of a backbone that does not pass the grid to its blocks; this one passes it as an extra argument.
 
     Args:
-        backbone: whose class's forward it is.
-        source: where the grid is seen.
-        blocks: paths of the blocks.
-        args: of the forward.
-        kwargs: of the forward.
+        backbone: the backbone, whose class's forward runs.
+        source: the module whose call shows the grid.
+        blocks: the paths of the blocks.
+        args: the positional arguments of the forward.
+        kwargs: the keyword arguments of the forward.
     """
     grid: list[Grid] = []
     parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}

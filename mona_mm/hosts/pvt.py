@@ -1,4 +1,7 @@
-"""PVTv2: mmdet's pyramid vision transformer, whose branches add their residual themselves, and its checkpoints."""
+"""PVT and PVTv2 of mmdet and MixVisionTransformer of mmseg, and the checkpoints of PVTv2.
+
+The branches of these blocks add their residual themselves.
+"""
 
 from collections.abc import Mapping
 
@@ -14,21 +17,21 @@ class PVTBlock(PeftBlock):
     """The forward of a PVTv2 layer, with sites."""
 
     def forward_with_sites(self, x: Tensor, hw_shape: Grid) -> Tensor:
-        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        """Map ``(B, H*W, C)`` on the grid ``hw_shape`` to ``(B, H*W, C)``."""
         residual = self.apply_at('post_attn', self.attend(self.norm1(x), hw_shape, identity=x))
         x = self.ffn(self.norm2(residual), hw_shape, identity=residual)
         return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
 
 
 def convert_pvt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The official PVT and PVTv2, by mmdet's own conversion."""
-    from mmdet.models.backbones.pvt import pvt_convert  # here: the other formats do not need mmdet
+    """Convert the official PVT and PVTv2 by mmdet's own function."""
+    from mmdet.models.backbones.pvt import pvt_convert  # imported here, since no other format needs mmdet
 
     try:
         return dict(pvt_convert(tensors))
     except (LookupError, ValueError, RuntimeError) as error:
         raise CheckpointMismatchError(
-            f'The names are those of PVT, but not all of them: {type(error).__name__} {error}.'
+            f'The checkpoint has names of PVT but is incomplete: {type(error).__name__} {error}.'
         ) from error
 
 

@@ -3,14 +3,14 @@
 from torch import nn
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
-"""Where a method maps the tokens ``(B, N, C)`` of a block; see :mod:`mona_mm.hosts`."""
+"""The sites where a method maps the tokens ``(B, N, C)`` of a block; see :mod:`mona_mm.hosts`."""
 
 LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
-"""Where a method adds to the output of a linear layer; see :mod:`mona_mm.hosts`."""
+"""The sites where a method adds to the output of a linear layer; see :mod:`mona_mm.hosts`."""
 
 
 class PeftModules(nn.ModuleDict):
-    """The modules that a method added to one block, by site, or beside one module, by parameter."""
+    """The modules that a method added: to one block, by site, or to one module, by parameter."""
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:

@@ -3,25 +3,27 @@ r"""Swin: its blocks, their window attention in a faster form, and its checkpoin
 The block of mmdet's and mmseg's Swin is textually the same, and mmpretrain's has the same parts, so one forward serves
 all three. SwinV2, whose checkpoints have the same names, is in :mod:`mona_mm.hosts.swin_v2`.
 
-**The fast form of the window attention** equals the stock one within rounding, and is faster and keeps less for the
-backward pass. What the stock modules do in every block of every step, and what is done here:
+**The fast form of the window attention** equals the stock one within rounding, is faster, and keeps less for the
+backward pass. The stock modules do the following in every block of every step; the fast form replaces it:
 
-- Pad, roll and cut into windows, and back: four to six copies. Here one gather of tokens each way, by an index that is
-  kept for the last sizes seen (:func:`window_index`); its gradient is the gather of the other direction.
-- Build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add them to the
-  scores in turn. Here one additive mask, kept as long as the bias table is the same. Windows are ordered so that those
-  that share a mask lie together: whole ones, then those that the shift has cut at the right, at the bottom, at both. A
+- They pad, roll and cut into windows, and back, which is four to six copies. The fast form gathers the tokens once in
+  each direction, by an index that is cached for the latest sizes (:func:`window_index`); the gradient of a gather is
+  the gather of the other direction.
+- They build the shift mask, ``(windows, N, N)``, and the relative-position bias, ``(heads, N, N)``, and add both to
+  the scores. The fast form adds one mask, which is kept until the bias table changes. Windows that share a mask lie
+  together: first the whole windows, then those that the shift has cut at the right, at the bottom, and at both. A
   block keeps four masks, whatever the size of the image.
-- Keep queries, keys, values, scores and probabilities. Here
-  :func:`~torch.nn.functional.scaled_dot_product_attention` keeps no ``N x N`` matrix.
+- They keep queries, keys, values, scores and probabilities. With
+  :func:`~torch.nn.functional.scaled_dot_product_attention` no ``N x N`` matrix is kept.
 
-A bias table that trains (full tuning, BitFit) is read anew every step, with its gradient. On CPUs its attention is the
-plain formula, and so is attention in half precision, whose fused backward pass there is several times slower.
+A bias table that trains (full tuning, BitFit) is read anew in every step, with its gradient. On CPUs its attention is
+computed by the plain formula, and so is attention in half precision, whose fused backward pass is several times slower
+there.
 
-The stock path is taken by attention that drops single probabilities while training, by modules within which somebody
-has hooked what is left out here, by what torch.compile or another tracer sees, and on CPUs by small maps whose table
-trains (:data:`_FEWEST`), where it is the faster one. The order of the windows is not the stock one, which only what
-draws random numbers per window can tell: LoRA's ``drop_path`` drops other windows for the same seed.
+The stock path runs where the attention drops probabilities while training, where a module is hooked that the fast form
+does not call, under torch.compile and other tracers, and on CPUs for small maps whose table trains
+(:data:`_MIN_ELEMENTS`), where it is faster. The order of the windows differs from the stock one, which matters only to
+modules that draw random numbers per window: LoRA's ``drop_path`` drops other windows for the same seed.
 """
 
 import re
@@ -58,7 +60,7 @@ class SwinBlock(PeftBlock):
     """The forward of a Swin block, with sites."""
 
     def forward_with_sites(self, x: Tensor, hw_shape: Grid) -> Tensor:
-        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        """Map ``(B, H*W, C)`` on the grid ``hw_shape`` to ``(B, H*W, C)``."""
         residual = self.apply_at('post_attn', x + self.attend(self.norm1(x), hw_shape))
         x = self.ffn(self.norm2(residual), identity=residual)
         return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
@@ -69,14 +71,14 @@ _WINDOW_MSA = {
     'mmseg.models.backbones.swin.ShiftWindowMSA': 'mmseg.models.backbones.swin.WindowMSA',
     'mmpretrain.models.utils.attention.ShiftWindowMSA': 'mmpretrain.models.utils.attention.WindowMSA',
 }
-"""The modules that have a fast form, by qualified name, and the only class of their ``w_msa`` that it knows."""
+"""The classes of modules that have a fast form, each with the only class of ``w_msa`` that the fast form supports."""
 
 _SHIFT_MASK = -100.0
-"""What the stock modules add to the score of two tokens that the shift has brought together."""
+"""The value that the stock modules add to the score of two tokens that only the shift has brought together."""
 
-_FEWEST = 320_000
-"""Elements of the windows, padding included, from which the fast form of a table that trains is the faster one on a
-CPU. Measured on one module, forward and backward, in shares of the stock one's time: 1.03 to 1.13 up to 32 x 32 tokens
+_MIN_ELEMENTS = 320_000
+"""The number of elements in the windows, padding included, from which the fast form is faster on a CPU when the table
+trains. Measured on one module, forward and backward, in shares of the stock time: 1.03 to 1.13 up to 32 x 32 tokens
 of 96 channels, 1.04 to 1.05 for 28 x 28 of 192 and 14 x 14 of 384 (a Swin-T at 224 x 224), 0.99 to 1.03 for 56 x 56 of
 96 at window 7 and 0.78 at window 12 (whence the limit), 0.82 for 112 x 112 of 128."""
 
@@ -87,20 +89,23 @@ def make_window_attention_fast(module: nn.Module) -> bool:
     if qualified_name(type(module.w_msa)) != _WINDOW_MSA[qualified_name(type(module))]:
         return False
     mix_in(module, FastWindowAttention)
-    module._masks = None  # from the start: a thread that copies the module meets no attribute that another one adds
+    module._masks = None  # set here, so that no thread adds an attribute while another copies the module
     return True
 
 
 class WindowIndex(NamedTuple):
-    """Where the tokens of a batch of grids are in its windows. Rows of ``(B*H*W, C)`` and of ``(windows*N, C)``.
+    """The positions of the tokens ``(B*H*W, C)`` of a batch of grids in its windows ``(windows*N, C)``.
 
-    ``there`` is for every row of the windows the token's, ``back`` for every token its row of the windows; ``padding``
-    the rows of the windows that are no token's, None if all are. ``groups`` is the number of windows that are whole,
-    and cut by the shift at the right, at the bottom, at both; they lie in this order. Without a shift all are whole.
+    Args:
+        token_of_slot: for every row of the windows, the row of its token.
+        slot_of_token: for every token, its row of the windows.
+        padding: the rows of the windows that hold no token; None if there are none.
+        groups: the numbers of windows that are whole, and that the shift has cut at the right, at the bottom, and at
+            both; the windows lie in this order. Without a shift all are whole, and there is one number.
     """
 
-    there: Tensor
-    back: Tensor
+    token_of_slot: Tensor
+    slot_of_token: Tensor
     padding: Tensor | None
     groups: tuple[int, ...]
 
@@ -111,13 +116,13 @@ def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, devic
     """The index of ``batch`` grids of ``(H, W)``, padded to whole windows of ``window x window`` tokens.
 
     Args:
-        batch: ``B``.
-        hw: ``(H, W)``.
-        window: side of a window.
-        shift: by how many tokens the padded grid is rolled up and to the left.
-        device: of the index.
+        batch: the batch size ``B``.
+        hw: the grid ``(H, W)``.
+        window: the side of a window, in tokens.
+        shift: the number of tokens by which the padded grid is rolled up and to the left.
+        device: the device of the index.
     """
-    with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
+    with torch.inference_mode(False):  # tensors made in inference mode could not be used for training later
         height, width = hw
         rows, columns = -(-height // window), -(-width // window)
         token = torch.arange(batch * height * width, device=device).view(batch, height, width)
@@ -129,19 +134,19 @@ def window_index(batch: int, hw: tuple[int, int], window: int, shift: int, devic
             whole, right = token[:, :-1].split((columns - 1, 1), 2)
             bottom, corner = token[:, -1:].split((columns - 1, 1), 2)
             parts = [whole, right, bottom, corner]
-        there = torch.cat([part.flatten() for part in parts])
-        padding = (there < 0).nonzero()[:, 0] if len(there) > batch * height * width else None
-        back = torch.empty(batch * height * width, dtype=torch.int32, device=device)
-        place = torch.arange(len(there), dtype=torch.int32, device=device)
-        real = there >= 0
-        back[there[real]] = place[real]
+        token_of_slot = torch.cat([part.flatten() for part in parts])
+        padding = (token_of_slot < 0).nonzero()[:, 0] if len(token_of_slot) > batch * height * width else None
+        slot_of_token = torch.empty(batch * height * width, dtype=torch.int32, device=device)
+        slot = torch.arange(len(token_of_slot), dtype=torch.int32, device=device)
+        is_token = token_of_slot >= 0
+        slot_of_token[token_of_slot[is_token]] = slot[is_token]
         groups = tuple(part.numel() // window**2 for part in parts)
-        return WindowIndex(there.clamp(min=0).int(), back, padding, groups)
+        return WindowIndex(token_of_slot.clamp(min=0).int(), slot_of_token, padding, groups)
 
 
 @cache
 def shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
-    """Of windows that the shift has cut at the right, at the bottom, at both: ``(3, N, N)``."""
+    """The masks ``(3, N, N)`` of windows that the shift has cut at the right, at the bottom, and at both."""
     with torch.inference_mode(False):
         moved = (torch.arange(window, device=device) >= window - shift).int()
         column, row = moved.repeat(window), moved.repeat_interleave(window)
@@ -150,7 +155,10 @@ def shift_masks(window: int, shift: int, device: torch.device) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of ``x`` by ``index``, those at ``blank`` zero; ``reverse`` is the same of the other direction."""
+    """Gather the rows of ``x`` at ``index``, with zeros at ``blank``.
+
+    ``reverse`` and ``reverse_blank`` are the same for the other direction, which the gradient takes.
+    """
 
     @staticmethod
     def forward(
@@ -161,7 +169,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        _, *ctx.directions = inputs  # not saved: they belong to window_index and are no activations
+        _, *ctx.directions = inputs  # not by save_for_backward: they belong to window_index and are no activations
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,92 +178,93 @@ class _Gather(torch.autograd.Function):
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """``(windows, heads, N, d)`` each, the mask broadcast over windows."""
+    """Fused attention of ``q``, ``k``, ``v (windows, heads, N, d)``, with a mask that is broadcast over windows."""
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    # The product would copy them by itself, but for a single window, of which it would keep all of q, k and v alive.
+    # The product copies k and v anyway, except for a single window, where their views would keep q, k and v alive.
     k, v = k.contiguous(), v.contiguous()
     return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
 
 
-def _is_observed(inner: nn.Module) -> bool:
-    """Whether a ``WindowMSA`` drops single probabilities, or somebody has hooked what the fast form does not call."""
-    drop = inner.attn_drop
-    return is_hooked(inner, inner.softmax, drop) or (drop.training and drop.p > 0)
+def _needs_stock_path(w_msa: nn.Module) -> bool:
+    """Whether a ``WindowMSA`` drops probabilities, or has hooks on modules that the fast form does not call."""
+    drop = w_msa.attn_drop
+    return is_hooked(w_msa, w_msa.softmax, drop) or (drop.training and drop.p > 0)
 
 
 class FastWindowAttention(Mixin):
     """Mixin in front of a ``ShiftWindowMSA``.
 
     Attributes:
-        _masks: the masks that were made last, and what they were made of.
+        _masks: the key of the latest masks, the table that they were made from, and the masks.
     """
 
     _masks: tuple[tuple, Tensor, list[Tensor]] | None = None
 
     def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
-        inner = self.w_msa
-        if is_traced() or _is_observed(inner) or query.is_meta:  # whose values say no window's tokens
+        """Map ``(B, H*W, C)`` on the grid ``hw_shape`` to ``(B, H*W, C)``."""
+        w_msa = self.w_msa
+        if is_traced() or _needs_stock_path(w_msa) or query.is_meta:  # an index on the meta device has no values
             return super().forward(query, hw_shape)
         (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
         if tokens != height * width:
-            raise ValueError(f'There are {tokens} tokens, and the grid is {height} x {width}.')
+            raise ValueError(f'There are {tokens} tokens, but the grid is {height} x {width}.')
         if self._is_small(query, height, width):
             return super().forward(query, hw_shape)
         shift = self._shift(min(height, width))
         index = window_index(batch, (int(height), int(width)), window, shift, query.device)
         x = query.reshape(-1, channels)
-        x = _Gather.apply(x, index.there, index.padding, index.back, None).view(-1, window**2, channels)
-        x = self._attend(inner.effective() if hasattr(inner, 'effective') else inner, x, index.groups, shift)
-        x = _Gather.apply(x.view(-1, channels), index.back, None, index.there, index.padding)
+        x = _Gather.apply(x, index.token_of_slot, index.padding, index.slot_of_token, None)
+        x = x.view(-1, window**2, channels)
+        x = self._attend(w_msa.effective() if hasattr(w_msa, 'effective') else w_msa, x, index.groups, shift)
+        x = _Gather.apply(x.view(-1, channels), index.slot_of_token, None, index.token_of_slot, index.padding)
         return self.drop(x.view(batch, tokens, channels))
 
     def _is_small(self, x: Tensor, height: int, width: int) -> bool:
-        """Whether the stock form is the faster one for ``x (B, H*W, C)``."""
+        """Whether the stock form is faster for ``x (B, H*W, C)``."""
         window = self.window_size
         padded = -(-height // window) * -(-width // window) * window**2
         trains = self.w_msa.relative_position_bias_table.requires_grad and torch.is_grad_enabled()
-        return trains and x.device.type == 'cpu' and x.shape[0] * padded * x.shape[2] < _FEWEST
+        return trains and x.device.type == 'cpu' and x.shape[0] * padded * x.shape[2] < _MIN_ELEMENTS
 
     def _shift(self, side: int) -> int:
-        """The shift on a grid whose smaller side is so long."""
+        """The shift on a grid whose smaller side is ``side`` tokens long."""
         if getattr(self, 'pad_small_map', True):  # mmdet and mmseg always do
             return self.shift_size
         if side < self.window_size:
             raise ConfigError(
                 f'The feature map is {side} tokens high or wide, less than the window of {self.window_size}. Set '
-                'pad_small_map=True in the backbone, or give it larger images.'
+                'pad_small_map=True in the backbone, or use larger images.'
             )
         return self.shift_size if side > self.window_size else 0
 
-    def _attend(self, inner: nn.Module, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
-        """``(windows, N, C) -> (windows, N, C)``, as the ``WindowMSA`` ``inner`` does."""
+    def _attend(self, w_msa: nn.Module, x: Tensor, groups: tuple[int, ...], shift: int) -> Tensor:
+        """Map ``(windows, N, C)`` to ``(windows, N, C)`` as the ``WindowMSA`` does."""
         count, length, _ = x.shape
-        qkv = inner.qkv(x).reshape(count, length, 3, inner.num_heads, -1).permute(2, 0, 3, 1, 4)
-        table = inner.relative_position_bias_table
+        qkv = w_msa.qkv(x).reshape(count, length, 3, w_msa.num_heads, -1).permute(2, 0, 3, 1, 4)
+        table = w_msa.relative_position_bias_table
         trains = table.requires_grad and torch.is_grad_enabled()
         attend = _plain if qkv.device.type == 'cpu' and (trains or qkv.dtype.itemsize < 4) else _fused
         dtype = qkv.dtype if attend is _fused else table.dtype
         masks = self._make_masks(table, dtype, shift) if trains else self._kept_masks(table, dtype, shift)
         parts = qkv.split(groups, 1) if len(groups) > 1 else (qkv,)
-        # By unbind: the gradient of three selections would be three tensors of all three, mostly zeros, added up.
+        # unbind has one gradient; that of three selections would be the sum of three tensors that are mostly zeros.
         parts = [
-            attend(*part.unbind(0), mask, inner.scale).transpose(1, 2).flatten(2)
+            attend(*part.unbind(0), mask, w_msa.scale).transpose(1, 2).flatten(2)
             for part, mask in zip(parts, masks, strict=True)
             if part.shape[1]
         ]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return inner.proj_drop(inner.proj(x))
+        return w_msa.proj_drop(w_msa.proj(x))
 
     def _kept_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
         if table.is_inference():
             return self._make_masks(table, dtype, shift)
-        # The table's storage is kept beside the masks, so that its address can be no other table's.
+        # The table's storage is kept beside the masks, so that no other table can get its address.
         key = (table.data_ptr(), table._version, table.device, dtype, shift)
-        kept = self._masks  # looked at once: another thread may exchange them at any time
+        kept = self._masks  # read once, since another thread may replace them at any time
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 kept = key, table.detach(), self._make_masks(table, dtype, shift)
@@ -263,22 +272,23 @@ class FastWindowAttention(Mixin):
         return kept[2]
 
     def _make_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
-        """Of every group of windows, ``(1, heads, N, N)``."""
+        """Make the mask ``(1, heads, N, N)`` of every group of windows."""
         index = self.w_msa.relative_position_index
         length = len(index)
         bias = table[index.flatten()].view(1, length, length, -1).permute(0, 3, 1, 2).to(dtype)
         masks = [bias]
         if shift:
             masks += [bias + cut for cut in shift_masks(self.window_size, shift, table.device).to(dtype)]
-        if (
-            table.device.type != 'cpu'
-        ):  # rows of a multiple of 8: kernels would copy any other mask to such at every call
+        if table.device.type != 'cpu':
+            # With rows of a multiple of 8; the kernels would copy any other mask into that form at every call.
             masks = [F.pad(mask, (0, -length % 8))[..., :length] for mask in masks]
         return masks
 
     def train(self, mode: bool = True) -> nn.Module:
-        """``nn.Module.train``. Between training and evaluation, tables may be exchanged in ways that leave no trace
-        (mmengine's EMAHook writes to ``.data``): the masks are made anew."""
+        """``nn.Module.train``, which also discards the masks.
+
+        Between training and evaluation, tables may be changed without a trace (mmengine's EMAHook writes to ``.data``).
+        """
         self._masks = None
         return super().train(mode)
 
@@ -296,7 +306,7 @@ OWN_NAMES = OwnNames(
     rf'|blocks\.\d+\.(norm[123]\.{END}|ffn\.layers\.(0\.0|1)\.{END}|attn\.w_msa\.({_ATTENTION})|attn_mask))',
     outside=rf'patch_embed\.(projection|norm)\.{END}|absolute_pos_embed|norm\d\.{END}|.*\.attn_mask',
 )
-"""The names of a Swin and of a SwinV2."""
+"""The names of the tensors of a Swin or SwinV2."""
 
 # Microsoft's names, which timm and the published Mona code share, and those of the OpenMMLab libraries.
 _RENAMES = (
@@ -316,10 +326,11 @@ _RENAMES_BACK = (
 
 
 def convert_from_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Microsoft's Swin and SwinV2, and timm's, for the OpenMMLab libraries.
+    """Convert Microsoft's and timm's Swin and SwinV2 to the names of the OpenMMLab libraries.
 
-    The merging of patches is the end of a stage with Microsoft and in Swin, the beginning of the next one in the newer
-    timm and in mmpretrain's SwinV2. Its neighbours come in another order, see :func:`_reorder_neighbours`.
+    Patch merging is at the end of a stage in Microsoft's code and the libraries' Swin, and at the beginning of the next
+    stage in newer versions of timm and in mmpretrain's SwinV2. The order of the merged neighbours differs, see
+    :func:`_reorder_neighbours`.
     """
     is_second_version = any(name.endswith('.attn.logit_scale') for name in tensors)
     stages = {int(match[1]) for name in tensors if (match := re.match(r'layers\.(\d+)\.downsample\.', name))}
@@ -329,7 +340,7 @@ def convert_from_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for source, tensor in tensors.items():
         name = source
         if '.downsample.' in name:
-            if not (is_second_version and '.norm.' in name):  # which there comes after the reduction
+            if not (is_second_version and '.norm.' in name):  # SwinV2's norm comes after the reduction
                 tensor = _reorder_neighbours(tensor)
             name = re.sub(r'^layers\.(\d+)', lambda match: f'layers.{int(match[1]) + shift}', name)
         for pattern, replacement in _RENAMES:
@@ -350,10 +361,10 @@ def convert_to_microsoft(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _reorder_neighbours(tensor: Tensor) -> Tensor:
-    """From the published order of the four merged neighbours' channels to mmdet's.
+    """Bring the channels of four merged neighbours from the published order to mmdet's.
 
-    ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in mmdet's
-    PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
+    The published ``(..., 4C)`` holds the neighbours (0,0), (1,0), (0,1), (1,1) one after another; ``nn.Unfold`` in
+    mmdet's PatchMerging yields them per channel, row by row: ``(..., C, 4)`` with (0,0), (0,1), (1,0), (1,1).
     """
     neighbours = tensor.unflatten(-1, (4, -1))  # (..., 4, C)
     return neighbours[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2).contiguous()
@@ -366,7 +377,7 @@ def _restore_neighbours(tensor: Tensor) -> Tensor:
 
 
 def resize_position_tables(given: dict[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    """Interpolate the tables of relative positions ``((2w-1)^2, heads)`` of another window size, in place."""
+    """Interpolate tables of relative positions ``((2w-1)^2, heads)`` from another window size, in place."""
     for name, table in list(given.items()):
         if not name.endswith('relative_position_bias_table') or name not in current:
             continue

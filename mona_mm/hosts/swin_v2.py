@@ -1,4 +1,4 @@
-"""SwinV2: the norms come last in the branches, and queries, keys and values are computed without calling the linear."""
+"""SwinV2: the norms come last in the branches, and the attention reads the weight of qkv without calling the layer."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ class SwinV2Block(PeftBlock):
     """The forward of a SwinV2 block, with sites. Every few blocks of the largest models end with a third norm."""
 
     def forward_with_sites(self, x: Tensor, hw_shape: Grid) -> Tensor:
-        """``(B, H*W, C) -> (B, H*W, C)``, the grid being ``hw_shape``."""
+        """Map ``(B, H*W, C)`` on the grid ``hw_shape`` to ``(B, H*W, C)``."""
         residual = self.apply_at('post_attn', x + self.norm1(self.attend(x, hw_shape)))
         x = residual + self.norm2(self.ffn(residual))
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))

@@ -1,4 +1,4 @@
-"""Twins: PCPVT and SVT of mmpretrain and mmseg, with attention that is global over fewer keys, or within windows."""
+"""Twins: PCPVT and SVT of mmpretrain and mmseg, whose attention is either global over fewer keys or within windows."""
 
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.host import BlockSpec, Branch, GridArgument, Host, Linear, fused_qkv, register_host, separate_linears

@@ -1,4 +1,4 @@
-"""ViT: mmpretrain's plain vision transformer, and its checkpoints."""
+"""The plain vision transformers of mmpretrain (with SAM's) and mmseg, and the checkpoints of mmpretrain's ViT."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class ViTBlock(PeftBlock):
     """The forward of a ViT layer, with sites. Class and register tokens come before those of the grid."""
 
     def forward_with_sites(self, x: Tensor) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``."""
+        """Map ``(B, N, C)`` to ``(B, N, C)``."""
         residual = self.apply_at('post_attn', x + self.attend(self.norm1(x)))
         x = self.ffn(self.norm2(residual), identity=residual)
         return self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
@@ -38,10 +38,10 @@ def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
 
 
 def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's ViT, MAE (without its decoder), MoCo v3 (its encoder) and DINOv2 (Meta's and timm's) for mmpretrain's ViT.
+    """Convert timm's ViT, MAE (without its decoder), MoCo v3 (its encoder) and DINOv2 to mmpretrain's names.
 
-    timm adds the position of the class token to that token where there are registers, and has none for it; its SwiGLU
-    is a wide ``fc1``.
+    DINOv2 may be Meta's or timm's. Where there are registers, timm has added the position of the class token to that token and keeps none for it. Its
+    SwiGLU is an ``fc1`` of twice the width.
     """
     renames = (
         (r'^norm\.', 'ln1.'),
@@ -109,7 +109,11 @@ def _join_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_vit_npz(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Google's ViT: kernels are ``(in, out)``, of attention ``(width, heads, head width)``, of images HWIO."""
+    """Convert Google's ViT to mmpretrain's names and layouts.
+
+    Its kernels are ``(in, out)``, those of the attention ``(width, heads, head width)``, and that of the patch
+    embedding HWIO.
+    """
     converted: dict[str, Tensor] = {}
     for source, tensor in tensors.items():
         name, tensor = source, _npz_layout(source, tensor)
@@ -173,7 +177,7 @@ register_host(
                 name='vit',
                 recognised_by=r'blocks\.\d+\.attn\.',
                 convert=convert_vit,
-                # heads, and of MAE the decoder and the token that stands for masked patches
+                # heads, and MAE's decoder and mask token
                 left_out=r'head|pre_logits\.|decoder|mask_token$',
             ),
             CheckpointFormat(
@@ -186,7 +190,7 @@ register_host(
                 name='vit-npz',
                 recognised_by=r'Transformer/encoderblock_\d+/',
                 convert=convert_vit_npz,
-                left_out=r'(head|pre_logits)/|opt',  # heads, and what is an optimizer's
+                left_out=r'(head|pre_logits)/|opt',  # heads, and the state of the optimizer
             ),
         ),
         position_tables=('pos_embed',),
@@ -227,7 +231,7 @@ register_host(
             BlockSpec(
                 cls='mmpretrain.models.backbones.vit_sam.TransformerEncoderLayer',
                 linears={**fused_qkv('attn.qkv'), **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-                branches=dict(ffn=Branch('ffn.dropout_layer')),  # the attention's ends within windows
+                branches=dict(ffn=Branch('ffn.dropout_layer')),  # the attention branch ends in window layout
                 mid_norm='ln2',
                 layout='BHWC',
             ),

@@ -1,4 +1,4 @@
-"""One file, one method. A new method is a new file here: a module registered in ``METHODS``."""
+"""The methods, one file each. A new method is a new file here with a module that is registered in ``METHODS``."""
 
 from mona_mm.methods.adapter import Adapter
 from mona_mm.methods.adaptformer import AdaptFormer

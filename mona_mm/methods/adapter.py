@@ -14,8 +14,8 @@ class Adapter(StreamModule):
 
     .. math:: y = x + \mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
 
-    A module has :math:`2mn + m + n` parameters for :math:`m` channels and bottleneck :math:`n`. It does not begin as
-    the identity: the published code leaves both projections at a truncated normal.
+    A module has :math:`2mn + m + n` parameters for :math:`m` channels and bottleneck :math:`n`. It does not start as
+    the identity: the published code initialises both projections with a truncated normal.
 
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, as the baseline in the
     published code of Mona (CVPR 2025).
@@ -41,11 +41,11 @@ class Adapter(StreamModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 for both projections, zero biases."""
+        """Initialise both projections with a truncated normal of std 0.02, and their biases with zeros."""
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``."""
+        """Map tokens ``(B, N, C)`` to ``(B, N, C)``."""
         return self.residual(x, lambda x: self.up(self.dropout(self.act(self.down(x)))))

@@ -14,7 +14,7 @@ class AdaptFormer(Adapter):
 
     .. math:: \Delta = s\,\mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
 
-    Initial values and parameter count are :class:`Adapter` 's.
+    Initial values and parameter count are those of :class:`Adapter`.
 
     Source: Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022, as
     the baseline in the published code of Mona (CVPR 2025), which leaves out the paper's LayerNorm and ReLU.
@@ -34,8 +34,8 @@ class AdaptFormer(Adapter):
     @checked
     def __init__(self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1, scale: float = 0.1) -> None:
         super().__init__(channels, bottleneck, dropout)
-        self.scale = float(scale)  # a whole number may be too large for a tensor's operations
+        self.scale = float(scale)  # a Python int may be too large for torch's operations
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
-        """``(B, N, C)`` to what is added, ``(B, N, C)``."""
+        """Compute the addition ``(B, N, C)`` for tokens ``(B, N, C)``."""
         return self.scale * self.up(self.dropout(self.act(self.down(x))))

@@ -1,4 +1,4 @@
-"""What every method is: modules attached at named sites of a host's blocks."""
+"""The base classes of methods: modules that are attached at named sites of a host's blocks."""
 
 import inspect
 from collections import Counter
@@ -32,40 +32,40 @@ from mona_mm.registry import METHODS
 from mona_mm.type_names import look_up
 
 NOT_OPTIONS = ('channels', 'in_channels', 'out_channels', 'site')
-"""Arguments of modules that are no options: what they attach to says them."""
+"""Arguments of modules that are not options, since they follow from the site."""
 
 LARGEST_SHARE = 4
-"""How many times as large as the blocks a method may be."""
+"""A method may have at most this many times as many parameters as the blocks that it tunes."""
 
 
 class PeftModule(nn.Module):
     """Base class of :class:`StreamModule` and :class:`LinearModule`.
 
-    A subclass is constructed once for every (block, site) pair, with the ``options`` that the config's
-    ``peft=dict(type=..., **options)`` says. They are checked against the annotations of the constructor, see
-    :mod:`mona_mm.options`; one that says how wide the method is inside is a :data:`~mona_mm.options.Width`.
+    A subclass is constructed once for every (block, site) pair, with the ``options`` of the config's
+    ``peft=dict(type=..., **options)``. They are checked against the annotations of the constructor, see
+    :mod:`mona_mm.options`. An option that sets an inner width of the method is a :data:`~mona_mm.options.Width`.
     """
 
     sites: ClassVar[tuple[str, ...]]
     """The sites (see :mod:`mona_mm.hosts`) at which the method attaches in every block, unless the config's ``sites``
-    names others of the same kind. Those of them that a host does not have are left out."""
+    names others among ``possible_sites``. Sites that a host does not have are left out."""
 
     possible_sites: ClassVar[tuple[str, ...]]
-    """All sites that the config's ``sites`` may name."""
+    """The sites that the config's ``sites`` may name."""
 
     fast: bool = True
-    """Whether ``forward`` may compute the same in fewer operations, where the method has such a form."""
+    """Whether ``forward`` may use a form with fewer operations, where the method has one."""
 
     def reset_parameters(self) -> None:
         """Give the method's own parameters their initial values.
 
-        This is called after the base has been initialised or loaded, so that no initialisation pass of the host, which
-        would overwrite them with its own rule, decides what training starts from.
+        This is called after the base has been initialised or loaded, since a host's own initialisation would overwrite
+        them.
         """
         raise NotImplementedError
 
     def to_deploy(self) -> nn.Module | None:
-        """A module for inference that computes the same in fewer operations; None where the method has none."""
+        """Make a module for inference that computes the same in fewer operations; None if the method has none."""
         return None
 
 
@@ -78,20 +78,21 @@ class StreamModule(PeftModule):
         """Map the tokens of a block.
 
         Args:
-            x: ``(B, N, C)``, whose last ``H*W`` tokens are the row-major grid.
-            hw: ``(H, W)``.
+            x: the tokens ``(B, N, C)``, of which the last ``H*W`` are the row-major grid.
+            hw: the grid ``(H, W)``.
 
         Returns:
-            ``(B, N, C)``: what takes the place of ``x``, or at ``parallel_ffn`` what is added beside the FFN.
+            The tokens ``(B, N, C)`` that replace ``x``, or at ``parallel_ffn`` the addition beside the FFN.
         """
         raise NotImplementedError
 
     def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x + branch(x)``, for a branch of layers of this module that ends with a linear one.
+        """Compute ``x + branch(x)`` for a branch of this module's layers, the last of which is linear.
 
-        The tokens are handed to the branch as ``(B*N, C)`` and the sum is written over what it returns: otherwise that
-        would be a view, of whose base autograd copies the gradient once more. What is not contiguous stays as it is (a
-        linear layer computes it by other products), and so does what a hook of one of the layers may hold.
+        The branch gets the tokens as ``(B*N, C)``, and the sum is written over its output. With ``(B, N, C)`` the
+        output would be a view, and autograd would copy the gradient of its base once more. The plain sum is taken for
+        an ``x`` that is not contiguous (a linear layer computes it by other products), and if a layer has a hook, which
+        may hold the output.
         """
         if not x.is_contiguous() or is_hooked(*self.modules()):
             return x + branch(x)
@@ -106,27 +107,27 @@ class LinearModule(PeftModule):
     possible_sites = LINEAR_SITES
 
     is_weight_delta: bool = False
-    """Whether :meth:`forward` is what :meth:`delta_weight`, added to the linear's weight, would do."""
+    """Whether adding :meth:`delta_weight` to the linear's weight has the same effect as :meth:`forward`."""
 
     def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
-        """What is added to the output of a linear layer, or of the slice of a fused one.
+        """Compute the addition to the output of a linear layer, or of the slice of a fused one.
 
         Args:
             x: the layer's input, ``(..., in_channels)``.
             out: its output, ``(..., out_channels)``.
-            linear: the layer itself, which has the weight and the bias.
+            linear: the layer itself, with its weight and bias.
 
         Returns:
-            ``(..., out_channels)``.
+            The addition, ``(..., out_channels)``.
         """
         raise NotImplementedError
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """What is added to the linear's ``weight`` when the method is merged, both ``(out_channels, in_channels)``."""
+        """Compute the addition to the linear's ``weight`` for merging, both ``(out_channels, in_channels)``."""
         raise NotImplementedError
 
     def start_from(self, weight: Tensor) -> None:
-        """Give initial values to what depends on the weight of the base, ``(out_channels, in_channels)``.
+        """Initialise the parameters that depend on the weight of the base, ``(out_channels, in_channels)``.
 
         This is called after :meth:`~PeftModule.reset_parameters`, with the weights that training starts from.
         """
@@ -135,40 +136,40 @@ class LinearModule(PeftModule):
 class Method:
     """A method with its options, ready to be attached to a backbone.
 
-    A method that is no one module at fixed sites derives from this and is itself registered in ``METHODS``; it is
-    constructed from the config's options.
+    A method that is not one class of modules at fixed sites derives from this class and is registered in ``METHODS``
+    itself. It is constructed from the config's options.
     """
 
     @property
     def name(self) -> str:
-        """What reports and messages call the method."""
+        """The name of the method in reports and messages."""
         return type(self).__name__
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Rules of :mod:`mona_mm.frozen.rules` for what of the base the method trains."""
+        """The rules of :mod:`mona_mm.frozen.rules` that select the parameters of the base that the method trains."""
         return ()
 
     def attach(self, backbone: nn.Module) -> None:
-        """Put the method into a supported backbone, in place.
+        """Attach the method to a supported backbone, in place.
 
         Raises:
             UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
-            ConfigError: if the backbone already carries a method, or this one cannot attach to such a host.
+            ConfigError: if the backbone already carries a method, or this method cannot attach to such a host.
         """
         inject(backbone, self.modules(find_host(backbone), sites_of(backbone)))
         make_record(backbone).method = self.name
         start_from_base(backbone)
 
     def check_base(self, backbone: nn.Module) -> None:
-        """Raise a UserError if the base, which holds the weights that training starts from, does not fit."""
+        """Raise a UserError if the method does not fit the base, which holds the weights that training starts from."""
 
     def modules(self, host: Host, sites: Sites) -> dict[str, dict[str, nn.Module]]:
-        """By path of a block and site, the modules to attach.
+        """Build the modules to attach, by path of a block and name of a site.
 
         Args:
-            host: of the backbone.
-            sites: that its blocks have.
+            host: the description of the backbone.
+            sites: the sites of its blocks.
 
         Raises:
             ConfigError: if the method cannot attach to such a host.
@@ -177,17 +178,17 @@ class Method:
 
 
 def start_from_base(backbone: nn.Module) -> None:
-    """Let the modules at linear sites of a backbone start from the weights that it holds, in place."""
+    """Call :meth:`LinearModule.start_from` of a backbone's modules with the weights that it holds, in place."""
     for module, weight in modules_beside_linears(backbone):
         if isinstance(module, LinearModule):
             module.start_from(weight.detach())
 
 
 def deploy(model: nn.Module) -> int:
-    """Put the form for inference in the place of every module of a method that has one, in place.
+    """Replace every module of a method that has a form for inference by that form, in place.
 
     Returns:
-        How many there were.
+        The number of modules that were replaced.
     """
     count = 0
     for attached in [m for m in model.modules() if isinstance(m, PeftModules)]:
@@ -205,8 +206,8 @@ class ModuleMethod(Method):
 
     Args:
         cls: the class of its modules.
-        sites: where the config says it attaches; None for wherever of ``cls.sites`` the host has a site.
-        options: arguments of ``cls``.
+        sites: the sites that the config names; None for those of ``cls.sites`` that the host has.
+        options: the arguments of ``cls`` from the config.
     """
 
     cls: type[PeftModule]
@@ -222,16 +223,19 @@ class ModuleMethod(Method):
         """See :meth:`Method.modules`.
 
         Raises:
-            ConfigError: if the host lacks the sites, or the method would be wider inside than its widest block, or
-                far larger than what it tunes.
+            ConfigError: if the host lacks the sites, or an inner width of the method exceeds the widest block, or the
+                method is far larger than the blocks that it tunes.
         """
         names = self._sites_on(host)
-        chosen = {path: {name: of[name] for name in names if name in of} for path, of in sites.items()}
+        chosen = {
+            path: {name: sites_of_block[name] for name in names if name in sites_of_block}
+            for path, sites_of_block in sites.items()
+        }
         check_widths(self.name, self.cls, self.options, chosen)
         check_size(self.name, sites, chosen, lambda name, site: self.cls(*site.widths, **self.options))
         return {
-            path: {name: self.cls(*site.widths, **self.options) for name, site in of.items()}
-            for path, of in chosen.items()
+            path: {name: self.cls(*site.widths, **self.options) for name, site in sites_of_block.items()}
+            for path, sites_of_block in chosen.items()
         }
 
     def _sites_on(self, host: Host) -> tuple[str, ...]:
@@ -241,8 +245,8 @@ class ModuleMethod(Method):
             block = ' and '.join(dict.fromkeys(spec.cls.rpartition('.')[2] for spec in host.specs))
             possible = ', '.join(site for site in self.cls.possible_sites if site in host.sites)
             raise ConfigError(
-                f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)} of {block}, which has no '
-                f"such site. Name some of those it has in peft=dict(type='{self.name}', sites=[...]): {possible}."
+                f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)}, since {block} has no such '
+                f"site. Choose among the sites that it has in peft=dict(type='{self.name}', sites=[...]): {possible}."
             )
         return sites
 
@@ -251,9 +255,9 @@ def build_method(cfg: dict[str, Any]) -> Method:
     """Resolve ``peft=dict(type=..., sites=..., **options)`` of a config.
 
     Raises:
-        ConfigError: if ``type`` is missing or not a registered method, a site is not one the method can be at
-            (the error lists what can be), or an option's value cannot be.
-        UnknownOptionError: if an option is not one of the method's arguments (the error lists those).
+        ConfigError: if ``type`` is missing or not a registered method, the method cannot attach at a site (the error
+            lists the possible ones), or the value of an option is not accepted.
+        UnknownOptionError: if an option is not one of the method's arguments (the error lists them).
     """
     if not isinstance(cfg, dict):
         raise ConfigError(f"peft={show(cfg)} must be a dict, such as dict(type='Mona').")
@@ -266,12 +270,12 @@ def build_method(cfg: dict[str, Any]) -> Method:
             f'{", ".join(sorted(METHODS.module_dict))}.'
         )
     is_module = issubclass(method, PeftModule)
-    sites = _sites(method, options.pop('sites', None)) if is_module else None
+    sites = _chosen_sites(method, options.pop('sites', None)) if is_module else None
     check_options(f'peft: {method.__name__}', method, options, given=NOT_OPTIONS, more=['sites'] if is_module else [])
     return ModuleMethod(method, sites, options) if is_module else method(**options)
 
 
-def _sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
+def _chosen_sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
     if given is None:
         return None
     sites = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else ()
@@ -284,19 +288,21 @@ def _sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
 
 
 def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Site], nn.Module]) -> None:
-    """Check that the modules of a method are no larger than a few times what they tune, before memory is taken.
+    """Check that a method has at most :data:`LARGEST_SHARE` times the parameters of the blocks that it tunes.
+
+    The modules are counted on the meta device, before any memory is taken.
 
     Args:
-        name: of the method.
-        sites: that the blocks have.
-        chosen: those of them where a module is to be.
-        build: makes the module of a site by its name.
+        name: the name of the method.
+        sites: the sites of the blocks.
+        chosen: the sites that get a module.
+        build: a function of a site's name and the site that builds its module.
 
     Raises:
-        ConfigError: if they are.
+        ConfigError: if the method is larger.
     """
-    tuned = sum(next(iter(of.values())).block_size for of in sites.values() if of)
-    counts = Counter((name, site) for of in chosen.values() for name, site in of.items())
+    tuned = sum(next(iter(sites_of_block.values())).block_size for sites_of_block in sites.values() if sites_of_block)
+    counts = Counter(item for sites_of_block in chosen.values() for item in sites_of_block.items())
     total = 0
     for (site_name, site), count in counts.items():
         try:
@@ -304,13 +310,13 @@ def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Sit
                 module = build(site_name, site)
         except UserError:
             raise
-        except Exception:  # somebody's module, which computes with values: it is made without being measured
+        except Exception:  # a third-party module that computes with values cannot be counted on the meta device
             return
         total += count * sum(p.numel() for p in module.parameters())
         if total > LARGEST_SHARE * tuned:
             raise ConfigError(
                 f'{name}: with these options it would have more than {LARGEST_SHARE} times as many parameters as the '
-                f'blocks that it tunes, {tuned:,}. Give smaller ones.'
+                f'blocks that it tunes ({tuned:,}). Use smaller values.'
             )
 
 
@@ -320,11 +326,10 @@ def check_widths(name: str, function: Callable, options: Mapping[str, Any], site
     Raises:
         ConfigError: if one does.
     """
-    widest = max(max(site.widths) for of in sites.values() for site in of.values())
+    widest = max(max(site.widths) for sites_of_block in sites.values() for site in sites_of_block.values())
     for option in width_options(function):
         value = options.get(option, inspect.signature(function).parameters[option].default)
         if value > widest:
             raise ConfigError(
-                f'{name}: {option}={value} is larger than the widest block of this backbone, {widest}; give at most '
-                'that.'
+                f'{name}: {option}={value} must be at most {widest}, the width of the widest block of this backbone.'
             )

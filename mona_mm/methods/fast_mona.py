@@ -1,4 +1,4 @@
-"""Mona as one autograd function: the same mathematics in fewer operations, and little kept for the backward pass."""
+"""Mona as one autograd function: the same mathematics with fewer operations and less memory for the backward pass."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,15 +10,15 @@ from torch.autograd.function import once_differentiable
 
 from mona_mm.nn.products import by_onednn, linear
 
-# Rows of a grid that are summed at once in the gradient of a filter on a CPU. Of 8 to 32 none is faster everywhere.
+# Rows of a grid that are summed at once in the gradient of a filter on a CPU. No value from 8 to 32 is always fastest.
 _STRIP = 32
 
-# Rows of a product over the tokens that are taken at once on a CPU, so that they stay in its cache.
+# Rows of a product over the tokens that are processed at once on a CPU, so that they stay in its cache.
 _ROWS = 2048
 
 
 class ScaledNorm(NamedTuple):
-    """Parameters of the scaled LayerNorm."""
+    """The parameters of the scaled LayerNorm."""
 
     weight: Tensor
     bias: Tensor
@@ -38,35 +38,35 @@ def mona(
     filter_scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What :meth:`mona_mm.methods.Mona.forward` computes, for Mona without a scaled LayerNorm before the 1x1.
+    """Compute :meth:`mona_mm.methods.Mona.forward` for a Mona without a scaled LayerNorm before the 1x1 convolution.
 
-    How it differs from the plain form:
+    It differs from the plain form as follows:
 
-    - the depthwise convolutions are one, with the kernel that is their sum, built in every call;
-    - tokens stay ``(B, N, C)`` in memory: the grid is a view, in channels-last format;
-    - for the backward pass are kept the output, the mean and reciprocal standard deviation of ``x``, the hidden state
-      ``p`` and the mask of the dropout; what lies between is computed again, and ``x`` as the output less the branch,
-      to the precision of the output: it would be lost beside a branch a million times as large. The LayerNorm that
-      comes next in a block keeps the output anyway. Changing it in place is an error. In half precision (without
-      autocast), where the sum is rounded, ``x`` itself is kept;
-    - the gradients of all the parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``,
-      so that no sum over the tokens is taken of anything as wide as ``x``.
+    - The depthwise convolutions are one convolution, whose kernel is their sum and is built in every call.
+    - Tokens stay ``(B, N, C)`` in memory; the grid is a view in channels-last format.
+    - The backward pass keeps the output, the mean and reciprocal standard deviation of ``x``, the hidden state ``p``
+      and the dropout mask. Everything between is recomputed. ``x`` is recomputed as the output minus the branch, to
+      the precision of the output: beside a branch a million times as large it would be lost. The next LayerNorm in a
+      block keeps the output anyway. Changing the output in place is an error. In half precision (without autocast),
+      where the sum is rounded, ``x`` itself is kept.
+    - The gradients of all parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``, so that
+      nothing as wide as ``x`` is summed over the tokens.
 
-    Under autocast the projections and convolutions are in its dtype, the LayerNorm is in float32.
+    Under autocast the projections and convolutions run in its dtype, and the LayerNorm in float32.
 
     Args:
-        x: ``(B, N, C)``, whose last ``H*W`` tokens are the row-major grid; those before skip the convolutions.
-        hw: ``(H, W)``.
-        norm: None for none.
-        down: weight ``(n, C)`` and bias.
-        depthwise: weight ``(n, 1, k, k)`` and bias of each convolution, ``k`` odd.
-        pointwise: weight ``(n, n, 1, 1)`` and bias.
-        up: weight ``(C, n)`` and bias.
-        filter_scale: what the sum of the convolutions is multiplied with.
-        dropout: drop probability; the mask is the one that ``torch.nn.functional.dropout`` draws.
+        x: the tokens ``(B, N, C)``, of which the last ``H*W`` are the row-major grid; the others skip the convolutions.
+        hw: the grid ``(H, W)``.
+        norm: the scaled LayerNorm before the down projection; None if there is none.
+        down: the weight ``(n, C)`` and bias of the down projection.
+        depthwise: the weight ``(n, 1, k, k)``, ``k`` odd, and bias of each depthwise convolution.
+        pointwise: the weight ``(n, n, 1, 1)`` and bias of the 1x1 convolution.
+        up: the weight ``(C, n)`` and bias of the up projection.
+        filter_scale: the factor on the sum of the depthwise convolutions.
+        dropout: the drop probability; the mask is the one that ``torch.nn.functional.dropout`` draws.
 
     Raises:
-        RuntimeError: on differentiating twice.
+        RuntimeError: if the result is differentiated twice.
     """
     eps = norm.eps if norm else None
     entrance = norm[:4] if norm else (None,) * 4
@@ -75,8 +75,8 @@ def mona(
 
 
 class _Mona(torch.autograd.Function):
-    # params: weight, bias, gamma and gammax of the norm, or four times None; weight and bias of down, pointwise and up;
-    # weight and bias of each depthwise convolution. Their gradients are lists in that order.
+    # params are the weight, bias, gamma and gammax of the norm (or four times None), the weight and bias of down,
+    # pointwise and up, and those of each depthwise convolution. Lists of gradients have the same order.
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, hw: tuple[int, int], eps: float | None, scale: float, drop: float, *params):
@@ -107,7 +107,7 @@ class _Mona(torch.autograd.Function):
 
 
 def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.dtype):
-    """The hidden state, and mean and reciprocal standard deviation of every token."""
+    """Compute the hidden state, and the mean and reciprocal standard deviation of every token."""
     weight, bias, gamma, gammax, down, down_bias = params
     mean = rstd = None
     s = x
@@ -119,12 +119,15 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
 
 
 def _dropped(hidden: Tensor, mask: Tensor | None, probability: float) -> Tensor:
-    """Dropout by a known mask, in place. ``native_dropout`` rounds the factor in half precision, on CPUs only."""
+    """Apply dropout by a known mask, in place.
+
+    Not by ``native_dropout``, which rounds the factor in half precision on CPUs.
+    """
     return hidden if mask is None else hidden.mul_(mask).mul_(1 / (1 - probability))
 
 
 def merged_filters(depthwise: Sequence[tuple[Tensor, Tensor]], scale: float) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one depthwise convolution that is ``scale`` times the sum of all."""
+    """The weight and bias of the depthwise convolution that equals ``scale`` times the sum of several."""
     widest, *others = sorted((weight for weight, _ in depthwise), key=lambda weight: -weight.shape[-1])
     kernel = widest * scale
     for weight in others:
@@ -141,19 +144,19 @@ def _centre(kernel: Tensor, size: int) -> Tensor:
 
 
 def _grid(tokens: Tensor, hw: tuple[int, int]) -> Tensor:
-    """``(B, N, n) -> (B, n, H, W)`` of the last ``H*W`` tokens, without a copy."""
+    """View the last ``H*W`` of the tokens ``(B, N, n)`` as a grid ``(B, n, H, W)``, without a copy."""
     return tokens[:, tokens.shape[1] - hw[0] * hw[1] :].unflatten(1, hw).permute(0, 3, 1, 2)
 
 
 def _tokens(grid: Tensor) -> Tensor:
-    """``(B, n, H, W) -> (B, H*W, n)``: a copy where the convolution's library did not keep to channels-last."""
+    """Bring a grid ``(B, n, H, W)`` to tokens ``(B, H*W, n)``, with a copy only if it is not channels-last."""
     return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def _mix(
     p: Tensor, hw: tuple[int, int], kernel: Tensor, kernel_bias: Tensor, pointwise: Tensor, pointwise_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``q`` of the grid, and ``r`` of all tokens."""
+    """Compute ``q (B, H*W, n)`` of the grid and ``r (B, N, n)`` of all tokens; see :class:`mona_mm.methods.Mona`."""
     grid = _grid(p, hw)
     q = F.conv2d(grid, kernel, kernel_bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
     q = _tokens(q).add_(_tokens(grid))
@@ -163,20 +166,20 @@ def _mix(
 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """``a.T @ b`` of matrices with many rows."""
+    """Compute ``a.T @ b`` of matrices with many rows."""
     if not by_onednn(a.device.type, a.dtype):
         return a.t().mm(b)
     if len(a) <= _ROWS:
         return linear(a.t(), b.t())
-    out, *rest = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
-    for part in rest:
+    parts = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
+    out, *other_parts = parts
+    for part in other_parts:
         out.add_(part)
     return out
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, hidden, mask, kernel, kernel_bias, pointwise, pointwise_bias, *params = ctx.saved_tensors
-    weight, _, gamma, gammax, down = params[:5]
     need = ctx.needs_input_grad
     need_x, need_down, need_pointwise, need_up = need[0], any(need[5:11]), any(need[11:13]), any(need[13:15])
     need_filters = any(need[15:])
@@ -226,15 +229,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not need_x:
         return _returned(ctx, None, grads)
 
-    ds = linear(dp, down.to(dtype).t()).to(grad.dtype if mean is None else weight.dtype)
-    if mean is None:
-        dx = ds.add_(grad.flatten(0, 1))
-    else:
-        dx = torch.ops.aten.native_layer_norm_backward(
-            ds, x.to(ds.dtype), x.shape[-1:], mean.view(-1, 1), rstd.view(-1, 1), gamma * weight, None,
-            [True, False, False],
-        )[0]  # fmt: skip
-        dx.addcmul_(ds, gammax).add_(grad.flatten(0, 1))
+    dx = _input_gradient(grad.flatten(0, 1), params[:5], x, mean, rstd, dp)
     return _returned(ctx, dx.to(x.dtype).view_as(grad), grads)
 
 
@@ -243,10 +238,25 @@ def _returned(ctx: Any, dx: Tensor | None, grads: Sequence[Tensor | None]) -> tu
     return (dx, None, None, None, None, *wanted)
 
 
+def _input_gradient(
+    grad: Tensor, params: Sequence[Tensor], x: Tensor, mean: Tensor | None, rstd: Tensor | None, dp: Tensor
+) -> Tensor:
+    """Compute the gradient of the tokens ``x (B*N, C)`` from those of the output and of the hidden state."""
+    weight, _, gamma, gammax, down = params
+    ds = linear(dp, down.to(dp.dtype).t()).to(grad.dtype if mean is None else weight.dtype)
+    if mean is None:
+        return ds.add_(grad)
+    dx = torch.ops.aten.native_layer_norm_backward(
+        ds, x.to(ds.dtype), x.shape[-1:], mean.view(-1, 1), rstd.view(-1, 1), gamma * weight, None, [True, False, False]
+    )[0]
+    return dx.addcmul_(ds, gammax).add_(grad)
+
+
 def _filter_gradients(
     grads: list[Tensor | None], filters: Sequence[Tensor], grid: Tensor, dq: Tensor, size: int, scale: float
 ) -> None:
-    """Every convolution's gradient is the middle of the merged kernel's."""
+    """Write the gradients of the depthwise convolutions, each of which is the centre of the merged kernel's, to
+    ``grads``."""
     merged = _weight_gradient(dq, grid, size).to(filters[0].dtype) * scale
     bias = dq.sum((0, 2, 3)).to(filters[1].dtype) * scale
     for i in range(0, len(filters), 2):
@@ -255,11 +265,11 @@ def _filter_gradients(
 
 
 def _weight_gradient(dq: Tensor, grid: Tensor, size: int) -> Tensor:
-    """The gradient of a ``size x size`` depthwise kernel.
+    """Compute the gradient of a ``size x size`` depthwise kernel.
 
-    On a CPU the library's own takes twice as long as this: the padded grid is correlated with the gradient, that is, a
-    depthwise convolution of one with the other as its kernel. In strips of rows, so that no sum is too long for the
-    type.
+    On a CPU the padded grid is correlated with the gradient, by a depthwise convolution that has the gradient as its
+    kernel, in half of the time of torch's own function. It works on strips of rows, so that no sum gets too long for
+    the precision of the dtype.
     """
     batch, n, height, width = grid.shape
     pad = size // 2
@@ -286,11 +296,13 @@ def _down_gradients(
     rstd: Tensor | None,
     dp: Tensor,
 ) -> None:
-    r"""Gradients of the down projection and the scaled norm, from :math:`P = dp^T x` and :math:`Q = dp^T \hat x`.
+    r"""Write the gradients of the down projection and the scaled norm to ``grads``.
 
-    With :math:`\hat x` the normalised tokens and :math:`s = \gamma (w \hat x + b) + \gamma_x x`, the projection's
-    gradient is :math:`dp^T s = \gamma w Q + \gamma b \textstyle\sum dp + \gamma_x P`, and every sum over tokens of
-    :math:`ds = dp\,W` times something is one over the ``n`` rows of :math:`W` times that something's product.
+    They follow from :math:`P = dp^T x` and :math:`Q = dp^T \hat x`. With the normalised tokens :math:`\hat x` and
+    :math:`s = \gamma (w \hat x + b) + \gamma_x x`, the projection's gradient is
+    :math:`dp^T s = \gamma w Q + \gamma b \textstyle\sum dp + \gamma_x P`. The norm's gradients are sums over tokens of
+    :math:`ds = dp\,W` times :math:`x` or :math:`\hat x`, which equal sums over the ``n`` rows of :math:`W` times
+    :math:`P` or :math:`Q`.
     """
     weight, bias, gamma, gammax, down, _ = params
     total = dp.sum(0, dtype=down.dtype)
@@ -302,17 +314,17 @@ def _down_gradients(
     if dp.dtype.itemsize >= 4:
         p, q = _over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
         q = q - dp.t().mm(mean * rstd)
-    else:  # a mean far from zero would cost a narrow format its precision
+    else:  # half precision would lose too much beside a mean far from zero
         centred = torch.sub(x, mean, out=torch.empty_like(x, dtype=dp.dtype))
-        scale = rstd.mean()  # a wide deviation's reciprocal would vanish in float16
+        scale = rstd.mean()  # the reciprocal of a large deviation would underflow in float16
         stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
         p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
         q = q * scale
         p = p + dp.to(weight.dtype).t().mm(mean.to(weight.dtype))
     grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)
     grads[5] = total
-    dnorm = (down * q).sum(0)  # of gamma * weight
-    dbias = total @ down  # of gamma * bias
+    dnorm = (down * q).sum(0)  # the gradient of gamma * weight
+    dbias = total @ down  # the gradient of gamma * bias
     grads[0], grads[1] = dnorm * gamma, dbias * gamma
     grads[2] = dnorm * weight + dbias * bias
     grads[3] = (down * p).sum(0)

@@ -1,4 +1,4 @@
-"""Mona as it is deployed: with fewer operations, for the same outputs."""
+"""The deployed form of Mona: the same outputs with fewer operations."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,15 @@ class FoldedMona(StreamModule):
 
     .. math:: y = x + W_\mathrm{up}\,\mathrm{GELU}(P\,\mathrm{DWConv}(W_\mathrm{down}(\mathrm{LN}(x) + \gamma_x x)))
 
-    The outputs are those of the original in evaluation, but for rounding. It is no method of its own: what is trained
-    is Mona, and :func:`mona_mm.methods.deploy` puts this in its place.
+    The outputs equal those of the original in evaluation, within rounding. It is not a method of its own: Mona is
+    trained, and :func:`mona_mm.methods.deploy` replaces it by this form.
 
     Args:
         channels: width ``C`` of the token stream.
         bottleneck: hidden width.
-        kernel_size: the largest of the original's kernels.
-        scaled_norm: as in the original; one before the 1x1 convolution keeps the identity beside that one apart.
+        kernel_size: the largest of the original's kernel sizes.
+        scaled_norm: the same as in the original. With one before the 1x1 convolution, the identity beside that
+            convolution is not folded into its weight.
     """
 
     def __init__(self, channels: int, bottleneck: int, kernel_size: int, scaled_norm: Sequence[str]) -> None:
@@ -43,12 +44,13 @@ class FoldedMona(StreamModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Nothing before the residual add: what is trained is Mona, this only receives its weights."""
+        """Make the module the identity. It is not trained itself, but gets the weights of a trained Mona."""
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
+        """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, skip the
+        convolutions."""
         p = _project(self.down, self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         grid = p[:, extra:].unflatten(1, hw).permute(0, 3, 1, 2)  # (B, n, H, W), channels-last
@@ -60,7 +62,7 @@ class FoldedMona(StreamModule):
     @classmethod
     @torch.no_grad()
     def of(cls, mona: StreamModule) -> 'FoldedMona':
-        """The folded form of a :class:`~mona_mm.methods.Mona`."""
+        """Make the folded form of a :class:`~mona_mm.methods.Mona`."""
         norms = [name for name, norm in (('down', mona.entrance), ('pointwise', mona.middle)) if _is_scaled(norm)]
         size = max(conv.kernel_size[0] for conv in mona.depthwise)
         folded = cls(mona.down.in_features, mona.down.out_features, size, norms).to(mona.down.weight)
@@ -85,14 +87,14 @@ class FoldedMona(StreamModule):
 
 
 def _project(layer: nn.Linear, x: Tensor) -> Tensor:
-    # The faster product has no gradient, no form outside torch, and its inputs must be of one type.
+    # The faster product has no gradient, cannot be exported, and needs inputs of one dtype.
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_traced() or is_hooked(layer):
         return layer(x)
     return linear(x, layer.weight, layer.bias)
 
 
 class _FoldedNorm(nn.Module):
-    r""":math:`\mathrm{LN}(x) + \gamma_x \odot x`."""
+    r"""Scaled norm :math:`\mathrm{LN}(x) + \gamma_x \odot x`, whose :math:`\gamma` is in the LayerNorm."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

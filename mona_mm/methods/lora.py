@@ -19,7 +19,7 @@ class LoRA(LinearModule):
 
     .. math:: \Delta = \tfrac{\alpha}{r}\, W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x)
 
-    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. By default it begins as zero.
+    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. By default it starts at zero.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; rank, alpha and
     slices of the default as in the published code of Mona (CVPR 2025).
@@ -27,16 +27,16 @@ class LoRA(LinearModule):
     Args:
         in_channels: width of the linear's input.
         out_channels: width of its output, or of the slice.
-        rank: :math:`r`.
-        alpha: :math:`\alpha`.
+        rank: rank :math:`r` of the branch.
+        alpha: factor :math:`\alpha`, which is divided by the rank.
         dropout: drop probability of the branch's input.
-        drop_path: probability of dropping the whole branch, for each element of the first dimension: for an image, and
-            for a window in the attention of a Swin.
-        init: ``'zero'``, or ``'trunc_normal'`` of std 0.02 for both projections, as SPT's published code.
+        drop_path: probability of dropping the whole branch, drawn for each element of the first dimension: for an
+            image, or for a window in the attention of a Swin.
+        init: ``'zero'``, or ``'trunc_normal'`` of std 0.02 for both projections, as in SPT's published code.
 
     Raises:
         ConfigError: if ``rank`` is not a whole number of at least 1, ``dropout`` or ``drop_path`` is not in [0, 1), or
-            ``init`` is another.
+            ``init`` is not one of the two.
     """
 
     sites = ('q', 'v')
@@ -52,7 +52,7 @@ class LoRA(LinearModule):
         drop_path: Probability = 0.0,
         init: Init = 'zero',
     ) -> None:
-        from mmcv.cnn.bricks.drop import DropPath  # here, because it takes a second to import
+        from mmcv.cnn.bricks.drop import DropPath  # imported here, since it takes a second
 
         super().__init__()
         self.init = init
@@ -64,36 +64,36 @@ class LoRA(LinearModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``down`` Kaiming-uniform with a = sqrt(5) and ``up`` zero, or what ``init`` says."""
+        """Initialise ``down`` Kaiming-uniform with a = sqrt(5) and ``up`` with zeros, or both as ``init`` says."""
         reset_projections(self.down, self.up, self.init)
 
     def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
-        """``x (..., in_channels)`` to what is added to the linear's output, ``(..., out_channels)``."""
-        return self.drop_path(self.up(self.scale * self.down(self.dropout(x))))  # scaled where it is narrow
+        """Compute the addition ``(..., out_channels)`` to the linear's output for ``x (..., in_channels)``."""
+        return self.drop_path(self.up(self.scale * self.down(self.dropout(x))))  # scaled at its narrowest
 
     @property
     def is_weight_delta(self) -> bool:
-        """Whether nothing is dropped at random."""
+        """Whether the branch can be merged, which is the case if nothing is dropped at random."""
         return self.dropout.p == 0 and self.drop_path.drop_prob == 0
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """What the branch adds to the linear's weight when it is merged, ``(out_channels, in_channels)``."""
+        """Compute the branch as an addition ``(out_channels, in_channels)`` to the linear's weight."""
         return self.scale * (_weight(self.up) @ _weight(self.down))
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """The weight of a linear layer, of one that dynamic quantization has made of it, too."""
+    """The weight of a linear layer, which may have been quantized dynamically."""
     return linear.weight().dequantize() if callable(linear.weight) else linear.weight
 
 
 def reset_projections(down: nn.Linear, up: nn.Linear, init: Init) -> None:
-    """Weights of the two projections of a branch, whose biases, if any, begin at zero.
+    """Initialise the two projections of a branch, with biases of zero.
 
     Args:
-        down: from the wide to the narrow width.
-        up: back.
-        init: ``'zero'``: ``down`` Kaiming-uniform with a = sqrt(5), ``up`` zero, so that the branch is;
-            ``'trunc_normal'``: of std 0.02, both.
+        down: the projection to the narrow width.
+        up: the projection from the narrow width.
+        init: ``'zero'`` for ``down`` Kaiming-uniform with a = sqrt(5) and ``up`` zero, so that the branch is zero;
+            ``'trunc_normal'`` for a truncated normal of std 0.02 in both.
     """
     for linear in (down, up):
         if linear.bias is not None:

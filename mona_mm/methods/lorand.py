@@ -19,7 +19,7 @@ class LoRandLinear(nn.Module):
         in_channels: width of the input.
         out_channels: width of the output.
         inner: rank of one product.
-        branches: how many products.
+        branches: number of products.
     """
 
     def __init__(self, in_channels: int, out_channels: int, inner: int, branches: int) -> None:
@@ -31,7 +31,7 @@ class LoRandLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Every factor Kaiming-uniform with a = sqrt(5), the bias uniform in +-1/sqrt(in_channels)."""
+        """Initialise every factor Kaiming-uniform with a = sqrt(5), and the bias uniform in +-1/sqrt(in_channels)."""
         for stack in (self.a, self.g, self.b):
             for factor in stack:
                 nn.init.kaiming_uniform_(factor, a=5**0.5)
@@ -39,7 +39,7 @@ class LoRandLinear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_channels) -> (..., out_channels)``."""
+        """Map ``(..., in_channels)`` to ``(..., out_channels)``."""
         return F.linear(x, (self.a @ self.g @ self.b).sum(0).T, self.bias)
 
 
@@ -57,7 +57,7 @@ class LoRand(StreamModule):
     Args:
         channels: width ``C`` of the token stream.
         inner: rank of one product; 16 is the variant of the Mona paper's tables, 8 the smaller one.
-        branches: products summed to one weight.
+        branches: number of products that are summed to one weight.
 
     Raises:
         ConfigError: if ``inner`` or ``branches`` is not a whole number of at least 1.
@@ -73,10 +73,10 @@ class LoRand(StreamModule):
         self.up = LoRandLinear(channels // 2, channels, inner, branches)
 
     def reset_parameters(self) -> None:
-        """See :meth:`LoRandLinear.reset_parameters`."""
+        """Initialise both projections, see :meth:`LoRandLinear.reset_parameters`."""
         self.down.reset_parameters()
         self.up.reset_parameters()
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``."""
+        """Map tokens ``(B, N, C)`` to ``(B, N, C)``."""
         return self.residual(x, lambda x: self.up(self.act(self.down(x))))

@@ -15,10 +15,10 @@ from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
 
 Place = Literal['down', 'pointwise']
-"""Where a scaled LayerNorm can be."""
+"""The layers before which a scaled LayerNorm can be."""
 
 LARGEST_KERNEL = 255
-"""Wider than most grids, and still of few enough parameters to be made."""
+"""The largest kernel size: wider than most grids, with few enough parameters to be built."""
 
 KernelSize = Annotated[
     int,
@@ -37,11 +37,11 @@ KernelSizes = Annotated[
 ]
 
 PLAIN_TOKENS = 256
-"""With fewer tokens in the batch the plain form is the faster one on a CPU."""
+"""The number of tokens in a batch below which the plain form is faster on a CPU."""
 
 
 class ScaledLayerNorm(nn.Module):
-    r""":math:`\gamma \odot \mathrm{LN}(x) + \gamma_x \odot x`, with vectors of length ``channels``."""
+    r"""Scaled norm :math:`\gamma \odot \mathrm{LN}(x) + \gamma_x \odot x`, with vectors of length ``channels``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class ScaledLayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity, but for a hint (1e-6) of the norm."""
+        """Initialise the module close to the identity, with 1e-6 times the norm added."""
         self.norm.reset_parameters()
         nn.init.constant_(self.gamma, 1e-6)
         nn.init.ones_(self.gammax)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., C) -> (..., C)``."""
+        """Map ``(..., C)`` to ``(..., C)``."""
         return self.norm(x) * self.gamma + x * self.gammax
 
 
@@ -74,26 +74,27 @@ class Mona(StreamModule):
 
     By default a module has :math:`(2n + 5)m + n^2 + 88n` parameters for :math:`m` channels and bottleneck :math:`n`;
     the paper's :math:`(2n + 3)m + n^2 + 84n + 2` counts scalar scales and convolutions without bias, which its code
-    does not use. Of them :math:`4m` are the scaled LayerNorm's and :math:`n\sum_k (k^2 + 1)` the filters'.
+    does not use. The scaled LayerNorm has :math:`4m` of them, and the filters have :math:`n\sum_k (k^2 + 1)`.
 
     The paper's four design versions (its section 3.4) are
 
-    1. ``scaled_norm=(), average=False``: the filters alone, summed;
-    2. ``scaled_norm=('down', 'pointwise'), average=False``: also scaled LayerNorms before the down projection and
-       before the 1x1 convolution;
-    3. ``scaled_norm=(), average=True``: the filters averaged;
-    4. ``scaled_norm=('down',), average=True``: also a scaled LayerNorm at the entrance; the default.
+    1. ``scaled_norm=(), average=False``: only the filters, summed;
+    2. ``scaled_norm=('down', 'pointwise'), average=False``: version 1 with scaled LayerNorms before the down projection
+       and before the 1x1 convolution;
+    3. ``scaled_norm=(), average=True``: only the filters, averaged;
+    4. ``scaled_norm=('down',), average=True``: version 3 with a scaled LayerNorm before the down projection; the
+       default.
 
     Source: Yin et al., "5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks",
-    CVPR 2025, section 3.3, and ``mona.py`` of its published code; where the two differ the code is followed.
+    CVPR 2025, section 3.3, and ``mona.py`` of its published code, which counts where the two differ.
 
     Args:
         channels: width ``C`` of the token stream.
         bottleneck: hidden width of the adapter.
-        kernel_sizes: of the depthwise convolutions, odd.
-        scaled_norm: before which of the ``'down'`` projection and the ``'pointwise'`` convolution (then of width
-            ``bottleneck``) a scaled LayerNorm is.
-        average: whether the depthwise convolutions are averaged; else they are summed.
+        kernel_sizes: kernel sizes of the depthwise convolutions, all odd.
+        scaled_norm: the layers that have a scaled LayerNorm before them: the ``'down'`` projection, and the
+            ``'pointwise'`` convolution (whose norm has width ``bottleneck``).
+        average: whether the depthwise convolutions are averaged; otherwise they are summed.
         dropout: drop probability after the GELU.
 
     Raises:
@@ -128,7 +129,8 @@ class Mona(StreamModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial values of the published code: its pass over the Swin leaves the linears at std 0.02, not at zero."""
+        """Initialise as the published code, whose initialisation of the Swin leaves the linears at std 0.02, not at
+        zero."""
         for norm in (self.entrance, self.middle):
             if isinstance(norm, ScaledLayerNorm):
                 norm.reset_parameters()
@@ -139,7 +141,8 @@ class Mona(StreamModule):
             conv.reset_parameters()
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
-        """``(B, N, C) -> (B, N, C)``. Class and register tokens, which lie before the grid's, skip the convolutions."""
+        """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, skip the
+        convolutions."""
         if self.fast and not is_traced() and self._fits_fast(x):
             return self._fast(x, hw)
         p = self.down(self.entrance(x))
@@ -151,10 +154,10 @@ class Mona(StreamModule):
         return x + self.up(self.dropout(self.act(p)))
 
     def _fits_fast(self, x: Tensor) -> bool:
-        """Whether :func:`mona_mm.methods.fast_mona.mona` does the same here, and sooner.
+        """Whether :func:`mona_mm.methods.fast_mona.mona` computes the same for ``x``, and faster.
 
-        It calls no submodule, so that none may have a hook or have been replaced; it takes parameters of the input's
-        type or, under autocast, in float32; and it was written for CPUs and CUDA.
+        It calls no submodule, so none may have a hook or have been replaced. Its parameters must have the dtype of the
+        input, or float32 under autocast. It supports CPUs and CUDA.
         """
         if isinstance(self.middle, ScaledLayerNorm):
             return False
@@ -191,17 +194,17 @@ class Mona(StreamModule):
         )
 
     def to_deploy(self) -> FoldedMona:
-        """This module with its parameters folded together, for inference."""
+        """Make the form of this module for inference, in which its parameters are folded together."""
         return FoldedMona.of(self)
 
     def _mix(self, p: Tensor, hw: Grid) -> Tensor:
-        """The spatial part, ``(B, H*W, n) -> (B, H*W, n)``."""
-        # (B, n, H, W), channels-last; transpose and unflatten would be taken for channels-first at batch 1
+        """Apply the convolutions to ``(B, H*W, n)``."""
+        # (B, n, H, W) in channels-last; transpose and unflatten would give channels-first strides at batch 1
         grid = p.unflatten(1, hw).permute(0, 3, 1, 2)
         grid = sum(conv(grid) for conv in self.depthwise) * self.filter_scale + grid
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
         return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-# What a Mona is built of.
+# The classes of the modules of a Mona.
 _PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}

@@ -1,1 +1,1 @@
-"""What torch lacks. Nothing here knows hosts or methods."""
+"""General-purpose tools that torch lacks. Nothing here knows about hosts or methods."""

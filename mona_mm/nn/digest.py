@@ -1,4 +1,4 @@
-r"""The digest of a tensor, and the fingerprint of many: is this the frozen base that a delta was trained on?
+r"""The digest of a tensor, and the fingerprint of many tensors, which tells whether a base is the one of a delta.
 
 The digest is 64 bits over a tensor's bits and its shape. It is computed where the tensor is (of a tensor on CUDA only
 the digest comes to the host) and is the same on every device and processor, since whole numbers are added and
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 _ROW = 16384  # words, two of which stay in a core's cache
-_ROWS = 512  # at a time, off the CPU
+_ROWS = 512  # rows at a time on a device that is not the CPU
 _ODD = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 _HALF = 0xFFFFFFFF
 _WORD = 2**64 - 1
@@ -37,12 +37,12 @@ Key = TypeVar('Key', bound=Hashable)
 
 
 def digest(tensor: Tensor, seed: int = 0) -> int:
-    """The digest of a tensor's bits and shape, as the module's docstring defines it; another one for another seed."""
+    """Compute the digest of a tensor's bits and shape, see the module's docstring; each seed has its own digests."""
     return digests({0: tensor}, seed)[0]
 
 
 def digests(tensors: Mapping[Key, Tensor], seed: int = 0) -> dict[Key, int]:
-    """The digests of tensors by name; of those on one device together, for which the host waits once."""
+    """Compute the digests of tensors by name. The host waits once for all the tensors of one device."""
     sums: dict[torch.device, dict[Key, Tensor]] = {}
     for name, tensor in tensors.items():
         sums.setdefault(tensor.device, {})[name] = _sum(tensor.detach(), seed)
@@ -82,7 +82,7 @@ def _row_sums(words: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _row_sums_by_numpy(words: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The same on the CPU, where each of torch's operations would write the row to memory that is new."""
+    """:func:`_row_sums` on the CPU, where each operation of torch would write the row to newly allocated memory."""
     keys = lower.numpy(), upper.numpy()
     halves = np.empty((2, words.shape[1]), np.int64)
     sums = np.empty(len(words), np.int64)
@@ -95,7 +95,7 @@ def _row_sums_by_numpy(words: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
 @cache
 def _keys(device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """The keys of the lower and of the upper halves, which are signed; the same for all time."""
+    """The keys of the lower and of the upper halves, as int64. They must never change: saved digests rest on them."""
     start = 2 * _ROW * seed + 1
     with np.errstate(over='ignore'):
         z = np.arange(start, start + 2 * _ROW, dtype=np.uint64) * np.uint64(_ODD)  # SplitMix64's sequence
@@ -106,7 +106,7 @@ def _keys(device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _mixed(number: int) -> int:
-    """SplitMix64's last step: one to one, and every bit depends on all."""
+    """SplitMix64's last step: a bijection in which every bit of the result depends on every bit of ``number``."""
     number &= _WORD
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     number = (number ^ number >> 27) * 0x94D049BB133111EB & _WORD
@@ -123,10 +123,10 @@ def _signed(word: int) -> int:
 
 
 def fingerprint(frozen: Mapping[str, Tensor], resizable: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fingerprint of tensors by name: one digest of all (of their values in float32), two bytes of each one's, and
-    the shapes of tables of positions, whose names end in one of ``resizable``.
+    """Take the fingerprint of tensors by name.
 
-    Swin-B takes about 0.3 s on one CPU core.
+    It holds one digest of all values (in float32), two bytes of the digest of each tensor, and the shapes of the
+    position tables, whose names end in one of ``resizable``. Swin-B takes about 0.3 s on one CPU core.
     """
     found = _value_digests(frozen)
     short = base64.b85encode(struct.pack(f'<{len(found)}H', *(each & 0xFFFF for each in found.values()))).decode()
@@ -136,31 +136,31 @@ def fingerprint(frozen: Mapping[str, Tensor], resizable: tuple[str, ...] = ()) -
 
 
 def names_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many tensors these are, and a checksum of their names."""
+    """The number of tensors and a checksum of their names."""
     return dict(count=len(tensors), names=zlib.crc32('\n'.join(sorted(tensors)).encode()))
 
 
 def same_names(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> bool:
-    """Whether a fingerprint (or :func:`names_of`) was taken of tensors of the same names."""
+    """Whether a fingerprint (or :func:`names_of`) was taken of tensors with the same names."""
     now = names_of(frozen)
     return all(recorded[key] == now[key] for key in now)
 
 
 def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that are not those of a fingerprint, whose names are the same.
+    """The names of the tensors whose values differ from those of a fingerprint of the same names.
 
-    (Where one differs, each other that does is missed with a chance of 1 in 65,536.) Tables that are :func:`resized`
-    cannot be compared, and are not among them.
+    That any tensor differs is found for certain (see the module's docstring); which ones, each with a chance of 1 in
+    65,536 of being missed. Tables that are :func:`resized` cannot be compared and are left out.
 
     Raises:
-        ValueError: if the fingerprint is not one of so many tensors.
+        ValueError: if the fingerprint was taken of another number of tensors.
     """
     found = _value_digests(frozen)
     if _digest_of_all(found) == recorded['all']:
         return []
     short = base64.b85decode(recorded['short'])
     if len(short) != 2 * len(found):
-        raise ValueError(f'a fingerprint of {len(short) // 2} tensors for {len(found)}')
+        raise ValueError(f'The fingerprint is one of {len(short) // 2} tensors, and there are {len(found)}.')
     expected = struct.unpack(f'<{len(found)}H', short)
     other_size = resized(recorded, frozen)
     wrong = [name for (name, each), was in zip(found.items(), expected, strict=True) if each & 0xFFFF != was]
@@ -168,19 +168,19 @@ def differing(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list
 
 
 def resized(recorded: Mapping[str, Any], frozen: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tables of positions that had another size when a fingerprint was taken.
+    """The names of the position tables that had another size when a fingerprint was taken.
 
     Raises:
         ValueError: if the fingerprint does not hold shapes by name.
     """
     positions = recorded.get('positions', {})
     if not isinstance(positions, Mapping):
-        raise ValueError(f'positions are a {type(positions).__name__}')
+        raise ValueError(f'positions must be a mapping of shapes by name, not a {type(positions).__name__}.')
     return [name for name, shape in positions.items() if name in frozen and list(frozen[name].shape) != shape]
 
 
 def _value_digests(frozen: Mapping[str, Tensor]) -> dict[str, int]:
-    """The digests, in the order of the names, of what the values are in float32, or as whole numbers."""
+    """The digests of the values in float32, or in int64 if they are whole numbers, in the order of the names."""
     return digests(
         {
             name: frozen[name].detach().to(torch.float32 if frozen[name].is_floating_point() else torch.int64)

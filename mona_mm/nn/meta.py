@@ -1,4 +1,4 @@
-"""Modules of any size, built in no time and without memory for their weights."""
+"""Build modules of any size at once and without memory for their weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +21,6 @@ class _SmallFactoriesOnCpu(TorchFunctionMode):
 
 @contextmanager
 def meta_device() -> Iterator[None]:
-    """Parameters made in this context have a shape and no memory."""
+    """A context in which new parameters have a shape but no memory."""
     with torch.device('meta'), _SmallFactoriesOnCpu():
         yield

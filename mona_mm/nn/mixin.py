@@ -1,4 +1,4 @@
-"""Change what one object of a class does, and nothing else: no name in its state dict, no other object."""
+"""Change the behaviour of one module without changing its state dict or any other module of its class."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Mixin:
-    """Base of the classes that :func:`mix_in` puts in front of an object's own.
+    """Base of the classes that :func:`mix_in` puts in front of a module's own class.
 
     Unlike an attribute that replaces ``forward``, a class survives a deepcopy: a copy's methods are bound to the copy.
     """
@@ -17,7 +17,7 @@ class Mixin:
         while _is_mixed(cls):
             mixin, cls = cls.__bases__
             mixins.insert(0, mixin)
-        if issubclass(cls, Mixin):  # somebody has made a class of the mixed one, and pickles or refuses it as he does
+        if issubclass(cls, Mixin):  # a class that other code derived from the mixed one, with pickling of its own
             return super().__reduce_ex__(protocol)
         return _new, (cls, *mixins), self.__dict__
 
@@ -33,8 +33,8 @@ def mix_out(module: nn.Module) -> None:
 
 
 def stock_class(module: nn.Module) -> type:
-    """The class of a module without mixins, and without what :mod:`torch.nn.utils.parametrize` and torch.export make of
-    a class."""
+    """The class of a module without mixins and without the classes that :mod:`torch.nn.utils.parametrize` and
+    torch.export derive."""
     return next(
         cls
         for cls in type(module).__mro__
@@ -64,10 +64,10 @@ def _is_mixed(cls: type) -> bool:
 def _unmixed(cls: type) -> type:
     if _is_mixed(cls):
         return cls.__bases__[1]
-    # Made at run time of a mixed one: the same of what is left.
+    # Other code (parametrize, torch.export) derived this class from a mixed one: derive the same one without the mixin.
     base, *others = cls.__bases__
-    own = {name: value for name, value in vars(cls).items() if name not in ('__dict__', '__weakref__')}
-    return type(cls.__name__, (_unmixed(base), *others), own)
+    attributes = {name: value for name, value in vars(cls).items() if name not in ('__dict__', '__weakref__')}
+    return type(cls.__name__, (_unmixed(base), *others), attributes)
 
 
 def is_parametrized(cls: type) -> bool:

@@ -1,4 +1,4 @@
-"""The only place that knows private names of torch; where a torch has none of that name, a plain path is taken.
+"""The only module that uses private names of torch, each with a fallback for a torch that lacks the name.
 
 The classes that norms, convolutions and dropouts derive from have no public name. Their public children are listed
 beside them, so that a torch without the private name loses only classes of others that derive from it directly
@@ -16,7 +16,7 @@ _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_
 
 
 def _find(module: str, name: str) -> Any:
-    """What a module of torch has under a private name; None if it, or the module, is not there."""
+    """The object of a private name in a module of torch; None if there is no such name or module."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
@@ -49,8 +49,10 @@ _is_in_dispatch_mode = _find('torch.utils._python_dispatch', 'is_in_torch_dispat
 
 
 def may_be_transformed() -> bool:
-    """Whether ``torch.func``, derivatives in forward mode or a dispatch mode follow what is computed now; where torch
-    does not say, True, for which the plain forms are taken."""
+    """Whether ``torch.func``, forward-mode differentiation or a dispatch mode may be active.
+
+    It is True where torch does not tell, so that the plain forms run.
+    """
     level = getattr(forward_ad, '_current_level', None)
     if _functorch_is_active is None or _is_in_dispatch_mode is None or level is None:
         return True
@@ -58,18 +60,21 @@ def may_be_transformed() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks are registered on a module itself; where torch keeps them under other names, True."""
+    """Whether hooks are registered on a module itself; True where torch keeps them under unknown names."""
     return any(getattr(module, name, True) for name in _HOOKS)
 
 
 def change_count(tensor: Tensor) -> Any:
-    """A value that is another one after a tensor has been changed in place; never equal to itself where torch does not
-    count changes. Inference tensors have no count."""
+    """A value that changes whenever a tensor is changed in place.
+
+    It is NaN, which equals nothing, where torch does not count changes, and 0 for inference tensors, which have no
+    count.
+    """
     return 0 if tensor.is_inference() else getattr(tensor, '_version', float('nan'))
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` by oneDNN, where :data:`HAS_ONEDNN_LINEAR`."""
+    """``F.linear`` by oneDNN. It exists where :data:`HAS_ONEDNN_LINEAR` is True."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 

@@ -1,4 +1,4 @@
-"""Another value for an attribute of somebody else's, within a context."""
+"""Replace an attribute of an object within a context."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,10 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """In this context, in all threads, ``owner`` has another attribute ``name``; it comes back on errors, too."""
+    """Set the attribute ``name`` of ``owner`` to ``value`` in this context, and restore it afterwards, even on errors.
+
+    All threads see the new value.
+    """
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,4 +1,4 @@
-"""When a module's parts have to be called one by one: somebody sees them who would not see another form of the same."""
+"""Tell when a module's parts must be called one by one, because hooks or tracers would miss a fused form of them."""
 
 import torch
 from torch import nn
@@ -12,6 +12,6 @@ def is_hooked(*modules: nn.Module) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, another tracer, ``torch.func``, derivatives in forward mode or a dispatch mode (one that
-    counts operations, or computes shapes alone) follow what is computed now."""
+    """Whether torch.compile, another tracer, ``torch.func``, forward-mode differentiation or a dispatch mode (such as
+    one that counts operations or computes only shapes) is active."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or may_be_transformed()

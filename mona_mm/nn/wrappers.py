@@ -1,11 +1,11 @@
-"""The model behind a wrapper, for distributed training or test-time augmentation."""
+"""Find the model inside the wrappers for distributed training or test-time augmentation."""
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """The module that mmengine loads into: behind one wrapper, for distributed training or test-time augmentation."""
+    """The module inside one wrapper for distributed training or test-time augmentation, into which mmengine loads."""
     return module.module if is_model_wrapper(module) or isinstance(module, BaseTTAModel) else module
 
 

@@ -1,4 +1,4 @@
-"""What mmengine's optimizers and schedules lack."""
+"""An optimizer constructor and a schedule that mmengine lacks."""
 
 from mona_mm.optim.constructor import PeftOptimWrapperConstructor
 from mona_mm.optim.schedule import WarmupCosineLR

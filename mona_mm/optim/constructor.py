@@ -1,4 +1,4 @@
-"""The optimizer gets what trains, and nothing else."""
+"""Give the optimizer exactly the parameters that train."""
 
 import logging
 from collections import defaultdict
@@ -15,26 +15,27 @@ from mona_mm.spt.sparse import SparseDelta
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class PeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor over the parameters that train, with few parameter groups and no line per parameter.
+    """mmengine's constructor for only the parameters that train, with few parameter groups and without a log line for
+    each parameter.
 
-    mmengine hands frozen parameters to the optimizer when there is no ``paramwise_cfg``, logs a warning for each of
-    them when there is one, and makes one parameter group of every parameter. The options of ``paramwise_cfg`` mean
-    what its documentation says and mmcv 1.x does: ``dwconv_decay_mult``, where it is given, is for the weights and the
-    biases of depthwise convolutions, which ``bias_decay_mult`` then is not for. (In mmengine's code the latter comes
-    first.) A parameter that modules share is one parameter, under the first of its names. Single weights
-    (:class:`~mona_mm.spt.sparse.SparseDelta`) never decay: it would pull their change, not the weights, to zero.
+    Without ``paramwise_cfg`` mmengine gives frozen parameters to the optimizer as well; with it, it logs a warning for
+    each of them, and makes a group for every parameter. The options of ``paramwise_cfg`` mean what mmengine documents
+    and mmcv 1.x does: ``dwconv_decay_mult`` applies to the weights and biases of depthwise convolutions, to which
+    ``bias_decay_mult`` then does not apply. (In mmengine's code the latter comes first.) A parameter that modules share
+    counts once, under its first name. Single weights (:class:`~mona_mm.spt.sparse.SparseDelta`) have no weight decay,
+    which would pull their changes, and not the weights, to zero.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         if self.paramwise_cfg and not isinstance(self.paramwise_cfg, dict):
             raise ConfigError(f'paramwise_cfg={show(self.paramwise_cfg)} must be a dict or None.')
-        # Any non-empty paramwise_cfg makes mmengine go through `add_params`, which leaves out the frozen parameters.
+        # mmengine calls `add_params`, which leaves out frozen parameters, only if paramwise_cfg is not empty.
         self.paramwise_cfg = {'custom_keys': {}, **(self.paramwise_cfg or {})}
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module=None) -> None:
-        """Append the groups of ``module`` to ``params``: one for each set of options."""
-        if prefix:  # mmengine's recursion
+        """Append the parameter groups of ``module`` to ``params``, one for each set of options."""
+        if prefix:  # a recursive call from mmengine
             given = self.paramwise_cfg
             if 'dwconv_decay_mult' in given and _is_depthwise(module):
                 self.paramwise_cfg = {key: value for key, value in given.items() if key != 'bias_decay_mult'}

@@ -20,26 +20,26 @@ class WarmupCosineLR(_ParamScheduler):
             e + (1 - e)\,(1 + \cos(\pi t / T)) / 2 & \text{else}
         \end{cases}
 
-    with :math:`t` steps of :math:`T` done. mmengine's schedulers compute a rate from the one before, so its cosine can
-    be multiplied by a warm-up or begin after it, which here is up to 2% and 17% off.
+    after :math:`t` of :math:`T` steps. mmengine's schedulers compute each rate from the previous one, so its cosine can
+    only be multiplied by a warm-up or begin after it, which differs from this by up to 2% and 17%.
 
-    Source: timm's ``CosineLRScheduler``, which SPT's published code runs by epoch (and there one epoch later: each of
-    the first two epochs has the first rate).
+    Source: timm's ``CosineLRScheduler``, which SPT's published code steps once an epoch (and one epoch later: both of
+    the first two epochs have the first rate).
 
     Args:
         optimizer: a torch optimizer or mmengine's wrapper of one.
-        warmup: :math:`w`, in epochs (iterations with ``by_epoch=False``).
-        start_ratio: :math:`s`, the first rate's part of the peak.
-        end_ratio: :math:`e`, the part that the cosine falls to.
-        begin: as ``end``, ``last_step``, ``by_epoch`` and ``verbose`` of mmengine's schedulers.
-        end: by default that of the training.
-        last_step: of a run that is resumed.
+        warmup: the length :math:`w` of the warm-up in epochs (or iterations, with ``by_epoch=False``).
+        start_ratio: the first rate :math:`s`, as a share of the peak.
+        end_ratio: the rate :math:`e` at the end of the cosine, as a share of the peak.
+        begin: the step at which the schedule begins.
+        end: the step at which it ends; by default the end of training.
+        last_step: the last step of the run that is resumed.
         by_epoch: whether a step is an epoch.
         verbose: whether every rate is printed.
 
     Raises:
         ConfigError: if ``warmup`` or a ratio is not a number of at least 0, or another option is of a wrong type.
-        UnknownOptionError: if there is no such option.
+        UnknownOptionError: if an option does not exist.
     """
 
     @checked

@@ -1,4 +1,4 @@
-"""What SPT selects from: the matrices, vectors and other tensors of a host's blocks."""
+"""The parts of a base from which SPT selects: the matrices, vectors and other tensors of a host's blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from mona_mm.hosts import Host, find_host, method_names
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix, vector or other tensor of the selection; of a fused ``qkv`` the rows of q, of k or of v.
+    """A matrix, vector or other tensor of the selection; in a fused ``qkv`` the rows of q, k or v.
 
     Args:
-        name: of the parameter in the backbone.
-        rows: first and last-but-one row in that parameter, or None for all of it.
-        shape: of the part.
-        block: path of the block, empty behind the last one.
-        op: the linear site (``'q'``) that the part is weight or bias of, or the path of its module in the block.
-        kind: ``'matrix'`` (the weight of a linear site), ``'vector'`` (one axis), ``'other'``.
-        is_called: whether the host calls a linear site as a module; else only an addition to its weight can be there.
+        name: the name of the parameter in the backbone.
+        rows: the range ``(start, stop)`` of its rows in that parameter; None for all of them.
+        shape: the shape of the part.
+        block: the path of the block; empty after the last one.
+        op: the linear site (``'q'``) whose weight or bias the part is, or else the path of its module in the block.
+        kind: ``'matrix'`` (the weight of a linear site), ``'vector'`` (one axis) or ``'other'``.
+        is_called: whether the host calls the linear site as a module; otherwise only a method that adds to its weight
+            can attach there.
     """
 
     name: str
@@ -39,24 +40,24 @@ class Part:
 
     @property
     def offset(self) -> int:
-        """Of the part's first element in the flattened parameter."""
+        """The position of the part's first element in the flattened parameter."""
         return self.rows[0] * prod(self.shape[1:]) if self.rows else 0
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The part of its parameter, or of anything of that shape; a view."""
+        """The part as a view of its parameter, or of another tensor of that shape."""
         return parameter[self.rows[0] : self.rows[1]] if self.rows else parameter
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The base that a sensitivity or a plan is about.
+    """The architecture of the base for which a sensitivity or a plan is made.
 
     Args:
-        backbone: class name.
-        parameters: how many the base has, all included.
-        shapes: of the parameters of the selection, and of the class token, by name.
-        class_token: name of the class token, which always trains and is no part; None without one.
-        parts: what is selected from.
+        backbone: the name of its class.
+        parameters: the number of all its parameters.
+        shapes: the shapes of the parameters to select from and of the class token, by name.
+        class_token: the name of the class token, which always trains and is not a part; None if there is none.
+        parts: the parts to select from.
     """
 
     backbone: str
@@ -67,11 +68,10 @@ class Architecture:
 
     @classmethod
     def of(cls, backbone: nn.Module) -> 'Architecture':
-        """The architecture of a supported backbone, with or without a method in it.
+        """Describe the architecture of a supported backbone, with or without a method in it.
 
-        Outside the selection are, as in the published code on ViT, patch embedding, class token and position
-        embedding, and on hierarchical hosts also what stands for them between the blocks: downsampling layers,
-        tables of relative positions, and the norms of the outputs.
+        As in the published code for ViT, patch embedding, class token and position embedding are not selected from. On
+        hierarchical hosts neither are downsampling layers, tables of relative positions and the norms of the outputs.
 
         Raises:
             UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
@@ -92,7 +92,7 @@ class Architecture:
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """Paths of the blocks, in order."""
+        """The paths of the blocks, in order."""
         return tuple(dict.fromkeys(part.block for part in self.parts if part.block))
 
     @cached_property
@@ -101,7 +101,7 @@ class Architecture:
         return {(part.block, part.op): part for part in self.parts if part.kind == 'matrix'}
 
     def difference(self, other: 'Architecture') -> str:
-        """How the shapes of ``other`` differ from these, naming the first; empty if they do not."""
+        """Describe how the shapes of ``other`` differ from these, with the first names; empty if they are equal."""
         changed = [
             f'{name} is {other.shapes.get(name, "absent")} instead of {self.shapes.get(name, "absent")}'
             for name in dict.fromkeys((*self.shapes, *other.shapes))
@@ -112,7 +112,7 @@ class Architecture:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> 'Architecture':
-        """The architecture that ``dataclasses.asdict`` has taken apart, after it has been JSON."""
+        """Make an architecture from the output of ``dataclasses.asdict`` after it has been in JSON."""
         shapes = {name: tuple(shape) for name, shape in fields['shapes'].items()}
         parts = tuple(
             Part(**{**p, 'rows': p['rows'] and tuple(p['rows']), 'shape': tuple(p['shape'])}) for p in fields['parts']

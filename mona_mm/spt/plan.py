@@ -1,4 +1,4 @@
-"""The plan: what SPT trains in a backbone, and its file."""
+"""The plan of SPT, which lists the parts of a backbone that train, and its file."""
 
 import json
 import os
@@ -27,7 +27,7 @@ KIND = Kind(
     renewal='Make it anew with tools/spt_sensitivity.py.',
     hint='Published plans (.pth) are read by mona_mm.spt.load_published_plan.',
 )
-# What a Mona module replaces in the selection: the matrices of the branch that it follows.
+# The matrices of the branch before a Mona module, which the module replaces in the selection.
 STREAM_GROUPS = {'post_attn': ('q', 'k', 'v', 'proj'), 'post_ffn': ('fc1', 'fc2')}
 
 VectorName = tuple[str, tuple[int, int] | None]
@@ -35,7 +35,8 @@ VectorName = tuple[str, tuple[int, int] | None]
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters that a plan trains: of structured modules, of whole vectors (and class token), single weights."""
+    """The numbers of parameters that a plan trains: in structured modules, in whole vectors (with the class token), and
+    as single weights."""
 
     structured: int
     vectors: int
@@ -48,16 +49,16 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which modules, vectors and single weights of a base train.
+    """The modules, vectors and single weights of a base that train.
 
     Args:
-        architecture: of the base that the plan is for.
-        structured_config: the structured module, ``dict(type='LoRA', rank=8)``, with its options.
-        structured: by path of a block, the sites that get a structured module.
-        vectors: parameters that train whole, with the range of rows, or None for all of the parameter. The class token
-            of a host that has one is among them.
-        weights: by name of a parameter, the flat indices of the single weights that train in it, int64, ascending.
-        info: where the plan is from, readable: config and its fingerprint, data, seed, budget, rule and its options.
+        architecture: the architecture of the base.
+        structured_config: the config of the structured module, ``dict(type='LoRA', rank=8)``, with its options.
+        structured: the sites that get a structured module, by path of a block.
+        vectors: the parameters that train as a whole, each with a range of rows, or None for all rows. They include the
+            class token if the host has one.
+        weights: the flat indices of the single weights that train, int64 and ascending, by name of a parameter.
+        info: a readable record of the plan's origin: config and its fingerprint, data, seed, budget, rule and options.
     """
 
     architecture: Architecture
@@ -71,10 +72,10 @@ class Plan:
         object.__setattr__(self, 'structured_config', structured_module(self.structured_config))
         problem = self._problem()
         if problem:
-            raise PlanError(f'This is no plan for a {self.architecture.backbone}: {problem}.')
+            raise PlanError(f'This is not a valid plan for a {self.architecture.backbone}: {problem}.')
 
     def _problem(self) -> str:
-        """What contradicts the architecture, or itself."""
+        """Describe the first contradiction to the architecture or within the plan; empty if there is none."""
         parts = {(part.name, part.rows) for part in self.architecture.parts}
         parts.add((self.architecture.class_token, None))
         for vector in self.vectors:
@@ -83,7 +84,7 @@ class Plan:
         if len(set(self.vectors)) < len(self.vectors):
             return 'a vector is named twice'
         if self.structured and self.structured_config is None:
-            return 'the structured module is not said'
+            return 'it has sites but no structured module'
         for block, sites in self.structured.items():
             for site in sites:
                 is_stream = self.structured_config['type'] == 'Mona'
@@ -98,11 +99,11 @@ class Plan:
             if indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
                 return f'the indices in {name} are not a list of whole numbers'
             if indices[0] < 0 or indices[-1] >= torch.Size(shape).numel() or (indices.diff() <= 0).any():
-                return f'the indices in {name}, {shape}, are not ascending or lie outside'
+                return f'the indices in {name} of shape {shape} are not ascending, or lie outside of it'
         for name, rows in self.vectors:
             indices = self.weights.get(name)
             if indices is not None and (rows is None or ((indices >= rows[0]) & (indices < rows[1])).any()):
-                return f'single weights of {name} are named, which trains whole'
+                return f'{name} trains as a whole, and has single weights as well'
         return ''
 
     def _members(self, block: str, site: str) -> list:
@@ -111,7 +112,7 @@ class Plan:
 
     @cached_property
     def counts(self) -> Counts:
-        """How many parameters train, counted from what is in the plan."""
+        """The numbers of parameters that train, counted from the contents of the plan."""
         numel = {(part.name, part.rows): part.numel for part in self.architecture.parts}
         token = self.architecture.class_token
         if token:
@@ -127,10 +128,10 @@ class Plan:
         )
 
     def check(self, backbone: nn.Module) -> None:
-        """Check that the plan is for such a backbone.
+        """Check that the plan fits the architecture of a backbone.
 
         Raises:
-            PlanError: if the parameters it selects from have other names or shapes there; it names the first.
+            PlanError: if the parameters to select from have other names or shapes there; it names the first ones.
             UnsupportedHostError: if the backbone is not a supported host.
         """
         difference = self.architecture.difference(Architecture.of(backbone))
@@ -141,18 +142,18 @@ class Plan:
             )
 
     def check_weights(self, backbone: nn.Module) -> None:
-        """Check that the plan was made for the weights that the base holds now, loaded and not yet trained.
+        """Check that the plan was made for the weights of the base, which are loaded and not yet trained.
 
-        Nothing to check where the sensitivity was not measured on pretrained weights, or not by mona_mm.
+        A plan whose sensitivity was not measured on pretrained weights, or not by mona_mm, is not checked.
 
         Raises:
-            PlanError: if it was made for others.
+            PlanError: if the plan was made for other weights.
         """
         digest = self.info.get('base_digest')
         if digest and digest != base_digest(backbone, self.architecture):
             raise PlanError(
-                f'The plan ({self._origin()}) was made for other weights than this {type(backbone).__name__} holds: '
-                f'for {self.info.get("pretrained")}. Load those, or make a plan for these with '
+                f'The plan ({self._origin()}) was made for other weights than this {type(backbone).__name__} has, '
+                f'those of {self.info.get("pretrained")}. Load that file, or make a plan for these weights with '
                 'tools/spt_sensitivity.py.'
             )
 
@@ -160,7 +161,7 @@ class Plan:
         return ', '.join(str(self.info[key]) for key in ('file', 'config', 'budget') if self.info.get(key))
 
     def describe(self) -> str:
-        """What trains, in one line."""
+        """Describe the parameters that train, in one line."""
         counts = self.counts
         found = [f'{len(self.vectors)} whole vectors ({counts.vectors:,})', f'{counts.weights:,} single weights']
         if self.structured_config:
@@ -169,7 +170,7 @@ class Plan:
         return f'{counts.total:,} parameters of {self.architecture.backbone} train: {", ".join(found)}'
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan to a safetensors file whose metadata can be read; the file appears whole or not at all."""
+        """Write the plan to a safetensors file with readable metadata, completely or not at all."""
         tensors = {}
         for name, indices in self.weights.items():
             small = torch.Size(self.architecture.shapes[name]).numel() <= torch.iinfo(torch.int32).max
@@ -193,7 +194,7 @@ class Plan:
 
         Raises:
             MissingFileError: if there is no such file.
-            PlanError: if it is damaged, or no plan.
+            PlanError: if it is damaged, or is not a plan.
         """
         tensors, fields = container.read(path, KIND)
         try:
@@ -208,20 +209,20 @@ class Plan:
             stated, counts = fields['counts'], plan._stated()
             if not all(name.startswith('weights/') for name in tensors):
                 raise ValueError('it holds other tensors than indices of weights')
-        except Exception as error:  # a file can put anything in the place of anything
-            raise PlanError(f'{path} is damaged, or of a later mona_mm: {error}.') from error
+        except Exception as error:  # the fields of a file may hold values of any type
+            raise PlanError(f'{path} is damaged, or of a later version of mona_mm: {error}.') from error
         if stated != counts:
             raise PlanError(f'{path} is damaged: it states {stated} parameters and holds {plan.counts}.')
         return plan
 
 
 def widths(architecture: Architecture, block: str, site: str) -> tuple[int, int]:
-    """``(in_channels, out_channels)`` of a linear site; at a stream site the channels, twice."""
+    """The widths ``(in_channels, out_channels)`` of a linear site; the stream's channels, twice, for a stream site."""
     if site in STREAM_GROUPS:
         channels = architecture.matrices[block, STREAM_GROUPS[site][-1]].shape[0]
         return channels, channels
-    out, *rest = architecture.matrices[block, site].shape
-    return torch.Size(rest).numel(), out
+    out_channels, *in_shape = architecture.matrices[block, site].shape
+    return torch.Size(in_shape).numel(), out_channels
 
 
 _WIDTH = {'LoRA': 'rank', 'Adapter': 'bottleneck', 'Mona': 'bottleneck'}
@@ -229,32 +230,32 @@ _DEFAULT_WIDTH = {'LoRA': 8, 'Adapter': 8, 'Mona': 64}
 
 
 def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a structured module with its width filled in: ``rank`` of LoRA, else ``bottleneck``.
+    """The config of a structured module with its width filled in: ``rank`` for LoRA, ``bottleneck`` for the others.
 
     Raises:
         ConfigError: if there is no such module, or its width is not a whole number of at least 1.
     """
     if config is None:
         return None
-    kind = type_name(config.get('type')) if isinstance(config, Mapping) else ''
-    kind = kind.removeprefix('Structured')
-    if kind not in _WIDTH:
+    type_ = type_name(config.get('type')) if isinstance(config, Mapping) else ''
+    type_ = type_.removeprefix('Structured')
+    if type_ not in _WIDTH:
         raise ConfigError(
-            f"structured={show(config)}: the structured module is dict(type='LoRA', rank=8), dict(type='Adapter', "
-            "bottleneck=8), dict(type='Mona', bottleneck=64), or None."
+            f"structured={show(config)} must be dict(type='LoRA', rank=8), dict(type='Adapter', bottleneck=8), "
+            "dict(type='Mona', bottleneck=64), or None."
         )
-    width = config.get(_WIDTH[kind], _DEFAULT_WIDTH[kind])
+    width = config.get(_WIDTH[type_], _DEFAULT_WIDTH[type_])
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= LARGEST:
-        raise ConfigError(f'structured: {_WIDTH[kind]}={show(width)} of {kind} must be a whole number of at least 1.')
-    return {**config, 'type': kind, _WIDTH[kind]: width}
+        raise ConfigError(f'structured: {_WIDTH[type_]}={show(width)} of {type_} must be a whole number of at least 1.')
+    return {**config, 'type': type_, _WIDTH[type_]: width}
 
 
 def module_cost(config: Mapping[str, Any], architecture: Architecture, block: str, site: str) -> int:
-    """Parameters of the structured module at a site of a block, counted in one built without memory.
+    """The number of parameters of the structured module at a site of a block, counted on the meta device.
 
     Raises:
         ConfigError: if the module cannot be built with these options.
-        UnknownOptionError: if it has no such option.
+        UnknownOptionError: if the module does not have an option.
     """
     is_called = site in STREAM_GROUPS or architecture.matrices[block, site].is_called
     return _cost(json.dumps(dict(config), sort_keys=True), *widths(architecture, block, site), site, is_called)
@@ -269,7 +270,7 @@ def _cost(config: str, in_channels: int, out_channels: int, site: str, is_called
 
 
 def base_digest(backbone: nn.Module, architecture: Architecture) -> str:
-    """The digest of the base's weights in the selection, from their fingerprint."""
+    """The digest of the weights of the base from which SPT selects."""
     return fingerprint({name: backbone.get_parameter(name) for name in architecture.shapes})['all']
 
 
@@ -281,10 +282,10 @@ def write(
     *,
     allow_nonfinite: bool = False,
 ) -> None:
-    """:func:`mona_mm.checkpoint.container.write` of a plan or a sensitivity.
+    """Write a plan or a sensitivity by :func:`mona_mm.checkpoint.container.write`.
 
     Raises:
-        PlanError: if its header would be longer than is read, or it holds values that are not finite.
+        PlanError: if its header would be too long, or it holds values that are not finite.
     """
     try:
         container.write(path, kind, tensors, fields, allow_nonfinite=allow_nonfinite)

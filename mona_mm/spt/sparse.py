@@ -1,22 +1,22 @@
-r"""Tuning of single weights: what is stored and optimised is as long as the list of chosen weights.
+r"""Tune single weights of parameters; only as many values are stored and optimised as weights are chosen.
 
 A parameter :math:`W` of a module stays frozen, and the module computes with
 
 .. math:: W' = W + \mathrm{scatter}(\delta), \qquad \delta \in \mathbb{R}^K,\ \delta = 0 \text{ at the start}
 
 :func:`attach_sparse` puts :class:`SparseModule` in front of the module's class, as :mod:`mona_mm.hosts` does with
-blocks, and hangs the :class:`SparseDelta` under the new child ``peft``; the names of the base's parameters stay. For
-any module whose forward reads the parameter as its attribute (LayerNorm, convolutions, biases, tables) autograd does
-the rest. For the weight of a linear it would make the gradient of the whole matrix, so there
+blocks, and adds the :class:`SparseDelta` to the new child ``peft``; the base's parameters keep their names. For any
+module whose forward reads the parameter as its attribute (LayerNorm, convolutions, biases, tables) autograd computes
+the gradient. For the weight of a linear layer it would compute the gradient of the whole matrix, so
 :func:`sparse_weight_grad` computes
 
 .. math:: \partial L / \partial \delta_j = \sum_n G_{n, \mathrm{row}(j)}\, X_{n, \mathrm{column}(j)}
 
-at the chosen weights only, in :math:`O(KN)`, or by a matrix product where that is cheaper. The effective matrix lives
-only while the forward or the backward uses it; what the forward saves is the input alone, as an ordinary linear does.
+at the chosen weights only, in :math:`O(KN)`, or by a matrix product where that is cheaper. The effective matrix exists
+only while the forward or the backward uses it; the forward saves only the input, as an ordinary linear layer does.
 
-A delta trains with weight decay 0: decoupled decay would pull the *change* to zero, where ordinary tuning pulls the
-weight; the published code has none on single weights. With it at 0, SGD and AdamW take the steps of ordinary tuning.
+A delta trains with weight decay 0: decoupled decay would pull the *change* to zero, whereas ordinary tuning pulls the
+weight; the published code has none on single weights. Without it, SGD and AdamW take the steps of ordinary tuning.
 
 Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2.
 """
@@ -39,23 +39,23 @@ from mona_mm.nn.mixin import Mixin, mix_in, mix_out, stock_class
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
 
-# About the sampled product: of the format only that is used, and a SparseDelta's indices are checked where they enter.
+# torch warns about the CSR format, of which only the sampled product is used, with indices that SparseDelta checks.
 warnings.filterwarnings('ignore', message='Sparse (CSR tensor support is in beta|invariant checks are implicitly)')
 
 
 class SparseDelta(nn.Module):
     """Changes of ``K`` single elements of one parameter.
 
-    Both tensors are in the state dict: values without their places mean nothing. A delta holds the values, and of the
-    places, which the plan brings, a fingerprint.
+    Both tensors are in the state dict, since values mean nothing without their places. A delta file holds the values,
+    and a fingerprint of the places, which come from the plan.
 
     Attributes:
-        values: what is added to the elements, ``(K,)``, the parameter.
-        indices: which elements, as ascending positions in the flattened parameter, ``(K,)``, a buffer.
-        shape: of the parameter.
+        values: the additions to the elements, ``(K,)``, a parameter.
+        indices: the ascending positions of the elements in the flattened parameter, ``(K,)``, a buffer.
+        shape: the shape of the parameter.
 
     Raises:
-        ConfigError: if there is no index, or they are not whole numbers, each once, of elements of the parameter.
+        ConfigError: if there is no index, or the indices are not whole numbers of different elements of the parameter.
     """
 
     def __init__(self, parameter: Tensor, indices: Tensor | Sequence[int]) -> None:
@@ -64,11 +64,11 @@ class SparseDelta(nn.Module):
         indices = torch.as_tensor(indices, device='cpu')
         if indices.ndim != 1 or indices.numel() == 0 or indices.is_floating_point() or indices.dtype == torch.bool:
             raise ConfigError(
-                f'indices must be a list of one whole number or more, not {indices.dtype} of shape '
+                f'indices must be a list of at least one whole number, not {indices.dtype} of shape '
                 f'{tuple(indices.shape)}.'
             )
         indices = indices.long().sort().values
-        wrong = _not_elements(indices, self.shape)
+        wrong = _describe_invalid(indices, self.shape)
         if wrong:
             raise ConfigError(wrong)
         small = parameter.numel() <= torch.iinfo(torch.int32).max
@@ -77,11 +77,11 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(torch.zeros(len(indices), dtype=parameter.dtype, device=parameter.device))
 
     def reset_parameters(self) -> None:
-        """Back to the base's own weights."""
+        """Set the values to zero, so that the parameter has the base's own weights."""
         nn.init.zeros_(self.values)
 
     def forward(self, base: Tensor) -> Tensor:
-        """The effective parameter, of the shape of ``base``; a new tensor."""
+        """Compute the effective parameter, a new tensor of the shape of ``base``."""
         return _add(base, self.values, self.indices)
 
     def extra_repr(self) -> str:
@@ -90,20 +90,20 @@ class SparseDelta(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         given = state_dict.get(f'{prefix}indices')
         if given is not None and given.shape == self.indices.shape and not given.is_meta:
-            wrong = _not_elements(given.long(), self.shape)
+            wrong = _describe_invalid(given.long(), self.shape)
             if wrong:
-                args[-1].append(f'{prefix}indices: {wrong}')  # the list of errors, which load_state_dict raises
+                args[-1].append(f'{prefix}indices: {wrong}')  # the list of errors that load_state_dict raises
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _not_elements(indices: Tensor, shape: tuple[int, ...]) -> str:
-    """What is wrong with sorted indices into a parameter of ``shape``; '' if nothing."""
+def _describe_invalid(indices: Tensor, shape: tuple[int, ...]) -> str:
+    """Describe why sorted indices into a parameter of ``shape`` are invalid; empty if they are valid."""
     size = torch.Size(shape).numel()
     if indices[0] < 0 or indices[-1] >= size:
-        return f'indices from {indices[0]} to {indices[-1]} are not all elements of a parameter of shape {shape}.'
+        return f'indices from {indices[0]} to {indices[-1]} lie outside of a parameter of shape {shape}.'
     if (indices[1:] <= indices[:-1]).any():
-        return f'indices into a parameter of shape {shape} must be ascending and name no element twice.'
+        return f'indices into a parameter of shape {shape} must be ascending, each element once.'
     return ''
 
 
@@ -113,7 +113,7 @@ def _add(base: Tensor, values: Tensor, indices: Tensor) -> Tensor:
 
 
 class SparseModule(Mixin):
-    """Mixin in front of a module's class: its forward sees the effective parameters."""
+    """Mixin in front of a module's class, whose forward then uses the effective parameters."""
 
     peft: PeftModules
     """A :class:`SparseDelta` for every parameter that has one, by its name."""
@@ -124,7 +124,7 @@ class SparseModule(Mixin):
         return super(SparseModule, self.effective()).forward(*args, **kwargs)
 
     def effective(self) -> nn.Module:
-        """A stand-in for this module whose parameters are the effective ones, for one call."""
+        """Make a stand-in for this module that has the effective parameters, for one call."""
         return substitute(self, {name: delta(getattr(self, name)) for name, delta in self.peft.items()})
 
     def _linear(self, input: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class SparseModule(Mixin):
             return F.linear(input, delta(self.weight), bias)
         dtype = self.weight.dtype
         device = input.device.type
-        # As autocast treats F.linear. Here, so that its own cast of the input is part of the graph.
+        # The casts that autocast makes for F.linear, made here so that that of the input is part of the graph.
         if _has_autocast(device) and torch.is_autocast_enabled(device) and torch.float64 not in (dtype, input.dtype):
             dtype = torch.get_autocast_dtype(device)
             input = input.to(dtype)
@@ -145,8 +145,8 @@ class SparseModule(Mixin):
 
 @cache
 def _is_linear(module_class: type) -> bool:
-    """Whether the forward is known to be F.linear; that of another subclass would be skipped."""
-    from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear  # here, because it takes a second to import
+    """Whether a class's forward is F.linear. A subclass of Linear may have another forward."""
+    from mmcv.cnn.bricks.wrappers import Linear as MmcvLinear  # imported here, since it takes a second
 
     return module_class.forward in (nn.Linear.forward, MmcvLinear.forward)
 
@@ -156,27 +156,27 @@ def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str 
 
     Args:
         module: any module whose forward reads the parameter as ``self.<name>``; a linear's weight is the fast case.
-        indices: positions in the flattened parameter, in any order, each once. The row of a weight
-            ``(out_features, in_features)`` is ``index // in_features``, in a fused qkv that of the whole matrix.
-        name: of the parameter in ``module``.
+        indices: the positions in the flattened parameter, in any order, each once. The row of a weight
+            ``(out_features, in_features)`` is ``index // in_features``, also in a fused qkv.
+        name: the name of the parameter in ``module``.
 
     Returns:
-        The delta, which is ``module.peft[name]``. It begins at zero, when the module computes what it did before.
+        The delta, which is ``module.peft[name]``. It starts at zero, so that the module computes the same as before.
 
     Raises:
-        ConfigError: if the module has no such parameter or it has a delta already, or the indices are wrong (see
-            :class:`SparseDelta`).
+        ConfigError: if the module has no such parameter, the parameter already has a delta, or the indices are invalid
+            (see :class:`SparseDelta`).
     """
     parameter = module._parameters.get(name)
-    kind = stock_class(module).__name__
+    class_name = stock_class(module).__name__
     if parameter is None:
         names = ', '.join(n for n, p in module._parameters.items() if p is not None)
-        raise ConfigError(f'{kind} has no parameter {name!r} of its own to tune; it has {names or "none"}.')
+        raise ConfigError(f'{class_name} has no parameter {name!r} of its own to tune; it has {names or "none"}.')
     sparse = isinstance(module, SparseModule)
     if sparse and name in module.peft:
-        raise ConfigError(f'The {name} of this {kind} has a sparse delta already; give it all its indices at once.')
+        raise ConfigError(f'The {name} of this {class_name} already has a sparse delta; give it all indices at once.')
     if not sparse and hasattr(module, 'peft'):
-        raise ConfigError(f'This {kind} already has a child `peft`; a sparse delta can only be on a stock module.')
+        raise ConfigError(f'This {class_name} already has a child `peft`; sparse deltas need a stock module.')
     delta = SparseDelta(parameter, indices)
     parameter.requires_grad = False
     if not sparse:
@@ -187,7 +187,7 @@ def attach_sparse(module: nn.Module, indices: Tensor | Sequence[int], name: str 
 
 
 def sparse_deltas(model: nn.Module) -> dict[str, SparseDelta]:
-    """The deltas in ``model``, by the full name of the parameter that each is for."""
+    """The deltas in ``model``, by the full names of their parameters."""
     return {
         f'{path}.{name}' if path else name: delta
         for path, m in model.named_modules()
@@ -198,10 +198,10 @@ def sparse_deltas(model: nn.Module) -> dict[str, SparseDelta]:
 
 @torch.no_grad()
 def merge_sparse(model: nn.Module) -> list[str]:
-    """Add every delta in ``model`` to its parameter and remove it, in place: the modules are stock ones again.
+    """Add every delta in ``model`` to its parameter and remove it, in place, so that the modules are stock ones again.
 
-    A merged parameter is, bit for bit, the effective one that the forward computed with; one that was kept in half
-    precision is in that of its delta then.
+    A merged parameter equals the effective one of the forward, bit for bit. A parameter in half precision gets the
+    dtype of its delta.
 
     Returns:
         The names of the parameters that changed.
@@ -225,7 +225,7 @@ def _no_autocast(device: str) -> AbstractContextManager:
 
 
 class _SparseLinear(torch.autograd.Function):
-    """``F.linear`` with single weights that train. Differentiable once."""
+    """``F.linear`` with single weights that train. It can be differentiated once."""
 
     @staticmethod
     def forward(
@@ -238,7 +238,7 @@ class _SparseLinear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, values)
-        # Not saved with the others: DDP writes the same buffers anew at every forward, which would count as a change.
+        # Not by save_for_backward: DDP writes the same buffers again at every forward, which would count as a change.
         ctx.indices = indices
         with _no_autocast(x.device.type):
             return F.linear(x, _add(weight, values, indices).to(dtype), bias)
@@ -252,7 +252,7 @@ class _SparseLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ _add(weight, values, ctx.indices).to(grad.dtype)
             grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # (N, out), (N, in)
-            if ctx.needs_input_grad[1]:  # somebody trains the whole matrix as well
+            if ctx.needs_input_grad[1]:  # the whole matrix trains as well
                 grad_weight = (grad.t() @ x).to(weight.dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = grad.sum(0)
@@ -262,29 +262,29 @@ class _SparseLinear(torch.autograd.Function):
 
 
 _DENSE_FROM = {'cpu': 0.15, 'cuda': 0.004}
-"""Share of a weight's elements from which the whole product is cheaper than one dot product for each; both costs grow
-with N, so that it drops out. CPU: measured on two cores (AMD EPYC), where they meet between 0.12 and 0.3 for N from 200
-to 12,800 and layers from 128 to 3072 wide. CUDA: not measured, but estimated from what an accelerator of today reads
-(2 to 4 TB/s, six passes over K x N numbers) and multiplies (20 to 60 TFLOP/s in single precision). See
-:mod:`mona_mm.benchmark.spt`."""
+"""The share of a weight's elements from which the whole product is cheaper than one dot product for each element. Both
+costs grow with N, so it does not depend on N. CPU: measured on two cores (AMD EPYC), where the costs are equal at a
+share of 0.12 to 0.3 for N from 200 to 12,800 and layers from 128 to 3072 wide. CUDA: not measured, but estimated from
+the memory bandwidth (2 to 4 TB/s, six passes over K x N numbers) and the speed in single precision (20 to 60 TFLOP/s)
+of a current accelerator. See :mod:`mona_mm.benchmark.spt`."""
 
 _ROWS = 512
-"""Rows of N at a time in the sampled product on a CPU: what it needs of both matrices then stays in the cache."""
+"""The rows of N that the sampled product on a CPU processes at once, so that the factors stay in the cache."""
 
 _ELEMENTS = 1 << 24
-"""Elements of each factor at a time in the gather form: at most 128 MiB for both in single precision."""
+"""The elements of each factor that the gather form processes at once: at most 128 MiB for both in single precision."""
 
 
 def sparse_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """``(grad.T @ x).flatten()[indices]``, in the cheapest way for the device and the number of indices.
+    """Compute ``(grad.T @ x).flatten()[indices]`` by the cheapest form for the device and the number of indices.
 
     Args:
-        grad: gradient of the linear's output, ``(N, out)``.
-        x: its input, ``(N, in)``, of the same dtype.
+        grad: the gradient of the linear's output, ``(N, out)``.
+        x: the linear's input, ``(N, in)``, of the same dtype.
         indices: ascending positions in the flattened weight, ``(K,)``.
 
     Returns:
-        ``(K,)``, in single precision where the form accumulates in it, else in the dtype of ``grad``.
+        The elements ``(K,)``, in single precision if the form accumulates in it, or else in the dtype of ``grad``.
     """
     size = grad.shape[1] * x.shape[1]
     if len(indices) >= _DENSE_FROM.get(grad.device.type, _DENSE_FROM['cuda']) * size:
@@ -295,14 +295,14 @@ def sparse_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def grad_by_dense_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """One ``(out, in)`` matrix product, and its elements at ``indices``: ``O(out * in * N)``."""
+    """Compute the whole ``(out, in)`` matrix product and take its elements at ``indices``, in ``O(out * in * N)``."""
     return (grad.t() @ x).flatten().index_select(0, indices)
 
 
 def grad_by_gather(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """``(grad[:, rows] * x[:, columns]).sum(0)``, as many weights at a time as bounded memory allows: ``O(K N)``."""
-    rows, columns = _places(indices, x.shape[1])
-    grad, x = grad.t().contiguous(), x.t().contiguous()  # a weight's N factors then lie together
+    """Compute ``(grad[:, rows] * x[:, columns]).sum(0)`` in pieces of bounded memory, in ``O(K N)``."""
+    rows, columns = _rows_and_columns(indices, x.shape[1])
+    grad, x = grad.t().contiguous(), x.t().contiguous()  # so that the N factors of a weight are adjacent
     size = max(1, _ELEMENTS // max(1, grad.shape[1]))
     parts = [
         torch.linalg.vecdot(_single(grad[rows[i : i + size]]), _single(x[columns[i : i + size]]))
@@ -312,8 +312,8 @@ def grad_by_gather(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """The same sums by torch's sampled matrix product, without copies of ``K x N`` numbers: ``O(K N)``."""
-    rows, columns = _places(indices, x.shape[1])
+    """Compute the sums by torch's sampled matrix product, without copies of ``K x N`` numbers, in ``O(K N)``."""
+    rows, columns = _rows_and_columns(indices, x.shape[1])
     starts = torch.searchsorted(rows, torch.arange(grad.shape[1] + 1, device=rows.device))
     grad, x = _single(grad), _single(x)
     total = torch.sparse_csr_tensor(
@@ -324,12 +324,12 @@ def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return total.values()
 
 
-def _places(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _rows_and_columns(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
     indices = indices.long()
     rows = torch.div(indices, width, rounding_mode='floor')
     return rows, indices - rows * width
 
 
 def _single(x: Tensor) -> Tensor:
-    """Half precision to single: products of halves and sums of thousands of them would lose what is left of it."""
+    """Cast half precision to single, since products and sums of thousands of them would lose too much precision."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
