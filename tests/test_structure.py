@@ -30,10 +30,11 @@ LAZY = {
     ('compat/safe_globals.py', 'numpy'): 'a later numpy may lack these names, which are used only for saving',
     ('hosts/pvt.py', 'mmdet'): 'only the conversion of official PVT checkpoints needs mmdet, which is slow to import',
     ('methods/lora.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
+    ('models/dinov2.py', 'mona_mm'): 'the class derives from one of mmpretrain, which takes seconds to import',
     ('spt/sparse.py', 'mmcv'): 'importing mmcv takes a second, and importing spt must not',
     ('spt/structured.py', 'mmcv'): 'importing mmcv takes a second, and importing spt must not',
 }
-"""The third-party packages that a module imports inside a function, with the reason."""
+"""The packages that a module imports inside a function, with the reason."""
 
 LONGEST = 60
 """The largest number of lines of code in a function, its docstring not counted."""

@@ -40,8 +40,8 @@ def _last_output(backbone: nn.Module, x: Tensor, hw: Grid) -> Tensor:
 def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert timm's ViT, MAE (without its decoder), MoCo v3 (its encoder) and DINOv2 to mmpretrain's names.
 
-    DINOv2 may be Meta's or timm's. Where there are registers, timm has added the position of the class token to that token and keeps none for it. Its
-    SwiGLU is an ``fc1`` of twice the width.
+    DINOv2 may be Meta's or timm's. Where there are registers, timm has added the position of the class token to that
+    token and keeps none for it. Its SwiGLU is an ``fc1`` of twice the width.
     """
     renames = (
         (r'^norm\.', 'ln1.'),
