@@ -154,3 +154,29 @@ def test_activation_checkpoints(name):
         found.append(torch.autograd.grad(total, parameters))
     for a, b in zip(*found, strict=True):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=[] if name in ('mmseg-mit', 'mmpretrain-hornet') else [pytest.mark.slow])
+        for name in DECLARED
+        if name not in VARIANTS
+    ],
+)
+def test_traced_and_exported(name):
+    """torch.jit.trace and torch.export write down what is computed, hooks included."""
+    torch.manual_seed(0)
+    model = PeftBackbone(base=copy.deepcopy(DECLARED[name]), peft=dict(type='Mona', bottleneck=4))
+    model.eval()
+    for module in method_modules(model):
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.1)
+    expected = maps(model, image())
+    written_down = (
+        torch.jit.trace(model, image(), check_trace=False),
+        torch.export.export(model, (image(),)).module(),
+    )
+    for form in written_down:
+        for a, b in zip(expected, maps(form, image()), strict=True):
+            assert_near(a, b)
