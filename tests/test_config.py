@@ -87,7 +87,7 @@ def test_missing_evaluation_file_and_load_from(demo_data):
     [
         (None, 'it has no person, '),
         (['disc', 'squire', 'triangle', 'star'], 'it has no squire'),
-        (['star', 'disc', 'square', 'triangle'], 'their order is not its'),
+        (['star', 'disc', 'square', 'triangle'], 'disc, square, triangle, star'),
     ],
 )
 def test_classes_that_do_not_fit_the_annotations(classes, message, demo_data):
@@ -121,7 +121,7 @@ def test_cpu_fallback_is_said_and_complete(monkeypatch, capsys):
 def test_resume_needs_a_checkpoint(tmp_path):
     """`--resume` finds the last checkpoint, also in a work dir that moved; with none it says what to do."""
     cfg = Config(dict(work_dir=str(tmp_path)))
-    with pytest.raises(MissingFileError, match=f'--resume: there is no checkpoint in {tmp_path}.*--work-dir'):
+    with pytest.raises(MissingFileError, match=f'--resume: .*{tmp_path}.*--work-dir'):
         resume_from(cfg, 'auto')
     with pytest.raises(MissingFileError, match='--resume: there is no checkpoint /no/epoch_1.pth'):
         resume_from(cfg, '/no/epoch_1.pth')

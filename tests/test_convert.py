@@ -384,7 +384,7 @@ def test_the_tool(tmp_path, tool):
     status, _, err = tool('convert_checkpoint.py', source, str(tmp_path / 'new.pth'))
     assert status == 2 and 'of no known format (a.b' in err
     status, _, err = tool('convert_checkpoint.py', str(tmp_path / 'swin.pth'), ours)
-    assert status == 2 and re.search(r'error: .*ours.pth is there already, and is not overwritten', err)
+    assert status == 2 and re.search(r'error: .*ours.pth already exists', err)
     status, _, err = tool('convert_checkpoint.py', source, str(tmp_path / 'x.bin'))
     assert status == 2 and 'written as .pth or .safetensors' in err
 
@@ -492,7 +492,7 @@ def test_your_own_classes_from_a_trained_detector(detector_config, tmp_path, too
     status, out, err = tool(*arguments, '--fine-tune', str(tmp_path / 'coco.pth'), *options)
     assert status == 0, err
     anew = {name for name in stock if re.search(r'fc_cls|fc_reg|conv_logits', name)}
-    (line,) = re.findall('These begin anew: (.*)', out + err)
+    (line,) = re.findall('keep their initial values: (.*_.*)', out + err)
     assert set(line.split(', ')) == anew and len(anew) == 18
     tuned = read_checkpoint(str(tmp_path / 'work/epoch_1.pth'))['state_dict']
     same = {name for name, t in stock.items() if name in tuned and torch.equal(tuned[name], t)}

@@ -328,9 +328,7 @@ def test_a_copy_that_a_hook_makes(base_file, tmp_path):
 def test_the_proof_sees_a_copy(base_file, tmp_path, monkeypatch):
     """Where nothing keeps the frozen part of an average, the hook refuses the checkpoint."""
     monkeypatch.setattr('mona_mm.hooks.param_freeze.keep_frozen_part', lambda copy, model: None)
-    with pytest.raises(
-        FreezeError, match='copy of the model that EMAHook holds are not those of the model: .*backbone'
-    ):
+    with pytest.raises(FreezeError, match='copy of the model in EMAHook.*backbone'):
         run(config_of(base_file), tmp_path, [dict(type='EMAHook', ema_type='ForeignAverage')], epochs=1)
 
 

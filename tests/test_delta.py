@@ -216,7 +216,7 @@ def test_frozen_weights_of_another_type_are_refused(trained_on, base_file, tmp_p
     source = trained(base_file, methods[trained_on])
     save_delta(source, file)
     said = [str(of or 'float32') for of in (trained_on, other)]
-    message = rf'of backbone were kept in {said[0]}, and here are in {said[1]}: frozen_dtype={trained_on!r} in its Peft'
+    message = rf'backbone were in {said[0]} .* {said[1]} .*frozen_dtype={trained_on!r}'
     for load in (load_delta, load_checkpoint):
         with pytest.raises(CheckpointMismatchError, match=rf'(?s)tensors differ.*{message}.*--allow-other-base'):
             load(build(base_file, methods[other]), str(file))
@@ -970,7 +970,7 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
         load_delta(fresh, delta) if name == 'load_delta' else load_checkpoint(fresh, whole)
         assert torch.equal(fresh(x), model(x)), name
     status, _, err = tool('delta.py', 'extract', config, whole, delta)
-    assert status == 2 and 'a.delta.safetensors is there already, and is not overwritten' in err
+    assert status == 2 and 'a.delta.safetensors already exists' in err
     named = str(tmp_path / 'named.delta.safetensors')
     assert tool('delta.py', 'extract', config, whole, named, '--cfg-options', f'load_from={whole}')[0] == 0
     assert read_delta(named).header.base_file == whole

@@ -116,5 +116,5 @@ def test_a_fingerprint_is_of_values():
     assert fingerprint(floats) == known and not differing(known, floats)
     floats['3.weight'][2, 2] += 1
     assert differing(known, floats) == ['3.weight']
-    with pytest.raises(ValueError, match='6 tensors for 5'):
+    with pytest.raises(ValueError, match='6 tensors.* 5'):
         differing(known, {name: t for name, t in floats.items() if name != 'n'})

@@ -188,7 +188,7 @@ def test_an_exchanged_module_is_no_silent_loss(method):
     old, new = block.get_submodule(path), copy.copy(block.get_submodule(path))
     new._forward_hooks, new._forward_pre_hooks = type(old._forward_hooks)(), type(old._forward_pre_hooks)()
     block.set_submodule(path, new)
-    with pytest.raises(ConfigError, match='exchanged for another'):
+    with pytest.raises(ConfigError, match='_forward_hooks and _forward_pre_hooks'):
         model(image(64, 64))
     new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
     assert all(map(torch.equal, model(image(64, 64)), expected))
@@ -210,5 +210,5 @@ def test_a_host_that_reads_a_weight_wrapped_away():
     model = adapted('SwinV2', 'LoRA')
     attention = model.stages[0].blocks[0].attn
     attention.forward = attention.forward
-    with pytest.raises(ConfigError, match='is wrapped, or its forward replaced'):
+    with pytest.raises(ConfigError, match='attn.* is wrapped'):
         model(image(64, 64))

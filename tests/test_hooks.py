@@ -123,9 +123,9 @@ def test_hook_alone_refuses_a_wrapped_model(make_runner):
 
 
 def test_hook_rules_that_match_nothing_or_contradict(make_runner):
-    with pytest.raises(ConfigError, match="trainable='hedd' matches nothing.*'head'"):
+    with pytest.raises(ConfigError, match="trainable='hedd'.*'head'"):
         make_runner(stock_swin(), [dict(type='mona_mm.ParamFreezeHook', trainable='hedd')]).train()
-    with pytest.raises(FreezeError, match='contradicts how the model was built'):
+    with pytest.raises(FreezeError, match='ParamFreezeHook.*PeftBackbone'):
         make_runner(mona_swin(), [dict(type='mona_mm.ParamFreezeHook', trainable=['backbone.norm0', 'head'])]).train()
     make_runner(mona_swin(), [dict(type='mona_mm.ParamFreezeHook', trainable='head')]).train()  # agrees
 

@@ -201,7 +201,7 @@ def test_downloads(served, base_file, monkeypatch):
         assert read_checkpoint(f'{served}/a.safetensors').keys() == {'a'}
         assert there == [main]
         place.write_bytes(b'cut short')
-        with pytest.raises(CheckpointMismatchError, match=f'now at {place}; without that, it is downloaded again'):
+        with pytest.raises(CheckpointMismatchError, match=f'{place}.*download it again'):
             read_checkpoint(f'{served}/a.safetensors')
         place.unlink()
         with pytest.raises(MissingFileError, match='404'):

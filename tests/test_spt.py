@@ -308,10 +308,10 @@ def test_plans_found_and_missing(detector_config, tmp_path):
     assert cfg.model.backbone.peft.plan == str(file)
     before = file.stat().st_mtime_ns
     for key, value, message in (
-        ('budget', '3%', 'is a plan for budget=2%, and this config says 3%.*another --work-dir'),
+        ('budget', '3%', 'budget=2%.* 3%.*--work-dir'),
         ('structured', dict(type='LoRA', rank=3), "is a plan for structured={'type': 'LoRA', 'rank': 2}"),
-        ('alpha', 4.0, 'is a plan for alpha=10.0, and this config says 4.0'),
-        ('num_batches', 2, 'is a plan for num_batches=3, and this config says 2'),
+        ('alpha', 4.0, 'alpha=10.0.* 4.0'),
+        ('num_batches', 2, 'num_batches=3.* 2'),
         ('per_sample', True, 'is a plan for per_sample=False'),
         ('alpha', 10, None),
         ('plan', None, None),
@@ -328,11 +328,11 @@ def test_plans_found_and_missing(detector_config, tmp_path):
     again = copy.deepcopy(cfg)
     again.model.backbone.peft.plan = None
     again.randomness = dict(seed=7)
-    with pytest.raises(ConfigError, match='is a plan for seed=0, and this config says 7'):
+    with pytest.raises(ConfigError, match='seed=0.* 7'):
         make_plan(again)
     again.randomness = dict(seed=0)
     again.train_dataloader.dataset.data_root = '/elsewhere'
-    with pytest.raises(ConfigError, match='was measured with another model, or on other data'):
+    with pytest.raises(ConfigError, match='was measured with another model'):
         make_plan(again)
     again.resume, again.load_from = True, str(tmp_path / 'work/epoch_1.pth')
     make_plan(again)  # what is resumed has its plan
@@ -350,7 +350,7 @@ def test_plans_found_and_missing(detector_config, tmp_path):
         ('aplha', 3, "SPT has no argument 'aplha'.*Did you mean 'alpha'"),
         ('structured', dict(type='LoRA', rnak=4), "structured LoRA has no argument 'rnak'"),
         ('structured', dict(type='Adapter', dropout=2), 'dropout=2 must be a probability'),
-        ('structured', dict(type='LoRa'), "structured={'type': 'LoRa'}: the structured module is"),
+        ('structured', dict(type='LoRa'), "structured={'type': 'LoRa'} must be"),
         ('alpha', 'x', "alpha='x' must be a number above 0"),
         ('rule', 'best', "rule='best' must be 'budget' or 'published'"),
         ('budget', '2Q', "budget='2Q' must be"),

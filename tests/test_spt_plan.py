@@ -656,7 +656,7 @@ def test_other_files_are_refused(tmp_path):
         dict(structured_config=None, structured={'layers.0': ('q',)}),
     ]
     for change in wrong:
-        with pytest.raises(PlanError, match='no plan for a VisionTransformer'):
+        with pytest.raises(PlanError, match='plan for a VisionTransformer'):
             replace(plan, **change)
     with pytest.raises(ConfigError, match='structured='):
         replace(plan, structured_config=dict(type='LoRand'))

@@ -369,7 +369,7 @@ def test_command_line(tool, demo_data, tmp_path):
     status, _, err = tool(
         DEMO, '--budget', '1%', '--sensitivity', tmp_path / 's.safetensors', '--work-dir', tmp_path / 'work'
     )
-    assert status == 2 and 'plan.safetensors is there already' in err, 'a plan that a run may have left stays'
+    assert status == 2 and 'plan.safetensors already exists' in err, 'a plan that a run may have left stays'
 
 
 @pytest.mark.parametrize(
@@ -458,7 +458,7 @@ def test_other_mistakes(detector_config):
     normed.head.layers = torch.nn.Sequential(torch.nn.BatchNorm1d(16), normed.head.layers)
     normed.head.forward = lambda feats: normed.head.layers(feats[-1])
     normed.head.loss = lambda feats, samples: dict(loss=normed.head(feats).square().sum())
-    with pytest.raises(ConfigError, match='Measure per-batch squares'):
+    with pytest.raises(ConfigError, match='per_sample=False'):
         compute_sensitivity(normed, class_batches(), 1, per_sample=True, progress=False)
 
 

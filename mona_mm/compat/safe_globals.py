@@ -37,10 +37,8 @@ def _are(values: Any, *types: type) -> bool:
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: a dtype of plain numbers, without fields, shape, objects or metadata.
-
-    It is pickled as numpy's own.
-    """
+    """Stands for ``numpy.dtype``: a dtype of plain numbers, without fields, shape, objects or metadata. It is pickled
+    as numpy's own."""
 
     __slots__ = ('_kind', '_order')
     __hash__ = None
@@ -98,7 +96,7 @@ class _Array(np.ndarray):
 
     @property
     def is_filled(self) -> bool:
-        """Whether the array has its values; before that its dtype is bytes, which torch does not take for a tensor."""
+        """Whether the array has its values. Before that its dtype is bytes, which torch refuses for a tensor."""
         return self.dtype.kind != 'S'
 
     def plain(self) -> np.ndarray:
