@@ -141,7 +141,7 @@ def checkpoints() -> dict[str, dict[str, torch.Tensor]]:
 UNKNOWN = {
     'swin': ['layers.0.blocks.0.prompt', 'layers.0.blocks.1.my_module_1.extra.weight', 'tokens'],
     'colin': ['stages.0.blocks.0.colin1.project1.param_dict.A', 'stages.0.blocks.0.lorand1.project1.param_dict.A'],
-    'vit': ['register_tokens', 'blocks.0.attn.q_bias', 'blocks.0.adapter.down.weight'],
+    'vit': ['prompt_tokens', 'blocks.0.attn.q_bias', 'blocks.0.adapter.down.weight'],
     'convnext': ['stages.0.0.adapter.weight', 'scale'],
     'pvt': ['block1.0.adapter.weight', 'prompt'],
     'mm': ['stages.0.blocks.0.my_adapter.weight', 'prompts', 'stages.0.blocks.0.attn.lora_A'],
