@@ -70,7 +70,7 @@ def test_a_rule_that_reaches_no_output_is_refused(rule):
 def test_stock_modules():
     """Of a ResNet, alone or in a model, as of a supported host."""
     resnet = dict(type='mmdet.ResNet', depth=18, out_indices=(0, 1))
-    with pytest.raises(ConfigError, match=r"trainable='layer3' lets train lies behind the last output of ResNet"):
+    with pytest.raises(ConfigError, match=r"trainable='layer3'.*ResNet.*layer3\.0"):
         mona_mm.FrozenModel(base=dict(resnet), trainable='layer3')
     model = nn.ModuleDict(dict(backbone=MODELS.build(dict(resnet)), head=nn.Linear(2, 2)))
     freeze(model, ['backbone', 'head'])
@@ -83,5 +83,5 @@ def test_a_method_all_of_which_is_behind(tmp_path):
     """A plan of SPT for the last stage only, where the outputs end before it."""
     peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), plan={'stages.3.blocks.0': ['q']})
     mona_mm.PeftBackbone(base=dict(HOSTS['mmdet-swin']), peft=peft)
-    with pytest.raises(ConfigError, match='What the method lets train lies behind the last output'):
+    with pytest.raises(ConfigError, match=r'SwinTransformer.*out_indices.*stages\.3'):
         mona_mm.PeftBackbone(base=dict(EARLY['mmdet-swin']), peft=peft)

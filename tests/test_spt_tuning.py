@@ -304,7 +304,7 @@ def test_a_damaged_delta_is_refused():
         ([[1]], 'weight', 'at least one whole number'),
         ([-1, 0], 'weight', 'from -1 to 0'),
         ([30], 'weight', r'from 30 to 30 .* shape \(5, 6\)'),
-        ([2, 2], 'weight', 'twice'),
+        ([2, 2], 'weight', 'ascending'),
         ([0], 'gamma', "no parameter 'gamma'.*weight, bias"),
     ],
 )
