@@ -566,28 +566,28 @@ def test_classes_that_do_not_fit_the_annotations(tiny_data, tmp_path):
 
     check('retinanet_swin_l_voc')  # 18 of the 20 classes do not occur
     check('retinanet_swin_l_voc', classes=['dog'])
-    with pytest.raises(ConfigError, match=r'no object there is cars, and car would be dropped.*classes="\[car,dog\]"'):
+    with pytest.raises(ConfigError, match=r'cars.*\bcar\b.*classes="\[car,dog\]"'):
         check('retinanet_swin_l_voc', classes=['dog', 'cars'])
 
     check('upernet_swin_l_ade20k', classes=['wall', 'building'])
-    with pytest.raises(ConfigError, match='ADE20KDataset has no class lane.*BaseSegDataset'):
+    with pytest.raises(ConfigError, match='ADE20KDataset.*lane.*BaseSegDataset'):
         check('upernet_swin_l_ade20k', classes=['wall', 'lane'])
     own = dict(train_dataloader__dataset__type='BaseSegDataset', train_dataloader__dataset__img_suffix='.jpg')
     own['train_dataloader__dataset__reduce_zero_label'] = True
     names = [f'class {i}' for i in range(150)]
     check('upernet_swin_l_ade20k', classes=names, **own)
-    with pytest.raises(ConfigError, match='class number 150.*149 classes.*reduce_zero_label'):
+    with pytest.raises(ConfigError, match='150.*149.*reduce_zero_label'):
         check('upernet_swin_l_ade20k', classes=names[:149], **own)
     coloured = tmp_path / 'ade'
     shutil.copytree(tiny_data['upernet_swin_l_ade20k'], coloured)
     mmcv.imwrite(np.zeros((64, 96, 3), np.uint8), str(coloured / 'annotations/training/0.png'))
-    with pytest.raises(ConfigError, match='0.png is a colour picture'):
+    with pytest.raises(ConfigError, match='0.png'):
         check('upernet_swin_l_ade20k', coloured)
 
     lists = tmp_path / 'voc2007'
     shutil.copytree(tiny_data['swin_l_voc2007'], lists)
     (lists / 'ImageSets/Main/trainval_one_label.txt').write_text('000000.jpg 19\n000001.jpg 20\n')
-    with pytest.raises(ConfigError, match=r"line 2: '000001.jpg 20' must be a path and a label from 0 to 19"):
+    with pytest.raises(ConfigError, match=r"line 2: '000001.jpg 20'.* 19"):
         check('swin_l_voc2007', lists)
 
 
