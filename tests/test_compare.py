@@ -224,7 +224,8 @@ def test_ends_in_time_whatever_a_cell_does(material):
     made.table = made.composer.table = dataclasses.replace(made.table, seconds=0.1)
     (material / 'work/seconds').write_text('600')  # as long as this test would last otherwise
     assert made.run(minutes=0.1) == 16
-    assert len(set(started(material))) == 1 and not list((material / 'work-out').glob('*'))
+    assert len(set(started(material))) <= 1  # its process may have been ended before it began
+    assert not list((material / 'work-out').glob('*'))
 
 
 def test_jobs_run_at_once(material):
