@@ -155,7 +155,7 @@ def test_tied_and_untied(tmp_path):
     """What was one tensor fits a model where it is two; what was two different ones fits none where it is one."""
     tied, untied = SharingModel(), SharingModel(tied=False)
     save_delta(untied, tmp_path / FILE, parts=['first', 'second', 'embedding', 'head'])
-    with pytest.raises(CheckpointMismatchError, match='second.0.weight and first.0.weight are one tensor here'):
+    with pytest.raises(CheckpointMismatchError, match='second.0.weight and first.0.weight'):
         load_delta(tied, tmp_path / FILE)
     save_delta(tied, tmp_path / FILE, parts=['second', 'embedding', 'head'])
     load_delta(untied, tmp_path / FILE)
