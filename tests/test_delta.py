@@ -199,7 +199,7 @@ def test_another_base_is_refused(base_file, tmp_path, caplog):
         else:
             weight.copy_(weight.flip(0))
         other = weight.clone()
-        with pytest.raises(CheckpointMismatchError, match=rf'(?s)1 of \d+ tensors differ, {name} .*--allow-other-base'):
+        with pytest.raises(CheckpointMismatchError, match=rf'(?s)1 of \d+ .*{name}.*--allow-other-base'):
             load_delta(model, file)
         assert torch.equal(model.state_dict()[name], other)
     load_delta(model, file, allow_other_base=True)
@@ -506,7 +506,7 @@ def test_the_places_of_single_weights(base_file, tmp_path):
         load_delta(model, tmp_path / 'a.delta.safetensors')
         expected = source.backbone.state_dict()
         assert all(torch.equal(t, expected[name]) for name, t in model.backbone.state_dict().items())
-        with pytest.raises(CheckpointMismatchError, match=r'1 of \d+ tensors differ, \S+indices'):
+        with pytest.raises(CheckpointMismatchError, match=r'1 of \d+ .*indices'):
             load_delta(build(base_file, methods[1]), tmp_path / 'a.delta.safetensors')
 
 
@@ -525,7 +525,7 @@ def test_parts_and_half(half, base_file, tmp_path):
         )
         assert tensor.dtype == (torch.float16 if rounded else state[name].dtype)
         assert torch.equal(tensor, state[name].half() if rounded else state[name])
-    with pytest.raises(ConfigError, match=r"parts=\['neck'\]: the parts .* are head, method"):
+    with pytest.raises(ConfigError, match=r"parts=\['neck'\].*head, method"):
         save_delta(model, tmp_path / 'n.delta.safetensors', parts=['neck'])
     with pytest.raises(ConfigError, match='must end in .delta.safetensors'):
         save_delta(model, tmp_path / 'n.pth')

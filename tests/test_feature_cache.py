@@ -62,7 +62,7 @@ def blocks_run(model: nn.Module) -> list[str]:
 
 
 def found(model: nn.Module) -> tuple[int, int]:
-    return record_of(model).feature_cache.found, record_of(model).feature_cache.asked
+    return record_of(model).feature_cache.found, record_of(model).feature_cache.requested
 
 
 def test_bit_for_bit_in_batches_of_one(pair):
@@ -167,7 +167,7 @@ def test_kept_while_the_weights_are_the_same():
         lambda: [nn.init.normal_(p, std=0.1) for p in kept.parameters() if p.requires_grad],
     ):
         change()
-        record_of(kept).feature_cache.found = record_of(kept).feature_cache.asked = 0
+        record_of(kept).feature_cache.found = record_of(kept).feature_cache.requested = 0
         step(kept, x)
         assert found(kept) == (2, 2)
 

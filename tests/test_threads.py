@@ -156,7 +156,7 @@ def test_a_feature_cache_shared_by_threads(host, rule):
         for i, outputs in found:
             assert_close(outputs, expected[i])
     assert len(record_of(model).feature_cache.features) == 4
-    assert record_of(model).feature_cache.asked == 48
+    assert record_of(model).feature_cache.requested == 48
 
 
 def test_answers_are_wholly_of_one_delta(tmp_path):

@@ -78,7 +78,7 @@ class Row:
 
 def published_gradient(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """``grad[:, rows].T @ x[:, columns]``, ``(K, K)``, and its diagonal: ``O(K^2 N)``."""
-    rows, columns = sparse._places(indices, x.shape[1])
+    rows, columns = sparse.rows_and_columns(indices, x.shape[1])
     return (grad[:, rows].t() @ x[:, columns]).diagonal().clone()
 
 
@@ -145,7 +145,7 @@ class _SlicedPublished:
         """The seconds that the whole gradient would take, were there the memory."""
         wait(self.device)
         start = clock()
-        rows, columns = sparse._places(self.case.places, self.case.x.shape[1])
+        rows, columns = sparse.rows_and_columns(self.case.places, self.case.x.shape[1])
         grad, x = self.case.grad[:, rows].t(), self.case.x.detach()[:, columns]
         wait(self.device)
         gathered = clock()

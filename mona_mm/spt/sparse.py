@@ -301,7 +301,7 @@ def grad_by_dense_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 def grad_by_gather(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Compute ``(grad[:, rows] * x[:, columns]).sum(0)`` in pieces of bounded memory, in ``O(K N)``."""
-    rows, columns = _rows_and_columns(indices, x.shape[1])
+    rows, columns = rows_and_columns(indices, x.shape[1])
     grad, x = grad.t().contiguous(), x.t().contiguous()  # so that the N factors of a weight are adjacent
     size = max(1, _ELEMENTS // max(1, grad.shape[1]))
     parts = [
@@ -313,7 +313,7 @@ def grad_by_gather(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Compute the sums by torch's sampled matrix product, without copies of ``K x N`` numbers, in ``O(K N)``."""
-    rows, columns = _rows_and_columns(indices, x.shape[1])
+    rows, columns = rows_and_columns(indices, x.shape[1])
     starts = torch.searchsorted(rows, torch.arange(grad.shape[1] + 1, device=rows.device))
     grad, x = _single(grad), _single(x)
     total = torch.sparse_csr_tensor(
@@ -324,7 +324,8 @@ def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return total.values()
 
 
-def _rows_and_columns(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def rows_and_columns(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The row and the column of each flat index into a matrix with ``width`` columns, both ``(K,)``, int64."""
     indices = indices.long()
     rows = torch.div(indices, width, rounding_mode='floor')
     return rows, indices - rows * width
