@@ -282,9 +282,9 @@ def test_every_task_is_one_option(data):
 
 def test_tasks_that_are_none():
     """An unknown task is refused with the known ones; so is any in a config for one task."""
-    with pytest.raises(ConfigError, match=r'task=clevr: .*no such task.*cifar, caltech101, .*smallnorb_ele\.'):
+    with pytest.raises(ConfigError, match=r'task=clevr: .*cifar, caltech101, .*smallnorb_ele\.'):
         load_config(file('full_vit_b_vtab'), dict(task='clevr'))
-    with pytest.raises(ConfigError, match='task=cars: .*full_swin_l_flowers102.py is for one task'):
+    with pytest.raises(ConfigError, match='task=cars: .*full_swin_l_flowers102.py'):
         load_config(str(ROOT / 'configs/full/full_swin_l_flowers102.py'), dict(task='cars'))
 
 
