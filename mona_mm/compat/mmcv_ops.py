@@ -1,12 +1,12 @@
-"""The stand-in for mmcv's compiled module. :mod:`mona_mm.compat.mmcv_ext` imports it as ``mmcv._ext``.
+"""A replacement for mmcv's compiled module, which :mod:`mona_mm.compat.mmcv_ext` imports as ``mmcv._ext``.
 
-Each function has the name, the arguments and the in-place results that the Python of ``mmcv.ops`` expects of
-the compiled operator (mmcv 2.1.0, ``mmcv/ops/csrc/pytorch/pybind.cpp``). Provided are the operators that the
-shipped configs of mmdet, mmseg and mmpretrain reach, on the CPU and on CUDA. Any other name gives a function
-that raises when it is called.
+Each function has the name, the arguments and the in-place results that the Python code of ``mmcv.ops`` expects from
+the compiled operator (mmcv 2.1.0, ``mmcv/ops/csrc/pytorch/pybind.cpp``). The module provides the operators that the
+shipped configs of mmdet, mmseg and mmpretrain use, on the CPU and on CUDA. Any other name gives a function that raises
+an error when it is called.
 
-Half and bfloat16 inputs are computed in float32, and the result is rounded once, into the dtype of the output
-that mmcv allocated. (The compiled operators compute in half throughout and refuse bfloat16.)
+For half and bfloat16 inputs, the computation is in float32, and the result is rounded once, to the dtype of the output
+that mmcv allocated. (The compiled operators compute entirely in half and do not accept bfloat16.)
 """
 
 import functools
@@ -25,15 +25,15 @@ _INSTALL = (
     'your torch) or `pip install --no-build-isolation mmcv==2.1.0` (compiles them in about 10 minutes; needs '
     'a C++ compiler and, for CUDA, nvcc).'
 )
-_AHEAD = 64  # boxes whose factors soft-NMS makes at once
+_AHEAD = 64  # the number of boxes whose factors soft-NMS computes at once
 
 
 def __getattr__(name: str):
-    """Any operator without a stand-in, as a function that raises NotImplementedError and names it.
+    """Make a function that raises NotImplementedError and names the operator, for any operator not provided here.
 
-    Importing ``mmcv.ops`` asserts that each of its operators exists, so one may raise only when called.
+    Importing ``mmcv.ops`` asserts that each of its operators exists, so the error may be raised only by the call.
     """
-    if name.startswith('_'):  # __path__ and the like, which Python and its tools probe for: never an operator
+    if name.startswith('_'):  # never an operator: Python and its tools look for names such as __path__
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
     def missing_operator(*args, **kwargs):
@@ -43,24 +43,27 @@ def __getattr__(name: str):
 
 
 def get_compiler_version() -> str:
-    """For the environment report that the mm libraries log."""
+    """The compiler, as shown in the environment report that the OpenMMLab libraries log."""
     return 'none (operators from mona_mm, on torchvision)'
 
 
 def get_compiling_cuda_version() -> str:
-    """For the environment report that the mm libraries log."""
+    """The CUDA version, as shown in the environment report that the OpenMMLab libraries log."""
     return 'not available'
 
 
 def _torchvision_ops():
-    """torchvision's operators, imported with the first call because the import alone takes about a second."""
+    """The operators of torchvision, imported by the first call since the import alone takes about a second."""
     import torchvision  # noqa: F401  registers torch.ops.torchvision
 
     return torch.ops.torchvision
 
 
 def _in_float32(*tensors: Tensor) -> list[Tensor]:
-    """``tensors`` in their common dtype, at least float32: torchvision refuses a mixture, and half on CPU."""
+    """Convert ``tensors`` to their common dtype, at least float32.
+
+    torchvision does not accept tensors of different dtypes, nor half on the CPU.
+    """
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
 
@@ -68,9 +71,9 @@ def _in_float32(*tensors: Tensor) -> list[Tensor]:
 def _add_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor, totals: Sequence[Tensor]
 ) -> None:
-    """Add the gradients of ``function(*inputs)`` to ``totals``, by running it again under autograd."""
+    """Add the gradients of ``function(*inputs)`` to ``totals`` by running the function again under autograd."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-    with torch.enable_grad():  # autograd calls the backward of a custom function without it
+    with torch.enable_grad():  # needed since autograd disables gradients in the backward of a custom function
         output = function(*inputs)
     gradients = torch.autograd.grad(output, inputs, grad_output.to(output), materialize_grads=True)
     for total, gradient in zip(totals, gradients, strict=True):
@@ -81,22 +84,22 @@ def _add_gradients(
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Greedy non-maximum suppression.
+    """Perform greedy non-maximum suppression.
 
-    The IoU and the threshold are compared in the dtype of the boxes, as in mmcv: a threshold of 0.3 is the
-    float32 next to 0.3, and so is the IoU of two boxes whose areas give 3 / 10, which are both kept.
+    The IoU and the threshold are compared in the dtype of the boxes, as in mmcv: a threshold of 0.3 is the float32
+    value closest to 0.3, and so is the IoU of two boxes whose areas give 3 / 10, so both are kept.
 
     Args:
-        boxes: ``(N, 4)`` as x1, y1, x2, y2.
-        scores: ``(N,)``.
-        iou_threshold: a box goes when its IoU with a kept box of higher score is above this.
+        boxes: the boxes ``(N, 4)`` as x1, y1, x2, y2.
+        scores: the scores ``(N,)``.
+        iou_threshold: the IoU with a kept box of higher score above which a box is removed.
         offset: 1 if x2 and y2 are the last pixel inside the box (its width is ``x2 - x1 + 1``), else 0.
 
     Returns:
-        The indices of the kept boxes ``(K,)``, by falling score; equal scores keep the order of the input.
+        The indices of the kept boxes ``(K,)`` in descending order of score; equal scores keep the order of the input.
     """
     boxes, scores = _in_float32(boxes, scores)
-    if offset:  # torchvision has none, and moving the far edge first would round differently
+    if offset:  # torchvision has no offset, and moving the far edges beforehand would round differently
         groups = _greedy_groups(boxes, scores, offset, lambda iou: iou > iou_threshold)
         return torch.tensor([group[0] for group in groups], dtype=torch.int64, device=boxes.device)
     threshold = boxes.new_tensor(iou_threshold).item()  # torchvision would compare in float64
@@ -104,16 +107,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Greedy non-maximum suppression that tells which boxes each kept box has suppressed.
+    """Perform greedy non-maximum suppression, and list the boxes that each kept box has suppressed.
 
     Args:
-        dets: ``(N, 5)`` on the CPU, as x1, y1, x2, y2, score.
-        iou_threshold: a box goes when its IoU with a kept box of higher score is this or above
-            (:func:`nms` would still keep a box of exactly this IoU; so does mmcv).
+        dets: the boxes and scores ``(N, 5)`` on the CPU, as x1, y1, x2, y2, score.
+        iou_threshold: the IoU with a kept box of higher score at or above which a box is removed. (At exactly this
+            IoU, :func:`nms` keeps the box; mmcv has the same difference.)
 
     Returns:
-        For each kept box, by falling score, its index and then those of the boxes it suppressed, by falling
-        score.
+        A list for each kept box, in descending order of score. It holds the index of the box and then those of the
+        boxes that it suppressed, in descending order of score.
     """
     (dets,) = _in_float32(dets)
     return _greedy_groups(dets[:, :4], dets[:, 4], 0, lambda iou: iou >= iou_threshold)
@@ -122,15 +125,16 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
 def _greedy_groups(
     boxes: Tensor, scores: Tensor, offset: int, suppresses: Callable[[np.ndarray], np.ndarray]
 ) -> list[list[int]]:
-    """The groups of :func:`nms_match`, where ``suppresses`` tells for each IoU whether the lesser box goes."""
-    left = scores.argsort(descending=True, stable=True).cpu().numpy()
+    """The groups of :func:`nms_match`; ``suppresses`` returns for each IoU whether the lower-scoring box goes."""
+    remaining = scores.argsort(descending=True, stable=True).cpu().numpy()
     corners, areas = _corners_and_areas(boxes, offset)
     groups = []
-    while len(left):
-        best, left = left[0], left[1:]
-        gone = suppresses(_iou(corners[:, best, None], areas[best], corners[:, left], areas[left], offset))
-        groups.append([int(best), *left[gone].tolist()])
-        left = left[~gone]
+    while len(remaining):
+        best, remaining = remaining[0], remaining[1:]
+        iou = _iou(corners[:, best, None], areas[best], corners[:, remaining], areas[remaining], offset)
+        suppressed = suppresses(iou)
+        groups.append([int(best), *remaining[suppressed].tolist()])
+        remaining = remaining[~suppressed]
     return groups
 
 
@@ -144,35 +148,35 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft-NMS (arXiv:1704.03503): overlap with a better box lowers a score instead of removing the box.
+    """Perform soft-NMS (arXiv:1704.03503), where overlap with a better box lowers a box's score instead of removing it.
 
-    The boxes stand in mmcv's order at every step, which decides between equal scores: the best one changes
-    places with the first one left, and the last one takes the place of a box that goes. Where both of two boxes
-    are empty, mmcv's IoU is not a number, nor are the scores that the Gaussian makes of it. Here it is zero.
+    At every step the boxes are in the same order as in mmcv, which decides between equal scores: the best box is
+    swapped with the first remaining one, and the last box takes the place of a removed one. If two boxes are both
+    empty, mmcv's IoU is NaN, and so are the scores that the Gaussian computes from it; here the IoU is zero.
 
     Args:
-        boxes: ``(N, 4)`` on the CPU, as are all tensors here, as x1, y1, x2, y2.
-        scores: ``(N,)``.
-        dets: ``(N, 5)``, receives the kept boxes and their lowered scores in its first K rows.
-        iou_threshold: for methods 0 and 1, the IoU from which a score is lowered.
-        sigma: for method 2, the width of the Gaussian.
-        min_score: a box goes when its score falls below this.
+        boxes: the boxes ``(N, 4)`` as x1, y1, x2, y2. All tensors are on the CPU.
+        scores: the scores ``(N,)``.
+        dets: the output ``(N, 5)``, whose first K rows receive the kept boxes and their lowered scores.
+        iou_threshold: the IoU at or above which methods 0 and 1 lower a score.
+        sigma: the width of the Gaussian of method 2.
+        min_score: the score below which a box is removed.
         method: 0 sets the score to zero, 1 multiplies it by ``1 - IoU``, 2 by ``exp(-IoU**2 / sigma)``.
-        offset: see :func:`nms`.
+        offset: the same as in :func:`nms`.
 
     Returns:
-        The indices of the kept boxes ``(K,)``, by falling lowered score.
+        The indices of the kept boxes ``(K,)`` in descending order of their lowered scores.
     """
     boxes, lowered = _in_float32(boxes, scores.clone())
-    lowered, indices = lowered.numpy(), np.arange(len(boxes))  # in the present order, which changes
-    corners, areas = _corners_and_areas(boxes, offset)  # in the order of the input, as are the rows of factors
+    lowered, indices = lowered.numpy(), np.arange(len(boxes))  # in the current order, which changes at every step
+    corners, areas = _corners_and_areas(boxes, offset)  # in the order of the input, like the factors
 
     def factors(rows: np.ndarray) -> np.ndarray:
         iou = _iou(corners[:, rows, None], areas[rows, None], corners[:, None], areas, offset)
         if method == 2:
             np.multiply(iou, -iou, out=iou)
             iou /= sigma
-            # By way of float64, as numpy's float32 rounds less well than C's, and equal scores may hang on it.
+            # Computed in float64, since numpy's float32 exp is less accurate than C's and ties may depend on it.
             return np.exp(iou, dtype=np.float64).astype(iou.dtype)
         return np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1).astype(iou.dtype)
 
@@ -183,19 +187,19 @@ def softnms(
         indices[step], indices[best] = indices[best], indices[step]
 
         index = int(indices[step])
-        if index not in ready:  # made for the best of those left, as they are likely to follow soon
+        if index not in ready:  # computed for the best remaining boxes as well, whose turn is likely to come soon
             next_best = indices[step + (-lowered[step:count]).argsort(kind='stable')[:_AHEAD]]
             ready = dict(zip(next_best.tolist(), factors(next_best), strict=True))
-        rest, others = lowered[step + 1 : count], indices[step + 1 : count]
-        rest *= ready[index][others]
+        other_scores, others = lowered[step + 1 : count], indices[step + 1 : count]
+        other_scores *= ready[index][others]
 
-        if len(rest) and rest.min() < min_score:
-            goes = rest < min_score
-            stays = np.flatnonzero(~goes)
-            holes = np.flatnonzero(goes[: len(stays)])
-            last = stays[len(stays) - len(holes) :][::-1]
-            rest[holes], others[holes] = rest[last], others[last]
-            count = step + 1 + len(stays)
+        if len(other_scores) and other_scores.min() < min_score:
+            is_removed = other_scores < min_score
+            remaining = np.flatnonzero(~is_removed)
+            holes = np.flatnonzero(is_removed[: len(remaining)])
+            last = remaining[len(remaining) - len(holes) :][::-1]
+            other_scores[holes], others[holes] = other_scores[last], others[last]
+            count = step + 1 + len(remaining)
         step += 1
     kept = torch.from_numpy(indices[:count])
     dets[:count, :4] = boxes[kept]
@@ -204,7 +208,7 @@ def softnms(
 
 
 def _corners_and_areas(boxes: Tensor, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of boxes ``(N, 4)``: their corners ``(4, N)`` as -x1, -y1, x2, y2, and their areas ``(N,)``."""
+    """The corners ``(4, N)`` of boxes ``(N, 4)``, as -x1, -y1, x2, y2, and their areas ``(N,)``."""
     corners = boxes.T.cpu().numpy() * np.array([[-1], [-1], [1], [1]], dtype=np.float32)
     width, height = corners[2:] + corners[:2] + offset
     return corners, width * height
@@ -213,12 +217,12 @@ def _corners_and_areas(boxes: Tensor, offset: int) -> tuple[np.ndarray, np.ndarr
 def _iou(
     corners: np.ndarray, areas: np.ndarray, others: np.ndarray, other_areas: np.ndarray, offset: int
 ) -> np.ndarray:
-    """IoU of boxes, by their corners ``(4, ...)`` and areas, with others, broadcast; zero where both are empty.
+    """The IoU of boxes with other boxes, given by corners ``(4, ...)`` and areas, which are broadcast.
 
-    The operations are in mmcv's order, so that the results are rounded alike.
+    It is zero if both boxes are empty. The order of the operations is mmcv's, so that the results are rounded alike.
     """
     width, height = (np.minimum(corners[axis + 2], others[axis + 2]) for axis in range(2))
-    for axis, side in enumerate((width, height)):  # in place, as new memory costs more than the arithmetic
+    for axis, side in enumerate((width, height)):  # in place, since allocating memory costs more than the arithmetic
         side += np.minimum(corners[axis], others[axis])
         if offset:
             side += offset
@@ -246,18 +250,20 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign (arXiv:1703.06870), into ``output``.
+    """Perform RoIAlign (arXiv:1703.06870) and write the result to ``output``.
 
     Args:
-        input: ``(B, C, H, W)``.
-        rois: ``(K, 5)`` as batch index, x1, y1, x2, y2, in the coordinates of the image.
-        output: ``(K, C, aligned_height, aligned_width)``.
-        argmax_y: for the maximum, receives where it was found, in the shape of ``output``; else empty, as is
-            ``argmax_x``. Both are -1 where nothing was found.
-        spatial_scale: from the coordinates of the image to those of ``input``.
-        sampling_ratio: samples along each side of an output cell; 0 chooses it by the size of the RoI.
+        input: the feature map ``(B, C, H, W)``.
+        rois: the RoIs ``(K, 5)`` as batch index, x1, y1, x2, y2, in image coordinates.
+        output: the output ``(K, C, aligned_height, aligned_width)``.
+        argmax_y: a tensor in the shape of ``output`` that receives the y coordinates of the maxima if ``pool_mode`` is
+            0, else an empty tensor. A cell without a maximum gets -1.
+        argmax_x: the same for the x coordinates.
+        spatial_scale: the factor from image coordinates to those of ``input``.
+        sampling_ratio: the number of samples along each side of an output cell; 0 derives it from the size of the RoI.
         pool_mode: 0 for the maximum of a cell's samples, 1 for their average.
-        aligned: shifts by half a pixel, so that a sample at a pixel's centre is that pixel.
+        aligned: whether coordinates are shifted by half a pixel, so that a sample at the centre of a pixel has the
+            value of that pixel.
     """
     if pool_mode == 0:
         _roi_align_max(
@@ -289,10 +295,10 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """The gradient of :func:`roi_align_forward` by its input, added to ``grad_input`` ``(B, C, H, W)``.
+    """Add the gradient of :func:`roi_align_forward` with respect to its input to ``grad_input`` ``(B, C, H, W)``.
 
-    On CUDA it sums with atomic additions, as mmcv's does; unlike mmcv's it then raises the RuntimeError of
-    ``torch.use_deterministic_algorithms(True)``.
+    On CUDA, the sum uses atomic additions, as in mmcv. Unlike mmcv's operator, this one then raises the RuntimeError
+    of ``torch.use_deterministic_algorithms(True)``.
     """
     grad_output, rois, argmax_y, argmax_x = _in_float32(grad_output, rois, argmax_y, argmax_x)
     if pool_mode == 0:
@@ -326,16 +332,16 @@ def _roi_align_max(
     sampling_ratio: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign by the maximum, and the y and x where it is, into the three ``results`` ``(K, C, *pooled_size)``.
+    """Write the maxima of RoIAlign and their y and x coordinates to the three ``results`` ``(K, C, *pooled_size)``.
 
-    mmcv starts from -10000 on the CPU and from the lowest float32 on CUDA, and that is the result of a cell
-    without a sample above it.
+    mmcv starts from -10000 on the CPU and from the lowest float32 value on CUDA, which is therefore the result of a
+    cell without a larger sample.
     """
     input, rois = _in_float32(input, rois)
     height, width = input.shape[2:]
     lowest = torch.finfo(torch.float32).min if input.is_cuda else -10000.0
     pixels = input.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H * W, C)
-    # One RoI at a time, as every sample of every RoI is held for all channels.
+    # One RoI at a time, since the samples of an RoI are all held in memory for all channels.
     for roi, output, *arguments in zip(rois[:, None], *results, strict=True):
         cells, _, *points = _roi_samples(roi, pooled_size, spatial_scale, sampling_ratio, aligned)
         positions, weights = _bilinear_taps(*points, height, width)
@@ -363,16 +369,19 @@ def deform_roi_pool_forward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """Deformable RoI pooling (arXiv:1703.06211), into ``output``: RoIAlign with each cell shifted.
+    """Perform deformable RoI pooling (arXiv:1703.06211) and write the result to ``output``.
+
+    It is RoIAlign with shifted cells.
 
     Args:
-        input: ``(B, C, H, W)``.
-        rois: ``(K, 5)``, as those of :func:`roi_align_forward` with ``aligned``.
-        offset: ``(K, 2, pooled_height, pooled_width)``, x before y, in sizes of the RoI; or empty.
-        output: ``(K, C, pooled_height, pooled_width)``.
-        spatial_scale: from the coordinates of the image to those of ``input``.
-        sampling_ratio: samples along each side of an output cell; 0 chooses it by the size of the RoI.
-        gamma: by which every offset is multiplied.
+        input: the feature map ``(B, C, H, W)``.
+        rois: the RoIs ``(K, 5)``, in the format of :func:`roi_align_forward` with ``aligned``.
+        offset: the shifts ``(K, 2, pooled_height, pooled_width)``, x before y, in units of the size of the RoI; or an
+            empty tensor.
+        output: the output ``(K, C, pooled_height, pooled_width)``.
+        spatial_scale: the factor from image coordinates to those of ``input``.
+        sampling_ratio: the number of samples along each side of an output cell; 0 derives it from the size of the RoI.
+        gamma: the factor by which every offset is multiplied.
     """
     pooled_size = (pooled_height, pooled_width)
     input, rois, offset = _in_float32(input, rois, offset)
@@ -394,11 +403,12 @@ def deform_roi_pool_backward(
     sampling_ratio: int,
     gamma: float,
 ) -> None:
-    """The gradients of :func:`deform_roi_pool_forward`, added to ``grad_input`` and ``grad_offset``.
+    """Add the gradients of :func:`deform_roi_pool_forward` to ``grad_input`` and ``grad_offset``.
 
-    The gradient by the offset is mmcv's. It is the derivative where a sample lies between pixels' centres.
-    Beyond the outermost ones, where the value is that of the border, mmcv continues the slopes from inside the
-    map at the near borders, and has zero for both coordinates at the far ones.
+    The gradient with respect to the offset is the same as mmcv's. It is the derivative if a sample lies between the
+    centres of pixels. Beyond the outermost centres, where the value is that of the border, mmcv continues the slopes
+    from inside the map at the top and left borders, and sets both coordinates' gradients to zero at the bottom and
+    right ones.
     """
     pooled_size = (pooled_height, pooled_width)
     grad_output, input, rois, offset = _in_float32(grad_output, input, rois, offset)
@@ -433,7 +443,7 @@ def _deform_roi_bags(
     sampling_ratio: int,
     gamma: float,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
-    """The samples of deformable RoI pooling: to which cell and image each belongs, for :func:`_pool`, and y and x."""
+    """The cells and images of the samples of deformable RoI pooling, as :func:`_pool` takes them, and their y and x."""
     cells, counts, *points = _roi_samples(rois, pooled_size, spatial_scale, sampling_ratio, aligned=True)
     roi_of_sample = cells // (pooled_size[0] * pooled_size[1])
     if offset.numel():
@@ -445,7 +455,7 @@ def _deform_roi_bags(
 
 
 def _pool(input: Tensor, bags: tuple[Tensor, Tensor, Tensor], positions: Tensor, weights: Tensor) -> Tensor:
-    """The average ``(cells, C)`` of each cell's samples, which are sums of weighted pixels of ``input``."""
+    """The average ``(cells, C)`` of each cell's samples, each of which is a weighted sum of pixels of ``input``."""
     counts, cells, images = bags
     weights = weights / counts[cells, None]
     return F.embedding_bag(
@@ -460,11 +470,11 @@ def _pool(input: Tensor, bags: tuple[Tensor, Tensor, Tensor], positions: Tensor,
 def _roi_samples(
     rois: Tensor, pooled_size: tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where RoIAlign samples.
+    """Compute the points at which RoIAlign samples.
 
     Returns:
-        For each of S samples, in the order of the kernel's loops, the index of its cell among the
-        ``K * pooled_height * pooled_width`` cells; for each cell, how many it has; for each sample, y and x.
+        The index of each of the S samples' cell among the ``K * pooled_height * pooled_width`` cells, in the order of
+        the kernel's loops; the number of samples in each cell; and the y and the x of each sample.
     """
     corners = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
     start, size = corners[:, [1, 0]], corners[:, [3, 2]] - corners[:, [1, 0]]  # y before x
@@ -490,8 +500,8 @@ def _roi_samples(
 def _bilinear_taps(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The four pixels around points ``(S,)``, as indices into ``height * width``, and their weights, ``(S, 4)`` each.
 
-    The order is top left, top right, bottom left, bottom right. Up to a pixel outside the map counts as its
-    border, and a point further outside has no weights: the convention of RoIAlign.
+    The order is top left, top right, bottom left, bottom right. By the convention of RoIAlign, a point up to one pixel
+    outside the map counts as a point on its border, and a point further outside has zero weights.
     """
     (top, bottom, below), (left, right, beside) = _neighbours(y, height), _neighbours(x, width)
     positions = torch.stack((top * width + left, top * width + right, bottom * width + left, bottom * width + right), 1)
@@ -503,7 +513,7 @@ def _bilinear_taps(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tenso
 
 
 def _neighbours(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels before and after a coordinate, which is first moved into the map, and its distance from the former."""
+    """The pixels before and after a coordinate, which is first clamped to the map, and its distance from the former."""
     coordinate = coordinate.nan_to_num().clamp(0, size - 1)
     before = coordinate.long()
     return before, (before + 1).clamp(max=size - 1), coordinate - before
@@ -515,19 +525,19 @@ def _neighbours(coordinate: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss (arXiv:1708.02002), per element, into ``output``.
+    """Compute the focal loss (arXiv:1708.02002) of each element and write it to ``output``.
 
-    ``-a * (1 - p)**gamma * log(p)``, where ``p`` is the probability of the element's label (this class is, or
-    is not, the target) and ``a`` is ``alpha`` for the target and ``1 - alpha`` for the other classes.
+    The loss is ``-a * (1 - p)**gamma * log(p)``, where ``p`` is the probability of the element's label (this class is,
+    or is not, the target) and ``a`` is ``alpha`` for the target and ``1 - alpha`` for the other classes.
 
     Args:
-        input: logits ``(N, C)``.
-        target: class indices ``(N,)``, int64; anything but ``0 .. C - 1`` is background.
-        weight: empty, or ``(C,)``, by which the loss of a row is multiplied according to its target. Rows of
-            background keep their loss (for them mmcv reads past the end of ``weight``).
-        output: ``(N, C)``.
-        gamma: how fast the loss of well classified elements falls.
-        alpha: the share of the target against the other classes.
+        input: the logits ``(N, C)``.
+        target: the class indices ``(N,)``, int64; any value outside ``0 .. C - 1`` means background.
+        weight: the weight of each class ``(C,)``, by which the loss of a row is multiplied according to its target, or
+            an empty tensor. Rows of background keep their loss (for them, mmcv reads past the end of ``weight``).
+        output: the losses ``(N, C)``.
+        gamma: the exponent that reduces the loss of well classified elements.
+        alpha: the weight of the target relative to the other classes.
     """
     logit, _, scale = _focal_terms(input, target, weight, alpha)
     output.copy_(-scale * torch.sigmoid(-logit) ** gamma * F.logsigmoid(logit))
@@ -536,15 +546,15 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The derivative of :func:`sigmoid_focal_loss_forward`, per element, into ``grad_input`` ``(N, C)``."""
+    """Write the derivative of :func:`sigmoid_focal_loss_forward` for each element to ``grad_input`` ``(N, C)``."""
     logit, sign, scale = _focal_terms(input, target, weight, alpha)
-    miss = torch.sigmoid(-logit)  # 1 - p, without the cancellation
+    miss = torch.sigmoid(-logit)  # 1 - p, without cancellation error
     slope = miss**gamma * (gamma * (1 - miss) * F.logsigmoid(logit) - miss)
     grad_input.copy_(sign * scale * slope)
 
 
 def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Per element ``(N, C)``: the logit of its label, the sign in that, and the factor of its loss."""
+    """The logit of each element's label, the sign applied to get it, and the factor of the loss, each ``(N, C)``."""
     (input,) = _in_float32(input)
     is_target = target[:, None] == torch.arange(input.size(1), device=input.device)
     positive = is_target.to(input)
@@ -562,15 +572,18 @@ def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) ->
 def deform_conv_forward(
     input: Tensor, weight: Tensor, offset: Tensor, output: Tensor, columns: Tensor, ones: Tensor, **geometry
 ) -> None:
-    """Deformable convolution (arXiv:1703.06211), into ``output``: the modulated one with a mask of ones.
+    """Perform deformable convolution (arXiv:1703.06211) and write the result to ``output``.
+
+    It is modulated deformable convolution with a mask of ones.
 
     Args:
-        input: ``(B, C_in, H, W)``.
-        weight: ``(C_out, C_in / group, kH, kW)``.
-        offset: ``(B, 2 * deformable_group * kH * kW, H_out, W_out)``, y before x.
-        output: ``(B, C_out, H_out, W_out)``.
-        columns: a buffer of mmcv's, unused, as is ``ones``.
-        geometry: ``dH``, ``padH``, ``dilationH``, the same for W, and sizes that the tensors tell as well.
+        input: the input ``(B, C_in, H, W)``.
+        weight: the weight ``(C_out, C_in / group, kH, kW)``.
+        offset: the offsets ``(B, 2 * deformable_group * kH * kW, H_out, W_out)``, y before x.
+        output: the output ``(B, C_out, H_out, W_out)``.
+        columns: an unused buffer of mmcv.
+        ones: an unused buffer of mmcv.
+        geometry: ``dH``, ``padH``, ``dilationH``, the same for W, and sizes that the tensors' shapes show as well.
     """
     output.copy_(_deform_conv(input, weight, offset, output.shape[2:], _deform_conv_geometry(geometry)))
 
@@ -585,7 +598,7 @@ def deform_conv_backward_input(
     columns: Tensor,
     **geometry,
 ) -> None:
-    """The gradients of :func:`deform_conv_forward` by input and offset, added to ``grad_input``, ``grad_offset``."""
+    """Add the gradients of :func:`deform_conv_forward` to ``grad_input`` and ``grad_offset``."""
     _add_gradients(
         lambda input, offset: _deform_conv(
             input, weight, offset, grad_output.shape[2:], _deform_conv_geometry(geometry)
@@ -606,10 +619,10 @@ def deform_conv_backward_parameters(
     scale: float,
     **geometry,
 ) -> None:
-    """``scale`` times the gradient of :func:`deform_conv_forward` by its weight, added to ``grad_weight``."""
+    """Add ``scale`` times the gradient of :func:`deform_conv_forward` with respect to its weight to ``grad_weight``."""
     _add_gradients(
         lambda weight: _deform_conv(input, weight, offset, grad_output.shape[2:], _deform_conv_geometry(geometry)),
-        inputs=(grad_weight,),  # the result is linear in the weight, so any will do
+        inputs=(grad_weight,),  # the result is linear in the weight, so any weight gives the same gradient
         grad_output=grad_output * scale,
         totals=(grad_weight,),
     )
@@ -630,17 +643,19 @@ def modulated_deform_conv_forward(
     columns: Tensor,
     **geometry,
 ) -> None:
-    """Modulated deformable convolution (arXiv:1811.11168), into ``output``.
+    """Perform modulated deformable convolution (arXiv:1811.11168) and write the result to ``output``.
 
     Args:
-        input: ``(B, C_in, H, W)``.
-        weight: ``(C_out, C_in / group, kernel_h, kernel_w)``.
-        bias: ``(C_out,)``, or empty.
-        ones: a buffer of mmcv's, unused, as is ``columns``.
-        offset: ``(B, 2 * deformable_group * kernel_h * kernel_w, H_out, W_out)``, y before x.
-        mask: ``(B, deformable_group * kernel_h * kernel_w, H_out, W_out)``.
-        output: ``(B, C_out, H_out, W_out)``.
-        geometry: ``stride_h``, ``pad_h``, ``dilation_h``, the same for w, and sizes that the tensors tell as well.
+        input: the input ``(B, C_in, H, W)``.
+        weight: the weight ``(C_out, C_in / group, kernel_h, kernel_w)``.
+        bias: the bias ``(C_out,)``, or an empty tensor.
+        ones: an unused buffer of mmcv.
+        offset: the offsets ``(B, 2 * deformable_group * kernel_h * kernel_w, H_out, W_out)``, y before x.
+        mask: the mask ``(B, deformable_group * kernel_h * kernel_w, H_out, W_out)``.
+        output: the output ``(B, C_out, H_out, W_out)``.
+        columns: an unused buffer of mmcv.
+        geometry: ``stride_h``, ``pad_h``, ``dilation_h``, the same for w, ``with_bias``, and sizes that the shapes of
+            the tensors show as well.
     """
     output.copy_(_modulated_deform_conv(input, weight, bias, offset, mask, output.shape[2:], geometry))
 
@@ -661,7 +676,7 @@ def modulated_deform_conv_backward(
     grad_output: Tensor,
     **geometry,
 ) -> None:
-    """The gradients of :func:`modulated_deform_conv_forward`, each added to its ``grad_*`` of equal shape."""
+    """Add each gradient of :func:`modulated_deform_conv_forward` to the ``grad_*`` tensor of the same shape."""
     _add_gradients(
         lambda *inputs: _modulated_deform_conv(*inputs, grad_output.shape[2:], geometry),
         inputs=(input, weight, bias, offset, mask),
@@ -673,8 +688,8 @@ def modulated_deform_conv_backward(
 def _modulated_deform_conv(
     input: Tensor, weight: Tensor, bias: Tensor, offset: Tensor, mask: Tensor, output_size: torch.Size, geometry: dict
 ) -> Tensor:
-    # DyHead passes the offsets and mask of a larger feature map. mmcv's kernel then takes, of each image, as many
-    # values as it needs in the order of memory, and a model trained with mmcv expects that.
+    # DyHead passes the offsets and mask of a larger feature map. For each image, mmcv's kernel then reads as many
+    # values as it needs in memory order, and a model trained with mmcv expects this.
     offset, mask = (
         tensor.flatten(1)[:, : tensor.size(1) * output_size.numel()].unflatten(1, (tensor.size(1), *output_size))
         for tensor in (offset, mask)
@@ -692,10 +707,11 @@ def _deform_conv(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """torchvision's deformable convolution with the gradients of mmcv's; ``geometry`` is stride, padding, dilation.
+    """Perform torchvision's deformable convolution with mmcv's gradients; ``geometry`` is stride, padding, dilation.
 
-    They differ at taps that lie exactly one pixel outside the map, as those in the padding do while the offsets
-    are zero. The sample is zero there and rises towards the map, and mmcv gives the offset a gradient of zero.
+    The gradients of the two libraries differ at kernel taps that lie exactly one pixel outside the map, as those in the
+    padding do while the offsets are zero. There the sample is zero and increases towards the map, and mmcv's gradient
+    with respect to the offset is zero.
     """
     from torchvision.ops import deform_conv2d
 
@@ -734,13 +750,19 @@ def masked_im2col_forward(
     pad_h: int,
     pad_w: int,
 ) -> None:
-    """The windows of a convolution of stride 1 around chosen pixels, with zeros outside, into ``data_col``.
+    """Write a convolution's windows around chosen pixels to ``data_col``.
+
+    The stride is 1, and windows are zero outside the map.
 
     Args:
-        features: ``(1, C, H, W)``.
-        mask_h_idx: the rows of the pixels ``(M,)``, and ``mask_w_idx`` their columns.
-        data_col: ``(C * kernel_h * kernel_w, M)``.
-        pad_h: how far above its pixel a window begins, and ``pad_w`` how far left.
+        features: the feature map ``(1, C, H, W)``.
+        mask_h_idx: the rows of the pixels ``(M,)``.
+        mask_w_idx: the columns of the pixels ``(M,)``.
+        data_col: the output ``(C * kernel_h * kernel_w, M)``.
+        kernel_h: the height of a window.
+        kernel_w: the width of a window.
+        pad_h: the number of rows from the top of a window to its pixel.
+        pad_w: the number of columns from the left edge of a window to its pixel.
     """
     padded = F.pad(features[0], (pad_w, kernel_w - 1, pad_h, kernel_h - 1))
     rows = mask_h_idx + torch.arange(kernel_h, device=features.device)[:, None]
@@ -757,7 +779,7 @@ def masked_col2im_forward(
     width: int,
     channels: int,
 ) -> None:
-    """Put ``masked_output`` ``(channels, M)`` to M pixels of ``output`` ``(1, channels, height, width)``."""
+    """Write ``masked_output`` ``(channels, M)`` to M pixels of ``output`` ``(1, channels, height, width)``."""
     output[0, :, mask_h_idx, mask_w_idx] = masked_output.to(output)
 
 
@@ -775,16 +797,20 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """CARAFE (arXiv:1905.02188), into ``output``: upsampling with a kernel of its own for every output pixel.
+    """Perform CARAFE (arXiv:1905.02188) and write the result to ``output``.
+
+    CARAFE is upsampling with a separate kernel for every output pixel.
 
     Args:
-        features: ``(B, C, H, W)``.
-        masks: the kernels, ``(B, group_size * kernel_size**2, H * scale_factor, W * scale_factor)``.
-        rfeatures: a buffer in the shape of ``features``, of which :func:`carafe_backward` gets what this leaves.
-        routput: a buffer of mmcv's, unused, as is ``rmasks``.
-        output: ``(B, C, H * scale_factor, W * scale_factor)``.
-        kernel_size: pixels of ``features``, around the one that an output pixel belongs to, that it is made of.
-        group_size: in how many groups of channels; each has kernels of its own.
+        features: the feature map ``(B, C, H, W)``.
+        masks: the kernels ``(B, group_size * kernel_size**2, H * scale_factor, W * scale_factor)``.
+        rfeatures: a buffer in the shape of ``features``, which receives them and is passed to :func:`carafe_backward`.
+        routput: an unused buffer of mmcv.
+        rmasks: an unused buffer of mmcv.
+        output: the output ``(B, C, H * scale_factor, W * scale_factor)``.
+        kernel_size: the side of the window of ``features``, centred on the pixel to which an output pixel belongs.
+        group_size: the number of groups of channels, each of which has its own kernels.
+        scale_factor: the factor by which the map is enlarged.
     """
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
@@ -804,14 +830,14 @@ def carafe_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """The gradients of :func:`carafe_forward`, added to ``grad_input`` and ``grad_masks``; ``rgrad_*`` are unused."""
+    """Add the gradients of :func:`carafe_forward` to ``grad_input`` and ``grad_masks``; ``rgrad_*`` are not used."""
     carafe_naive_backward(grad_output, rfeatures, masks, grad_input, grad_masks, kernel_size, group_size, scale_factor)
 
 
 def carafe_naive_forward(
     features: Tensor, masks: Tensor, output: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> None:
-    """:func:`carafe_forward` without its buffers."""
+    """Perform CARAFE like :func:`carafe_forward`, without its buffers."""
     features, masks = _in_float32(features, masks)
     masks = _carafe_phases(masks, group_size, scale_factor)
     total = features.new_zeros(_carafe_phases(output, group_size, scale_factor).shape)
@@ -830,7 +856,7 @@ def carafe_naive_backward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """The gradients of :func:`carafe_naive_forward`, added to ``grad_input`` and ``grad_masks``."""
+    """Add the gradients of :func:`carafe_naive_forward` to ``grad_input`` and ``grad_masks``."""
     grad_output, features, masks = _in_float32(grad_output, features, masks)
     grad_output, masks = (_carafe_phases(tensor, group_size, scale_factor) for tensor in (grad_output, masks))
     border = (kernel_size - 1) // 2
@@ -849,24 +875,24 @@ def carafe_naive_backward(
 
 
 def _carafe_phases(tensor: Tensor, groups: int, scale: int) -> Tensor:
-    """``(B, C, H * scale, W * scale)`` as ``(B, groups, C / groups, scale, scale, H, W)``, rows of W in memory."""
+    """Copy ``(B, C, H * scale, W * scale)`` into a contiguous ``(B, groups, C / groups, scale, scale, H, W)``."""
     tensor = tensor.unflatten(1, (groups, -1)).unflatten(-1, (-1, scale)).unflatten(-3, (-1, scale))
     return tensor.permute(0, 1, 2, 4, 6, 3, 5).contiguous()
 
 
 def _carafe_pixels(tensor: Tensor) -> Tensor:
-    """The inverse of :func:`_carafe_phases`."""
+    """Undo :func:`_carafe_phases`."""
     return tensor.permute(0, 1, 2, 5, 3, 6, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
 
 def _carafe_windows(features: Tensor, kernel_size: int, groups: int) -> Iterator[Tensor]:
-    """For each tap of the kernel, what the pixels of ``features`` have there, ``(B, groups, C / groups, H, W)``."""
+    """The features seen by each tap of the kernel at every pixel, ``(B, groups, C / groups, H, W)``."""
     border = (kernel_size - 1) // 2
     return _windows(F.pad(features, (border,) * 4), kernel_size, groups)
 
 
 def _windows(padded: Tensor, kernel_size: int, groups: int) -> Iterator[Tensor]:
-    """The views of a padded map, shifted by each tap of a kernel."""
+    """The views of a padded map that are shifted to each tap of a kernel."""
     padded = padded.unflatten(1, (groups, -1))
     height, width = (size - kernel_size + 1 for size in padded.shape[-2:])
     for row, column in itertools.product(range(kernel_size), repeat=2):
@@ -888,14 +914,20 @@ def psamask_forward(
     half_h_mask: int,
     half_w_mask: int,
 ) -> None:
-    """Lay the mask of every pixel over the whole map (PSANet, ECCV 2018), into ``output``.
+    """Place the mask of every pixel on the whole map (PSANet, ECCV 2018) and write the result to ``output``.
 
     Args:
-        input: ``(num_, h_mask * w_mask, h_feature, w_feature)``: for each pixel, the mask around it.
-        output: ``(num_, h_feature * w_feature, h_feature, w_feature)``, zero where a mask does not reach.
-        psa_type: 0 to collect, where a pixel's mask lies over the channels of ``output`` at that pixel, or 1 to
-            distribute, where it lies over the map in the pixel's channel.
-        half_h_mask: the row of the mask's centre, and ``half_w_mask`` its column.
+        input: the masks around each pixel ``(num_, h_mask * w_mask, h_feature, w_feature)``.
+        output: the output ``(num_, h_feature * w_feature, h_feature, w_feature)``, which is zero outside the masks.
+        psa_type: 0 to collect, so that a pixel's mask fills the channels of ``output`` at that pixel; 1 to distribute,
+            so that it fills the map in the pixel's channel.
+        num_: the number of images.
+        h_feature: the height of the map.
+        w_feature: the width of the map.
+        h_mask: the height of a mask.
+        w_mask: the width of a mask.
+        half_h_mask: the row of the centre of a mask.
+        half_w_mask: the column of the centre of a mask.
     """
     rows, columns = (
         torch.arange(size, device=input.device)[:, None] - torch.arange(size, device=input.device) + half
@@ -917,7 +949,7 @@ def psamask_backward(
     half_h_mask: int,
     half_w_mask: int,
 ) -> None:
-    """The gradient of :func:`psamask_forward` by its input, into ``grad_input``."""
+    """Write the gradient of :func:`psamask_forward` with respect to its input to ``grad_input``."""
     rows, columns = (
         torch.arange(mask, device=grad_input.device)[:, None] + torch.arange(size, device=grad_input.device) - half
         for mask, size, half in ((h_mask, h_feature, half_h_mask), (w_mask, w_feature, half_w_mask))
@@ -927,16 +959,17 @@ def psamask_backward(
 
 
 def _psa_maps(tensor: Tensor, psa_type: int, height: int, width: int) -> Tensor:
-    """A view ``(B, H, W, H, W)`` of an output of PSA: the row and column of the other pixel, then the pixel's own."""
+    """A view ``(B, H, W, H, W)`` of an output of PSA, with the other pixel's row and column before the pixel's own."""
     maps = tensor.view(-1, height, width, height, width)
     return maps.permute(0, 3, 4, 1, 2) if psa_type == 1 else maps
 
 
 def _take_around(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """For each pixel, what ``source`` ``(B, R, S, H, W)`` has of it at rows ``(A, H)`` and columns ``(C, W)``.
+    """Select from ``source`` ``(B, R, S, H, W)``, for each pixel, the given rows ``(A, H)`` and columns ``(C, W)``.
 
     Returns:
-        ``(B, A, C, H, W)``, zero where the row or the column is outside ``0 .. R - 1`` or ``0 .. S - 1``.
+        The selected values ``(B, A, C, H, W)``, zero if a row is outside ``0 .. R - 1`` or a column outside
+        ``0 .. S - 1``.
     """
     (row_count, column_count), (height, width) = source.shape[1:3], source.shape[3:]
     inside = ((rows >= 0) & (rows < row_count))[:, None, :, None] & ((columns >= 0) & (columns < column_count))[:, None]
@@ -951,16 +984,16 @@ def _take_around(source: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 # ---- synchronized batch normalization (MMSyncBN) ----
-# mmcv reduces the statistics over the processes between these calls. They are float32 for every input.
+# Between these calls, mmcv reduces the statistics over the processes. They are float32 for every input dtype.
 
 
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
-    """The mean of each channel of ``input`` ``(B, C, S)``, into ``mean`` ``(C,)``."""
+    """Write the mean of each channel of ``input`` ``(B, C, S)`` to ``mean`` ``(C,)``."""
     mean.copy_(input.float().mean((0, 2)))
 
 
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
-    """The mean squared distance of each channel of ``input`` ``(B, C, S)`` from ``mean`` ``(C,)``, into ``var``."""
+    """Write each channel's mean squared distance from ``mean`` ``(C,)``, over ``input`` ``(B, C, S)``, to ``var``."""
     var.copy_((input.float() - mean[:, None]).square().mean((0, 2)))
 
 
@@ -979,16 +1012,22 @@ def sync_bn_forward_output(
     momentum: float,
     group_size: int,
 ) -> None:
-    """Normalize ``input`` ``(B, C, S)`` into ``output``, and move the running statistics.
+    """Normalize ``input`` ``(B, C, S)`` into ``output``, and update the running statistics.
 
     Args:
-        mean: the statistics over all processes ``(C,)``, as is ``var``.
-        weight: the affine map ``(C,)``, as is ``bias``.
-        running_mean: the running statistics ``(C,)``, as is ``running_var``, changed in place.
-        norm: receives the normalized input before the affine map, in float32.
-        std: receives the standard deviation ``(C,)``.
-        momentum: the share of the new statistics in the running ones.
-        group_size: the number of processes, by which the variance is made unbiased.
+        input: the input ``(B, C, S)``.
+        mean: the mean over all processes ``(C,)``.
+        var: the biased variance over all processes ``(C,)``.
+        weight: the factor of the affine map ``(C,)``.
+        bias: the shift of the affine map ``(C,)``.
+        running_mean: the running mean ``(C,)``, changed in place.
+        running_var: the running variance ``(C,)``, changed in place.
+        norm: the tensor that receives the normalized input before the affine map, in float32.
+        std: the tensor ``(C,)`` that receives the standard deviation.
+        output: the tensor ``(B, C, S)`` that receives the result.
+        eps: the value added to the variance before the square root.
+        momentum: the weight of the new statistics in the running ones.
+        group_size: the number of processes, which is needed to compute the unbiased variance.
     """
     std.copy_((var + eps).sqrt())
     norm.copy_((input.float() - mean[:, None]) / std[:, None])
@@ -1000,7 +1039,7 @@ def sync_bn_forward_output(
 
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """The gradients of :func:`sync_bn_forward_output` by the affine map, into ``grad_weight`` and ``grad_bias``."""
+    """Write the gradients with respect to the affine map to ``grad_weight`` and ``grad_bias``, both ``(C,)``."""
     grad_weight.copy_((grad_output.float() * norm).sum((0, 2)))
     grad_bias.copy_(grad_output.float().sum((0, 2)))
 
@@ -1014,7 +1053,7 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """The gradient of :func:`sync_bn_forward_output` by its input and the statistics of it, into ``grad_input``."""
+    """Write the gradient with respect to the input, including the path through its statistics, to ``grad_input``."""
     count = grad_output.size(0) * grad_output.size(2)
     common = (grad_weight[:, None] * norm + grad_bias[:, None]) / count
     grad_input.copy_(weight[:, None] * (grad_output.float() - common) / std[:, None])
@@ -1031,27 +1070,27 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention (arXiv:2010.04159).
+    """Perform multi-scale deformable attention (arXiv:2010.04159).
 
-    This is mmcv's own formula in plain torch, which mmcv calls on the CPU. Against the kernel it needs more
-    memory, as it holds all sampled values at once.
+    This is mmcv's own implementation in plain torch, which mmcv calls on the CPU. It needs more memory than the kernel,
+    since it holds all sampled values at once.
 
     Args:
-        value: ``(B, sum of H * W over the levels, heads, D)``.
-        value_spatial_shapes: H and W of each level, ``(levels, 2)``.
-        value_level_start_index: where each level begins in ``value``, ``(levels,)``; follows from the shapes.
-        sampling_locations: x, y in 0 .. 1, ``(B, Q, heads, levels, points, 2)``.
-        attention_weights: ``(B, Q, heads, levels, points)``.
-        im2col_step: how mmcv's kernel splits the batch, unused.
+        value: the values ``(B, sum of H * W over the levels, heads, D)``.
+        value_spatial_shapes: the H and W of each level ``(levels, 2)``.
+        value_level_start_index: the start of each level in ``value`` ``(levels,)``; not used, as the shapes imply it.
+        sampling_locations: the x and y of the points, in 0 .. 1, ``(B, Q, heads, levels, points, 2)``.
+        attention_weights: the weights of the points ``(B, Q, heads, levels, points)``.
+        im2col_step: the step by which mmcv's kernel splits the batch; not used.
 
     Returns:
-        ``(B, Q, heads * D)``, in the dtype of ``value``.
+        The output ``(B, Q, heads * D)``, in the dtype of ``value``.
     """
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
     float_value, locations, weights = _in_float32(value, sampling_locations, attention_weights)
     if locations.requires_grad:
-        # As in deformable convolution, mmcv's kernel gives a point exactly one pixel outside no gradient.
+        # As in deformable convolution, a point exactly one pixel outside the map gets no gradient from mmcv's kernel.
         sizes = value_spatial_shapes.flip(1)[:, None]  # (levels, 1, 2), x before y
         positions = locations.detach() * sizes - 0.5
         inside = ((positions > -1) & (positions < sizes)).all(-1, keepdim=True)
@@ -1071,7 +1110,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """The gradients of :func:`ms_deform_attn_forward`, each added to its ``grad_*`` of equal shape."""
+    """Add each gradient of :func:`ms_deform_attn_forward` to the ``grad_*`` tensor of the same shape."""
     _add_gradients(
         lambda value, locations, weights: ms_deform_attn_forward(
             value, value_spatial_shapes, value_level_start_index, locations, weights, im2col_step

@@ -1,4 +1,4 @@
-"""Make mmpretrain importable beside a transformers that its multi-modal models cannot use."""
+"""Make mmpretrain importable beside a version of transformers that its multi-modal models cannot use."""
 
 import ast
 import importlib
@@ -11,11 +11,12 @@ from pathlib import Path
 from types import ModuleType
 
 _DEPENDENCY = 'mmpretrain.utils.dependency'
-_PARTS = ('models/multimodal', 'models/utils')  # of mmpretrain: what it imports only where it finds transformers
+# The folders of mmpretrain that hold the modules which it imports only if it finds transformers.
+_PARTS = ('models/multimodal', 'models/utils')
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Answers an import of ``mmpretrain.utils.dependency`` as Python would, and corrects the module it gives."""
+    """A finder that resolves ``mmpretrain.utils.dependency`` as Python does and corrects the loaded module."""
 
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         if fullname != _DEPENDENCY:
@@ -45,14 +46,14 @@ _FINDER = _Finder()
 
 
 def install_multimodal_check() -> None:
-    """Let mmpretrain import its multi-modal models only where they can be imported.
+    """Let mmpretrain import its multi-modal models only if they can be imported.
 
-    mmpretrain imports them whenever transformers 4.28 or later is there. Later ones (4.57 and 5 among them) have
-    moved and dropped some of the names they use, which ends every import of ``mmpretrain.models`` with
-    ``TypeError: NoneType takes no arguments``. Where such a name is missing, mmpretrain is told that its
-    multi-modal extra is not there, and does what it does without transformers: building one of these models
-    raises ImportError. Nothing is imported before mmpretrain asks, and without transformers, or with one that has
-    the names, nothing changes. Calling this again changes nothing.
+    mmpretrain imports them whenever transformers 4.28 or later is installed. Later versions (4.57 and 5 among them)
+    have moved or dropped some of the names that these models use, so every import of ``mmpretrain.models`` fails with
+    ``TypeError: NoneType takes no arguments``. If such a name is missing, mmpretrain is told that its multi-modal
+    extra is not installed, and behaves as it does without transformers: building one of these models raises
+    ImportError. Nothing is imported before mmpretrain asks for it. Without transformers, or with a version that has
+    all the names, nothing changes. Further calls have no effect.
     """
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
@@ -61,7 +62,7 @@ def install_multimodal_check() -> None:
 
 
 def _correct(dependency: ModuleType) -> None:
-    """Set ``WITH_MULTIMODAL`` of mmpretrain's module to False where an import behind it would fail."""
+    """Set ``WITH_MULTIMODAL`` in mmpretrain's module to False if an import that depends on it would fail."""
     if not getattr(dependency, 'WITH_MULTIMODAL', False):
         return
     fault = next(_faults(Path(dependency.__file__).parents[1]), None)
@@ -94,7 +95,7 @@ def _version() -> str:
 
 
 def _faults(mmpretrain: Path) -> Iterator[str]:
-    """What the multi-modal parts of mmpretrain import from transformers at their top level and do not find there."""
+    """Describe each top-level import from transformers that fails in the multi-modal parts of mmpretrain."""
     for path in sorted(path for part in _PARTS for path in (mmpretrain / part).rglob('*.py')):
         source = path.read_text(encoding='utf-8')
         if 'transformers' not in source:
@@ -103,14 +104,14 @@ def _faults(mmpretrain: Path) -> Iterator[str]:
             try:
                 imported = importlib.import_module(module)
                 missing = [name for name in names if not hasattr(imported, name)]
-            except Exception as error:  # whatever an unfit or half-installed package raises while it is imported
+            except Exception as error:  # an incompatible or half-installed package may raise anything when imported
                 yield f'importing {module} raises {type(error).__name__}: {error}'
                 continue
             yield from (f'{module} has no {name}' for name in missing)
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, list[str]]]:
-    """The modules of transformers that a file imports outside functions and classes, and the names it takes of each."""
+    """The modules of transformers that a file imports outside functions and classes, each with the imported names."""
     for statement in tree.body:
         for node in statement.body if isinstance(statement, ast.Try) else [statement]:
             if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Modules of models that the OpenMMLab libraries lack."""
+"""Backbones and necks that the OpenMMLab libraries lack."""
 
 from mona_mm.models.dinov2 import DINOv2
 from mona_mm.models.simple_feature_pyramid import SimpleFeaturePyramid

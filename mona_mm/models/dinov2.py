@@ -1,4 +1,4 @@
-"""DINOv2 as a backbone of dense prediction."""
+"""DINOv2 as a backbone for dense prediction."""
 
 from typing import Any, Literal
 
@@ -24,25 +24,25 @@ def DINOv2(
     layer_scale_init_value: float = 1e-5,
     **options: Any,
 ) -> nn.Module:
-    """DINOv2's vision transformer: mmpretrain's, with LayerScale, register tokens where it has them, and one map out.
+    """Build DINOv2's vision transformer: mmpretrain's with LayerScale, optional register tokens, and one output map.
 
-    Attention is global in every layer. Its table of positions is interpolated for every image size, and images whose
-    sides are no multiples of the patch are padded at their right and lower edge. A ``Pretrained`` ``init_cfg`` may name
-    a file in Meta's, timm's or Hugging Face's names.
+    Attention is global in every layer. The position table is interpolated for every image size, and images whose sides
+    are not multiples of the patch size are padded at their right and lower edges. The file in a ``Pretrained``
+    ``init_cfg`` may use Meta's, timm's or Hugging Face's parameter names.
 
     Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, and the published
     code (Apache-2.0).
 
     Args:
-        arch: The size, or mmpretrain's dict of one.
-        num_registers: The number of register tokens: 4 in the checkpoints ``*_reg4``, else 0.
-        img_size: The image size of the table of positions.
-        patch_size: The side of a patch in pixels.
-        out_type: What comes out of every layer in ``out_indices``: ``'featmap'`` is ``(B, C, H, W)``.
-        layer_scale_init_value: The initial scale of each branch.
-        options: The other arguments of mmpretrain's VisionTransformer.
+        arch: the name of a size, or a dict of sizes as mmpretrain's VisionTransformer takes it.
+        num_registers: the number of register tokens: 4 in the checkpoints ``*_reg4``, else 0.
+        img_size: the image size of the position table.
+        patch_size: the side of a patch in pixels.
+        out_type: the form of the output of every layer in ``out_indices``; ``'featmap'`` gives ``(B, C, H, W)``.
+        layer_scale_init_value: the initial scale of each branch.
+        options: the other arguments of mmpretrain's VisionTransformer.
     """
-    # Here, since mmpretrain takes seconds to import and a detector without a ViT does not need it.
+    # Imported here since mmpretrain takes seconds to import, and a detector without a ViT does not need it.
     from mona_mm.models.register_vit import RegisterViT
 
     if arch == 'giant':

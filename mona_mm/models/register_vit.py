@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class RegisterViT(VisionTransformer):
-    """mmpretrain's VisionTransformer with register tokens between the class token and those of the patches.
+    """mmpretrain's VisionTransformer with register tokens between the class token and the patch tokens.
 
-    Registers have no position; they are not part of any output but ``'raw'``.
+    Registers have no position embedding, and only the output type ``'raw'`` includes them.
 
     Source: Darcet et al., "Vision Transformers Need Registers", ICLR 2024.
 
     Args:
-        num_registers: The number of register tokens.
-        options: The arguments of mmpretrain's VisionTransformer.
+        num_registers: the number of register tokens.
+        options: the arguments of mmpretrain's VisionTransformer.
     """
 
     def __init__(self, num_registers: int = 0, **options) -> None:
@@ -25,7 +25,7 @@ class RegisterViT(VisionTransformer):
             self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, self.embed_dims))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map images ``(B, 3, H, W)`` to the outputs that ``out_indices`` and ``out_type`` name."""
+        """Map images ``(B, 3, H, W)`` to the outputs of the layers in ``out_indices``, in the form of ``out_type``."""
         batch = x.shape[0]
         x, hw = self.patch_embed(x)
         if self.cls_token is not None:

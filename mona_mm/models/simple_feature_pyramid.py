@@ -21,14 +21,14 @@ Scales = Annotated[
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of ``(B, C, H, W)``."""
+    """A LayerNorm over the channels of a map ``(B, C, H, W)``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W) -> (B, C, H, W)``."""
+        """Normalise a map ``(B, C, H, W)``; the output has the same shape."""
         return self.norm(x.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -36,23 +36,24 @@ class ChannelNorm(nn.Module):
 class SimpleFeaturePyramid(BaseModule):
     """The simple feature pyramid of ViTDet: maps of several strides from the last map of a plain backbone.
 
-    A map of stride ``p`` (the patch) becomes maps of stride ``p / 4``, ``p / 2``, ``p`` and ``2 p`` by two, one and no
-    transposed convolutions and by max pooling; each then passes a 1x1 and a 3x3 convolution with LayerNorm. The strides
-    of a detector's anchors have to be these: for a patch of 14 they are 3.5, 7, 14 and 28. An image whose sides are no
-    multiples of the patch is padded by the backbone at its right and lower edge, so that places stay where they are.
+    A map of stride ``p`` (the patch size) becomes maps of stride ``p / 4``, ``p / 2``, ``p`` and ``2 p`` by two, one
+    and no transposed convolutions and by max pooling, respectively. Each then passes through a 1x1 and a 3x3
+    convolution with LayerNorm. The anchors of a detector must have these strides: for a patch size of 14 they are 3.5,
+    7, 14 and 28. The backbone pads an image whose sides are not multiples of the patch size at its right and lower
+    edges, so coordinates do not change.
 
     Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022, section 3.
 
     Args:
-        in_channels: width of the backbone's map, or of each of its maps.
-        out_channels: width of every output.
-        scales: of the outputs, by how much each is larger than the map.
-        num_outs: how many outputs there are; those beyond ``scales`` are the last one, subsampled by 2 each time.
-        init_cfg: of mmengine's modules.
+        in_channels: the number of channels of the backbone's map, or of each of its maps.
+        out_channels: the number of channels of every output.
+        scales: the size of each output relative to the input map, the largest first.
+        num_outs: the number of outputs; those beyond ``scales`` are made from the last one, subsampled by 2 each time.
+        init_cfg: the initialisation config of mmengine's BaseModule.
 
     Raises:
-        ConfigError: if a scale is another, or ``num_outs`` is below the number of scales; and, by ``forward``, if there
-            are neither one nor as many maps as scales.
+        ConfigError: if ``scales`` holds any other value, or ``num_outs`` is less than the number of scales. ``forward``
+            raises it if the number of maps is neither 1 nor the number of scales.
     """
 
     @checked
@@ -73,7 +74,7 @@ class SimpleFeaturePyramid(BaseModule):
         self.levels = nn.ModuleList(_level(in_channels, out_channels, scale) for scale in scales)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """One map ``(B, C, H, W)`` for all scales, or one for each, to the pyramid, the finest first."""
+        """Compute the pyramid, finest map first, from one map ``(B, C, H, W)`` for all scales or from one for each."""
         if len(maps) not in (1, len(self.levels)):
             raise ConfigError(
                 f'SimpleFeaturePyramid was given {len(maps)} maps; it makes {len(self.levels)} scales of one, or of '

@@ -1,4 +1,4 @@
-"""Published tables and runs beside them: find runs, recognise their cells, compare; and tables that are run here."""
+"""Published tables with the runs that reproduce them, and tables whose every cell is run here."""
 
 from mona_mm.reproduce.comparison import (
     COMPARISONS,

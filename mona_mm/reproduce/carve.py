@@ -1,4 +1,4 @@
-"""Set a validation split apart from the training images of a set that has none, by a seed, stratified by class."""
+"""Split validation images off a training set that has no validation split, by a seed and stratified by class."""
 
 import json
 import os.path as osp
@@ -13,16 +13,18 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 
 SEED = 0
 EVERY = 5
-"""One image of so many is for validation."""
+"""One image in this many is chosen for validation."""
 
 
 def choose(groups: Mapping[str, Hashable], seed: int = SEED, every: int = EVERY) -> set[str]:
-    """The images for validation: of every group one in ``every``, rounded, and at least one of two or more.
+    """Choose the images for validation.
+
+    Each group contributes one image in ``every``, rounded, and at least one if it has two or more images.
 
     Args:
-        groups: the group of each image by the image's name.
-        seed: of the choice, which depends on the names and groups alone.
-        every: see above.
+        groups: the group of each image, by the name of the image.
+        seed: the seed of the choice, which depends on nothing else but the names and groups.
+        every: the number of images in a group for each image that is chosen.
     """
     generator, chosen = np.random.default_rng(seed), set()
     for group in sorted(set(groups.values()), key=str):
@@ -33,13 +35,13 @@ def choose(groups: Mapping[str, Hashable], seed: int = SEED, every: int = EVERY)
 
 
 def carve_coco(cfg: Config, folder: Path) -> None:
-    """Split the annotation file of a COCO training set in two, and set training and validation of a config to them.
+    """Split the annotation file of a COCO training set in two, and make a config train and validate on the two parts.
 
-    An image is of the group of the rarest class in it.
+    The rarest class in an image determines the group of the image.
 
     Args:
-        cfg: the config, which is changed; its test set stays.
-        folder: where the two files are written.
+        cfg: the config, which is changed in place, except for its test set.
+        folder: the folder into which the two files are written.
     """
     dataset = cfg.train_dataloader.dataset
     content = json.loads(Path(osp.join(dataset.data_root, dataset.ann_file)).read_text(encoding='utf-8'))

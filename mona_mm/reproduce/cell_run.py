@@ -1,7 +1,8 @@
-"""One cell in a process of its own: python -m mona_mm.reproduce.cell_run FOLDER train|test PARENT
+"""Run one cell in a process of its own: ``python -m mona_mm.reproduce.cell_run FOLDER train|test PARENT``.
 
-The folder holds ``config.py``. Measurements are written to ``train.json`` or ``test.json`` there, an error that ends
-the cell to ``train.error`` or ``test.error``. A training that was stopped goes on from its last checkpoint.
+The folder holds ``config.py``. The measurements are written to ``train.json`` or ``test.json`` in it, and the message
+of an error that ends the cell to ``train.error`` or ``test.error``. Training that was stopped resumes from its last
+checkpoint.
 """
 
 import fcntl
@@ -34,42 +35,42 @@ from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
 
 STOPPED = 75
-"""Exit status of a cell that was told to stop, and can go on."""
+"""The exit status of a cell that was told to stop and can be resumed."""
 
-_LOSS_EVERY = 10  # iterations, whose mean is recorded
+_LOSS_EVERY = 10  # the number of iterations whose mean loss is recorded as one value
 
 
 class CellHook(Hook):
-    """Measures a training, keeps the measurements in its checkpoints, and ends it at one when told to.
+    """A hook that measures training, keeps the measurements in the checkpoints, and ends training at one on request.
 
     Args:
-        parent: process id of the queue; without it nobody waits for the result, and the training ends.
+        parent: the process id of the queue. Training ends when the queue is gone, since nothing waits for the result.
     """
 
-    priority = 'LOWEST'  # after the checkpoint and its delta have been written
+    priority = 'LOWEST'  # so that the checkpoint and its delta are written first
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
         self.stopping = False
         self.losses: list[list[float]] = []
         self.scores: dict[str, dict[str, float]] = {}
-        self.before = dict(wall=0.0, processor=0.0, training=0.0)  # of the processes before this one
+        self.before = dict(wall=0.0, processor=0.0, training=0.0)  # seconds in earlier processes
         self.memory = 0
         self._begin = time.monotonic()
         self._recent: list[float] = []
         self._training = 0.0
 
     def seconds(self) -> dict[str, float]:
-        """So far, over all processes: wall time, processor time, and processor time of the iterations."""
+        """The wall time, processor time and processor time of the iterations so far, over all processes."""
         now = dict(wall=time.monotonic() - self._begin, processor=time.process_time(), training=self._training)
         return {name: self.before[name] + value for name, value in now.items()}
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Start the clock of the iteration."""
+        """Start timing the iteration."""
         self._iteration = time.process_time()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Note the loss; end here if told to, when the iteration has left a checkpoint.
+        """Record the loss, and exit if the cell was told to stop and the iteration has written a checkpoint.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -87,33 +88,33 @@ class CellHook(Hook):
         interval = next(hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook))
         if self.stopping and (runner.iter + 1) % interval == 0 and runner.iter + 1 < runner.max_iters:
             sys.exit(STOPPED)
-        if runner.iter + 1 == runner.max_iters:  # before the evaluation, whose batches may be larger
+        if runner.iter + 1 == runner.max_iters:  # before the evaluation, which may use larger batches
             self.memory = max(self.memory, peak_memory())
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Keep what was measured."""
+        """Add the measurements to the checkpoint."""
         self.memory = max(self.memory, peak_memory())
         kept = dict(seconds=self.seconds(), losses=self.losses, recent=self._recent, memory=self.memory)
         checkpoint['cell'] = json.dumps(kept)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Go on with what was measured before."""
+        """Restore the measurements of earlier processes from the checkpoint."""
         if 'cell' in checkpoint:
             kept = json.loads(checkpoint['cell'])
             self.before, self.losses, self._recent = kept['seconds'], kept['losses'], kept['recent']
             self.memory = kept['memory']
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Note the scores."""
+        """Record the validation scores."""
         self.scores[str(runner.iter)] = {name: float(value) for name, value in metrics.items()}
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Note the scores."""
+        """Record the test scores."""
         self.scores['test'] = {name: float(value) for name, value in metrics.items()}
 
 
 def peak_memory() -> int:
-    """Bytes: of the device where there is one, else of the process."""
+    """The peak memory in bytes: that of the GPU if there is one, else that of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == 'darwin' else 1024
@@ -121,7 +122,7 @@ def peak_memory() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, device, threads and versions that a cell is run with."""
+    """The processor, GPU, number of threads and versions with which a cell is run."""
     model = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.is_file():
@@ -137,7 +138,7 @@ def machine() -> dict[str, Any]:
 
 
 def train(folder: Path, hook: CellHook) -> dict[str, Any]:
-    """Train a cell, from its last checkpoint if there is one, and score it on the validation images."""
+    """Train a cell, resuming from its last checkpoint if there is one, and score it on the validation images."""
     cfg = _config(folder)
     check_data(cfg, ('train', 'val'))
     last = find_last_checkpoint(cfg.work_dir)
@@ -147,7 +148,7 @@ def train(folder: Path, hook: CellHook) -> dict[str, Any]:
     runner = build_runner(cfg)
     runner.register_hook(hook)
     runner.train()
-    if not hook.scores:  # it was stopped between its last iteration and the evaluation
+    if not hook.scores:  # training was stopped between its last iteration and the evaluation
         runner.val_loop.run()
     count = count_trainable(runner.model)
     file = _keep_what_was_trained(folder, Path(find_last_checkpoint(cfg.work_dir)))
@@ -164,7 +165,7 @@ def train(folder: Path, hook: CellHook) -> dict[str, Any]:
 
 
 def test(folder: Path, hook: CellHook) -> dict[str, Any]:
-    """Score what a cell has trained on the test images."""
+    """Score the trained weights of a cell on the test images."""
     cfg = _config(folder)
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir,))
@@ -183,13 +184,13 @@ def _config(folder: Path) -> Config:
 
 
 def _keep_what_was_trained(folder: Path, checkpoint: Path) -> Path:
-    """A copy of the delta; of a model that trains altogether, the values of its weights."""
+    """Copy the delta, or if there is none since the whole model trains, the weights; return the path."""
     delta = checkpoint.with_suffix(SUFFIX)
     if delta.is_file():
         kept = Path(shutil.copyfile(delta, folder / f'trained{SUFFIX}'))
     else:
         kept = folder / 'trained.pth'
-        content = torch.load(checkpoint, map_location='cpu', weights_only=False)  # written by this run
+        content = torch.load(checkpoint, map_location='cpu', weights_only=False)  # trusted, since this run wrote it
         torch.save(dict(state_dict=content['state_dict'], meta=content['meta']), kept)
     return kept
 
@@ -212,7 +213,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with (folder / 'lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until a process of a queue that is gone has noticed it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process whose queue is gone to exit
         error = folder / f'{step}.error'
         error.unlink(missing_ok=True)
         try:
@@ -224,7 +225,7 @@ def main() -> None:
             sys.exit(1)
         result |= dict(machine=machine(), date=datetime.now(UTC).isoformat(timespec='seconds'))
         AtomicLocalBackend().put_text(json.dumps(result), folder / f'{step}.json')
-        for checkpoint in (folder / 'run').glob('*.pth'):  # what it was worth has been kept
+        for checkpoint in (folder / 'run').glob('*.pth'):  # the trained weights have been copied already
             checkpoint.unlink()
 
 

@@ -1,4 +1,4 @@
-"""Cells of the published tables: which one a run is, by its config, and in what it differs from the shipped one."""
+"""Recognise the cell of the published tables to which a run belongs, and compare its config with the shipped one."""
 
 import inspect
 import math
@@ -35,10 +35,10 @@ def config_name(method: str, task: str) -> str:
 
 
 def configs_folder() -> Path:
-    """Where the shipped configs are: in a wheel inside the package, in a checkout beside it.
+    """The folder of the shipped configs: inside the package in a wheel, beside the package in a checkout.
 
     Raises:
-        MissingFileError: if they are at neither place.
+        MissingFileError: if the configs are in neither place.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / '.mim' / 'configs', package.parent / 'configs'):
@@ -48,15 +48,15 @@ def configs_folder() -> Path:
 
 
 def task_configs(task: Task) -> Path:
-    """The folder with a folder of the task's configs for each method."""
+    """The folder that holds a subfolder with the task's configs for each method."""
     return task.configs or configs_folder()
 
 
 def parse_cell(text: str) -> tuple[str, str]:
-    """Method and task of ``--as METHOD/TASK``.
+    """Parse the argument of ``--as METHOD/TASK`` into a method and a task.
 
     Raises:
-        ConfigError: if it is not one of the cells; it lists what is.
+        ConfigError: if there is no such cell; the error lists the methods and tasks.
     """
     method, _, task = text.partition('/')
     if method not in METHODS or task not in TASKS:
@@ -68,14 +68,14 @@ def parse_cell(text: str) -> tuple[str, str]:
 
 
 def is_mmengine(config: dict[str, Any]) -> bool:
-    """Whether a config is mmengine's, not mmcv 1.x's."""
+    """Whether a config is for mmengine, and not for mmcv 1.x."""
     return 'train_dataloader' in config or 'optim_wrapper' in config
 
 
 def task_of(config: dict[str, Any]) -> str | None:
-    """The task of a config, by its model and its training data; None where it is none of the tables'.
+    """The task of a config, recognised by its model and training data; None if no table has the task.
 
-    Of several that fit it is the one that was registered last.
+    If several tasks match, the one that was registered last is returned.
     """
     model = _dict(config.get('model'))
     candidates = [task for task in reversed(TASKS.values()) if task.model == _type(model)]
@@ -87,12 +87,13 @@ def task_of(config: dict[str, Any]) -> str | None:
 
 
 def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> str | None:
-    """The method of a run; None where neither its config nor its log tells.
+    """The method of a run; None if neither its config nor its log shows it.
 
     Args:
-        config: the run's.
-        log: the run's: names of modules and the number of parameters tell what class names of old configs do not.
-        published: how many parameters of this backbone each method trains.
+        config: the config of the run.
+        log: the log of the run. Its module names and number of parameters identify the method if the class names of
+            an old config do not.
+        published: the number of parameters of this backbone that each method trains.
     """
     backbone = _dict(_dict(config.get('model')).get('backbone'))
     name = _type(backbone)
@@ -131,13 +132,13 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
 
 
 def size_of(config: dict[str, Any]) -> str | None:
-    """``'swin_t'``, ``'swin_b'``, ``'swin_l'``, or None for any other backbone."""
+    """The size of a config's Swin: ``'swin_t'``, ``'swin_b'`` or ``'swin_l'``; None for any other backbone."""
     size = _swin(_base(config))
     return next((name for name, widths in SIZES.items() if widths == size), None)
 
 
 def training_sets(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The training data sets of a config of either generation, within their wrappers."""
+    """The training datasets inside their wrappers, for a config of mmengine or of mmcv 1.x."""
     pending = [_dict(config.get('train_dataloader')).get('dataset'), _dict(config.get('data')).get('train')]
     while pending:
         dataset = pending.pop(0)
@@ -152,12 +153,12 @@ def training_sets(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def shipped_config(config: dict[str, Any], log: Log, method: str, task: str) -> tuple[str, dict[str, Any] | None]:
-    """The shipped config nearest to a run of a method on a task (its ablations have files of their own), and its name.
+    """The name and the content of the shipped config that is closest to a run of a method on a task.
 
-    The content is None where there is no such file, for methods that are somebody's own.
+    Ablations have files of their own. The content is None if no file exists, as for a method that a user has added.
     """
     files = sorted((task_configs(TASKS[task]) / method).glob('*.py'), key=lambda path: len(path.stem))
-    # The ones called fair_* are not how the table's number was made: their runs differ from it in what they say.
+    # The configs named fair_* do not produce the published number. Their runs are compared with the main config.
     main = [file for file in files if not file.stem.startswith('fair_')]
     found = [
         (file.stem, load_config(str(file)).to_dict()) for file in main if task_of_config_name(file.stem) is TASKS[task]
@@ -168,38 +169,38 @@ def shipped_config(config: dict[str, Any], log: Log, method: str, task: str) -> 
         return found[0]
 
     def distance(shipped: dict[str, Any]) -> int:
-        own, theirs = _method_and_size(config), _method_and_size(shipped)
-        return sum(not _same(own.get(key), value) for key, value in theirs.items() if key in own)
+        actual, expected = _method_and_size(config), _method_and_size(shipped)
+        return sum(not _same(actual.get(key), value) for key, value in expected.items() if key in actual)
 
-    return min(found, key=lambda item: distance(item[1]))  # of equals the first, which is the main one
+    return min(found, key=lambda item: distance(item[1]))  # the first of equals, which is the main config
 
 
 # Comparing -----------------------------------------------------------------------------------------------------------
 
 
 def differences(config: dict[str, Any], shipped: dict[str, Any], gpus: int | None) -> list[str]:
-    """In what a run's config differs from the shipped one of its cell, as ``'what: the run's (the shipped)'``.
+    """The settings in which a run's config differs from the shipped config of its cell, each with both values.
 
-    Paths, workers, logging, checkpoints and what only saves memory are not compared.
+    Paths, workers, logging, checkpoints and settings that only save memory are not compared.
     """
-    own, theirs = _settings(config, gpus), _settings(shipped, None)
-    named = [
-        f'{name}: {_show(value)} (published setting: {_show(theirs.get(name))})'
-        for name, value in own.items()
-        if not _same(value, theirs.get(name))
+    actual, expected = _settings(config, gpus), _settings(shipped, None)
+    different = [
+        f'{name}: {_show(value)} (published setting: {_show(expected.get(name))})'
+        for name, value in actual.items()
+        if not _same(value, expected.get(name))
     ]
     if not is_mmengine(config):
-        return named
-    own_rest, their_rest = dict(_other_settings(config)), dict(_other_settings(shipped))
-    for path in sorted(own_rest.keys() | their_rest.keys()):
-        a, b = own_rest.get(path), their_rest.get(path)
+        return different
+    actual, expected = dict(_other_settings(config)), dict(_other_settings(shipped))
+    for path in sorted(actual.keys() | expected.keys()):
+        a, b = actual.get(path), expected.get(path)
         if not _same(a, b):
-            named.append(f'{path}: {_show(a)} (published setting: {_show(b)})')
-    return named
+            different.append(f'{path}: {_show(a)} (published setting: {_show(b)})')
+    return different
 
 
 def _method_and_size(config: dict[str, Any]) -> dict[str, Any]:
-    """What tells an ablation from the main config of its task."""
+    """The settings that distinguish an ablation from the main config of its task."""
     settings = {'backbone': _swin(_base(config))}
     if is_mmengine(config):
         settings |= _peft(config)
@@ -207,7 +208,7 @@ def _method_and_size(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
-    """The settings that matter most, by one name for both generations of configs."""
+    """The most important settings, under the same names for mmengine and mmcv 1.x."""
     model, base = _dict(config.get('model')), _base(config)
     new = is_mmengine(config)
     wrapper = _dict(config.get('optim_wrapper'))
@@ -245,15 +246,15 @@ def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
 
 
 def _frozen_stages(base: dict[str, Any]) -> int:
-    """In the terms of today's libraries: 0 is the patch embedding alone."""
+    """The number of frozen stages as current libraries count them, where 0 freezes the patch embedding alone."""
     stages = base.get('frozen_stages', -1)
-    if 'embed_dim' in base:  # Microsoft's Swin, on which the published code stands: 1 is still the patch embedding
+    if 'embed_dim' in base:  # Microsoft's Swin, used by the published code, where 1 still means the patch embedding
         return max(stages - 1, min(stages, 0))
     return stages
 
 
 def _pretrained(config: dict[str, Any]) -> str | None:
-    """The file that the backbone begins with."""
+    """The basename of the checkpoint from which the backbone starts; None if there is none."""
     model, base = _dict(config.get('model')), _base(config)
     file = _dict(base.get('init_cfg')).get('checkpoint')
     if not is_mmengine(config):
@@ -262,16 +263,16 @@ def _pretrained(config: dict[str, Any]) -> str | None:
 
 
 def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int | None) -> float | None:
-    """What the run had: ``--auto-scale-lr`` leaves the config's own number as it was."""
+    """The learning rate that the run used; ``--auto-scale-lr`` does not change the value in the config itself."""
     rate, scaling = optimizer.get('lr'), _dict(config.get('auto_scale_lr'))
-    each = _dict(config.get('train_dataloader')).get('batch_size')
-    if not rate or not scaling.get('enable') or gpus is None or not each:
+    per_gpu = _dict(config.get('train_dataloader')).get('batch_size')
+    if not rate or not scaling.get('enable') or gpus is None or not per_gpu:
         return rate
-    return rate * max(gpus, 1) * each / scaling['base_batch_size']
+    return rate * max(gpus, 1) * per_gpu / scaling['base_batch_size']
 
 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:
-    """The method's options, its defaults included."""
+    """The options of the method, including the defaults."""
     backbone = _dict(_dict(config.get('model')).get('backbone'))
     peft = dict(_dict(backbone.get('peft')))
     if not peft:
@@ -292,20 +293,20 @@ def _peft(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _batch_size(config: dict[str, Any], gpus: int | None) -> int | None:
-    """Images an optimizer step; of a shipped config the published number."""
+    """The number of images in an optimizer step; for a shipped config, the published number."""
     if is_mmengine(config):
         if gpus is None:
             return _dict(config.get('auto_scale_lr')).get('base_batch_size')
-        each = _dict(config.get('train_dataloader')).get('batch_size')
-        return each and each * max(gpus, 1) * _dict(config.get('optim_wrapper')).get('accumulative_counts', 1)
+        per_gpu = _dict(config.get('train_dataloader')).get('batch_size')
+        return per_gpu and per_gpu * max(gpus, 1) * _dict(config.get('optim_wrapper')).get('accumulative_counts', 1)
     listed = len(config['gpu_ids']) if isinstance(config.get('gpu_ids'), list) else 0
-    gpus = gpus or (listed if listed > 1 else None)  # 1 says nothing: mmseg 0.x writes it with any number
-    each = _dict(config.get('data')).get('samples_per_gpu')
-    return each * gpus if each and gpus else None
+    gpus = gpus or (listed if listed > 1 else None)  # mmseg 0.x writes 1 whatever the number is
+    per_gpu = _dict(config.get('data')).get('samples_per_gpu')
+    return per_gpu * gpus if per_gpu and gpus else None
 
 
 def knows_batch_size(config: dict[str, Any], gpus: int | None) -> bool:
-    """Whether config and log tell the images of an optimizer step."""
+    """Whether the config and the log show how many images an optimizer step has."""
     return gpus is not None or (not is_mmengine(config) and _batch_size(config, gpus) is not None)
 
 
@@ -325,7 +326,7 @@ def _repeats(config: dict[str, Any]) -> int:
 
 
 def _num_classes(node: Any) -> int | None:
-    """The number of classes of the first head that has one."""
+    """The number of classes in the first head that states one."""
     if isinstance(node, dict):
         name = _type(node)
         if 'num_classes' in node and name and 'Preprocessor' not in name:
@@ -348,7 +349,7 @@ def _pipelines(config: dict[str, Any]) -> tuple[list, list]:
 
 
 def _image_sizes(node: Any, inside: bool = False) -> set[int]:
-    """Every number of pixels that resizing and cropping steps name, in the terms of either generation."""
+    """All sizes in pixels in the resizing and cropping steps of a pipeline of mmengine or mmcv 1.x."""
     if isinstance(node, dict):
         if _type(node) == 'Pad':
             return set()
@@ -377,14 +378,14 @@ _SIZE_STEPS = re.compile(r'\.pipeline\..*\.(scale|scales|img_scale|size|crop_siz
 
 
 def _other_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(path, value) of everything else that decides what a run computes."""
+    """The path and value of every other setting that affects what a run computes."""
     model = {**_dict(config.get('model')), 'backbone': _base(config)}
     sections = {'model': model}
     for name in ('train_cfg', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader'):
         sections[name] = config.get(name)
     evaluators = config.get('val_evaluator')
     sections['val_evaluator'] = evaluators if isinstance(evaluators, list | tuple) else [evaluators]
-    neutral = ('ParamFreezeHook', 'LoadCheckHook', 'IterationSeedHook')  # they leave what is computed as it is
+    neutral = ('ParamFreezeHook', 'LoadCheckHook', 'IterationSeedHook')  # these do not affect what is computed
     sections['custom_hooks'] = [hook for hook in config.get('custom_hooks') or [] if _type(_dict(hook)) not in neutral]
     if not config.get('resume'):
         sections['load_from'] = config.get('load_from')
@@ -423,13 +424,13 @@ def _show(value: Any) -> str:
 
 
 def _base(config: dict[str, Any]) -> dict[str, Any]:
-    """The stock backbone's own config."""
+    """The config of the stock backbone, without the ``PeftBackbone`` around it."""
     backbone = _dict(_dict(config.get('model')).get('backbone'))
     return _dict(backbone.get('base')) if _type(backbone) == 'PeftBackbone' else backbone
 
 
 def _swin(base: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Width, depths and heads of a Swin of any of the libraries."""
+    """The width, depths and heads of a Swin in the config of any of the libraries."""
     arch = base.get('arch')
     if isinstance(arch, str):
         return SIZES.get(_ARCHS.get(arch.lower(), ''), (arch, None, None))

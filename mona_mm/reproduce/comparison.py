@@ -1,4 +1,4 @@
-"""Tables whose every cell is run here: tasks, methods, learning rates, seeds, and the config of each cell."""
+"""Tables whose every cell is run here: their tasks, methods, learning rates and seeds, and the configs of cells."""
 
 import copy
 import hashlib
@@ -20,17 +20,17 @@ DEVICES = ('cpu', 'cuda')
 
 @dataclass(frozen=True)
 class ComparedTask:
-    """A task of a comparison: its data, its model without a method, its score.
+    """A task of a comparison: its data, its model without a method, and its score.
 
     Args:
-        name: on the command line and in the file names.
-        config: a config file below ``configs/`` with a stock backbone, or the path of one.
-        folder: the folder of its data within that of all data sets.
-        metric: the name of the score among those of the evaluator; more is better.
-        label: the name of the score for people.
-        percent: the factor that makes percent of the score.
-        carve: sets training and validation apart where the data have no validation split: given the config and a
-            folder to write into, it changes the config. None where there is one.
+        name: the name of the task on the command line and in file names.
+        config: a config file with a stock backbone, relative to ``configs/`` or as an absolute path.
+        folder: the folder of the data, inside the folder of all datasets.
+        metric: the name of the score in the metrics of the evaluator; higher is better.
+        label: the name of the score in tables.
+        percent: the factor that converts the score to percent.
+        carve: a function that splits the training data if they have no validation split. It gets the config, which it
+            changes, and a folder to write into. None if there is a validation split.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ComparedTask:
 
 @dataclass(frozen=True)
 class Cell:
-    """A training run (``split='val'``: trained, then scored on the validation images) or a test of what it trained."""
+    """A training run that is scored on the validation images (``split='val'``), or the test of its trained weights."""
 
     task: str
     method: str
@@ -54,28 +54,30 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its file of results, without ``.json``."""
+        """The name of the cell's results file, without ``.json``."""
         return f'{self.folder}-{self.split}'
 
     @property
     def folder(self) -> str:
-        """The name of its work dir, which a training run and its test share."""
+        """The name of the cell's work dir, which a training run and its test share."""
         return f'{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}'
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of methods by tasks. The protocol: every learning rate with the first seed on the validation split, the
-    best one with every seed, and these tested once, at the end.
+    """A table of methods by tasks.
+
+    In its protocol, every learning rate is scored with the first seed on the validation split, the best one is then
+    trained with every seed, and these runs are tested once, at the end.
 
     Args:
-        name: on the command line.
-        title: for people.
-        tasks: in the order in which they are run.
-        methods: by name the settings of ``PeftBackbone`` beside ``base``.
-        learning_rates: the same for every method, the one that is tried first in the middle.
-        seeds: the first is the one of the search.
-        seconds: how long a training run is taken to last before one of its task was measured.
+        name: the name of the table on the command line.
+        title: the title of the table.
+        tasks: the tasks, in the order in which they are run.
+        methods: the settings of ``PeftBackbone`` other than ``base``, by name of a method.
+        learning_rates: the learning rates, the same for every method; the middle one is tried first.
+        seeds: the seeds; the first is used in the search for the learning rate.
+        seconds: the assumed duration of a training run until one of its task has been measured.
     """
 
     name: str
@@ -87,14 +89,14 @@ class Comparison:
     seconds: float = 360.0
 
     def task(self, name: str) -> ComparedTask:
-        """The task of that name."""
+        """The task named ``name``."""
         return next(task for task in self.tasks if task.name == name)
 
     def choose(self, tasks: list[str] | None, methods: list[str] | None) -> tuple[list[str], list[str]]:
         """The names of the tasks and methods to run, all by default, in the order of the table.
 
         Raises:
-            ConfigError: if there is none of such a name; it lists what is.
+            ConfigError: if a name does not exist; the error lists those that do.
         """
         known = [task.name for task in self.tasks], list(self.methods)
         for option, given, names in zip(('--tasks', '--methods'), (tasks, methods), known, strict=True):
@@ -108,17 +110,17 @@ class Comparison:
         return chosen[0], chosen[1]
 
     def search_order(self) -> list[float]:
-        """The learning rates, the middle one first."""
+        """The learning rates in the order in which they are tried, the middle one first."""
         middle = self.learning_rates[len(self.learning_rates) // 2]
         return [middle, *(lr for lr in self.learning_rates if lr != middle)]
 
 
-def _module(kind: str, **options: Any) -> dict[str, Any]:
-    return dict(peft=dict(type=kind, **options))
+def _module(module: str, **options: Any) -> dict[str, Any]:
+    return dict(peft=dict(type=module, **options))
 
 
-def _spt(budget: int, kind: str, **options: Any) -> dict[str, Any]:
-    return dict(peft=dict(type='SPT', budget=budget, structured=dict(type=kind, **options)))
+def _spt(budget: int, module: str, **options: Any) -> dict[str, Any]:
+    return dict(peft=dict(type='SPT', budget=budget, structured=dict(type=module, **options)))
 
 
 MINI = Comparison(
@@ -135,7 +137,7 @@ MINI = Comparison(
         'lora': _module('LoRA', rank=16, alpha=16),
         'lorand': _module('LoRand', inner=16),
         'mona': _module('Mona', bottleneck=64),
-        # Each with the budget that its module has everywhere else: what the row above it trains in the backbone.
+        # Each budget is the number of backbone parameters that the same module trains on its own, in the rows above.
         'spt_lora': _spt(294_912, 'LoRA', rank=16, alpha=16),
         'spt_adapter': _spt(1_190_400, 'Adapter', bottleneck=64),
         'spt_mona': _spt(1_459_200, 'Mona', bottleneck=64),
@@ -149,10 +151,10 @@ COMPARISONS = {MINI.name: MINI}
 
 
 def find_comparison(name: str) -> Comparison:
-    """The table of that name.
+    """Look up the table named ``name``.
 
     Raises:
-        ConfigError: if there is none; it lists what is.
+        ConfigError: if there is no such table; the error lists those that exist.
     """
     if name not in COMPARISONS:
         raise ConfigError(f'{name}: there is no such table to run. There is {", ".join(COMPARISONS)}.')
@@ -160,14 +162,14 @@ def find_comparison(name: str) -> Comparison:
 
 
 class Composer:
-    """Makes the configs of a table's cells.
+    """A builder of the configs of a table's cells.
 
     Args:
-        table: the cells' table.
-        data: the folder with a folder of each data set.
-        weights: the file of the pretrained backbone.
+        table: the table of the cells.
+        data: the folder that holds a subfolder for each dataset.
+        weights: the checkpoint of the pretrained backbone.
         device: one of :data:`DEVICES`; ``'cuda'`` trains in bfloat16.
-        work_dir: where the cells have their work dirs, and carved splits their lists.
+        work_dir: the folder of the cells' work dirs and of the annotation files of carved splits.
     """
 
     def __init__(self, table: Comparison, data: Path, weights: Path, device: str, work_dir: Path) -> None:
@@ -178,10 +180,10 @@ class Composer:
         self._fingerprints: dict[Cell, str] = {}
 
     def compose(self, cell: Cell) -> Config:
-        """The config of a cell, one that ``tools/train.py`` takes as well.
+        """Build the config of a cell, which ``tools/train.py`` accepts as well.
 
         Raises:
-            MissingFileError: if the task's config is not there.
+            MissingFileError: if the config of the task does not exist.
         """
         cfg = copy.deepcopy(self._base(cell.task))
         cfg.model.backbone = dict(
@@ -194,7 +196,7 @@ class Composer:
         return cfg
 
     def fingerprint(self, cell: Cell) -> str:
-        """A digest of a cell's config, whatever the folders in which data and weights are."""
+        """A digest of a cell's config that does not depend on the location of data, weights and work dir."""
         cell = Cell(cell.task, cell.method, cell.lr, cell.seed)
         if cell not in self._fingerprints:
             text = json.dumps(self.compose(cell).to_dict(), sort_keys=True, default=str)
@@ -215,10 +217,10 @@ class Composer:
 
 
 def check_material(composer: Composer, tasks: list[str]) -> None:
-    """Check that data and weights are there, before anything is planned.
+    """Check that the data and weights exist, before anything is planned.
 
     Raises:
-        MissingFileError: if not; it says with which option to name them.
+        MissingFileError: if a folder or file does not exist; the error names the option that sets it.
     """
     if not composer.weights.is_file():
         raise MissingFileError(f'There are no weights {composer.weights}. Name the file with --weights FILE.')

@@ -1,7 +1,8 @@
-"""Read training logs: what was evaluated and when, how far the run came, its config, how much it trained.
+"""Read training logs: the evaluations, the progress of the run, its config, and the number of trained parameters.
 
-Four formats: mmengine's ``scalars.json`` and text, and the text and ``.log.json`` of mmcv 1.x (mmdet 2.x, mmseg 0.x and
-mmcls 0.x, on which the published code stands). Configs are parsed, never executed: a log is somebody else's file.
+There are four formats: the ``scalars.json`` and the text log of mmengine, and the text log and ``.log.json`` of mmcv
+1.x (mmdet 2.x, mmseg 0.x and mmcls 0.x, which the published code uses). Configs are parsed but never executed, since a
+log may come from anyone.
 """
 
 import ast
@@ -14,31 +15,31 @@ from typing import Any
 
 from mona_mm.reproduce.tasks import MMCV_SCORES, MMENGINE_SCORES
 
-# A log line's beginning. Searched for, not matched: progress bars end without a newline.
+# The beginning of a log line. It may stand anywhere in a line of the file, since progress bars end without a newline.
 _STAMP = re.compile(r'\d{4}[-/]\d\d[-/]\d\d \d\d:\d\d:\d\d(?:,\d+)? - (\S+) - [A-Z]+ - |^[A-Z]+:(\w+):')
 _TRAIN = re.compile(r'(?:Epoch(?:\(train\))? +\[(\d+)\]|Iter(?:\(train\))? +)\[ *(\d+)/ *(\d+)\]')
 _EVALUATION = re.compile(r'(Epoch|Iter)\((val|test)\) +(?:\[(\d+)\])?\[ *(\d+)(?:/ *(\d+))?\](.*)')
 _SCORE = re.compile(r'([\w./-]+): +(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)(?![\w:])')
 _TRAINABLE = re.compile(r'trainable in the backbone: ([\d,]+) =|^trained_backbone_num: *(\d+)\s*$')
 _GPUS = re.compile(r'GPU number: (\d+)|nranks (\d+)')
-# Parameter names of the published code that tell its methods apart.
+# The parameter names in the published code that distinguish its methods.
 _MODULES = ('adapter_conv', 'my_module_1', 'my_module_2', 'lora_A')
 
 
 @dataclass
 class Log:
-    """What one log says. Scores are in percent; a step is an epoch where ``by_epoch``, else an iteration."""
+    """The contents of one log. Scores are in percent; a step is an epoch if ``by_epoch`` is true, else an iteration."""
 
     by_epoch: bool | None = None
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     tested: dict[str, float] = field(default_factory=dict)
     first: int | None = None
-    """The first step that was (in part) trained."""
+    """The first step that was trained, at least in part."""
     trained: int = 0
     """The last iteration in the log, or the last epoch that is complete."""
     config: dict[str, Any] | None = None
     trainable: int | None = None
-    """Parameters that train in the backbone."""
+    """The number of parameters that train in the backbone."""
     gpus: int | None = None
     modules: set[str] = field(default_factory=set)
 
@@ -57,10 +58,14 @@ class Log:
             self.trained = max(self.trained, step)
 
     def _evaluated_iteration(self, number: int, once: bool = False) -> int:
-        """The iteration of an evaluation in a log by iteration.
+        """The iteration of an evaluation, in a log that counts iterations.
 
-        ``number`` is it or the number of batches evaluated, by version, and training is logged at intervals only: the
-        config's evaluation interval tells, where there is one. ``once``: no evaluation is in the log twice.
+        It is derived from the evaluation interval in the config, if there is one, since training is logged at
+        intervals only.
+
+        Args:
+            number: the iteration or the number of evaluated batches, depending on the version that wrote the log.
+            once: whether the log holds every evaluation only once.
         """
         config = self.config or {}
         if not self.trained:
@@ -69,13 +74,13 @@ class Log:
             interval = (config.get(section) or {}).get(key)
             if isinstance(interval, int) and interval > 0:
                 due = -(-self.trained // interval) * interval
-                due += interval if once and due in self.evaluations else 0  # the one at the very end
+                due += interval if once and due in self.evaluations else 0  # the evaluation after the last iteration
                 longest = planned(config)[0]
                 return min(due, longest) if longest else due
         return max(number, self.trained)
 
     def add(self, other: 'Log') -> None:
-        """Complete this log by another of the same run: its scores, as they are more exact, and what is not known."""
+        """Complete this log with another log of the same run: its more exact scores, and values that this log lacks."""
         if other.evaluations:
             self.evaluations = other.evaluations
         self.tested |= other.tested
@@ -87,7 +92,7 @@ class Log:
         self.modules |= other.modules
 
     def resume(self, later: 'Log') -> None:
-        """Continue this log by that of the resumed run: from where that begins, it counts."""
+        """Continue this log with the log of the resumed run, which replaces everything from its first step on."""
         if later.first is not None:
             self.evaluations = {step: s for step, s in self.evaluations.items() if step < later.first}
             self.trained = later.trained
@@ -102,7 +107,7 @@ class Log:
 
 
 def planned(config: dict[str, Any]) -> tuple[int | None, bool | None]:
-    """How long a config trains, and whether that is in epochs (else iterations)."""
+    """The length of training in a config, and whether its unit is epochs (else iterations); None for unknown values."""
     for section in (config.get('train_cfg'), config.get('runner')):
         for key, by_epoch in (('max_epochs', True), ('max_iters', False)):
             if isinstance(section, dict) and isinstance(section.get(key), int):
@@ -113,7 +118,7 @@ def planned(config: dict[str, Any]) -> tuple[int | None, bool | None]:
 
 
 def parse_config(text: str) -> dict[str, Any] | None:
-    """The top-level values of a printed or dumped config, without executing it; None where it is not one."""
+    """Parse the top-level values of a printed or dumped config without executing it; None if it is not a config."""
     try:
         tree = ast.parse(text)
     except SyntaxError:
@@ -144,11 +149,11 @@ def _literal(node: ast.expr) -> Any:
 
 
 def read_log(path: Path, config: dict[str, Any] | None = None) -> Log:
-    """Read one file of any of the formats; of another file the result :attr:`~Log.is_empty`.
+    """Read one file in any of the formats. For any other file, the result :attr:`~Log.is_empty`.
 
     Args:
         path: the file.
-        config: of the run, where it is known, such as from the file's neighbour.
+        config: the config of the run if it is already known, for example from another file of the run.
     """
     log = Log(config=config)
     with open(path, encoding='utf-8', errors='replace') as file:
@@ -169,11 +174,11 @@ def _read_json(log: Log, lines: Iterable[str]) -> None:
         if isinstance(record, dict):
             records.append(record)
     for record in records:
-        if isinstance(record.get('config'), str) and log.config is None:  # the first line of mmdet 2.x
+        if isinstance(record.get('config'), str) and log.config is None:  # as in the first line of a log of mmdet 2.x
             log.config = parse_config(record['config'])
     log.by_epoch = planned(log.config)[1] if log.config else None
     if log.by_epoch is None:
-        log.by_epoch = not any('mIoU' in record for record in records)  # only segmentation counts iterations
+        log.by_epoch = not any('mIoU' in record for record in records)  # only segmentation logs count iterations
     for record in records:
         if 'mode' in record:
             _mmcv_record(log, record)
@@ -198,11 +203,11 @@ def _mmengine_record(log: Log, record: dict[str, Any]) -> None:
     if 'iter' in record and isinstance(step, int):
         log._saw_training(record.get('epoch', step) if log.by_epoch else step, complete=not log.by_epoch)
     elif scores and isinstance(step, int):
-        # By iteration, with `log_metric_by_epoch` left on, the step is always 0.
+        # If iterations are counted but `log_metric_by_epoch` is still on, the step is always 0.
         known = log.by_epoch or step >= max(log.trained, 1)
         log._saw_evaluation(step if known else log._evaluated_iteration(step, once=True), scores)
     elif scores:
-        log.tested |= scores  # tools/test.py
+        log.tested |= scores  # written by tools/test.py
 
 
 def _read_text(log: Log, lines: Iterable[str]) -> None:
@@ -213,17 +218,17 @@ def _read_text(log: Log, lines: Iterable[str]) -> None:
 
 
 class _TextReader:
-    """Reads a text log of mmengine or mmcv 1.x line by line, and adds what it says to a :class:`Log`."""
+    """A reader of text logs of mmengine or mmcv 1.x that adds their contents, line by line, to a :class:`Log`."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.config_lines: list[str] | None = None
         self.columns: list[str] = []
-        self.pending: dict[str, float] = {}  # scores of a table of mmcv 1.x that no line has repeated yet
+        self.pending: dict[str, float] = {}  # scores in a table of mmcv 1.x whose step is not known yet
         self.mmengine = False
 
     def read(self, line: str) -> None:
-        """Read a line of the file."""
+        """Read one line of the file."""
         stamp = _STAMP.search(line) if ' - ' in line or line.startswith('INFO:') else None
         if self.config_lines is not None:
             if stamp is None and line.strip():
@@ -238,7 +243,7 @@ class _TextReader:
             self._read_message(line[stamp.end() :])
 
     def end(self) -> None:
-        """Take what the last lines have left, at the end of the file."""
+        """Add the scores that are still pending at the end of the file."""
         if self.pending:
             self._flush(self._next_step())
 
@@ -247,7 +252,7 @@ class _TextReader:
         self.config_lines = None
 
     def _read_facts(self, line: str) -> None:
-        """Read what may stand in any line: numbers of parameters and GPUs, names of modules."""
+        """Read the values that any line may hold: numbers of parameters and GPUs, and names of modules."""
         match = _TRAINABLE.search(line)
         if match and self.log.trainable is None:
             self.log.trainable = int((match[1] or match[2]).replace(',', ''))
@@ -280,7 +285,7 @@ class _TextReader:
             self._flush(number)
 
     def _next_step(self) -> int:
-        """The step of an evaluation that was seen before the log says which it is."""
+        """The step of an evaluation whose scores are in the log without its step."""
         return self.log.trained + 1 if self.log.by_epoch else self.log._evaluated_iteration(self.log.trained)
 
     def _flush(self, step: int) -> None:
@@ -289,7 +294,7 @@ class _TextReader:
 
 
 def _read_table_row(line: str, columns: list[str], pending: dict[str, float]) -> list[str]:
-    """Take the mIoU out of mmseg's summary table, the mAP out of mmdet's last row; returns the header in force."""
+    """Read the mIoU in mmseg's summary table or the mAP in mmdet's last row; return the header for the next row."""
     cells = [cell.strip() for cell in line.strip('|').split('|')]
     if 'mIoU' in cells:
         return cells
@@ -312,7 +317,7 @@ def _scores(pairs: Iterable[tuple[str, Any]], names: dict[str, tuple[str, int]])
             number = float(value)
         except (TypeError, ValueError):
             continue
-        if number >= 0:  # -1: nothing to find; NaN: no class was there
-            # Decimal numbers once more: 100 * 0.873 is 87.30000000000001
+        if number >= 0:  # -1 means that there was no object, NaN that no class was present
+            # Rounded to a decimal number again, since 100 * 0.873 is 87.30000000000001
             found.setdefault(names[name][0], round(names[name][1] * number, 6))
     return found

@@ -10,14 +10,14 @@ from mona_mm.reproduce.tasks import TASKS, Entry, Task
 
 @cache
 def published_results() -> dict[str, Any]:
-    """The content of ``published.json``: scores in percent with their grades; None is a number that was not found."""
+    """The content of ``published.json``: scores in percent with their grades, or None for a number not found."""
     return json.loads((Path(__file__).resolve().parents[1] / 'published.json').read_text(encoding='utf-8'))
 
 
 def published_scores(task: Task, method: str) -> dict[str, Entry]:
-    """What was published of a method on a task, by metric; an entry is None where it was not found.
+    """The published scores of a method on a task, by metric; an entry is None if the number was not found.
 
-    Metrics of which nothing was published for any method are left out.
+    Metrics for which no method has a published score are left out.
     """
     if task.published is None:
         return {}
@@ -31,12 +31,12 @@ def published_scores(task: Task, method: str) -> dict[str, Entry]:
 
 
 def published_trainable(method: str, task: str, size: str | None = None) -> int | None:
-    """How many backbone parameters a method trains on a task, as published; None where that is not known.
+    """The published number of backbone parameters that a method trains on a task; None if it is not known.
 
     Args:
-        method: its name in the tables.
-        task: one of :data:`~mona_mm.reproduce.tasks.TASKS`.
-        size: of the Swin, such as ``'swin_t'``; that of the task's main configs by default.
+        method: the name of the method in the tables.
+        task: the name of one of :data:`~mona_mm.reproduce.tasks.TASKS`.
+        size: the size of the Swin, such as ``'swin_t'``; by default the one in the task's main configs.
     """
     published = published_results()
     size, group = size or TASKS[task].size, TASKS[task].parameters

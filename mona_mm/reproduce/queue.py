@@ -1,4 +1,4 @@
-"""Run the cells of a table: what is missing, in an order that is soon of use, each in a process of its own."""
+"""Run the missing cells of a table, each in a process of its own, in an order that soon makes the table useful."""
 
 import fcntl
 import json
@@ -21,10 +21,10 @@ from mona_mm.errors import ConfigError
 from mona_mm.reproduce.comparison import Cell, Comparison, Composer
 from mona_mm.reproduce.records import Record, best_learning_rate, code_version, file_name, read_records, write_record
 
-_STOPPED = 75  # of cell_run, which imports much that a queue does not need
-_TEST_SHARE = 0.2  # of a training's duration, before a test was measured
-_GRACE = 45.0  # seconds before the end in which a cell may reach its next checkpoint
-_POLL = 0.05
+_STOPPED = 75  # the same as in cell_run, whose imports a queue does not need
+_TEST_SHARE = 0.2  # the assumed duration of a test relative to training, until a test has been measured
+_GRACE = 45.0  # the seconds before the deadline in which a cell can still reach its next checkpoint
+_POLL = 0.05  # the seconds between two looks at the running cells
 
 
 @dataclass
@@ -33,24 +33,25 @@ class _Job:
     process: subprocess.Popen
     started: float
     expected: float
-    """When it will end, by what was measured."""
+    """The estimated time at which the process ends."""
     told: bool = False
 
 
 @dataclass
 class Queue:
-    """The cells of a table that are still to be run, and their running.
+    """The queue of a table, which determines the cells that are still to be run and runs them.
 
     Args:
-        composer: makes the cells' configs; it knows table, device and work dir.
-        out: the folder of the files of results.
-        tasks: names, in the order of the table.
-        methods: names, in the order of the table.
-        jobs: how many cells run at once.
-        threads: of each cell.
-        again: whether to retry what failed.
-        program: runs a cell, given its folder, the step and the process id of the queue.
-        say: prints a line on the progress.
+        composer: the builder of the cells' configs, which also holds the table, the device and the work dir.
+        out: the folder of the results files.
+        tasks: the names of the tasks, in the order of the table.
+        methods: the names of the methods, in the order of the table.
+        jobs: the number of cells that run at once.
+        threads: the number of threads of each cell.
+        again: whether to retry failed cells.
+        program: the command that runs a cell; the folder of the cell, the step and the process id of the queue are
+            appended as arguments.
+        say: a function that prints a line about the progress.
     """
 
     composer: Composer
@@ -74,7 +75,7 @@ class Queue:
     # Planning ---------------------------------------------------------------------------------------------------------
 
     def records(self) -> dict[Cell, Record]:
-        """What is finished: scored, or failed and not to be retried, with the config that the cell has now."""
+        """The records of finished cells: those scored, or failed and not to be retried, with their current config."""
         found = {}
         for cell, record in read_records(self.out, self.device).items():
             if cell.task not in self.tasks or cell.method not in self.methods:
@@ -85,8 +86,11 @@ class Queue:
         return found
 
     def missing(self, records: dict[Cell, Record]) -> list[Cell]:
-        """The cells that can be run now, in order: of each task first every method with the middle learning rate,
-        then with the others, then the other seeds of the best one, and at the end the tests."""
+        """The cells that can be run now, in order.
+
+        For each task, every method runs with the middle learning rate first, then with the other learning rates, then
+        with the best one and the other seeds. The tests come last.
+        """
         table, cells = self.table, []
         for task in self.tasks:
             for lr in table.search_order():
@@ -103,7 +107,7 @@ class Queue:
         return [cell for cell in cells if cell not in records]
 
     def total(self, records: dict[Cell, Record]) -> int:
-        """How many cells are still missing, those included that wait for others."""
+        """The number of cells that are still missing, including those that wait for others."""
         table, missing = self.table, len(self.missing(records))
         for task in self.tasks:
             for method in self.methods:
@@ -119,7 +123,7 @@ class Queue:
         return missing
 
     def estimate(self, cell: Cell, records: dict[Cell, Record]) -> float:
-        """Seconds that a cell will last, by those that were measured: of its method, else of its task."""
+        """The estimated duration of a cell in seconds, from the measured cells of its method, or else of its task."""
         training = cell.split == 'val'
         for same in (
             lambda other: (other.task, other.method) == (cell.task, cell.method),
@@ -135,11 +139,11 @@ class Queue:
         return self.table.seconds if training else self.table.seconds * _TEST_SHARE
 
     def to_go(self, records: dict[Cell, Record]) -> tuple[int, float]:
-        """How many cells are missing, and in how many seconds all will be done."""
+        """The number of missing cells, and the estimated seconds until all are done."""
         ready = self.missing(records)
         waiting = self.total(records) - len(ready)
         seconds = sum(self.estimate(cell, records) for cell in ready)
-        if waiting:  # two in five of them train, the others test
+        if waiting:  # two in five of them are training runs, and the others are tests
             seconds += waiting * seconds / max(len(ready), 1) * (0.4 + 0.6 * _TEST_SHARE)
         now = time.monotonic()
         seconds -= sum(min(now - job.started, self.estimate(job.cell, records)) for job in self._running)
@@ -148,14 +152,14 @@ class Queue:
     # Running ----------------------------------------------------------------------------------------------------------
 
     def run(self, minutes: float | None = None) -> int:
-        """Run what is missing until nothing is, or the time is over.
+        """Run the missing cells until none is missing or the time is over.
 
         Args:
-            minutes: in which to end; no cell starts that would last longer by what was measured, and one that does is
-                stopped at a checkpoint.
+            minutes: the time limit. A cell starts only if its estimated duration fits in the remaining time, and a cell
+                that takes longer is stopped at a checkpoint. None means no limit.
 
         Returns:
-            How many cells are still missing. Failed ones are not among them.
+            The number of cells that are still missing. Failed cells do not count as missing.
         """
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._over = False
@@ -176,10 +180,10 @@ class Queue:
                 job.process.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        left = self.total(records)
-        if left:
-            self.say(f'{left} cells are missing; the same command goes on.')
-        return left
+        missing = self.total(records)
+        if missing:
+            self.say(f'{missing} cells are missing; the same command goes on.')
+        return missing
 
     def _end(self, *_: Any) -> None:
         self._stop = True
@@ -197,7 +201,7 @@ class Queue:
             yield
 
     def _start(self, records: dict[Cell, Record], deadline: float | None) -> bool:
-        """Start as many cells as there is room and time for."""
+        """Start as many cells as the number of jobs and the deadline allow; return whether any was started."""
         started, running = False, {job.cell for job in self._running}
         for cell in self.missing(records) if len(running) < self.jobs else ():
             if len(self._running) >= self.jobs:
@@ -211,7 +215,7 @@ class Queue:
     def _launch(self, cell: Cell, seconds: float) -> _Job:
         folder = self._folder(cell)
         stamp, fingerprint = folder / 'fingerprint', self.composer.fingerprint(cell)
-        if not stamp.is_file() or stamp.read_text() != fingerprint:  # of another config, or half made
+        if not stamp.is_file() or stamp.read_text() != fingerprint:  # made for another config, or incomplete
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self.composer.compose(cell).dump(str(folder / 'config.py'))
@@ -233,21 +237,21 @@ class Queue:
         return self.composer.work_dir / cell.folder
 
     def _watch(self, deadline: float | None) -> None:
-        """Tell the running cells to stop when it is time, and end them when it is over."""
-        left = math.inf if deadline is None else deadline - time.monotonic()
-        self._over = left <= 0 or any(job.told for job in self._running) or self._over
+        """Tell the running cells to stop shortly before the deadline, and kill them at the deadline or on a signal."""
+        remaining = math.inf if deadline is None else deadline - time.monotonic()
+        self._over = remaining <= 0 or any(job.told for job in self._running) or self._over
         for job in self._running:
-            if left <= 0:
+            if remaining <= 0:
                 job.process.kill()
-            elif left <= _GRACE and not job.told and not 0 <= job.expected - time.monotonic() <= left:
+            elif remaining <= _GRACE and not job.told and not 0 <= job.expected - time.monotonic() <= remaining:
                 job.process.terminate()
                 job.told = True
         if self._stop:
             for job in self._running:
-                job.process.kill()  # its last checkpoint is whole, whenever this comes
+                job.process.kill()  # safe at any time, since checkpoints are written completely or not at all
 
     def _collect(self, records: dict[Cell, Record]) -> dict[Cell, Record]:
-        """Write down the cells that have ended."""
+        """Write the records of the cells whose processes have ended, and return all records."""
         for job in [job for job in self._running if job.process.poll() is not None]:
             self._running.remove(job)
             status, cell = job.process.returncode, job.cell
@@ -264,7 +268,7 @@ class Queue:
         return records
 
     def _record(self, cell: Cell, status: int, records: dict[Cell, Record]) -> Record:
-        """What the file of a cell says."""
+        """The record of a cell whose process has ended with ``status``."""
         task, folder = self.table.task(cell.task), self._folder(cell)
         step = 'train' if cell.split == 'val' else 'test'
         record = dict(
@@ -286,7 +290,7 @@ class Queue:
             record['error'] = error.read_text() if error.is_file() else signalled
             return record | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
         result = json.loads((folder / f'{step}.json').read_text())
-        if step == 'test':  # with the cost of what is tested
+        if step == 'test':  # a test is recorded with the costs of its training
             trained = records[Cell(cell.task, cell.method, cell.lr, cell.seed)]
             result = {key: trained[key] for key in _COSTS} | result | dict(training_seconds=trained['seconds'])
         last = list(result['scores'].values())[-1]

@@ -1,4 +1,4 @@
-"""The file that a cell leaves: JSON of a few KB, and the table of a folder of them."""
+"""Read and write the results file of a cell, JSON of a few KB, and render the files of a folder as a table."""
 
 import json
 import math
@@ -15,45 +15,45 @@ from mona_mm.reproduce.comparison import Cell, Comparison
 from mona_mm.version import __version__
 
 RUNS = Path('docs/comparison/runs')
-"""Where the results of the repository are."""
+"""The folder of the results in the repository."""
 
 Record = dict[str, Any]
 
 
 def file_name(cell: Cell, device: str) -> str:
-    """The basename of a cell's file; those of a GPU stand beside those of a CPU."""
+    """The basename of a cell's file. It differs between CPU and GPU, so one folder can hold the results of both."""
     return cell.name + ('' if device == 'cpu' else f'-{device}') + '.json'
 
 
 def read_records(folder: Path, device: str) -> dict[Cell, Record]:
-    """The results in a folder that were made on a kind of device, by cell; empty where there is no such folder.
+    """Read the results in a folder that were made on one type of device, by cell; empty if the folder does not exist.
 
     Raises:
-        ConfigError: if a file there is not one of results.
+        ConfigError: if a JSON file in the folder is not a result.
     """
     records = {}
     for file in sorted(folder.glob('*.json')):
         try:
             record = json.loads(file.read_text(encoding='utf-8'))
             cell = Cell(*(record[key] for key in ('task', 'method', 'lr', 'seed', 'split')))
-            on = record['device']
+            record_device = record['device']
         except (ValueError, KeyError, TypeError):
             raise ConfigError(
                 f'{file} is not a result of tools/reproduce.py run. Keep others out of {folder}.'
             ) from None
-        if on == device:
+        if record_device == device:
             records[cell] = record
     return records
 
 
 def write_record(record: Record, cell: Cell, folder: Path) -> None:
-    """Write the file of a cell, whole or not at all."""
+    """Write the results file of a cell, completely or not at all."""
     text = json.dumps(record, indent=2, sort_keys=True) + '\n'
     AtomicLocalBackend().put_text(text, folder / file_name(cell, record['device']))
 
 
 def code_version() -> dict[str, Any]:
-    """The version of this package, and its commit where it is a checkout of git."""
+    """The version of this package, and its commit if it is a git checkout."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
@@ -69,9 +69,9 @@ def code_version() -> dict[str, Any]:
 
 
 def best_learning_rate(table: Comparison, task: str, method: str, records: dict[Cell, Record]) -> float | None:
-    """The learning rate with the best validation score of the first seed; None before all are done, or if all failed.
+    """The learning rate with the best validation score for the first seed; the lowest of equals.
 
-    Of equals the lowest.
+    It is None until all learning rates are done, and if all have failed.
     """
     found = {lr: records.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates}
     if None in found.values():
@@ -85,7 +85,7 @@ def best_learning_rate(table: Comparison, task: str, method: str, records: dict[
 
 @dataclass
 class Row:
-    """What a table says of a method on a task; None where nothing was measured."""
+    """A table's row for a method on a task; values that were not measured are None."""
 
     method: str
     lr: float | None
@@ -100,12 +100,12 @@ class Row:
 
     @property
     def scores(self) -> list[float]:
-        """Of the test where there is one, else of the validation."""
+        """The test scores if there are any, else the validation scores."""
         return self.test or self.validation
 
 
 def rows_of(table: Comparison, task: str, records: dict[Cell, Record]) -> list[Row]:
-    """A row for every method of a table."""
+    """The rows of a task in a table, one for every method."""
     return [_row(table, task, method, records) for method in table.methods]
 
 
@@ -114,7 +114,7 @@ def _row(table: Comparison, task: str, method: str, records: dict[Cell, Record])
     search = [found.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates]
     lr = best_learning_rate(table, task, method, records)
     final, missing = lr, []
-    if lr is None:  # the best so far
+    if lr is None:  # show the best learning rate so far
         done = [record for record in search if record and record['score'] is not None]
         lr = max(done, key=lambda record: record['score'])['lr'] if done else None
     absent = [f'{rate:g}' for rate, record in zip(table.learning_rates, search, strict=True) if record is None]
@@ -158,7 +158,7 @@ def _row(table: Comparison, task: str, method: str, records: dict[Cell, Record])
 
 
 def render_comparison(table: Comparison, records: dict[Cell, Record], tasks: Iterable[str], device: str) -> str:
-    """The table of a comparison as text for a terminal: a part for each task, the best methods first."""
+    """Render a comparison as text for a terminal, with a part for each task and the best methods first."""
     parts = [f'{table.title} (on {device})']
     for task in tasks:
         label = table.task(task).label
@@ -200,7 +200,7 @@ def render_comparison(table: Comparison, records: dict[Cell, Record], tasks: Ite
 
 
 def spread(scores: list[float]) -> str:
-    """Mean and standard deviation (of a sample) as text, with how many where they are not three."""
+    """The mean and sample standard deviation as text, with the number of scores if it is not three."""
     if not scores:
         return '-'
     text = f'{statistics.fmean(scores):.2f}'

@@ -1,4 +1,4 @@
-"""Find runs in folders and files, and read each into a :class:`Run`."""
+"""Find runs in folders and files, and read each one into a :class:`Run`."""
 
 import json
 import os
@@ -36,11 +36,11 @@ _LOG_FILES = ('.log', '.txt', '.log.json')
 
 @dataclass
 class Run:
-    """One training run. Scores are in percent; a step is an epoch where ``unit`` is ``'epochs'``."""
+    """A training run. Scores are in percent; a step is an epoch if ``unit`` is ``'epochs'``, else an iteration."""
 
     path: str
     config: str
-    """Basename of the shipped config whose cell this is."""
+    """The basename of the shipped config of the run's cell."""
     method: str
     task: str
     unit: str
@@ -50,13 +50,13 @@ class Run:
     tested: dict[str, float] = field(default_factory=dict)
     trainable: int | None = None
     changed: list[str] = field(default_factory=list)
-    """In what the run differs from the published setting."""
+    """The differences between the run and the published setting."""
     notes: list[str] = field(default_factory=list)
-    """What the log does not say, or how it was guessed."""
+    """Remarks on values that the log does not hold, and how they were obtained instead."""
 
     @property
     def last(self) -> tuple[int | None, dict[str, float]]:
-        """Step and scores of the last evaluation; of a run that was only tested, None and those scores."""
+        """The step and scores of the last evaluation; for a run that was only tested, None and the test scores."""
         if not self.evaluations:
             return None, self.tested
         step = max(self.evaluations)
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def best(self) -> tuple[int | None, dict[str, float]]:
-        """Step and scores of the best checkpoint, the first of equals; the task's first metric decides."""
+        """The step and scores of the best checkpoint by the task's first metric, the first of equals."""
         metric = next(iter(TASKS[self.task].metrics))
         steps = [step for step in sorted(self.evaluations) if metric in self.evaluations[step]]
         if not steps:
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``'done'``, how far it came, or ``'tested'``."""
+        """The state of the run: ``'done'``, ``'tested'``, or the number of trained steps with their unit."""
         if self.tested and not self.evaluations and not self.trained:
             return 'tested'
         if self.planned is None:
@@ -90,17 +90,18 @@ def collect(
     """Read every run under ``paths``.
 
     Args:
-        paths: work dirs, folders of work dirs, and log files: mmengine's (``scalars.json``, text) and those of mmcv 1.x
-            (text, ``.log.json``). The timestamped parts of a resumed run are one run.
-        cell: ``METHOD/TASK`` of the runs whose logs do not tell.
-        count: whether to count what trains by building the model without weights, where the log does not say.
+        paths: work dirs, folders of work dirs, and log files, of mmengine (``scalars.json``, text) or of mmcv 1.x
+            (text, ``.log.json``). The timestamped parts of a resumed run count as one run.
+        cell: the cell, as ``METHOD/TASK``, of the runs whose logs do not show it.
+        count: whether to count the parameters that train by building the model without weights, if the log does not
+            hold their number.
 
     Returns:
         The runs, and one error for each log whose cell is not clear, which the caller may show or raise.
 
     Raises:
         MissingFileError: if a path does not exist.
-        ConfigError: if a path holds no run at all, or ``cell`` is not a cell, or contradicts what a log says.
+        ConfigError: if a path holds no run at all, or ``cell`` does not exist or contradicts a log.
     """
     asked = parse_cell(cell) if cell else None
     runs: list[Run] = []
@@ -133,7 +134,7 @@ def collect(
 
 
 class _Unclear(ConfigError):
-    """A log that does not tell which cell it is."""
+    """The error for a log that does not show which cell it belongs to."""
 
 
 def _recognise(path: Path, log: Log, asked: tuple[str, str] | None, count: bool) -> Run:
@@ -206,7 +207,7 @@ def _what_is_missing(path: Path, log: Log, method: str | None, task: str | None,
 def _count(config: dict[str, Any]) -> int | None:
     try:
         return count_trainable(build_on_meta(Config(config))).backbone_trainable
-    except Exception:  # of somebody's config: of another version, or with modules that are not installed here
+    except Exception:  # the config may be for another version, or use modules that are not installed here
         return None
 
 
@@ -214,7 +215,11 @@ def _count(config: dict[str, Any]) -> int | None:
 
 
 def _find(given: Path) -> Iterator[tuple[Path, list[list[Path]]]]:
-    """Runs under a path: where each is, and the files of its parts, in order; a part is one start of the program."""
+    """Find the runs under a path.
+
+    Yields:
+        The location of each run, and the files of its parts in order; each start of the program is a part.
+    """
     if given.is_file():
         yield given, [_with_neighbour(given)]
         return
@@ -231,7 +236,7 @@ def _find(given: Path) -> Iterator[tuple[Path, list[list[Path]]]]:
 
 
 def _owner(path: Path) -> tuple[Path | None, str]:
-    """The run that a file belongs to (its work dir, or itself) and the timestamp of its part; None for other files."""
+    """The run of a log file (its work dir, or the file itself) and the timestamp of its part; None for other files."""
     folder = path.parent
     if folder.name == 'vis_data' and _TIMESTAMP.fullmatch(folder.parent.name):
         return (folder.parent.parent if path.name in ('scalars.json', 'config.py') else None), folder.parent.name
@@ -239,30 +244,30 @@ def _owner(path: Path) -> tuple[Path | None, str]:
         return (folder.parent if path.stem == folder.name and path.suffix in ('.log', '.json') else None), folder.name
     if not path.name.endswith(_LOG_FILES):
         return None, ''
-    log = path.with_name(path.name.removesuffix('.json'))  # the text, which mmcv 1.x writes beside the .log.json
+    log = path.with_name(path.name.removesuffix('.json'))  # the text log that mmcv 1.x writes beside the .log.json
     return (folder, log.stem) if _TIMESTAMP.fullmatch(log.stem) else (log, '')
 
 
 def _with_neighbour(path: Path) -> list[Path]:
-    """A log file, and the other half of it that mmcv 1.x writes beside it."""
+    """The log file and its counterpart, text or JSON, that mmcv 1.x writes beside it; those that exist."""
     name = path.name
     other = name.removesuffix('.json') if name.endswith('.log.json') else f'{name}.json'
     return [file for file in (path.with_name(other), path) if file.is_file()]
 
 
 def _read(parts: list[list[Path]]) -> Log:
-    """One log of the parts of a run; what is in no log's format adds nothing."""
+    """Read the parts of a run into one log. Files that are not in the format of a log add nothing."""
     run = Log()
     for files in parts:
         part = Log()
         config = next((parse_config(_text(file)) for file in files if file.name == 'config.py'), None)
         logs = [file for file in files if file.suffix != '.py']
-        # Text first: it has the config, and the scores of the JSON, which are more exact, replace its own.
+        # The text log comes first: it has the config, and the more exact scores in the JSON replace its scores.
         for file in sorted(logs, key=lambda file: file.suffix == '.json'):
             part.add(read_log(file, config or part.config))
         part.config = part.config or config
         if part.first is None and not part.evaluations and not run.is_empty:
-            run.tested |= part.tested  # tools/test.py in the work dir
+            run.tested |= part.tested  # from a run of tools/test.py in the work dir
         elif not part.is_empty:
             run.resume(part)
     return run
@@ -276,7 +281,7 @@ def _text(path: Path) -> str:
 
 
 def is_results(path: Path) -> bool:
-    """Whether a file is one that :func:`save_results` wrote."""
+    """Whether :func:`save_results` wrote a file."""
     if path.suffix != '.json' or not path.is_file():
         return False
     try:
@@ -287,10 +292,10 @@ def is_results(path: Path) -> bool:
 
 
 def save_results(runs: list[Run], path: Path) -> None:
-    """Write runs as JSON, over an earlier file of this function's, but over no other.
+    """Write runs as JSON. The file may replace an earlier file of this function, but no other file.
 
     Raises:
-        ConfigError: if ``path`` is a file of something else.
+        ConfigError: if ``path`` is a file that this function did not write.
     """
     if path.exists() and not is_results(path):
         raise ConfigError(f'{path} is not a results file of this program, and is left alone. Name another with --out.')
@@ -300,10 +305,10 @@ def save_results(runs: list[Run], path: Path) -> None:
 
 
 def load_results(path: Path) -> list[Run]:
-    """Read what :func:`save_results` wrote.
+    """Read the runs from a file of :func:`save_results`.
 
     Raises:
-        ConfigError: if another version of this program wrote it.
+        ConfigError: if another version of this program wrote the file.
     """
     content = json.loads(_text(path))
     if content.get('version') != _VERSION:

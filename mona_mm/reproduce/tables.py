@@ -1,4 +1,4 @@
-"""The published tables with the runs beside them, as text for a terminal, Markdown or CSV."""
+"""The published tables with the runs beside them, as text for a terminal, as Markdown or as CSV."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ _CSV = (
 
 @dataclass
 class Row:
-    """A published number, and a run of its cell where there is one."""
+    """A row of a table: a published number, and a run of its cell if there is one."""
 
     method: str
     setting: str
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows under a title. A table that is not ``comparable`` has published numbers only, its metrics as columns."""
+    """Rows under a title. A table that is not ``comparable`` has only published numbers, with metrics as columns."""
 
     name: str
     title: str
@@ -51,15 +51,19 @@ class Table:
 
 
 def table_names() -> list[str]:
-    """The names of the tables: those of tasks, and the ones beside them."""
+    """The names of all tables: those of the tasks, and the others."""
     return [*(heading.name for heading in _headings()), 'ablation', 'other', 'params', 'spt']
 
 
 def build_tables(runs: Iterable[Run], only: str | None = None) -> list[Table]:
-    """The published tables (all, or the one of :func:`table_names` named ``only``), with the runs of each row's cell.
+    """Build the published tables, with the runs of each row's cell.
+
+    Args:
+        runs: the runs to show.
+        only: the name of the only table to build, one of :func:`table_names`; None builds all that have rows.
 
     Raises:
-        ConfigError: if there is no table of that name.
+        ConfigError: if there is no table named ``only``.
     """
     if only is not None and only not in table_names():
         raise ConfigError(f'--task {only}: there is no such table. The tables are {", ".join(table_names())}.')
@@ -73,10 +77,10 @@ def _headings() -> list[Heading]:
 
 
 class _Cells:
-    """Rows of cells, and which configs have some.
+    """The rows of cells, with a record of the configs that already have rows.
 
     Args:
-        runs: what stands beside the published numbers.
+        runs: the runs to show beside the published numbers.
     """
 
     def __init__(self, runs: list[Run]) -> None:
@@ -92,30 +96,30 @@ class _Cells:
         trained: int | None,
         config: str | None = None,
     ) -> Iterator[Row]:
-        """Rows of a cell: one for each published metric and each run, and what else its runs have measured.
+        """The rows of a cell: one for each run and published metric, then one for each other metric of a run.
 
         Args:
-            task: the cell's.
-            method: the cell's.
-            setting: in what the cell differs from others of the table.
-            published: by metric.
+            task: the task of the cell.
+            method: the method of the cell.
+            setting: the setting that distinguishes the cell from others in the table.
+            published: the published numbers, by metric.
             trained: the published number of parameters that train.
-            config: the name of the cell's config; that of the method's main one by default.
+            config: the name of the cell's config; by default that of the method's main config.
         """
         config = config or config_name(method, task.name)
         self.covered.add(config)
-        mine = [run for run in self.runs if run.config == config]
+        cell_runs = [run for run in self.runs if run.config == config]
         for score, entry in published.items():
             value, grade = entry if entry else (None, None)
-            for run in mine or [None]:
+            for run in cell_runs or [None]:
                 yield Row(method, setting, task.metrics[score].label, score, config, value, grade, trained, run)
         for score, metric in task.metrics.items():
-            for run in mine if score not in published else ():
+            for run in cell_runs if score not in published else ():
                 if score in run.last[1]:
                     yield Row(method, setting, metric.label, score, config, trained_published=trained, run=run)
 
     def others(self) -> Iterator[Row]:
-        """Rows of the runs whose configs have no row yet."""
+        """The rows of the runs whose configs have no row yet."""
         for run in self.runs:
             metrics = TASKS[run.task].metrics
             for score, metric in metrics.items() if run.config not in self.covered else ():
@@ -205,7 +209,7 @@ def _published_only() -> Iterator[Table]:
 
 
 def render(tables: list[Table], form: str) -> str:
-    """Tables as text in one of :data:`FORMATS`."""
+    """Render tables as text in one of :data:`FORMATS`."""
     if form == 'csv':
         return _csv(tables)
     blocks = [f'# {_TITLE}' if form == 'markdown' else _TITLE]
@@ -231,7 +235,7 @@ def _wrapped(text: str) -> str:
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
-    """Header, rows and remarks of a table with runs; columns that would be empty throughout are left out."""
+    """The header, rows and remarks of a table with runs; columns without any value are left out."""
     header = [
         *('method', 'setting', 'metric', 'last', 'best', 'published', 'grade', 'last - publ.', 'best - publ.'),
         *('trained', 'trained publ.', 'run'),
@@ -282,11 +286,11 @@ def _remark(run: Run) -> str:
     return '. '.join([*parts, *run.notes])
 
 
-_SHOWN = 12  # differences that a table lists; results.json and the CSV have them all
+_SHOWN = 12  # the number of differences that a table lists; results.json and the CSV list all
 
 
 def _values(row: Row) -> dict[str, Any]:
-    """The numbers of a row, None where there is none."""
+    """The numbers of a row, each None if it does not exist."""
     (last_step, last), (best_step, best) = (row.run.last, row.run.best) if row.run else ((None, {}), (None, {}))
     last_score, best_score = last.get(row.score), best.get(row.score)
 
@@ -304,7 +308,7 @@ def _values(row: Row) -> dict[str, Any]:
 
 
 def _pivot(table: Table) -> tuple[list[str], list[list[str]], list[str]]:
-    """Methods as rows, metrics as columns; a column that repeats another (another task's) only where it differs."""
+    """The header, rows and remarks of a table without runs, with methods as rows and metrics as columns."""
     metrics = list(dict.fromkeys(row.metric for row in table.rows))
     methods = list(dict.fromkeys(row.method for row in table.rows))
     found = {(row.method, row.metric): row for row in table.rows}
@@ -368,10 +372,10 @@ def _markdown(header: list[str], body: list[list[str]]) -> list[str]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a rendered table, over an earlier one, but over no other file.
+    """Write a rendered table. It may replace an earlier table, but no other file.
 
     Raises:
-        ConfigError: if ``path`` is a file of something else.
+        ConfigError: if ``path`` is a file that is not a table.
     """
     if path.exists():
         with open(path, encoding='utf-8', errors='replace') as file:
@@ -383,7 +387,7 @@ def write_text(text: str, path: Path) -> None:
 
 
 def plan(runs: Iterable[Run], only: str | None = None) -> list[str]:
-    """The command for every cell that has a config, with what there is of it among ``runs``."""
+    """List the training command for every cell that has a config, with the state of the cell among ``runs``."""
     runs = list(runs)
     folders = dict.fromkeys(task_configs(task) for task in TASKS.values())
     files = {path.stem: path for folder in folders for path in folder.rglob('*.py')}
@@ -393,10 +397,10 @@ def plan(runs: Iterable[Run], only: str | None = None) -> list[str]:
             if row.config in seen or row.config not in files:
                 continue
             seen.add(row.config)
-            mine = [run for run in runs if run.config == row.config]
-            equal = [run for run in mine if not run.changed]
+            cell_runs = [run for run in runs if run.config == row.config]
+            equal = [run for run in cell_runs if not run.changed]
             done = any(run.status == 'done' for run in equal)
-            status = 'done' if done else 'partial' if equal else 'changed only' if mine else 'missing'
+            status = 'done' if done else 'partial' if equal else 'changed only' if cell_runs else 'missing'
             partial = next((run for run in equal if run.status != 'done' and Path(run.path).is_dir()), None)
             command = f'python tools/train.py {_relative(files[row.config])}'
             if partial and not done:

@@ -1,6 +1,6 @@
-"""The tasks of the published tables, a row each: whatever else here depends on a task reads it from its row.
+"""The tasks of the published tables. Everything in this package that depends on a task reads it from its :class:`Task`.
 
-A task of one's own is a :class:`Task` handed to :func:`register_task`.
+Call :func:`register_task` with a :class:`Task` to add one.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.type_names import type_name
 
 Entry = list | tuple | None
-"""A published number and its grade; None where it was not found."""
+"""A published number and its grade; None if the number was not found."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Metric:
     """One of the scores of a task.
 
     Args:
-        label: its name in the tables.
-        mmengine: its names in logs of mmengine, each with the factor that makes percent of it.
-        mmcv: the same for logs of mmcv 1.x.
-        measures: the name of what it measures in the model index, such as ``'Object Detection'``.
-        index_label: its own name in the model index; the label by default.
+        label: the name of the metric in the tables.
+        mmengine: the names of the metric in logs of mmengine, each with the factor that converts it to percent.
+        mmcv: the same names and factors for logs of mmcv 1.x.
+        measures: the name of the measured task in the model index, such as ``'Object Detection'``.
+        index_label: the name of the metric in the model index; the label by default.
     """
 
     label: str
@@ -37,9 +37,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Heading:
-    """A table of one task or of several: its name on the command line, its title, and notes below it.
+    """The heading of a table of one or more tasks: its name on the command line, its title, and the notes below it.
 
-    In the notes ``{...}`` stands for an entry of ``published.json``, as in :meth:`str.format`.
+    In the notes, ``{...}`` stands for an entry of ``published.json``, as in :meth:`str.format`.
     """
 
     name: str
@@ -49,22 +49,25 @@ class Heading:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: which configs are its own, how its runs are recognised, what was published of it.
+    """A benchmark, with its configs, the way to recognise its runs, and its published numbers.
 
     Args:
-        name: the last part of its configs' names, before that of an ablation.
-        config: the name of Mona's config; the other methods' configs have the method's name and ``_`` before it.
+        name: the name of the task, with which the names of its configs end, except for the suffix of an ablation.
+        config: the name of Mona's config; the configs of the other methods have this name with the method's name and
+            ``_`` in front.
         model: the type of the model.
-        trains_on: tells from the model's config and that of a training data set whether it is this task.
-        metrics: by name; the first decides which checkpoint is best.
-        training_data: the name of what it trains on, as the model index has it.
-        test_data: the name of what its scores were measured on; the same by default.
-        table: where its rows stand; None for a task without published numbers, whose runs are listed apart.
-        published: what was published, by method: a key of ``published.json``, or the content itself. Of a method it
+        trains_on: a function that gets the config of the model and of a training dataset, and returns whether they
+            belong to this task.
+        metrics: the metrics by name; the first decides which checkpoint is best.
+        training_data: the name of the training dataset in the model index.
+        test_data: the name of the dataset on which the scores are measured; by default the training dataset.
+        table: the heading of the table that holds the task's rows; None for a task without published numbers, whose
+            runs are listed separately.
+        published: the published numbers by method, as a key of ``published.json`` or as the content itself. A method
             has an :data:`Entry` for the only metric, or a dict of entries by metric or by task.
-        parameters: the key of its numbers of trained parameters under ``trainable_params_backbone_other_tasks`` of
-            ``published.json``; None where ``trainable_params_backbone`` holds for it.
-        configs: the folder with a folder of configs for each method; None for the shipped one.
+        parameters: the key of the numbers of trained parameters under ``trainable_params_backbone_other_tasks`` in
+            ``published.json``; None if those in ``trainable_params_backbone`` apply.
+        configs: the folder that holds a subfolder of configs for each method; None for the shipped configs.
     """
 
     name: str
@@ -81,26 +84,26 @@ class Task:
 
     @property
     def size(self) -> str | None:
-        """The Swin of its main configs, such as ``'swin_l'``; None for another backbone."""
+        """The size of the Swin in the main configs, such as ``'swin_l'``; None for another backbone."""
         found = search(r'swin_[tbl](?=_|$)', self.config)
         return found and found[0]
 
 
 TASKS: dict[str, Task] = {}
-"""Every task, by name."""
+"""All tasks by name."""
 
 MMENGINE_SCORES: dict[str, tuple[str, int]] = {}
-"""By name in logs of mmengine, every task's: the name of the score and the factor that makes percent of it."""
+"""The names of all tasks' scores in logs of mmengine, each with its metric and the factor that makes it percent."""
 
 MMCV_SCORES: dict[str, tuple[str, int]] = {}
-"""The same for logs of mmcv 1.x."""
+"""The same names, metrics and factors for logs of mmcv 1.x."""
 
 
 def register_task(task: Task) -> None:
-    """Let the tables, and what reads runs for them, know a task.
+    """Add a task to the tables and to the code that reads runs for them.
 
     Raises:
-        ConfigError: if there is another of that name, or one of its scores means something else to another task.
+        ConfigError: if the name is taken, or another task gives one of the scores another meaning.
     """
     if task.name in TASKS:
         raise ConfigError(f'There is a task {task.name} already; the tasks are {", ".join(TASKS)}. Name it otherwise.')
@@ -119,18 +122,18 @@ def register_task(task: Task) -> None:
 
 
 def task_of_config_name(name: str) -> Task | None:
-    """The task of a config by its name, in which that of the task is a part; of two such names the longer one's."""
+    """The task whose name is part of the name of a config; the longest if there are several, None if there is none."""
     names = sorted(TASKS, key=len, reverse=True)
     return next((TASKS[task] for task in names if search(rf'(^|_){task}(_|$)', name)), None)
 
 
 def on_type(part: str) -> Callable[[dict[str, Any], dict[str, Any]], bool]:
-    """A ``trains_on`` that looks for ``part`` in the type of the data set, in lower case."""
+    """A function for ``trains_on`` that looks for ``part`` in the lower-cased type of the dataset."""
     return lambda model, dataset: part in type_name(dataset.get('type')).lower()
 
 
 def _on_voc2007(multilabel: bool) -> Callable[[dict[str, Any], dict[str, Any]], bool]:
-    """A ``trains_on`` for VOC's data set, and for lists with one label an image."""
+    """A function for ``trains_on`` that accepts VOC's dataset class, and lists with one label for each image."""
 
     def trains_on(model: dict[str, Any], dataset: dict[str, Any]) -> bool:
         head = model.get('head') or {}
