@@ -1,6 +1,6 @@
-"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
+"""Count the parameters that train: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
 
-Or list the backbones that methods can be in: python tools/count_params.py --hosts [--json]
+With --hosts, the tool lists the backbones that can host a method: python tools/count_params.py --hosts [--json]
 """
 
 import argparse
@@ -21,7 +21,7 @@ from mona_mm.frozen.count import count_trainable
 
 
 def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """One config's numbers, and what to print of them."""
+    """Count the parameters of a config, and return them with the text to print."""
     counted = count_trainable(build_on_meta(cfg))
     row = dict(
         config=file,
@@ -35,7 +35,7 @@ def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
 
 
 def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """:func:`count` of an SPT config that has no plan: of its base, while what trains is not known."""
+    """Count the base of an SPT config that has no plan, as :func:`count` does; what trains is not known yet."""
     budget = spt_config(cfg).get('budget')
     cfg.model.backbone.update(peft=None, trainable='none')
     row, _ = count(file, cfg)
