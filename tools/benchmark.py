@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.benchmark import backbone, detector, module, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
