@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import add_cfg_options, run, work_dir
 from mona_mm.commands.config import load_config
