@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.base import base_file, whole_model_base
 from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
