@@ -38,8 +38,8 @@ class SPT(Method):
             (never applied at ``proj``), ``drop_path=0.1`` and ``init='zero'`` (``'trunc_normal'`` as published);
             neither dropout nor drop path applies to a linear layer that the host does not call because it only reads
             the weight. The other options of Mona are those of :class:`mona_mm.methods.Mona`.
-        budget: the budget for which ``tools/train.py`` makes the plan. The arguments below it also belong to the making
-            of the plan: :func:`mona_mm.spt.compute_sensitivity` describes ``num_batches`` and ``per_sample``, and
+        budget: the budget for which ``tools/train.py`` makes the plan. The arguments below it are also for making the
+            plan: :func:`mona_mm.spt.compute_sensitivity` describes ``num_batches`` and ``per_sample``, and
             :func:`mona_mm.spt.allocate` the others.
 
     Raises:
