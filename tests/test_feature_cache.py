@@ -225,7 +225,7 @@ def test_a_full_memory(make_runner, caplog):
             assert_equal(step(kept, x), step(plain, x))
         assert found(kept) == (2 * epoch, 4 * (epoch + 1))
     assert record_of(kept).feature_cache.bytes == 2 * each
-    assert log_of(runner).count('GiB are full: the features of 2 images are kept') == 1
+    assert log_of(runner).count('cache_features are full: the features of 2 images are kept') == 1
     for model in (plain, kept):  # the features of other weights have all of the memory again
         torch.manual_seed(6)
         nn.init.normal_(model.stages[0].blocks[0].ffn.layers[1].weight, std=0.1)

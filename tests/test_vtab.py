@@ -424,7 +424,7 @@ def test_missing_data(data_name, task, lists, missing, data, tmp_path):
     with pytest.raises(MissingFileError, match=f'no .*{task}/{lists}'):
         check_data(cfg, ('train',))
     (tmp_path / task / lists).write_text('{"a.jpg": 1}' if data_name == 'fgvc' else 'a.jpg 1\n')
-    with pytest.raises(MissingFileError, match='does not exist: .*a.jpg'):
+    with pytest.raises(MissingFileError, match='a.jpg'):
         check_data(cfg, ('train',))
 
 
@@ -445,21 +445,21 @@ def test_lists_that_do_not_fit(data, tmp_path):
     vtab.write_text(good + '\n')
     check('vtab', 'line 13')
     vtab.write_text(good.replace(' 3', ' 100', 1))
-    check('vtab', r'line 4: .* must be a path and a label from 0 to 99, since the config has 100 classes')
+    check('vtab', r'line 4: .* 0 to 99.* 100 classes')
     check('fgvc', '3 classes.* 2.*task=', classes=['a', 'b'])
     (cub / 'test.json').write_text('{"a.jpg": 5}')
-    check('fgvc', 'test.json has images of class 5, of which .*train.json has none', split='val')
+    check('fgvc', 'test.json .*5.*train.json', split='val')
     for content in ('[1]', '{"a.jpg": 1, "b.jpg": "x"}', '{}'):
         (cub / 'train.json').write_text(content)
-        check('fgvc', 'must be a JSON object of image paths to ids')
+        check('fgvc', 'train.json')
     (cub / 'train.json').write_text('a.jpg 1')
-    check('fgvc', 'train.json is no JSON file')
+    check('fgvc', 'train.json .*JSON')
     (cub / 'train.json').unlink()
     (cub / 'val.json').write_text('{"a.jpg": 5}')
     cfg = load_config(
         file('full_vit_b_fgvc'), {'data_root': str(tmp_path), 'val_dataloader.dataset.ann_file': 'val.json'}
     )
-    with pytest.raises(MissingFileError, match='There is no .*train.json'):
+    with pytest.raises(MissingFileError, match='train.json'):
         check_data(cfg, ('val',))
 
 
@@ -587,7 +587,7 @@ def test_command_lines(tool, data, tmp_path):
         status, output = tool('test.py', file(name), work_dir / 'epoch_1.pth', *given, f'task={task}')
         assert status == 0 and 'accuracy/top1' in output, output
     status, output = tool('train.py', file(name), '--work-dir', work_dir, *given)
-    assert status == 2 and 'is a plan for task=clevr_count, and this config says cifar' in output
+    assert status == 2 and 'task=clevr_count' in output and 'cifar' in output
     status, output = tool('spt_sensitivity.py', file(name), '--budget', '20%', '--out', 'p', *given, 'task=svhm')
     assert status == 2 and 'has no such task. Its tasks are cifar,' in output and 'Traceback' not in output
     status, output = tool('spt_sensitivity.py', file(name), '--budget', '20%', '--out', 'p', *given)

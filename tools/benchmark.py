@@ -1,7 +1,7 @@
-"""Speed and memory as ratios, measured in one run: python tools/benchmark.py --suite module|backbone|detector|spt
+"""Measure speed and memory, as ratios, in one run: python tools/benchmark.py --suite module|backbone|detector|spt
 
-Every suite compares in turns the published formula, the stock host, every method and full tuning, and gives medians,
-quartiles, and the time that the operations and bytes would take at this machine's measured rates.
+Every suite runs its variants in turns, such as the published formula, the stock host, the methods and full tuning. It
+prints medians, quartiles, and the time that the operations and bytes would take at the measured rates of this machine.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.benchmark import backbone, detector, module, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
@@ -23,8 +23,8 @@ from mona_mm.errors import ConfigError
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
 WHOLE = {'backbone', 'detector'}
-# Options that only some suites have: without them their default is None, to tell whether they were given.
-OF_SUITES = dict(
+# The options that only some suites have. Their default is None, so that check() can tell whether they were given.
+OPTION_SUITES = dict(
     sizes={'module', *WHOLE},
     arch={'module', *WHOLE},
     methods=WHOLE,
@@ -83,14 +83,18 @@ def main() -> None:
     else:
         results = measure(args)
     if args.plot:
-        from mona_mm.benchmark.plot import plot_cost  # here, because matplotlib takes its time
+        from mona_mm.benchmark.plot import plot_cost  # here, because matplotlib is slow to import
 
         plot_cost([row for suite, rows in results.items() if suite in WHOLE for row in rows], args.plot)
         print(f'\nPicture: {args.plot}')
 
 
 def measure(args: argparse.Namespace) -> dict[str, list]:
-    """The rows of every suite, printed and written as they come."""
+    """Measure every suite, and print and write each row as it comes.
+
+    Returns:
+        The rows by suite.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.precision or 'fp32']
@@ -108,7 +112,7 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
             yield row
 
     if args.json:
-        write_record(args.json, machine, results)  # what cannot be written is better known before than after
+        write_record(args.json, machine, results)  # fails here, before measuring, if the file cannot be written
     archs, batch = args.arch or ['b'], args.batch or 1
     sizes = [parse_size(text) for text in args.sizes or ('224', '512')]
     for suite in dict.fromkeys(args.suite or ['backbone']):
@@ -129,7 +133,7 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
 
 
 def show(suite: str, rows: Iterator[Any]) -> None:
-    """Print the table of a suite row by row, and what was to be reached."""
+    """Print the table of a suite row by row, and then the targets."""
     print(f'\n{suite}: medians (first to third quartile)\n', flush=True)
     seen: list[Any] = []
     for row in rows:
@@ -143,14 +147,22 @@ def show(suite: str, rows: Iterator[Any]) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``'224'`` or ``'800x1216'`` to (height, width)."""
+    """Convert ``'224'`` or ``'800x1216'`` to ``(height, width)``.
+
+    Raises:
+        ConfigError: if the text has neither form, or a side is 0.
+    """
     if not re.fullmatch(r'\d+(x\d+)?', text) or 0 in (sides := [int(side) for side in text.split('x')]):
         raise ConfigError(f'--sizes {text}: a size is the side of a square, 224, or height and width, 800x1216.')
     return sides[0], sides[-1]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Of all options, before anything takes time."""
+    """Check all options before anything that takes time.
+
+    Raises:
+        ConfigError: if an option has an unusable value, or does not go with the others.
+    """
     if args.plot and not (args.plot.endswith('.png') and not osp.isdir(args.plot)):
         raise ConfigError(f'--plot {args.plot}: the picture is a file whose name ends in .png.')
     if args.from_json:
@@ -167,9 +179,9 @@ def check(args: argparse.Namespace) -> None:
     if args.counts and not all(1 <= count <= spt.VIT_B[0] * spt.VIT_B[1] for count in args.counts):
         raise ConfigError(f'--counts must be from 1 to {spt.VIT_B[0] * spt.VIT_B[1]}, all weights of the layer.')
     suites = args.suite or ['backbone']
-    for name, of in OF_SUITES.items():
-        if getattr(args, name) is not None and not of.intersection(suites):
-            raise ConfigError(f'--{name} is of the suites {", ".join(s for s in SUITES if s in of)}; give --suite.')
+    for name, having in OPTION_SUITES.items():
+        if getattr(args, name) is not None and not having.intersection(suites):
+            raise ConfigError(f'--{name} is of the suites {", ".join(s for s in SUITES if s in having)}; give --suite.')
     device = check_device(args.device)
     if args.processor_time and (args.threads != 1 or device.type != 'cpu'):
         raise ConfigError('--processor-time is that of one thread: give --threads 1, on a CPU.')
@@ -177,7 +189,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name, which this machine has."""
+    """Convert the name of a device, and check that this machine has it.
+
+    Raises:
+        ConfigError: if the device is unknown, is neither a CPU nor CUDA, or does not exist on this machine.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -190,7 +206,7 @@ def check_device(name: str) -> torch.device:
 
 
 def measure_machine(args: argparse.Namespace, dtype: torch.dtype, clock) -> dict[str, str]:
-    """What the figures were measured on."""
+    """Describe the machine on which the figures are measured, including its measured rates."""
     operations, moved = module.rates(args.device, dtype, clock)
     cuda = torch.device(args.device).type == 'cuda'
     return dict(

@@ -11,7 +11,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.convert import (
     backbone_tensors,
@@ -30,15 +30,20 @@ from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileErro
 from mona_mm.hosts import method_names
 from mona_mm.type_names import enter_scope
 
-WAYS = dict(mm=convert_model, published=to_published, colin=to_colin)
+CONVERTERS = dict(mm=convert_model, published=to_published, colin=to_colin)
 
 
 def read(args: argparse.Namespace) -> dict:
-    """The checkpoint; with --trust-pickle, whatever it executes."""
+    """Read the checkpoint; with ``--trust-pickle``, its pickle may execute any code.
+
+    Raises:
+        MissingFileError: if there is no such file.
+        CheckpointMismatchError: if the file cannot be read as a checkpoint.
+    """
     if not args.trust_pickle:
         return read_checkpoint(args.src)
     if args.src.endswith(('.npz', '.safetensors')):
-        return read_checkpoint(args.src)  # there is no pickle in these
+        return read_checkpoint(args.src)  # these formats have no pickle
     print(f'Executing whatever {args.src} says, as asked.')
     try:
         checkpoint = torch.load(args.src, map_location='cpu', weights_only=False)
@@ -53,7 +58,7 @@ def read(args: argparse.Namespace) -> dict:
 
 
 def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
-    """The weights of a config's backbone, loaded as training would, with a report of every tensor."""
+    """Load the weights into the backbone of the config as training would, and print a report of every tensor."""
     cfg = load_config(args.config)
     enter_scope(cfg)
     backbone = MODELS.build(cfg.model.backbone)
@@ -71,7 +76,7 @@ def main() -> None:
     )
     parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
     parser.add_argument('dst', type=new_file, help='file to write (.pth or .safetensors)')
-    parser.add_argument('--to', choices=WAYS, default='mm', help='names to write (default: mm)')
+    parser.add_argument('--to', choices=CONVERTERS, default='mm', help='names to write (default: mm)')
     parser.add_argument('--config', help='fit the weights to the backbone of this config, resizing position tables')
     parser.add_argument('--trust-pickle', action='store_true', help='execute the pickle of a file that needs it')
     args = parser.parse_args()
@@ -101,8 +106,14 @@ def main() -> None:
 
 
 def without_config(args: argparse.Namespace) -> dict:
-    """The weights by other names, or with --trust-pickle those of no known format by their own; and what else of a
-    trusted checkpoint is plain."""
+    """Convert the weights by their names alone.
+
+    With ``--trust-pickle``, the weights of an unknown format keep their names, and the plain part of the checkpoint's
+    ``meta`` is kept, too.
+
+    Raises:
+        CheckpointMismatchError: if the format of the checkpoint is unknown and may not be kept.
+    """
     checkpoint = read(args)
     form = recognise(backbone_tensors(checkpoint))
     if form is None and (not args.trust_pickle or args.to != 'mm' or not unwrap_checkpoint(checkpoint)):
@@ -115,7 +126,7 @@ def without_config(args: argparse.Namespace) -> dict:
     if form is None:
         tensors = unwrap_checkpoint(checkpoint)
     else:
-        tensors = WAYS[args.to](checkpoint)
+        tensors = CONVERTERS[args.to](checkpoint)
     parts = sorted({re.sub(r'\..*', '', name) for name in tensors})
     print(f'{args.src} (names: {form or "unknown, kept"}): {len(tensors)} tensors of {", ".join(parts)}')
     gone = left_out(form, backbone_tensors(checkpoint)) if args.to == 'mm' else []
@@ -126,12 +137,12 @@ def without_config(args: argparse.Namespace) -> dict:
 
 
 def plain(value: Any) -> Any:
-    """Of a checkpoint's ``meta``, what weights-only loading can read: numbers, texts, and dicts and lists of them."""
+    """The part of a checkpoint's ``meta`` that weights-only loading reads: numbers, texts, dicts, lists and tuples."""
     if isinstance(value, Mapping):
-        kept = {key: plain(each) for key, each in value.items() if isinstance(key, str | int)}
-        return {key: each for key, each in kept.items() if each is not None}
+        kept = {key: plain(entry) for key, entry in value.items() if isinstance(key, str | int)}
+        return {key: entry for key, entry in kept.items() if entry is not None}
     if isinstance(value, list | tuple):
-        return type(value)(plain(each) for each in value) if type(value) in (list, tuple) else None
+        return type(value)(plain(entry) for entry in value) if type(value) in (list, tuple) else None
     return value if type(value) in (str, int, float, bool) else None
 
 

@@ -1,6 +1,6 @@
-"""Count what trains, per config: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
+"""Count the parameters that train: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
 
-Or list the backbones that methods can be in: python tools/count_params.py --hosts [--json]
+With --hosts, the tool lists the backbones that can host a method: python tools/count_params.py --hosts [--json]
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import add_cfg_options, run, work_dir
 from mona_mm.commands.config import load_config
@@ -21,7 +21,7 @@ from mona_mm.frozen.count import count_trainable
 
 
 def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """One config's numbers, and what to print of them."""
+    """Count the parameters of a config, and return them with the text to print."""
     counted = count_trainable(build_on_meta(cfg))
     row = dict(
         config=file,
@@ -35,7 +35,7 @@ def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
 
 
 def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """:func:`count` of an SPT config that has no plan: of its base, while what trains is not known."""
+    """Count the base of an SPT config that has no plan, as :func:`count` does; what trains is not known yet."""
     budget = spt_config(cfg).get('budget')
     cfg.model.backbone.update(peft=None, trainable='none')
     row, _ = count(file, cfg)

@@ -1,4 +1,4 @@
-"""Deltas: python tools/delta.py info FILE | extract CONFIG CHECKPOINT OUT | merge CONFIG DELTA OUT | diff A B"""
+"""Handle deltas: python tools/delta.py info FILE | extract CONFIG CHECKPOINT OUT | merge CONFIG DELTA OUT | diff A B"""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.base import base_file, whole_model_base
 from mona_mm.checkpoint.delta import apply_delta, part_sizes, save_delta
@@ -37,7 +37,7 @@ from mona_mm.type_names import enter_scope
 
 
 def info(args: argparse.Namespace) -> None:
-    """What is inside."""
+    """Print the contents of a delta."""
     delta = read_delta(args.file)
     header, sizes = delta.header, part_sizes(delta.header, delta.tensors)
     tensors = {name: tensor for name, tensor in delta.tensors.items() if name not in header.shared}
@@ -47,10 +47,10 @@ def info(args: argparse.Namespace) -> None:
         print(json.dumps(dict(file=args.file, bytes=osp.getsize(args.file), values=sizes, stored=stored, **shown)))
         return
     print(f'{args.file}: {osp.getsize(args.file):,} bytes, {len(tensors)} tensors')
-    for path, each in header.methods.items():
-        options = ', '.join(f'{name}={value!r}' for name, value in each['options'].items())
-        kept = f', frozen_dtype={each["frozen_dtype"]!r}' if 'frozen_dtype' in each else ''
-        print(f'{path or "model"}: {each["type"] or "no method"}({options}), trainable={each["trainable"]}{kept}')
+    for path, method in header.methods.items():
+        options = ', '.join(f'{name}={value!r}' for name, value in method['options'].items())
+        dtype = f', frozen_dtype={method["frozen_dtype"]!r}' if 'frozen_dtype' in method else ''
+        print(f'{path or "model"}: {method["type"] or "no method"}({options}), trainable={method["trainable"]}{dtype}')
     width = max(map(len, sizes))
     for part, count in sizes.items():
         print(f'  {part.ljust(width)}  {count:>13,} values  {stored[part]:>13,} bytes')
@@ -67,7 +67,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace, file: str) -> tuple[Config, nn.Module]:
-    """The model of a config that ``file`` is of, with random weights."""
+    """Build the config and its model, with random weights, for a delta or checkpoint ``file``."""
     cfg = load_config(args.config, args.cfg_options)
     require_plan(cfg, (osp.dirname(file), work_dir(cfg, args.config)))
     adapt_to_device(cfg)
@@ -78,14 +78,14 @@ def build(args: argparse.Namespace, file: str) -> tuple[Config, nn.Module]:
 
 
 def extract(args: argparse.Namespace) -> None:
-    """A delta from a whole checkpoint."""
+    """Write a delta with the trained values of a whole checkpoint."""
     cfg, model = build(args, args.checkpoint)
     checkpoint = read_checkpoint(args.checkpoint)
     state = model_state(checkpoint)
     wrong = misfit(rehearse(model, state), optional=lambda name: False)
     if wrong:
         raise CheckpointMismatchError(f'{args.checkpoint} is no whole checkpoint of {args.config}: {wrong}')
-    model.load_state_dict(state, strict=False)  # SwinV2 leaves out by itself what it recomputes
+    model.load_state_dict(state, strict=False)  # SwinV2 itself drops the buffers that it recomputes
     meta = checkpoint.get('meta', {})
     save_delta(
         model, args.out, args.parts, args.half, config=cfg.pretty_text, base_file=base_file(cfg),
@@ -96,7 +96,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """One whole checkpoint from a delta and its base."""
+    """Merge a delta and its base into one whole checkpoint."""
     if not args.out.endswith('.pth'):
         raise ConfigError(f'{args.out}: what is merged is written as .pth.')
     delta = read_delta(args.delta)
@@ -105,7 +105,7 @@ def merge(args: argparse.Namespace) -> None:
     cfg, model = build(args, args.delta)
     base = whole_model_base(cfg, args.delta)
     apply_delta(model, delta, args.allow_other_base, base_file=base)
-    if cfg.get('resume'):  # who takes the merged config resumes nothing
+    if cfg.get('resume'):  # the merged config must not resume a run
         cfg.merge_from_dict(dict(load_from=base, resume=False, base_checkpoint=None))
     left = unmergeable(model)
     if left or args.self_contained:
@@ -125,10 +125,10 @@ def merge(args: argparse.Namespace) -> None:
     wrong = compare(build_on_meta(config).state_dict(), state, optional=lambda name: False)
     if wrong:
         raise CheckpointMismatchError(f'The merged weights would not fit the model of their config: {wrong}')
-    config.load_from = osp.abspath(args.out)  # who trains on with the config starts from what has been merged
+    config.load_from = osp.abspath(args.out)  # training with this config starts from the merged weights
     buffer = io.BytesIO()
     meta = dict(cfg=config.pretty_text)
-    if delta.header.dataset_meta:  # without it the libraries' calls take the names from the config
+    if delta.header.dataset_meta:  # without it, inference takes the class names from the config
         meta['dataset_meta'] = delta.header.dataset_meta
     torch.save(dict(state_dict=state, meta=meta), buffer)
     AtomicLocalBackend().put(buffer.getvalue(), args.out)
@@ -137,7 +137,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def diff(args: argparse.Namespace) -> None:
-    """How two deltas differ; exit status 1 if they do."""
+    """Print the differences of two deltas, and exit with status 1 if there are any."""
     first, second = read_delta(args.first), read_delta(args.second)
     lines = header_differences(first, second)
     for part in sorted({d.header.part(name) for d in (first, second) for name in d.tensors}):
@@ -147,7 +147,7 @@ def diff(args: argparse.Namespace) -> None:
 
 
 def header_differences(first: Delta, second: Delta) -> list[str]:
-    """A line for each difference in what two deltas say of themselves."""
+    """List the differences in the headers of two deltas, one a line."""
     lines = []
     for key in ('methods', 'parts', 'half', 'base', 'base_file', 'versions', 'metrics', 'dataset_meta', 'config'):
         a, b = getattr(first.header, key), getattr(second.header, key)
@@ -157,7 +157,7 @@ def header_differences(first: Delta, second: Delta) -> list[str]:
 
 
 def tensor_differences(part: str, first: Delta, second: Delta) -> list[str]:
-    """Lines on the tensors of one part."""
+    """List the differences in the tensors of one part of the model, one a line."""
     a, b = ({n: t for n, t in d.tensors.items() if d.header.part(n) == part} for d in (first, second))
     lines = [f'{part}: {n} is only in the first' for n in a.keys() - b.keys()]
     lines += [f'{part}: {n} is only in the second' for n in b.keys() - a.keys()]
@@ -171,7 +171,7 @@ def tensor_differences(part: str, first: Delta, second: Delta) -> list[str]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two values in the same place."""
+    """The largest absolute difference of two tensors of the same shape."""
     return float((a.double() - b.double()).abs().max())
 
 

@@ -1,6 +1,7 @@
-"""See it work, in minutes on a CPU: python tools/demo.py [--work-dir DIR] [--data-root DIR]
+"""Train and evaluate a small model, in minutes on a CPU: python tools/demo.py [--work-dir DIR] [--data-root DIR]
 
-Draws a small data set, trains configs/demo/demo_mona_shapes.py on it, evaluates, and makes pictures of the predictions.
+The demo draws a small data set, trains configs/demo/demo_mona_shapes.py on it, evaluates the model, and makes pictures
+of the predictions.
 """
 
 import argparse
@@ -30,20 +31,20 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'
 REAL_CONFIG = REPOSITORY / 'configs/mona/cascade_swin_b_coco.py'
 
-ZOOM = 3  # pictures are drawn this much larger than the images
+ZOOM = 3  # the factor by which pictures are larger than the images
 SHEET_ROWS, SHEET_COLUMNS = 4, 2
-GAP, MARGIN, TITLE = 4, 16, 40  # pixels: within a pair, around pairs, above all
+GAP, MARGIN, TITLE = 4, 16, 40  # the space in pixels within a pair, around pairs and above all pairs
 FONT, WHITE = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255)
-SCORE_THR = 0.5  # predictions below it are not drawn
-COLOURS = ((80, 170, 255), (120, 220, 90), (255, 160, 70), (220, 110, 255))  # of the classes, BGR
+SCORE_THR = 0.5  # predictions with a lower score are not drawn
+COLOURS = ((80, 170, 255), (120, 220, 90), (255, 160, 70), (220, 110, 255))  # the colours of the classes, BGR
 
 
 class DemoHook(Hook):
-    """Tells a newcomer how training goes, and keeps what the last validation gave.
+    """A hook that shows the progress of training, and keeps the results of the last validation.
 
     Args:
-        terminal: where to write.
-        every: seconds between two lines on the loss.
+        terminal: the stream to write to.
+        every: the time in seconds between two lines on the loss.
     """
 
     priority = 'LOWEST'  # after the checks of every other hook
@@ -55,13 +56,13 @@ class DemoHook(Hook):
         self.outputs: list[BaseDataElement] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Show what trains."""
+        """Show the table of the parameters that train."""
         self._say(f'What trains:\n{mona_mm.count_trainable(runner.model).table()}\n')
         self._say('(The loss may rise for a while: the more shapes are found, the more boxes and masks it is about.)')
         self._start = self._last = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Show the loss, now and then."""
+        """Show the loss from time to time."""
         now = time.monotonic()
         done, total = runner.iter + 1, runner.max_iters
         if now - self._last >= self.every or done == total:
@@ -74,11 +75,11 @@ class DemoHook(Hook):
             )
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """Forget the validation before."""
+        """Drop the results of the previous validation."""
         self.outputs.clear()
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Keep predictions and ground truth for the pictures."""
+        """Keep the predictions and the ground truth for the pictures."""
         self.outputs += outputs
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -87,7 +88,7 @@ class DemoHook(Hook):
         self._say(f'validation after {runner.iter} iterations: {describe(metrics)}')
 
     def after_train(self, runner: Runner) -> None:
-        """Say what ParamFreezeHook has just proved."""
+        """Say that the frozen weights did not change, which ParamFreezeHook has just checked."""
         self._say('The frozen weights are what they were before training, bit for bit.')
 
     def _say(self, text: str) -> None:
@@ -95,7 +96,7 @@ class DemoHook(Hook):
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """The average precisions in a line."""
+    """Format the average precisions as one line."""
     parts = [
         f'{name} AP {metrics[f"coco/{key}_mAP"]:.3f} (AP50 {metrics[f"coco/{key}_mAP_50"]:.3f})'
         for name, key in (('box', 'bbox'), ('mask', 'segm'))
@@ -104,18 +105,22 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def draw_pair(sample: BaseDataElement, classes: tuple[str, ...]) -> np.ndarray:
-    """Ground truth left, predictions right, ``(ZOOM * H, 2 * ZOOM * W + GAP, 3)`` uint8 BGR."""
+    """Draw the ground truth on the left and the predictions on the right.
+
+    Returns:
+        The picture ``(ZOOM * H, 2 * ZOOM * W + GAP, 3)``, uint8 and BGR.
+    """
     image = cv2.imread(sample.img_path)
     image = cv2.resize(image, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
     predictions = sample.pred_instances
     predictions = predictions[predictions.scores >= SCORE_THR]
-    predictions = predictions[predictions.scores.argsort()]  # the surest comes last, on top
+    predictions = predictions[predictions.scores.argsort()]  # the most confident comes last and so lies on top
     panels = draw(image, sample.gt_instances, classes), draw(image, predictions, classes)
     return np.hstack((panels[0], np.full((image.shape[0], GAP, 3), 255, np.uint8), panels[1]))
 
 
 def draw(image: np.ndarray, instances: InstanceData, classes: tuple[str, ...]) -> np.ndarray:
-    """A copy of ``image`` with masks, boxes and names; ``instances`` are in the scale before zooming."""
+    """Draw the masks, boxes and names on a copy of ``image``; ``instances`` have the scale before zooming."""
     image = image.copy()
     masks = instances.masks.cpu().numpy() if torch.is_tensor(instances.masks) else instances.masks.masks
     boxes = getattr(instances.bboxes, 'tensor', instances.bboxes).tolist()
@@ -129,7 +134,7 @@ def draw(image: np.ndarray, instances: InstanceData, classes: tuple[str, ...]) -
         outline, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(image, outline, -1, WHITE, 1, cv2.LINE_AA)
         cv2.rectangle(image, _corner(box[:2]), _corner(box[2:]), COLOURS[label], 1)
-    for box, label, name in zip(boxes, labels, names, strict=True):  # over all the masks
+    for box, label, name in zip(boxes, labels, names, strict=True):  # so that names lie over all the masks
         (width, height), _ = cv2.getTextSize(name, FONT, 0.42, 1)
         x, y = _corner(box[:2])
         x, y = min(max(x, 0), image.shape[1] - width - 4), max(y, height + 6)
@@ -143,7 +148,11 @@ def _corner(point: list[float]) -> tuple[int, int]:
 
 
 def draw_sheet(pairs: list[np.ndarray]) -> np.ndarray:
-    """As many of the pairs as fill :data:`SHEET_ROWS` rows, under a title, ``(H, W, 3)`` uint8 BGR."""
+    """Draw as many of the pairs as fit in :data:`SHEET_ROWS` rows under a title.
+
+    Returns:
+        The sheet ``(H, W, 3)``, uint8 and BGR.
+    """
     height, width = pairs[0].shape[:2]
     step_y, step_x = height + MARGIN, width + MARGIN
     sheet = np.full((TITLE + SHEET_ROWS * step_y, MARGIN + SHEET_COLUMNS * step_x, 3), 255, np.uint8)
@@ -158,7 +167,11 @@ def draw_sheet(pairs: list[np.ndarray]) -> np.ndarray:
 
 
 def write_pictures(outputs: list[BaseDataElement], classes: tuple[str, ...], work_dir: str) -> tuple[str, str]:
-    """Write one picture per image into a folder, and the first few on one sheet; returns the sheet and the folder."""
+    """Write one picture per image into a folder, and the first few on one sheet.
+
+    Returns:
+        The paths of the sheet and of the folder.
+    """
     sheet, folder = osp.join(work_dir, 'predictions.png'), osp.join(work_dir, 'predictions')
     os.makedirs(folder, exist_ok=True)
     pairs = [draw_pair(sample, classes) for sample in outputs]
@@ -169,14 +182,14 @@ def write_pictures(outputs: list[BaseDataElement], classes: tuple[str, ...], wor
 
 
 def train(work_dir: str, data_root: str, terminal: TextIO) -> tuple[Runner, DemoHook]:
-    """Train and validate as ``tools/train.py`` does, but with few lines on the terminal."""
-    # The model is so small that a second thread gains a sixth at best, and on a busy machine loses half.
+    """Train and validate as ``tools/train.py`` does, but with only a few lines on the terminal."""
+    # The model is so small that a second thread makes it a sixth faster at best, and on a busy machine half as fast.
     torch.set_num_threads(1)
     hook = DemoHook(terminal)
     args = run_parser('').parse_args([str(CONFIG), '--work-dir', work_dir])
     args.cfg_options = {'data_root': data_root}
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        # The log file has the rest, the config and lines by the hundred. The warnings are about the libraries' code.
+        # The log file has the rest: the config and hundreds of lines. The warnings are about the code of the libraries.
         warnings.simplefilter('ignore')
         runner = build_runner(read_run_config(args))
         runner.register_hook(hook)

@@ -1,6 +1,6 @@
-"""Published tables and your runs side by side: python tools/reproduce.py collect|show|plan [PATH ...]
+"""Compare published tables with your runs: python tools/reproduce.py collect|show|plan [PATH ...]
 
-Tables whose cells are run here: python tools/reproduce.py list, run TABLE, show TABLE
+For tables whose cells are run on this machine: python tools/reproduce.py list | run TABLE | show TABLE
 """
 
 import argparse
@@ -8,7 +8,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import run
 from mona_mm.commands.config import has_accelerator
 from mona_mm.errors import ConfigError
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def add_run(commands: argparse._SubParsersAction) -> None:
-    """The commands on tables whose cells are run here."""
+    """Add the commands for tables whose cells are run on this machine."""
     commands.add_parser('list', help='the tables that can be run here')
     running = commands.add_parser('run', help='run the cells of a table; the same command again goes on')
     running.add_argument('table', metavar='TABLE', help=', '.join(COMPARISONS))
@@ -101,7 +101,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
 
 
 def list_comparisons() -> None:
-    """Print the tables, with their tasks and methods."""
+    """Print the tables that can be run, with their tasks, methods, learning rates and numbers of seeds."""
     for table in COMPARISONS.values():
         print(f'{table.name}: {table.title}')
         print(f'  tasks: {", ".join(f"{task.name} ({task.label})" for task in table.tasks)}')
@@ -110,7 +110,11 @@ def list_comparisons() -> None:
 
 
 def run_comparison(args: argparse.Namespace) -> None:
-    """Run what is missing of a table."""
+    """Run the missing cells of a table.
+
+    Raises:
+        ConfigError: if an argument has an unusable value.
+    """
     table = find_comparison(args.table)
     tasks, methods = table.choose(args.tasks, args.methods)
     if args.jobs < 1 or args.threads < 1:
@@ -125,7 +129,7 @@ def run_comparison(args: argparse.Namespace) -> None:
 
 
 def show_comparison(args: argparse.Namespace) -> None:
-    """Print the results of a table, a part for each kind of device."""
+    """Print the results of a table, with one part for each kind of device."""
     table = find_comparison(args.paths[0])
     tasks, _ = table.choose([args.task] if args.task else None, None)
     found = {device: read_records(Path(args.runs), device) for device in DEVICES}
@@ -144,9 +148,9 @@ def compare_with_published(args: argparse.Namespace) -> None:
     runs = read_runs([Path(path) for path in args.paths], args.cell)
     if args.command == 'collect':
         save_results(runs, Path(args.out))
-        for each in runs:
-            changed = f', differs from the published setting in {len(each.changed)} points' if each.changed else ''
-            print(f'{each.path}: {each.method}/{each.task} ({each.config}), {each.status}{changed}')
+        for entry in runs:
+            changed = f', differs from the published setting in {len(entry.changed)} points' if entry.changed else ''
+            print(f'{entry.path}: {entry.method}/{entry.task} ({entry.config}), {entry.status}{changed}')
         print(f'{len(runs)} runs in {args.out}')
     elif args.command == 'show':
         text = render(build_tables(runs, args.task), args.format)
@@ -162,7 +166,7 @@ def import_tasks(module: str) -> None:
     """Import a module that registers tasks.
 
     Raises:
-        ConfigError: if there is none of that name, or one that it imports is missing.
+        ConfigError: if there is no module of this name, or a module that it imports is missing.
     """
     try:
         importlib.import_module(module)
@@ -171,8 +175,12 @@ def import_tasks(module: str) -> None:
 
 
 def read_runs(paths: list[Path], cell: str | None) -> list[Run]:
-    """The runs of results files and of everything else; logs whose cell is not clear are named on stderr."""
-    runs = [each for path in paths if is_results(path) for each in load_results(path)]
+    """Read the runs of results files, work dirs and logs; logs whose cell is not clear are named on stderr.
+
+    Raises:
+        ConfigError: if no run is found and the cell of a log is not clear.
+    """
+    runs = [entry for path in paths if is_results(path) for entry in load_results(path)]
     found, unclear = collect([path for path in paths if not is_results(path)], cell)
     runs += found
     if unclear and not runs:

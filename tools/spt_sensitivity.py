@@ -1,13 +1,14 @@
 """Decide what SPT trains: python tools/spt_sensitivity.py CONFIG --budget 0.4M [--out plan.safetensors] [--plot DIR]
 
-Measures the sensitivity of the config's base under its own data and losses, and writes the plan for a budget.
+The tool measures the sensitivity of the config's base with the config's own data and losses, and writes the plan for a
+budget.
 """
 
 import os.path as osp
 
 from mmengine.dist import is_main_process
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import join_process_group, new_file, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data, sensitivity_split
 from mona_mm.commands.planning import PLAN_FILE
@@ -48,7 +49,7 @@ def main() -> None:
     if args.sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     else:
-        parse_budget(args.budget, 1 << 62)  # a misspelt one is better known before than after
+        parse_budget(args.budget, 1 << 62)  # a misspelt budget is better reported before measuring than after
         check_data(cfg, (sensitivity_split(cfg),))
         join_process_group(cfg)
         sensitivity = measure(cfg, args.num_batches, args.per_sample, args.seed)

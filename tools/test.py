@@ -6,7 +6,7 @@ from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 from torch import nn
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
@@ -18,7 +18,11 @@ from mona_mm.type_names import is_type
 
 
 def draw_into(cfg: Config, folder: str) -> None:
-    """Set the library's own visualization hook to draw every image."""
+    """Set the visualization hook of the library to draw every image into a folder.
+
+    Raises:
+        ConfigError: if the config has no such hook.
+    """
     hook = (cfg.get('default_hooks') or {}).get('visualization')
     if not hook:
         raise ConfigError('--show-dir: the config has no default_hooks.visualization, which would draw the pictures.')
@@ -27,12 +31,12 @@ def draw_into(cfg: Config, folder: str) -> None:
     elif is_type(hook, 'SegVisualizationHook'):
         hook.update(draw=True, interval=1)
         cfg.visualizer.save_dir = folder
-    else:  # mmpretrain's
+    else:  # the hook of mmpretrain
         hook.update(enable=True, interval=1, out_dir=folder)
 
 
 def dump_metric(file: str, model: nn.Module) -> DumpResults:
-    """Writes every prediction to a file, masks of mmdet's detectors as run-length codes."""
+    """Make the metric that writes every prediction to a file, with masks of mmdet's detectors as run-length codes."""
     if any(cls.__module__.startswith('mmdet.') for cls in type(model).__mro__):
         from mmdet.evaluation import DumpDetResults
 
@@ -58,7 +62,7 @@ def main() -> None:
         delta_base = whole_model_base(cfg, args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
-        draw_into(cfg, osp.abspath(args.show_dir))  # a relative one would end below the time-stamped log folder
+        draw_into(cfg, osp.abspath(args.show_dir))  # a relative path would be in the time-stamped log folder
     runner = build_runner(cfg, delta_base, args.allow_other_base)
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(args.out, innermost(runner.model)))

@@ -1,9 +1,10 @@
-"""Writes what `mim search` reads: python tools/write_metafiles.py [--check]
+"""Write the files that `mim search` reads: python tools/write_metafiles.py [--check]
 
-model-index.yml names a metafile for each method's folder in configs/, and a metafile lists the folder's configs with
-what they train and with the published results, as the independent evidence has them: every number with its grade there,
-no number where there is none. Run it after adding or renaming a config; with --check it writes nothing, names the files
-that are not as it would write them, and ends with status 1 if there are any.
+model-index.yml names a metafile for the folder of each method in configs/. A metafile lists the configs of the folder
+with the number of parameters that they train and with the published results. These are taken from the independent
+evidence, every number with its grade there, and without a number if there is none. Run the tool after adding or
+renaming a config. With --check it writes nothing, names the files that differ from what it would write, and exits with
+status 1 if there are any.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
+import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import run
 from mona_mm.commands.config import load_config
@@ -37,7 +38,8 @@ SWIN = (
     'https://arxiv.org/abs/2103.14030',
 )
 SPT = ('Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning', 'https://arxiv.org/abs/2303.08566')
-# Folder: name, code, paper. Methods without a paper of their own are cited as Mona's paper defines and measures them.
+# The name, the code and the paper of each method, by folder. A method without a paper of its own is cited with Mona's
+# paper, which defines and measures it.
 METHODS = {
     'mona': ('Mona', 'mona_mm/methods/mona.py', MONA),
     'full': ('Full', 'mona_mm/frozen/rules.py', SWIN),
@@ -83,7 +85,8 @@ METHODS = {
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
 }
-# What configs without published numbers train on, by a part of their names; of the others the table of tasks has it.
+# The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
+# the other configs.
 DATA = {'vtab': 'VTAB-1k', 'fgvc': 'FGVC'}
 GRADES = {
     'A': 'published by the authors (grade A)',
@@ -95,19 +98,19 @@ BUDGET = 'Budget of Trainable Backbone Parameters'
 
 
 def configs(method: str) -> list[str]:
-    """The names of a method's configs."""
+    """The names of the configs of a method."""
     return sorted(path.stem for path in (ROOT / 'configs' / method).glob('*.py'))
 
 
 def listed() -> dict[str, dict[str, Any]]:
-    """The entries of all metafiles as they are now, by the name of the config."""
+    """Read the current entries of all metafiles, by the name of the config."""
     files = [ROOT / 'configs' / method / 'metafile.yml' for method in METHODS]
     entries = [entry for file in files for entry in yaml.safe_load(file.read_text(encoding='utf-8'))['Models']]
     return {entry['Name']: entry for entry in entries}
 
 
 def training_data(name: str) -> str:
-    """The name of what a config trains on."""
+    """The name of the training data of a config."""
     task = task_of_config_name(name)
     return (
         task.training_data if task else next(data for part, data in DATA.items() if re.search(rf'_{part}(_|$)', name))
@@ -115,9 +118,12 @@ def training_data(name: str) -> str:
 
 
 def published_entries(method: str, name: str, published: dict[str, Any]) -> dict[str, list | None]:
-    """By metric, the published value and grade of a config. Only for the published settings: a config with another
-    learning rate, other labels or another design has no results. On VTAB-1k and FGVC none has: SPT's scores are the
-    best of several budgets, and the learning rates of its baselines were not released."""
+    """The published value and grade of a config, by metric.
+
+    Only a config with the published settings has results: one with another learning rate, other labels or another
+    design has none. On VTAB-1k and FGVC no config has results, because SPT's scores are the best of several budgets,
+    and the learning rates of its baselines were not released.
+    """
     task = task_of_config_name(name)
     if task is None or method.startswith('spt_'):
         return {}
@@ -131,7 +137,7 @@ def published_entries(method: str, name: str, published: dict[str, Any]) -> dict
 
 
 def results_of(method: str, name: str, published: dict[str, Any]) -> list[tuple[str, str, str, list]]:
-    """What is measured, data set, metric, and value and grade of everything that was published of a config."""
+    """The published results of a config, each as (what is measured, data set, metric, (value, grade))."""
     entries = published_entries(method, name, published)
     task = task_of_config_name(name)
     return [
@@ -142,13 +148,13 @@ def results_of(method: str, name: str, published: dict[str, Any]) -> list[tuple[
 
 
 def model(method: str, name: str, trainable: int | str, published: dict[str, Any]) -> dict[str, Any]:
-    """The entry of one config."""
+    """Make the entry of one config."""
     results = results_of(method, name, published)
-    # What SPT trains is in a plan, which training makes; before it there is a budget.
+    # The plan of SPT, which training makes, says what trains; before training there is only a budget.
     count = BUDGET if isinstance(trainable, str) else COUNT
     metadata: dict[str, Any] = {'Training Data': training_data(name), count: trainable}
     for _, _, metric, (_, grade) in results:
-        # In words, and in the model's own metadata: of a result, mim keeps only its numbers.
+        # The grade is given in words and in the metadata of the model, because mim keeps only the numbers of a result.
         source = GRADES[grade]
         if name == 'cascade_swin_b_coco':
             source += ', test-dev'
@@ -168,12 +174,18 @@ def model(method: str, name: str, trainable: int | str, published: dict[str, Any
 
 
 def metafile(method: str, trainable: dict[str, int | str], published: dict[str, Any]) -> str:
-    """The text of a method's metafile; ``trainable`` says how many backbone parameters each config trains, or may."""
+    """Make the text of the metafile of a method.
+
+    Args:
+        method: the folder of the method.
+        trainable: the number of backbone parameters that a config trains, or its budget, by the name of the config.
+        published: the published numbers.
+    """
     name, code, (title, url) = METHODS[method]
     collection = {
         'Name': name,
         'Metadata': {'Paper Title': title},
-        'Paper': url,  # no mapping with URL and Title: of that, `mim search` prints the two words
+        'Paper': url,  # not a mapping of URL and Title, of which `mim search` would print only the keys
         'README': '../../README.md',
         'Code': code,
     }
@@ -190,14 +202,14 @@ def dump(content: Any) -> str:
 
 
 def count(path: str) -> int | str:
-    """How many backbone parameters a config trains, or the budget of one that trains by a plan."""
+    """The number of backbone parameters that a config trains, or the budget of a config of SPT."""
     cfg = load_config(path)
     spt = spt_config(cfg)
     return spt.budget if spt else count_trainable(build_on_meta(cfg)).backbone_trainable
 
 
 def files(known: dict[str, int | str]) -> dict[Path, str]:
-    """The text of every file; configs that are not in ``known`` are built, without weights, to count what trains."""
+    """Make the text of every file; configs not in ``known`` are built, without weights, to count what trains."""
     published = json.loads(PUBLISHED.read_text())
     texts = {ROOT / 'model-index.yml': model_index()}
     for method in METHODS:

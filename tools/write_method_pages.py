@@ -1,8 +1,9 @@
-"""Pages of the methods from what the tree says of them: python tools/write_method_pages.py
+"""Write the pages of the methods from the code: python tools/write_method_pages.py [--check]
 
-Writes docs/methods/NAME.md for every registered method and every rule, and the table of methods in README.md. Formulas,
-sources and options are those of the docstrings and annotations, numbers of parameters are counted by building, scores
-are those of the published tables. With --check nothing is written: the exit status says whether all is up to date.
+The tool writes docs/methods/NAME.md for every registered method and every rule, docs/hosts.md, and the tables in
+README.md. The formulas, sources and options come from the docstrings and annotations, the numbers of parameters from
+building the models, and the scores from the published tables. With --check it writes nothing, and its exit status says
+whether all files are up to date.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-import mona_mm  # first: it makes the OpenMMLab libraries importable
+import mona_mm  # imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import run
 from mona_mm.commands.hosts import backbone_rows, render_hosts, render_names
 from mona_mm.frozen import rules
@@ -45,7 +46,7 @@ BACKBONES = {
     'Swin-L': dict(**_SWIN, embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
     'ViT-B/16': dict(type='mmpretrain.VisionTransformer', arch='base', img_size=224, patch_size=16),
 }
-# What the table of the README says in a line, of methods with longer formulas in words.
+# The line of each method in the table of the README; methods with long formulas are described in words.
 IN_A_LINE = {
     'Mona': 'x + up(gelu(conv(down(LN(x)·γ + x·γₓ)))), conv = mean of 3x3, 5x5, 7x7 depthwise, then 1x1, each with its '
     'residual',
@@ -60,18 +61,18 @@ SPT_MERGES = 'LoRA, weights'
 
 @dataclass(frozen=True)
 class Page:
-    """A method and what its page is made of.
+    """The contents of the page of a method.
 
     Args:
-        name: of the page's file.
-        setting: what a config says to have it.
-        text: the docstring's, before its arguments.
-        arguments: the docstring's, by name.
-        source: the function or class whose arguments are the options; None without options.
-        sites: by default, and all that are possible.
-        merges: whether it merges, in a word.
-        folders: of its configs.
-        trained: how many parameters train, by backbone; empty where a plan says.
+        name: the name of the page's file, without its extension.
+        setting: the setting in a config that chooses the method.
+        text: the text of the docstring before its arguments.
+        arguments: the descriptions of the arguments in the docstring, by name.
+        source: the function or class whose arguments are the options; None if there are no options.
+        sites: the default sites, and all possible ones.
+        merges: a word that says whether the method merges.
+        folders: the folders of its configs.
+        trained: the number of parameters that train, by backbone; empty if a plan decides.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Page:
 
     @property
     def collections(self) -> list[dict[str, Any]]:
-        """What the model index says of the folders' methods."""
+        """The entries of the methods of the folders in the model index."""
         files = [ROOT / 'configs' / folder / 'metafile.yml' for folder in self.folders]
         return [yaml.safe_load(file.read_text(encoding='utf-8'))['Collections'][0] for file in files]
 
@@ -95,7 +96,7 @@ class Page:
 
 
 def split_docstring(doc: str) -> tuple[str, dict[str, str]]:
-    """The text before ``Args:``, and the description of every argument."""
+    """Split a docstring into the text before ``Args:`` and the descriptions of the arguments, by name."""
     text, _, rest = inspect.cleandoc(doc).partition('\nArgs:\n')
     block = re.split(r'\n(?=\S)', rest, maxsplit=1)[0]
     arguments = {}
@@ -107,7 +108,7 @@ def split_docstring(doc: str) -> tuple[str, dict[str, str]]:
 
 
 def to_markdown(text: str) -> str:
-    """The reStructuredText of docstrings, as far as they use it, in Markdown with formulas as GitHub has them."""
+    """Convert the reStructuredText that docstrings use to Markdown, with formulas as GitHub writes them."""
     text = re.sub(r'^\.\. math::(.*(?:\n(?:[ ]+.*)?)*)', _math, text + '\n', flags=re.MULTILINE)
     text = re.sub(r':math:`(.+?)`', lambda match: f'${" ".join(match[1].split())}$', text, flags=re.DOTALL)
     text = re.sub(r':\w+:`~?([\w.]+)`(?: (?=\'s))?', r'`\1`', text)
@@ -122,7 +123,7 @@ def _math(match: re.Match) -> str:
 
 
 def rule_texts() -> dict[str, str]:
-    """What every rule selects, by its published name: the table in the docstring of :mod:`mona_mm.frozen.rules`."""
+    """What each rule selects, by its published name, from the table in the docstring of :mod:`mona_mm.frozen.rules`."""
     _, table, _ = re.split(r'^=+ +=+$', inspect.cleandoc(rules.__doc__), flags=re.MULTILINE)[:3]
     texts: dict[str, str] = {}
     names, text = '', ''
@@ -138,7 +139,7 @@ def rule_texts() -> dict[str, str]:
 
 
 def count(**tuning: Any) -> dict[str, int]:
-    """How many parameters train in each backbone."""
+    """Count the parameters that train in each backbone."""
     counts = {}
     for name, base in BACKBONES.items():
         with meta_device():
@@ -148,7 +149,7 @@ def count(**tuning: Any) -> dict[str, int]:
 
 
 def page_of_method(name: str, cls: type) -> Page:
-    """The page of a registered method."""
+    """Make the page of a registered method."""
     text, arguments = split_docstring(cls.__doc__)
     if not issubclass(cls, PeftModule):
         folders = tuple(sorted(path.name for path in (ROOT / 'configs').glob(f'{name.lower()}_*')))
@@ -163,14 +164,14 @@ def page_of_method(name: str, cls: type) -> Page:
 
 
 def page_of_rule(name: str, text: str) -> Page:
-    """The page of a method that is only a choice of the base's own parameters."""
+    """Make the page of a method that only selects parameters of the base."""
     rule = rules.METHOD_RULES[name]
     text = f"What trains is {text}. It is the rule `'{rule}'` of `mona_mm.frozen.rules`, and adds no module."
     return Page(name, f"trainable='{name}'", text, {}, None, ((), ()), 'yes', (name,), count(trainable=name))
 
 
 def all_pages() -> list[Page]:
-    """The pages of all methods, Mona first, then the rules."""
+    """Make the pages of all methods, with Mona first and the rules last."""
     METHODS.import_from_location()
     names = sorted(METHODS.module_dict, key=lambda name: list(IN_A_LINE).index(name))
     return [
@@ -180,7 +181,7 @@ def all_pages() -> list[Page]:
 
 
 def render(page: Page) -> str:
-    """A page in Markdown."""
+    """Convert a page to Markdown."""
     collections = page.collections
     title = ', '.join(collection['Name'] for collection in collections)
     papers = dict.fromkeys(f'[{c["Metadata"]["Paper Title"]}]({c["Paper"]})' for c in collections)
@@ -253,7 +254,7 @@ def _configs(page: Page) -> str:
 
 
 def readme_table(pages: list[Page]) -> str:
-    """The table of methods in the README."""
+    """Make the table of methods in the README."""
     texts, coco, rows = rule_texts(), build_tables([], 'coco')[0].rows, []
     for page in pages:
         name = page.setting.split("'")[1]
@@ -273,7 +274,7 @@ def readme_table(pages: list[Page]) -> str:
 
 
 def contents() -> dict[Path, str]:
-    """Every file that this writes, and its text."""
+    """Make the texts of all files that this tool writes, by path."""
     pages, hosts = all_pages(), backbone_rows()
     files = {ROOT / f'docs/methods/{page.name}.md': render(page) for page in pages}
     files[ROOT / 'docs/hosts.md'] = f'{TOP}\n# Backbones\n\n{_ABOUT_HOSTS}\n\n{render_hosts(hosts)}\n'
@@ -284,7 +285,7 @@ def contents() -> dict[Path, str]:
 
 
 def _between(text: str, start: str, end: str, written: str) -> str:
-    """The text with something else between two of its lines."""
+    """Replace what is between the lines ``start`` and ``end`` of a text."""
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
@@ -293,7 +294,7 @@ def _between(text: str, start: str, end: str, written: str) -> str:
 
 
 def outdated() -> list[str]:
-    """The files that are not as they would be written, and pages of methods that are gone."""
+    """The files that differ from what would be written, and the pages of methods that no longer exist."""
     files = contents()
     gone = [path for path in (ROOT / 'docs/methods').glob('*.md') if path not in files]
     wrong = [path for path, text in files.items() if not path.is_file() or path.read_text(encoding='utf-8') != text]

@@ -1,5 +1,5 @@
-# The optimizer of every task of the Mona paper: AdamW, without decay on norms and on Swin's position parameters. A task
-# says its learning rate, its weight decay and its precision (the type).
+# The optimizer of every task of the Mona paper: AdamW, without weight decay on norms and on Swin's position parameters.
+# The config of a task sets the learning rate, the weight decay and the precision (the type of the wrapper).
 optim_wrapper = dict(
     constructor='mona_mm.PeftOptimWrapperConstructor',
     optimizer=dict(type='AdamW', betas=(0.9, 0.999)),

@@ -1,12 +1,12 @@
-# ADE20K semantic segmentation over DINOv2 ViT-B/14: UperNet on a simple feature pyramid, 160k iterations. Crops are of
-# 518 pixels, 37 patches, the size of the published table of positions.
+# ADE20K semantic segmentation with DINOv2 ViT-B/14: UperNet on a simple feature pyramid, 160k iterations. The side of a
+# crop is 518 pixels or 37 patches, the size of the published table of positions.
 _base_ = ['./ade20k_upernet_swin_l.py']
 
 model = dict(
     data_preprocessor=dict(size=(518, 518)),
     backbone=dict(
         _delete_=True,
-        type='mona_mm.DINOv2',  # attention is global in every layer
+        type='mona_mm.DINOv2',  # the attention is global in every layer
         arch='base',
         drop_path_rate=0.1,
         init_cfg=dict(

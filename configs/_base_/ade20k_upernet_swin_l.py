@@ -1,6 +1,7 @@
-# ADE20K semantic segmentation: UperNet, Swin-L, 160k iterations, as in the Mona paper (its full fine-tuning).
-# lr, drop path and decay here are those of every method but Mona, which was published with others of its own: they
-# stand in configs/mona/upernet_swin_l_ade20k.py, and configs/mona/fair_upernet_swin_l_ade20k.py is Mona without them.
+# ADE20K semantic segmentation: UperNet, Swin-L, 160k iterations, as in the Mona paper (its full fine-tuning). The
+# learning rate, drop path and weight decay here are those of every method except Mona. Mona was published with other
+# values, which are in configs/mona/upernet_swin_l_ade20k.py; configs/mona/fair_upernet_swin_l_ade20k.py is Mona with
+# the values here.
 _base_ = ['./default_runtime.py', './dense_swin_l.py', './adamw_swin.py']
 default_scope = 'mmseg'
 
@@ -56,7 +57,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=True),  # after Resize: classes are compared in the original image
+    dict(type='LoadAnnotations', reduce_zero_label=True),  # after Resize, as classes are compared in the original image
     dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
@@ -86,7 +87,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=160000, val_interval=16000)
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=6e-5, weight_decay=0.01))
-# Both from iteration 0: the warm-up multiplies a schedule that already runs.
+# Both schedules start at iteration 0: the warm-up multiplies a schedule that is already running.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=160000),

@@ -1,6 +1,7 @@
-# What the classification tasks share: Swin-L, linear head, 100 epochs, as in the Mona paper (its full fine-tuning).
-# lr here is that of every method but Mona on Flowers102 and OxfordPets, which was published with twice as much: that
-# stands in configs/mona/swin_l_{flowers102,oxfordpets}.py, and configs/mona/fair_* are Mona without it.
+# The settings that the classification tasks share: Swin-L with a linear head, 100 epochs, as in the Mona paper (its
+# full fine-tuning). The learning rate here is that of every method, except for Mona on Flowers102 and OxfordPets. There
+# Mona was published with twice this rate, which is in configs/mona/swin_l_{flowers102,oxfordpets}.py;
+# configs/mona/fair_* are Mona with the rate here.
 _base_ = ['./default_runtime.py', './classifier.py', './adamw_swin.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
@@ -12,7 +13,7 @@ model = dict(
         window_size=7,
         drop_path_rate=0.3,
         out_indices=(3,),
-        pad_small_map=True,  # as the detection Swin computes, which the published code uses here, too
+        pad_small_map=True,  # as in the detection Swin, which the published code uses for classification, too
         with_cp=False,
         init_cfg=dict(
             type='Pretrained',
@@ -67,10 +68,10 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(
         bias_decay_mult=0.0,
-        dwconv_decay_mult=1.0,  # in the published runs the biases of Mona's depthwise convolutions decay
+        dwconv_decay_mult=1.0,  # in the published runs, the biases of Mona's depthwise convolutions decay
     ),
 )
-# Both from iteration 0: the warm-up multiplies a schedule that already runs.
+# Both schedules start at iteration 0: the warm-up multiplies a schedule that is already running.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=True, begin=0, end=20, convert_to_iter_based=True),
     dict(

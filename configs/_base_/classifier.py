@@ -1,4 +1,5 @@
-# A classifier with a linear head, and the mean and deviation of ImageNet. A task says backbone, neck and classes.
+# A classifier with a linear head, and the mean and standard deviation of ImageNet. The config of a task sets the
+# backbone, the neck and the classes.
 default_scope = 'mmpretrain'
 
 model = dict(
@@ -11,7 +12,7 @@ model = dict(
     ),
     head=dict(
         type='LinearClsHead',
-        num_classes=None,  # a task says how many
+        num_classes=None,  # set by the config of a task
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
 )

@@ -1,12 +1,12 @@
-# COCO instance segmentation over DINOv2 ViT-B/14: Cascade Mask R-CNN on a simple feature pyramid, 36 epochs. The
-# settings are those of the Swin-B config, but for the pyramid and its strides, which are quarters to twice the patch.
+# COCO instance segmentation with DINOv2 ViT-B/14: Cascade Mask R-CNN on a simple feature pyramid, 36 epochs. The
+# settings are those of the Swin-B config, except for the pyramid, whose strides are 1/4 to 2 times the patch size.
 _base_ = ['./coco_cascade_mask_rcnn_swin_b.py']
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=14),
     backbone=dict(
         _delete_=True,
-        type='mona_mm.DINOv2',  # attention is global in every layer
+        type='mona_mm.DINOv2',  # the attention is global in every layer
         arch='base',
         drop_path_rate=0.1,
         init_cfg=dict(

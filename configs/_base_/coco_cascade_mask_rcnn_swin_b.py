@@ -183,7 +183,7 @@ test_evaluator = val_evaluator
 # Schedule --------------------------------------------------------------------------------------------------------
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
 
-# Both from iteration 0: the warm-up multiplies a schedule that already runs.
+# Both schedules start at iteration 0: the warm-up multiplies a schedule that is already running.
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),

@@ -1,5 +1,5 @@
-# What detection and segmentation share: Swin-L with outputs of all stages, pretrained on ImageNet-22k; ImageNet's mean
-# and deviation; one image at a time for evaluation.
+# The settings that detection and segmentation share: Swin-L, pretrained on ImageNet-22k, with the outputs of all
+# stages; the mean and standard deviation of ImageNet; and evaluation of one image at a time.
 model = dict(
     data_preprocessor=dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True),
     backbone=dict(

@@ -1,4 +1,5 @@
-# What the detection tasks share: mixed precision, learning rate and decay, one image a GPU of like shapes.
+# The settings that the detection tasks share: mixed precision, the learning rate, the weight decay, and one image per
+# GPU, batched with images of a similar aspect ratio.
 _base_ = ['./default_runtime.py', './dense_swin_l.py', './adamw_swin.py']
 default_scope = 'mmdet'
 

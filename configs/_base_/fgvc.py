@@ -1,6 +1,6 @@
-# The data of FGVC: five fine-grained tasks with the lists of VPT, a folder a task in data_root (a link will do) with
-# train.json, val.json and test.json (image to class) beside the images as their archives unpack. Choose the task with
-# --cfg-options task=dogs, which reaches the paths, the number of classes and the default work dir.
+# The data of FGVC: five fine-grained tasks with the lists of VPT. Each task has a folder (or a link to one) in
+# data_root, with train.json, val.json and test.json (image to class) beside the images as their archives unpack. Choose
+# the task with --cfg-options task=dogs, which sets the paths, the number of classes and the default work dir.
 # To select settings without the test images: --cfg-options val_dataloader.dataset.ann_file=val.json
 _base_ = ['./spt_data.py']
 
@@ -16,7 +16,7 @@ data_root = 'data/fgvc/'
 
 train_pipeline = [
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
-    dict(type='Resize', scale=(256, 256), interpolation='bicubic', backend='pillow'),  # as torchvision's, antialiased
+    dict(type='Resize', scale=(256, 256), interpolation='bicubic', backend='pillow'),  # antialiased, as in torchvision
     dict(type='RandomCrop', crop_size=224),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='PackInputs'),

@@ -1,5 +1,5 @@
-# Flowers102 classification, Swin-L. The published lists were never released: 2040 trainval images here, 6149 test.
-# data_root holds jpg/, imagelabels.mat and setid.mat, as they come.
+# Flowers102 classification with Swin-L. The lists of the paper were never released; here there are 2040 trainval images
+# and 6149 test images. data_root holds jpg/, imagelabels.mat and setid.mat, as in the original archives.
 _base_ = ['./classification_swin_l.py']
 
 data_root = 'data/Flowers102/'

@@ -1,11 +1,12 @@
-# Aquarium, 7 kinds of animals in boxes, small enough for a CPU: DINOv2-S at 210 x 280, RetinaNet over the simple
-# feature pyramid, 100 iterations. There are no validation images: `tools/reproduce.py run` sets some of training apart.
+# Aquarium (detection of 7 kinds of animals), small enough for a CPU: DINOv2-S at 210 x 280, RetinaNet on the simple
+# feature pyramid, 100 iterations. There are no validation images; `tools/reproduce.py run` sets some of the training
+# images apart.
 _base_ = ['./default_runtime.py', './dinov2_s.py']
 default_scope = 'mmdet'
 
 classes = ('fish', 'jellyfish', 'penguin', 'puffin', 'shark', 'starfish', 'stingray')
-scale = (280, 210)  # multiples of the patch of 14, the images' 4:3
-width = 128  # channels of pyramid and head
+scale = (280, 210)  # multiples of the patch size 14, in the 4:3 ratio of the images
+width = 128  # channels of the pyramid and the head
 
 model = dict(
     type='RetinaNet',
@@ -26,7 +27,7 @@ model = dict(
         feat_channels=width,
         anchor_generator=dict(
             type='AnchorGenerator',
-            octave_base_scale=2,  # 14 pixels and up
+            octave_base_scale=2,  # anchors from 14 pixels
             scales_per_octave=3,
             ratios=[0.5, 1.0, 2.0],
             strides=[7, 14, 28, 56, 112],
@@ -38,7 +39,7 @@ model = dict(
     ),
     train_cfg=dict(
         assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
-        sampler=dict(type='PseudoSampler'),  # the focal loss weighs every anchor
+        sampler=dict(type='PseudoSampler'),  # takes all anchors, since the focal loss weights each of them
         allowed_border=-1,
         pos_weight=-1,
         debug=False,
@@ -61,7 +62,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),  # after Resize: boxes are compared in the original image
+    dict(type='LoadAnnotations', with_bbox=True),  # after Resize, since boxes are compared in the original image
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(

@@ -1,11 +1,11 @@
-# CamVid, 11 classes of street scenes, small enough for a CPU: DINOv2-S at 168 x 224, a light head, 100 iterations.
+# CamVid (street scenes with 11 classes), small enough for a CPU: DINOv2-S at 168 x 224, a light head, 100 iterations.
 _base_ = ['./default_runtime.py', './dinov2_s.py']
 default_scope = 'mmseg'
 
 classes = (
     'Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'SignSymbol', 'Fence', 'Car', 'Pedestrian', 'Bicyclist',
 )  # fmt: skip
-size = (168, 224)  # height and width, multiples of the patch of 14
+size = (168, 224)  # height and width, multiples of the patch size 14
 
 model = dict(
     type='EncoderDecoder',
@@ -50,7 +50,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(224, 168), keep_ratio=True),
-    dict(type='LoadAnnotations'),  # after Resize: classes are compared in the original image
+    dict(type='LoadAnnotations'),  # after Resize, since classes are compared in the original image
     dict(type='PackSegInputs'),
 ]
 

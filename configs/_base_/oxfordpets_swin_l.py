@@ -1,5 +1,5 @@
-# Oxford-IIIT Pets classification, Swin-L: 3680 trainval images, 3669 test.
-# data_root holds images/ and annotations/, as they come.
+# Oxford-IIIT Pets classification with Swin-L: 3680 trainval images and 3669 test images.
+# data_root holds images/ and annotations/, as in the original archives.
 _base_ = ['./classification_swin_l.py']
 
 data_root = 'data/Oxford-IIIT_Pets/'

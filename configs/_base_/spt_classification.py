@@ -1,18 +1,20 @@
-# What VTAB-1k and FGVC share, but for the backbone (spt_*.py) and the data: the settings of SPT's published code. The
-# learning rates of its baselines were never released, nor that of any method on FGVC: all have VTAB-1k's of SPT here.
+# The settings that VTAB-1k and FGVC share, except for the backbone (spt_*.py) and the data; they are those of SPT's
+# published code. The learning rates of its baselines, and those of all methods on FGVC, were never released. All of
+# them have SPT's learning rate on VTAB-1k here.
 _base_ = ['./default_runtime.py', './classifier.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
 model = dict(
     head=dict(
-        # Linear also for ViT: mmpretrain's own head begins at zero, where no sensitivity can be measured.
+        # This is also for ViT, because mmpretrain's own head starts at zero, where no sensitivity can be measured.
         init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02),
         topk=(1,),
     ),
 )
 
 # Schedule --------------------------------------------------------------------------------------------------------
-# Evaluated every 10 epochs and after each of the last 10. The published score is the best epoch's on the test set.
+# The model is evaluated every 10 epochs and after each of the last 10. The published score is that of the epoch that is
+# best on the test set.
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=100, val_interval=10, dynamic_intervals=[(91, 1)])
 
 optim_wrapper = dict(
@@ -22,7 +24,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        flat_decay_mult=0.0,  # every other vector, such as ConvNeXt's layer scales
+        flat_decay_mult=0.0,  # no decay on other vectors either, such as ConvNeXt's layer scales
         custom_keys={
             'cls_token': dict(decay_mult=0.0),
             'pos_embed': dict(decay_mult=0.0),
@@ -30,7 +32,8 @@ optim_wrapper = dict(
         },
     ),
 )
-# From 1e-6 to 1e-3 in 10 epochs, to 1e-5 in the last; over as many epochs as the training has.
+# The learning rate rises from 1e-6 to 1e-3 in 10 epochs, and falls to 1e-5 in the last epoch of the training, however
+# many there are.
 param_scheduler = [
     dict(type='mona_mm.WarmupCosineLR', warmup=10, start_ratio=1e-3, end_ratio=0.01, by_epoch=True, begin=0)
 ]

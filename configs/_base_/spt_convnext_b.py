@@ -1,4 +1,4 @@
-# ConvNeXt-B, supervised on ImageNet-22k. SPT's code for it was never released: settings are those of its ViT.
+# ConvNeXt-B, supervised on ImageNet-22k. SPT's code for it was never released, so the settings are those of its ViT.
 _base_ = ['./spt_classification.py']
 
 model = dict(

@@ -1,5 +1,5 @@
-# How VTAB-1k and FGVC are loaded and scored. What SPT's sensitivity is measured on comes in batches of 32, in the order
-# of the list.
+# The loading and scoring of VTAB-1k and FGVC. The images for SPT's sensitivity come in batches of 32, in the order of
+# the list.
 train_dataloader = dict(
     batch_size=64,
     num_workers=4,

@@ -1,4 +1,4 @@
-# Swin-B, supervised on ImageNet-22k. SPT's code for it was never released: settings are those of its ViT.
+# Swin-B, supervised on ImageNet-22k. SPT's code for it was never released, so the settings are those of its ViT.
 _base_ = ['./spt_classification.py']
 
 model = dict(

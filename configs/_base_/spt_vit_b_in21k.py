@@ -1,4 +1,4 @@
-# ViT-B/16, supervised on ImageNet-21k: Google's file.
+# ViT-B/16, supervised on ImageNet-21k, from Google's file.
 _base_ = ['./spt_classification.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# ViT-B/16, pretrained by MAE: the authors' file.
+# ViT-B/16, pretrained by MAE, from the file of the authors.
 _base_ = ['./spt_vit_b_in21k.py']
 
 model = dict(

@@ -1,4 +1,4 @@
-# ViT-B/16, pretrained by MoCo v3: the authors' file, of which SPT takes the one with a linear head (it is dropped).
+# ViT-B/16, pretrained by MoCo v3, from the file of the authors with a linear head, as in SPT. The head is dropped.
 _base_ = ['./spt_vit_b_in21k.py']
 
 model = dict(

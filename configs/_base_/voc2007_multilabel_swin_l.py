@@ -1,5 +1,5 @@
-# VOC2007 classification, Swin-L, multi-label as VOC defines it: the second option beside voc2007_swin_l.py, with public
-# data alone. Its mAP is not the paper's top-1.
+# VOC2007 classification with Swin-L, multi-label as VOC defines it. It is the alternative to voc2007_swin_l.py that
+# needs only public data; its mAP is not comparable with the top-1 accuracy of the paper.
 _base_ = ['./classification_swin_l.py']
 
 data_root = 'data/VOCdevkit/VOC2007/'

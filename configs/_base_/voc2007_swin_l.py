@@ -1,7 +1,8 @@
-# VOC2007 classification, Swin-L, one label an image and top-1, as in the Mona paper. VOC itself is multi-label (that is
-# voc2007_multilabel_swin_l.py), and how the paper made its labels and split was never released. So this task needs two
-# lists of "000005.jpg 8" lines. They can be made, for one, with the largest object's class as the label; scores then
-# compare among methods here, not with the paper. Run in data/VOCdevkit/VOC2007:
+# VOC2007 classification with Swin-L, with one label per image and top-1 accuracy, as in the Mona paper. VOC itself is
+# multi-label (as in voc2007_multilabel_swin_l.py), and the labels and the split of the paper were never released. This
+# task therefore needs two lists of lines such as "000005.jpg 8". One way to make them is to take the class of the
+# largest object as the label; the scores are then comparable among methods here, but not with the paper. To do so, run
+# in data/VOCdevkit/VOC2007:
 #
 #   import xml.etree.ElementTree as ET
 #   names = ('aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person '

@@ -1,4 +1,4 @@
-# Pascal VOC detection over DINOv2 ViT-S/14: RetinaNet on a simple feature pyramid, whose strides are half the patch to
+# Pascal VOC detection with DINOv2 ViT-S/14: RetinaNet on a simple feature pyramid, whose strides are half the patch to
 # eight times the patch. Everything else is as with Swin-L.
 _base_ = ['./voc_retinanet_swin_l.py']
 
@@ -6,7 +6,7 @@ model = dict(
     data_preprocessor=dict(pad_size_divisor=14),
     backbone=dict(
         _delete_=True,
-        type='mona_mm.DINOv2',  # attention is global in every layer
+        type='mona_mm.DINOv2',  # the attention is global in every layer
         arch='small',
         drop_path_rate=0.1,
         init_cfg=dict(

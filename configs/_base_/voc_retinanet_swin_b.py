@@ -1,4 +1,4 @@
-# The VOC task with Swin-B: an ablation of the Mona paper. Everything else as with Swin-L.
+# The VOC task with Swin-B, an ablation of the Mona paper. Everything else is as with Swin-L.
 _base_ = ['./voc_retinanet_swin_l.py']
 
 model = dict(

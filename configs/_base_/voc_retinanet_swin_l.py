@@ -1,5 +1,5 @@
-# Pascal VOC detection: RetinaNet, Swin-L, 07+12 trainval three times over in each of 4 epochs, tested on 07 test, as in
-# the Mona paper (its full fine-tuning).
+# Pascal VOC detection: RetinaNet with Swin-L, as in the Mona paper (its full fine-tuning). Each of the 4 epochs goes
+# through 07+12 trainval three times, and 07 test is the test set.
 _base_ = ['./detection_swin_l.py']
 
 # Model -----------------------------------------------------------------------------------------------------------
@@ -8,7 +8,7 @@ model = dict(
     backbone=dict(
         drop_path_rate=0.2,
         out_indices=(1, 2, 3),
-        frozen_stages=0,  # the patch embedding alone: what `frozen_stages=1` means in the published code
+        frozen_stages=0,  # freezes only the patch embedding, as `frozen_stages=1` does in the published code
     ),
     neck=dict(in_channels=[384, 768, 1536], start_level=0, add_extra_convs='on_input'),
     bbox_head=dict(
@@ -30,7 +30,7 @@ model = dict(
     ),
     train_cfg=dict(
         assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=-1),
-        sampler=dict(type='PseudoSampler'),  # the focal loss weighs every anchor
+        sampler=dict(type='PseudoSampler'),  # takes all anchors, since the focal loss weights each of them
         allowed_border=-1,
         pos_weight=-1,
         debug=False,
@@ -58,10 +58,10 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(1000, 600), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),  # after Resize: boxes are compared in the original image
+    dict(type='LoadAnnotations', with_bbox=True),  # after Resize, since boxes are compared in the original image
     dict(
         type='PackDetInputs',
-        # `instances`: CocoMetric takes the ground truth from there, VOC has no COCO file
+        # CocoMetric takes the ground truth from `instances`, because VOC has no COCO file
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances'),
     ),
 ]
@@ -84,7 +84,7 @@ train_dataloader = dict(
         times=3,
         dataset=dict(
             type='ConcatDataset',
-            ignore_keys=['dataset_type'],  # the year, which differs
+            ignore_keys=['dataset_type'],  # the years, which differ
             datasets=[trainval(2007), trainval(2012)],
         ),
     ),
@@ -100,7 +100,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-# pascal_voc/mAP is the published number (AP at IoU .5, 11 points); coco/bbox_mAP is the COCO-style mean over IoUs.
+# The published number is pascal_voc/mAP (AP at an IoU of 0.5, 11 points); coco/bbox_mAP is COCO's mean over IoUs.
 val_evaluator = [
     dict(type='VOCMetric', metric='mAP', eval_mode='11points'),
     dict(type='CocoMetric', metric='bbox'),

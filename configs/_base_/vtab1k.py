@@ -1,6 +1,6 @@
-# The data of VTAB-1k: 19 tasks of 1000 training images, in the layout that NOAH, FacT and SPT use, a folder a task
-# with images, train800.txt, val200.txt, train800val200.txt and test.txt ("path label"). Choose the task with
-# --cfg-options task=clevr_count, which reaches the paths, the number of classes and the default work dir.
+# The data of VTAB-1k: 19 tasks of 1000 training images, in the layout that NOAH, FacT and SPT use. Each task has a
+# folder with images, train800.txt, val200.txt, train800val200.txt and test.txt (lines of "path label"). Choose the task
+# with --cfg-options task=clevr_count, which sets the paths, the number of classes and the default work dir.
 # To select settings without the test images:
 #   --cfg-options train_dataloader.dataset.ann_file=train800.txt val_dataloader.dataset.ann_file=val200.txt
 _base_ = ['./spt_data.py']
@@ -34,12 +34,12 @@ data_root = 'data/vtab-1k/'
 
 pipeline = [
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
-    dict(type='Resize', scale=(224, 224), interpolation='bicubic', backend='pillow'),  # as torchvision's, antialiased
+    dict(type='Resize', scale=(224, 224), interpolation='bicubic', backend='pillow'),  # antialiased, as in torchvision
     dict(type='PackInputs'),
 ]
 dataset = dict(type='CustomDataset', data_root=data_root + task + '/', pipeline=pipeline)
 train_dataloader = dict(dataset=dict(ann_file='train800val200.txt', **dataset))
-# SPT's sensitivity is measured on other images than those of the training.
+# The images for SPT's sensitivity are those of train800.txt, a part of the training images.
 sensitivity_dataloader = dict(dataset=dict(ann_file='train800.txt', **dataset))
 val_dataloader = dict(dataset=dict(ann_file='test.txt', test_mode=True, **dataset))
 test_dataloader = val_dataloader

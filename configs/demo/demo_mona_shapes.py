@@ -1,11 +1,11 @@
 # The demo (`make demo`): Mona in Cascade Mask R-CNN, learning drawn shapes on one CPU core in about two minutes.
 #
-# The base file is the real thing: Swin-B, COCO, 36 epochs. This one makes its parts narrow and its images small. The
-# Swin has no pretrained weights here: it stays as it was initialised, random and frozen, and Mona learns to make
-# something of its features. That is no way to get good results, but shows that every part works.
+# The base file is the full-size config: Swin-B, COCO, 36 epochs. This config makes its parts narrow and its images
+# small. The Swin has no pretrained weights here: it stays at its random initial values, frozen, and Mona learns to use
+# its features. The results are not good, but they show that every part works.
 _base_ = ['../_base_/coco_cascade_mask_rcnn_swin_b.py']
 
-# Data: a folder in COCO's layout and the names of its classes. tools/demo.py draws this one.
+# The data is a folder in COCO's layout and the names of its classes. tools/demo.py draws this data set.
 data_root = 'data/demo_shapes/'
 metainfo = dict(classes=('disc', 'square', 'triangle', 'star'))
 num_classes = 4
@@ -33,8 +33,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# Model: what is not said here is as in the base file. A list replaces the base's whole list, so the three box heads
-# of the cascade are written out.
+# Everything about the model that is not set here is as in the base file. A list replaces the whole list of the base
+# file, so the three box heads of the cascade are written out.
 width = 32  # channels of the FPN and of the heads; 256 in the base file
 
 
@@ -69,10 +69,10 @@ model = dict(
             window_size=4,
             drop_path_rate=0.0,
         ),
-        peft=dict(type='Mona', bottleneck=16),  # without it (None) the box AP ends 0.10 to 0.12 lower
+        peft=dict(type='Mona', bottleneck=16),  # without Mona (None), the final box AP is 0.10 to 0.12 lower
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=width),
-    rpn_head=dict(in_channels=width, feat_channels=width, anchor_generator=dict(scales=[4])),  # 16 pixels and up
+    rpn_head=dict(in_channels=width, feat_channels=width, anchor_generator=dict(scales=[4])),  # anchors from 16 pixels
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=width),
         bbox_head=[
@@ -83,12 +83,12 @@ model = dict(
         mask_roi_extractor=dict(out_channels=width),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width, num_classes=num_classes),
     ),
-    # There are at most four shapes in an image: few proposals do.
+    # There are at most four shapes in an image, so a few proposals are enough.
     train_cfg=dict(rpn_proposal=dict(nms_pre=200, max_per_img=16)),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=32)),
 )
 
-# Schedule: small batches and a high learning rate, because what trains starts from nothing and has little time.
+# The batches are small and the learning rate is high, because training starts from scratch and is short.
 max_epochs = 4
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=3e-3))

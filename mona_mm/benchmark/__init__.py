@@ -1,1 +1,1 @@
-"""Measurements of speed and memory, as ratios of what is measured in one run."""
+"""Measurements of speed and memory, given as ratios of figures from the same run."""

@@ -1,21 +1,21 @@
-"""Time and memory of a training step, and of inference, of a Swin: every method, the stock host and full tuning.
+"""The time and memory of a training step and of inference of a Swin with every method, stock, and fully tuned.
 
-A step is forward, backward and AdamW. The variants, beside the methods by their published names:
-
-===================  ==================================================================================================
-``stock``            mmdet's backbone, all of it trained
-``full``             the same on the fast path: what the methods are compared with
-``published_mona``   mmdet's blocks and the operations of Mona's published code, one by one
-``spt``              SPT with LoRA of rank 8 on every q and v, and as many single weights of every fc1
-===================  ==================================================================================================
-
-Inference is a forward without gradients, in eval mode: of all variants, so that the overhead of what a method leaves in
-the backbone shows, and of what is left of it when the model is deployed:
+A step is forward, backward and AdamW. In addition to the methods, by their published names, the variants are:
 
 ===================  ==================================================================================================
-``mona_folded``      what of Mona does not depend on the input computed once
-``lora_merged``      mmdet's backbone with LoRA in its weights
-``spt_merged``       mmdet's backbone with the structured LoRA and the single weights of ``spt`` in its weights
+``stock``            mmdet's backbone, all of which trains
+``full``             the same backbone on the fast path, with which the methods are compared
+``published_mona``   mmdet's blocks with the operations of Mona's published code, one by one
+``spt``              SPT with LoRA of rank 8 on every q and v, and as many single weights of every fc1 as a LoRA has
+===================  ==================================================================================================
+
+Inference is a forward without gradients, in eval mode. It is measured for all the variants above, which shows the
+overhead of the modules that a method leaves in the backbone, and for the deployed forms of three of them:
+
+===================  ==================================================================================================
+``mona_folded``      Mona with everything that does not depend on the input computed once
+``lora_merged``      mmdet's backbone with LoRA merged into its weights
+``spt_merged``       mmdet's backbone with the structured LoRA and the single weights of ``spt`` merged into its weights
 ===================  ==================================================================================================
 """
 
@@ -67,20 +67,26 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 PEFT = dict(mona='Mona', adapter='Adapter', adaptformer='AdaptFormer', lora='LoRA', lorand='LoRand')
 DEPLOYED = dict(mona_folded='mona', lora_merged='lora', spt_merged='spt')
-"""The variants that exist in inference alone, each with the one that is deployed as it."""
+"""The variants that exist only for inference, each with the variant whose deployed form it is."""
 
 VARIANTS = ('stock', 'full', 'published_mona', *PEFT, 'spt', *(m for m in METHOD_RULES if m != 'full'), *DEPLOYED)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
+    """The figures of one variant.
 
-    ``forward`` is a training forward and ``step`` a training step; under ``inference`` ``step`` is None and ``forward``
-    one in eval mode. Ratios are to ``full`` in the same round, under ``inference`` to ``stock``. ``kept`` is what the
-    forward keeps for the backward pass beside the parameters; ``state`` parameters, gradients and AdamW's two moments;
-    ``memory`` their sum, on CUDA the most that a step had allocated. ``floor`` is the time that the operations of the
-    step, or the bytes that must move, would take at this machine's measured rates, whichever is longer.
+    Times are in milliseconds and sizes in MiB; a spread is the first and the third quartile. Ratios are to ``full`` in
+    the same round, or to ``stock`` if inference is measured.
+
+    Args:
+        forward: the time of a training forward, or of a forward in eval mode if inference is measured.
+        step: the time of a training step; None if inference is measured.
+        kept: the memory that the forward keeps for the backward pass, without the parameters.
+        state: the memory of the parameters, buffers, gradients and AdamW's two moments.
+        memory: the sum of ``kept`` and ``state``; for training on CUDA, the most memory allocated during a step.
+        floor: the time that the operations of the step or the necessary transfer of bytes would take at the measured
+            rates of this machine, whichever is longer.
     """
 
     suite: str
@@ -105,7 +111,7 @@ class Row:
 
 
 def build_backbone(variant: str, base: dict[str, Any], fast: bool | None = None) -> nn.Module:
-    """The backbone of a variant; ``fast`` overrides whether it takes the fast path."""
+    """Build the backbone of a variant; ``fast``, unless it is None, sets whether it takes the fast path."""
     if variant == 'stock':
         return MODELS.build(base)
     if variant == 'mona_folded':
@@ -135,7 +141,7 @@ def build_backbone(variant: str, base: dict[str, Any], fast: bool | None = None)
 
 
 def randomise(model: nn.Module) -> None:
-    """Give a method that begins as zero, LoRA or single weights, something to merge."""
+    """Set LoRA modules and single weights, which start at zero, to random values, so that merging has an effect."""
     for module in model.modules():
         if isinstance(module, LoRA):
             nn.init.normal_(module.up.weight, std=0.02)
@@ -144,7 +150,7 @@ def randomise(model: nn.Module) -> None:
 
 
 def small_plan(base: dict[str, Any]) -> Plan:
-    """What ``spt`` trains: LoRA on every q and v, and single weights of every fc1, as many as a LoRA there has."""
+    """Make the plan of ``spt``: LoRA on every q and v, and as many single weights of every fc1 as a LoRA there has."""
     with meta_device():
         architecture = Architecture.of(build_backbone('stock', base))
     generator = torch.Generator('cpu').manual_seed(0)
@@ -158,10 +164,11 @@ def small_plan(base: dict[str, Any]) -> Plan:
 
 
 class Shared:
-    """What several models have in common, once in memory: parameters, and AdamW's moments of those that train.
+    """The parameters that several models have in common, and AdamW's moments of those that train, held once in memory.
 
-    Models share a parameter of one name that has the same values in them and trains, or is frozen, in all of them, so
-    that none computes anything else than before. What steps change then changes in all that train it, and in no other.
+    Models share a parameter if it has the same name and the same values in them, and trains in all of them or in none,
+    so that every model computes the same as without sharing. A step of one model therefore changes a shared parameter
+    in all the models that train it, and in no other model.
     """
 
     def __init__(self) -> None:
@@ -169,7 +176,7 @@ class Shared:
         self.state: defaultdict[nn.Parameter, dict] = defaultdict(dict)
 
     def tie(self, model: nn.Module) -> None:
-        """Replace the parameters of a model by those of the models before it."""
+        """Replace the parameters of a model by equal ones of the models that were tied before it."""
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 key = path, name, parameter.requires_grad, parameter.shape
@@ -179,14 +186,15 @@ class Shared:
 
 
 class Case:
-    """A model of one variant, and what one step of its training is.
+    """The model of one variant with its forward, its backward and its optimiser.
 
     Args:
-        model: to be trained.
-        outputs: its forward, to the tensors that the backward starts from.
-        device: where.
-        dtype: float32, or the autocast's type.
-        shared: with other cases, none of which has made a step yet.
+        model: the model to train.
+        outputs: a function that runs the forward of the model and returns the tensors from which the backward starts;
+            None if it is set later.
+        device: the device to run on.
+        dtype: float32, or the type of the autocast.
+        shared: the parameters that are shared with other cases, none of which has made a step yet.
     """
 
     def __init__(
@@ -218,7 +226,7 @@ class Case:
             self.outputs(self.model)
 
     def backward(self, outputs: Sequence[Tensor]) -> None:
-        """From what :meth:`forward` returned, and the optimiser's step."""
+        """Run the backward from the results of :meth:`forward`, and then a step of the optimiser."""
         outputs = [out for out in outputs if out.requires_grad]
         if self.optimizer is None:
             return
@@ -230,7 +238,7 @@ class Case:
         self.backward(self.forward())
 
     def seconds(self, inference: bool, clock: Callable[[], float]) -> tuple[float, float]:
-        """The seconds of the forward and of the rest of the step; under ``inference`` those of a forward, and 0."""
+        """Measure the seconds of the forward and of the rest of the step, which is 0 for ``inference``."""
         if inference:
             return seconds(self.infer, self.device, clock), 0.0
         outputs: list[Tensor] = []
@@ -238,25 +246,25 @@ class Case:
         return forward, seconds(lambda: self.backward(outputs), self.device, clock)
 
     def kept(self) -> int:
-        """How many bytes the forward keeps for the backward pass, parameters aside."""
+        """The number of bytes, without the parameters, that the forward keeps for the backward pass."""
         return kept_bytes(self.forward, self.model)
 
     def state(self) -> int:
-        """How many bytes parameters and buffers, gradients and AdamW's moments take."""
+        """The number of bytes of the parameters, buffers, gradients and AdamW's moments."""
         every = [*self.model.parameters(), *self.model.buffers()]
         return sum(t.nbytes for t in every) + 3 * self.trained()
 
     def trained(self) -> int:
-        """How many bytes the parameters that train take."""
+        """The number of bytes of the parameters that train."""
         return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
 
     def peak(self) -> int | None:
-        """The most bytes that a step had allocated; None on other devices than CUDA."""
+        """The largest number of bytes allocated during a step, without those of other models; None if not on CUDA."""
         if torch.device(self.device).type != 'cuda':
             return None
         self.step()
         wait(self.device)
-        others = torch.cuda.memory_allocated(self.device) - self.state() + self.trained()  # gradients are freed
+        others = torch.cuda.memory_allocated(self.device) - self.state() + self.trained()  # the gradients are freed
         torch.cuda.reset_peak_memory_stats(self.device)
         self.step()
         wait(self.device)
@@ -264,10 +272,10 @@ class Case:
 
 
 def choose_variants(methods: Sequence[str] | None, inference: bool) -> list[str]:
-    """The variants asked for, and the one that ratios are to, in the order of :data:`VARIANTS`; by default all.
+    """The variants for these methods and the :func:`reference`, in the order of :data:`VARIANTS`; None chooses all.
 
     Raises:
-        ConfigError: if one is of inference alone.
+        ConfigError: if training is measured and a variant exists only for inference.
     """
     if methods is None:
         return [variant for variant in VARIANTS if inference or variant not in DEPLOYED]
@@ -278,7 +286,7 @@ def choose_variants(methods: Sequence[str] | None, inference: bool) -> list[str]
 
 
 def reference(inference: bool) -> str:
-    """The variant that ratios are to."""
+    """The name of the variant to which the ratios are."""
     return 'stock' if inference else 'full'
 
 
@@ -294,20 +302,25 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     bases: dict[str, dict[str, Any]] = ARCHS,
 ) -> Iterator[Row]:
-    """Measure every variant on every Swin at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
-    come as they are measured.
+    """Measure every variant on every Swin at every size, and yield the rows of a size as soon as it is measured.
+
+    The variants take turns, as :func:`~mona_mm.benchmark.timing.take_turns` describes.
 
     Args:
-        device: where.
-        repeats: rounds, after one that is not counted.
-        archs: names in ``bases``.
-        sizes: ``(height, width)`` of the images.
-        methods: of :data:`VARIANTS`: see :func:`choose_variants`.
-        batch: images.
-        dtype: float32, or the autocast's type.
-        inference: measure inference in place of training.
-        clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
-        bases: arguments of mmdet's Swin.
+        device: the device to measure on.
+        repeats: the number of rounds, after one that is not counted.
+        archs: the Swins, by their names in ``bases``.
+        sizes: the sizes ``(height, width)`` of the images.
+        methods: the variants to measure, from :data:`VARIANTS`, as for :func:`choose_variants`.
+        batch: the number of images.
+        dtype: float32, or the type of the autocast.
+        inference: whether to measure inference instead of training.
+        clock: a function that returns the time in seconds. On a busy machine, ``time.thread_time`` with one thread
+            leaves out the time of other processes.
+        bases: the arguments of mmdet's Swin, by name.
+
+    Raises:
+        ConfigError: if training is measured and a variant exists only for inference.
     """
     variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
@@ -323,13 +336,13 @@ def run(
             }
             label = ('backbone', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
-        del cases, case  # before the next one's are built
+        del cases, case  # they are freed before the next ones are built
 
 
 def build_cases(
     variants: Sequence[str], build: Callable[[str], nn.Module], device: str, dtype: torch.dtype
 ) -> dict[str, Case]:
-    """A case of every variant, of equal weights, which they share."""
+    """Build a case for every variant, from the same seed; they share the weights that are equal."""
     shared = Shared()
     cases = {}
     for variant in variants:
@@ -347,23 +360,23 @@ def measure(
     inference: bool,
     clock: Callable[[], float],
 ) -> Iterator[Row]:
-    """Rows of the cases, by variant.
+    """Measure the cases and yield a row for each.
 
     Args:
-        cases: with the :func:`reference` among them.
+        cases: the cases by variant, the :func:`reference` among them.
         label: the first fields of a :class:`Row`.
-        operations: floating-point operations of a step, by variant.
-        speed: what :func:`mona_mm.benchmark.module.rates` measured.
-        repeats: rounds that are counted.
+        operations: the floating-point operations of a step, by variant.
+        speed: the rates that :func:`mona_mm.benchmark.module.rates` measured.
+        repeats: the number of rounds that are counted.
         inference: whether inference is measured.
-        clock: in seconds.
+        clock: a function that returns the time in seconds.
     """
     for case in cases.values():
         case.model.train(not inference)
-    return_freed_memory()  # of building and of other sizes
+    return_freed_memory()  # the memory that building and other sizes took
     taken = take_turns({variant: partial(case.seconds, inference, clock) for variant, case in cases.items()}, repeats)
-    forwards = {variant: [forward for forward, _ in each] for variant, each in taken.items()}
-    steps = {variant: [forward + backward for forward, backward in each] for variant, each in taken.items()}
+    forwards = {variant: [forward for forward, _ in rounds] for variant, rounds in taken.items()}
+    steps = {variant: [forward + backward for forward, backward in rounds] for variant, rounds in taken.items()}
     kept = {variant: 0 if inference else case.kept() for variant, case in cases.items()}
     memory = {}
     for variant, case in cases.items():
@@ -371,10 +384,10 @@ def measure(
         memory[variant] = peak or kept[variant] + (case.state() - 3 * case.trained() * inference)
     other = reference(inference)
     for variant, case in cases.items():
-        every, trained = case.state() - 3 * case.trained(), case.trained()
-        # Kept activations written and read; parameters read in both passes; of what trains the gradient written and
-        # read, two moments read and written, the parameter written.
-        moved = every if inference else 2 * kept[variant] + 2 * every + 7 * trained
+        model_bytes, trained = case.state() - 3 * case.trained(), case.trained()
+        # A step writes and reads the kept activations, and reads the parameters in both passes. For each parameter that
+        # trains, it writes and reads the gradient, reads and writes two moments, and writes the parameter.
+        moved = model_bytes if inference else 2 * kept[variant] + 2 * model_bytes + 7 * trained
         forward = times(forwards[variant], forwards[other])
         step = (None,) * 4 if inference else times(steps[variant], steps[other])
         yield Row(
@@ -383,7 +396,7 @@ def measure(
             *forward,
             *step,
             kept=kept[variant] / 2**20,
-            state=(every if inference else case.state()) / 2**20,
+            state=(model_bytes if inference else case.state()) / 2**20,
             memory=memory[variant] / 2**20,
             memory_ratio=memory[variant] / memory[other],
             floor=1e3 * max(operations[variant] / speed[0], moved / speed[1]),
@@ -391,14 +404,14 @@ def measure(
 
 
 def count_operations(variant: str, base: dict[str, Any], shape: tuple[int, ...], inference: bool = False) -> float:
-    """Floating-point operations of the products and convolutions of a step; nothing is computed.
+    """Count the floating-point operations of the products and convolutions of a step, without computing them.
 
-    What is counted are the plain forms, whose operations torch's counter knows.
+    The plain forms are counted, because torch's counter knows only their operations.
     """
     plain = dict(mona_folded='mona', lora_merged='stock', spt_merged='stock').get(variant, variant)
     with meta_device():
         model = build_backbone(plain, base, fast=False)
-        model.train(not inference)  # some hosts' returns None
+        model.train(not inference)  # returns None in some hosts
         images = torch.empty(shape)
     with FlopCounterMode(display=False) as counter:
         outputs = [out for out in model(images) if out.requires_grad and not inference]
@@ -408,7 +421,7 @@ def count_operations(variant: str, base: dict[str, Any], shape: tuple[int, ...],
 
 
 def header(row: Row) -> str:
-    """The head of the table of such rows, in Markdown. A ratio below 1 is faster or smaller than the reference."""
+    """The head of the table of such rows in Markdown; a ratio below 1 means faster or smaller than the reference."""
     inference = row.step is None
     ratio = f'ratio to {reference(inference)}'
     what = ['forward, ms'] if inference else ['forward, ms', 'step, ms']
@@ -418,7 +431,7 @@ def header(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """The line of the table for a row."""
+    """The line of a row in the table in Markdown."""
     values = [with_spread(row.forward, row.forward_spread)]
     time_, ratio, spread = row.forward, row.forward_ratio, row.forward_ratio_spread
     if row.step is not None:
@@ -441,14 +454,14 @@ def line(row: Row) -> str:
 
 
 def targets(rows: Sequence[Row]) -> list[str]:
-    """Sentences that say, for every backbone and size, what was to be reached and what was."""
+    """Sentences that compare the results with the targets, for every backbone and size."""
     sentences = []
-    by = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.variant): r for r in rows}
-    for group in dict.fromkeys(key[:-1] for key in by):
+    found = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.variant): r for r in rows}
+    for group in dict.fromkeys(key[:-1] for key in found):
         suite, arch, size, batch, dtype, inference = group
         place = f'{suite}, Swin-{arch.upper()} {size[0]}x{size[1]}, batch {batch}, {dtype}'
         for variant, other, time_limit, memory_limit in _DEPLOYMENT if inference else _TARGETS:
-            a, b = by.get((*group, variant)), by.get((*group, other))
+            a, b = found.get((*group, variant)), found.get((*group, other))
             if a is None or b is None:
                 continue
             ratio = a.forward_ratio / b.forward_ratio if inference else a.step_ratio / b.step_ratio
@@ -463,4 +476,4 @@ _TARGETS = (('mona', 'adapter', 1.10, 1.10), ('mona', 'full', 0.75, 0.50), ('ful
 _DEPLOYMENT = tuple((variant, 'stock', None, None) for variant in ('mona', 'mona_folded')) + tuple(
     (variant, 'stock', 1.00, None) for variant in ('lora_merged', 'spt_merged')
 )
-"""Variant, reference, and the most of its time and of its memory."""
+"""The variant, its reference, and the largest shares of the reference's time and memory that are the target, if any."""

@@ -1,7 +1,7 @@
-"""Time and memory of a training step, and of inference, of a whole detector: every method, stock, and full tuning.
+"""The time and memory of a training step and of inference of a detector, with every method, stock, and fully tuned.
 
-The detectors are those of the shipped configs, on random images with random boxes; variants and figures are those of
-:mod:`mona_mm.benchmark.backbone`. Neck and heads train in all of them.
+The detectors are those of the shipped configs, and the images and boxes are random. The variants and figures are those
+of :mod:`mona_mm.benchmark.backbone`. The neck and the heads train in all variants.
 """
 
 import time
@@ -31,7 +31,7 @@ CONFIGS = {
     'b': '_base_/coco_cascade_mask_rcnn_swin_b.py',
     'l': '_base_/voc_retinanet_swin_l.py',
 }
-"""Below ``configs/``."""
+"""The config of the detector of each Swin, as a path in ``configs/``."""
 
 
 def run(
@@ -46,10 +46,12 @@ def run(
     inference: bool = False,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every variant on every detector at every size; see :func:`mona_mm.benchmark.backbone.run`.
+    """Measure every variant on every detector at every size.
+
+    The other arguments and the rows are those of :func:`mona_mm.benchmark.backbone.run`.
 
     Args:
-        configs: the folder of the shipped configs, or of others by the names in :data:`CONFIGS`.
+        configs: the folder of the shipped configs, or of others with the paths in :data:`CONFIGS`.
     """
     variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
@@ -65,14 +67,14 @@ def run(
             base, shape = cfg.model.backbone, (batch, 3, *size)
             stock = Case(build_detector('stock', cfg), partial(_outputs, data=data), device, dtype)
             stock.model.train(not inference)
-            with FlopCounterMode(display=False) as counter:  # it knows the operations of the plain forms alone
+            with FlopCounterMode(display=False) as counter:  # which knows only the operations of the plain forms
                 stock.infer() if inference else sum(stock.forward()).backward()
             del stock
             rest = counter.get_total_flops() - count_operations('stock', base, shape, inference)
             operations = {variant: rest + count_operations(variant, base, shape, inference) for variant in variants}
             label = ('detector', arch, tuple(size), batch, str(dtype).removeprefix('torch.'))
             yield from measure(cases, label, operations, speed, repeats, inference, clock)
-        del cases, case  # before the next one's are built
+        del cases, case  # they are freed before the next ones are built
 
 
 def build_detector(variant: str, cfg: Config) -> nn.Module:
@@ -91,7 +93,7 @@ def _data(cfg: Config, size: tuple[int, int], batch: int) -> dict:
 
 def _outputs(model: nn.Module, data: dict) -> list[Tensor]:
     data = model.data_preprocessor(data, model.training)
-    inputs = data['inputs'], data['data_samples']  # the detectors' names for them differ
+    inputs = data['inputs'], data['data_samples']  # passed by position: the names of the parameters differ
     if not model.training:
         model.predict(*inputs, rescale=False)
         return []

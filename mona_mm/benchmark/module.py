@@ -1,13 +1,13 @@
-"""Time and memory of all the Mona modules of a Swin, forward and backward, against the published formula.
+"""The time and memory of all the Mona modules of a Swin, forward and backward, compared with the published formula.
 
-Every block has two, of its stage's width and grid; one module of each stage is timed and counts for all of them. The
-variants:
+Every block has two modules, with the width and the grid of its stage. One module of each stage is timed, and its time
+is multiplied by the number of modules in the stage. The variants are:
 
 =============  ========================================================================================================
-``fast``       :class:`mona_mm.methods.Mona` as it is used: its fast form (:mod:`mona_mm.methods.fast_mona`)
-``plain``      the same with ``fast = False``
+``fast``       :class:`mona_mm.methods.Mona` as it runs by default, in its fast form (:mod:`mona_mm.methods.fast_mona`)
+``plain``      the same module with ``fast = False``
 ``published``  the operations of Mona's published code, one by one: three convolutions of a channels-last view
-``adapter``    :class:`mona_mm.methods.Adapter` of the same width, which has no convolutions and no norm: for comparison
+``adapter``    for comparison, :class:`mona_mm.methods.Adapter` of the same width, without convolutions and norm
 =============  ========================================================================================================
 """
 
@@ -25,21 +25,27 @@ from mona_mm.methods import Adapter, Mona
 from mona_mm.nn.products import linear
 
 SWINS = {'swin_t': (96, (2, 2, 6, 2)), 'swin_b': (128, (2, 2, 18, 2)), 'swin_l': (192, (2, 2, 18, 2))}
-"""Width of the first stage, and blocks of each."""
+"""The width of the first stage and the number of blocks in each stage, by backbone."""
 
 SIZES = ((224, 224), (512, 512), (800, 1216))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant, summed over a backbone's modules. Times in milliseconds, sizes in MiB, spreads as (first, third)
-    quartile.
+    """The figures of one variant, summed over the modules of a backbone.
 
-    ``step`` is a training step's forward and backward, input gradient included; ``ratio`` is to ``fast`` in the same
-    round. ``kept`` is what is kept for the backward pass beside the parameters, ``peak`` (CUDA alone) what one step of
-    the first stage's module allocates at most. ``difference`` is the largest of output and gradients to ``published``,
-    relative to each one's largest value. ``floor`` is the time that the operations and the bytes that must move would
-    take at this machine's measured rates, whichever is longer, and ``floor_ratio`` how many times that a step takes.
+    Times are in milliseconds and sizes in MiB; a spread is the first and the third quartile.
+
+    Args:
+        step: the time of the forward and backward of a training step, including the gradient of the input.
+        ratio: the ratio of ``step`` to that of ``fast`` in the same round.
+        kept: the memory that is kept for the backward pass, without the parameters.
+        peak: on CUDA, the most memory that one step of the module of the first stage allocates.
+        difference: the largest difference of the output and the gradients from those of ``published``, each relative to
+            its largest value.
+        floor: the time that the necessary operations or the necessary transfer of bytes would take at the measured
+            rates of this machine, whichever is longer.
+        floor_ratio: the ratio of ``step`` to ``floor``.
     """
 
     host: str
@@ -59,7 +65,11 @@ class Row:
 
 
 class PublishedMona(nn.Module):
-    """The published code's operations on a Mona's parameters."""
+    """The operations of the published code on the parameters of a Mona module.
+
+    Args:
+        mona: the module whose parameters are used.
+    """
 
     def __init__(self, mona: Mona) -> None:
         super().__init__()
@@ -88,7 +98,7 @@ VARIANTS = ('fast', 'plain', 'published', 'adapter')
 
 
 class _Case:
-    """A module of one stage, its input and the gradient of its output."""
+    """A module of one stage with its input and the gradient of its output."""
 
     def __init__(self, variant: str, device: str, dtype: torch.dtype, batch: int, channels: int, hw: tuple[int, int]):
         self.module = _module(variant, channels).to(device)
@@ -107,7 +117,7 @@ class _Case:
         self.forward().backward(self.grad)
 
     def peak(self) -> int | None:
-        """The most bytes that a step allocates beyond what was there before; None on other devices than CUDA."""
+        """The most bytes that a step allocates in addition to those allocated before it; None if not on CUDA."""
         if self.x.device.type != 'cuda':
             return None
         self.step()
@@ -132,10 +142,11 @@ def _difference(case: _Case, other: _Case) -> float:
 
 
 def work(batch: int, channels: int, hw: tuple[int, int], itemsize: int, bottleneck: int = 64) -> tuple[float, float]:
-    """Operations and bytes that no variant can do without, of a step of a Mona in ``itemsize`` bytes a number.
+    """The operations and the bytes that a step of a Mona module needs in any variant, at ``itemsize`` bytes a number.
 
-    Each of the two projections, the 1x1 and one 7x7 depthwise convolution once forward and twice backward; x read and
-    y written; dy and x read and dx written; the hidden state written and read.
+    The operations are those of the two projections, the 1x1 convolution and one 7x7 depthwise convolution, each once
+    in the forward and twice in the backward. As for bytes, the forward reads x and writes y, the backward reads dy and
+    x and writes dx, and the hidden state is written and read once.
     """
     tokens = batch * hw[0] * hw[1]
     operations = 3 * 2 * tokens * (2 * channels * bottleneck + bottleneck**2 + 49 * bottleneck)
@@ -143,7 +154,7 @@ def work(batch: int, channels: int, hw: tuple[int, int], itemsize: int, bottlene
 
 
 def rates(device: str, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-    """Operations a second of a matrix product, and bytes a second that a copy reads and writes, as measured here."""
+    """Measure the operations per second of a matrix product, and the bytes per second that a copy reads and writes."""
     side = 8192 if torch.device(device).type == 'cuda' else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     numbers = torch.randn(1 << 26, device=device)
@@ -162,17 +173,19 @@ def run(
     dtype: torch.dtype = torch.float32,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every variant on every backbone at every size, as :func:`~mona_mm.benchmark.timing.take_turns` does; rows
-    come as they are measured.
+    """Measure every variant on every backbone at every size, and yield each row as soon as it is measured.
+
+    The variants take turns, as :func:`~mona_mm.benchmark.timing.take_turns` describes.
 
     Args:
-        device: where.
-        repeats: rounds, after one that is not counted.
-        hosts: names in :data:`SWINS`.
-        sizes: ``(height, width)`` of the image; the stages' grids are a 4th, 8th, 16th and 32nd of it.
-        batch: images.
-        dtype: float32, or the autocast's type; the stream stays in float32, as in a Swin.
-        clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
+        device: the device to measure on.
+        repeats: the number of rounds, after one that is not counted.
+        hosts: the backbones, by their names in :data:`SWINS`.
+        sizes: the sizes ``(height, width)`` of the image; the grids of the stages are 1/4, 1/8, 1/16 and 1/32 of it.
+        batch: the number of images.
+        dtype: float32, or the type of the autocast; the stream stays in float32, as in a Swin.
+        clock: a function that returns the time in seconds. On a busy machine, ``time.thread_time`` with one thread
+            leaves out the time of other processes.
     """
     speed = rates(device, dtype, clock)
     for host in hosts:
@@ -219,7 +232,7 @@ def _rows(device, repeats, host, size, batch, dtype, clock, speed) -> Iterator[R
 
 
 def header(row: Row) -> str:
-    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``fast``."""
+    """The head of the table in Markdown; a ratio is the time of a variant as a multiple of that of ``fast``."""
     return heading(
         (
             'backbone',
@@ -237,7 +250,7 @@ def header(row: Row) -> str:
 
 
 def line(row: Row) -> str:
-    """The line of the table for a row."""
+    """The line of a row in the table in Markdown."""
     return cells(
         (
             f'Swin-{row.host[-1].upper()}',

@@ -1,4 +1,4 @@
-"""Picture of cost against image size, as a PNG file."""
+"""A picture of cost against image size, as a PNG file."""
 
 import os
 from collections.abc import Sequence
@@ -30,18 +30,19 @@ _COLOURS = dict(
     spt_merged='#cccc88',
 )
 _ARCHS = dict(t=('T', 'o', ':'), b=('B', 's', '--'), l=('L', '^', '-'))
-"""Letter, marker and line of a Swin."""
+"""The letter, the marker and the line style of each Swin."""
 
 
 def plot_cost(rows: Sequence[Row], path: str) -> None:
-    """Time and memory of a step (of a forward, for inference) against the side of a square of as many pixels.
+    """Draw the time and memory of a training step, or of a forward for inference, against the size of the image.
 
-    Four panels for every suite, batch and type: time, memory, and both as ratios to the reference. Colours are
-    variants, markers and lines Swins, bars quartiles.
+    The size of an image is shown as the side of a square with as many pixels. Every suite, batch and type gets four
+    panels: time, memory, and the ratios of both to the reference. The colours tell the variants, the markers and line
+    styles the Swins; the bars are quartiles.
 
     Args:
-        rows: of :mod:`mona_mm.benchmark.backbone` or :mod:`mona_mm.benchmark.detector`.
-        path: of the PNG file; its folder is made.
+        rows: the rows of :mod:`mona_mm.benchmark.backbone` or :mod:`mona_mm.benchmark.detector`.
+        path: the path of the PNG file, whose folder is created if it does not exist.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -68,7 +69,7 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
         style = dict(color=_COLOURS[variant], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
         for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
             middle = [scale * t for t, _ in times]
-            # A quartile can lie a rounding error on the other side.
+            # Because of rounding, a quartile can lie slightly on the wrong side of the median.
             low, high = ([max(0.0, sign * scale * (s[i] - t)) for t, s in times] for i, sign in ((0, -1), (1, 1)))
             axis.errorbar(sides, middle, yerr=(low, high), capsize=2, elinewidth=0.8, **style)
         memory.plot(sides, [row.memory / 1024 for row in line], **style)
@@ -95,7 +96,7 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
 
 
 def _ticks(axis: Axes, rows: list[Row]) -> None:
-    """Put the ticks at the sizes that were measured; where two would touch, at the larger."""
+    """Put the ticks at the sizes that were measured; where two would overlap, only the larger gets a tick."""
     names = {
         _side(row): f'{row.size[0]}' if row.size[0] == row.size[1] else 'x'.join(map(str, row.size)) for row in rows
     }

@@ -1,4 +1,4 @@
-"""Figures as a file that a killed run leaves behind, and several of them read as one."""
+"""The file of the measured figures, which a killed run leaves behind too; several files can be read as one."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,25 +10,25 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError, MissingFileError
 
 SUITES = dict(module=module, backbone=backbone, detector=backbone, spt=spt)
-"""Names, and where their ``Row``, ``header`` and ``line`` are."""
+"""The suites by name, each with the module that has its ``Row``, ``header`` and ``line``."""
 
 
 def write_record(path: str, machine: Mapping[str, str], results: Mapping[str, Sequence[Any]]) -> None:
-    """Write the rows of every suite and what they were measured on, as JSON; the file appears whole or not at all.
+    """Write the rows of every suite and a description of the machine as JSON; the file appears whole or not at all.
 
     Raises:
-        ConfigError: if there can be no such file.
+        ConfigError: if the file cannot be written.
     """
     record = dict(machine=machine, **{suite: [asdict(row) for row in rows] for suite, rows in results.items()})
     AtomicLocalBackend().put_text(json.dumps(record, indent=1) + '\n', path)
 
 
 def read_records(paths: Sequence[str]) -> tuple[list[dict[str, str]], dict[str, list]]:
-    """The machines, and the rows of all files by suite; of what is measured in two files the later file's.
+    """Read the machines and the rows, by suite, of several files; of rows that measure the same, the last is kept.
 
     Raises:
-        MissingFileError: if there is no such file.
-        ConfigError: if one is no such file.
+        MissingFileError: if a file does not exist.
+        ConfigError: if a file was not written by :func:`write_record`.
     """
     machines: list[dict[str, str]] = []
     found: dict[str, dict[tuple, Any]] = {}
@@ -49,6 +49,6 @@ def read_records(paths: Sequence[str]) -> tuple[list[dict[str, str]], dict[str, 
 
 
 def _key(row: Any) -> tuple:
-    """What was measured: every field up to the variant, and whether it is inference."""
+    """The identity of a row: every field up to the variant, and whether the row is one of inference."""
     names = [field.name for field in fields(row)]
     return (*(getattr(row, name) for name in names[: names.index('variant') + 1]), row.step is None)

@@ -1,14 +1,14 @@
-"""Step time and memory of tuning single weights of a linear layer, by every variant.
+"""The time and memory of a step that tunes single weights of a linear layer, for every variant.
 
-A step is the layer's forward, its backward (the input needs a gradient, as inside a network) and AdamW; the gradient of
-the weights is also timed alone. The variants:
+A step is the forward of the layer, its backward (the input needs a gradient, as inside a network) and AdamW; the
+gradient of the weights is also timed alone. The variants are:
 
 ===================  ==================================================================================================
-``automatic``        :func:`~mona_mm.spt.sparse.sparse_weight_grad`: whichever of the next three it takes
+``automatic``        :func:`~mona_mm.spt.sparse.sparse_weight_grad`, which chooses one of the next three
 ``sampled product``  :func:`~mona_mm.spt.sparse.grad_by_sampled_product`
 ``gather``           :func:`~mona_mm.spt.sparse.grad_by_gather`
 ``dense product``    :func:`~mona_mm.spt.sparse.grad_by_dense_product`
-``published``        the formula of SPT's published code: a ``K x K`` product, of which it takes the diagonal
+``published``        the formula of SPT's published code, which takes the diagonal of a ``K x K`` product
 ``mask``             the layer's whole weight trains, and its gradient is multiplied by a mask
 ===================  ==================================================================================================
 """
@@ -33,30 +33,39 @@ from mona_mm.nn.replaced import replaced
 from mona_mm.spt import sparse
 
 VIT_B = (3072, 768)
-"""``(out, in)`` of fc1 of a ViT-B."""
+"""The shape ``(out, in)`` of fc1 of a ViT-B."""
 
 IMAGE = 197
-"""Tokens of an image of 224 x 224."""
+"""The number of tokens of an image of 224 x 224 pixels."""
 
 TOKENS = 8 * IMAGE
-"""The tokens of 8 images, which a CPU can do; the published batch is 64. The gradients' costs grow with it alike."""
+"""The number of tokens of 8 images, a batch that a CPU can handle.
+
+The published batch is 64; the costs of all gradients grow with the batch at the same rate.
+"""
 
 COUNTS = (1 << 10, 1 << 14, 1 << 17)
 
 _PRODUCT_LIMIT = 2 << 30
-"""A published ``K x K`` product of more bytes than this is not timed as a whole, but a slice of it."""
+"""The largest size in bytes of a published ``K x K`` product that is timed as a whole; of a larger one, a slice is."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one number of weights. Times in milliseconds, sizes in MiB, spreads as (first, third) quartile.
+    """The figures of one variant at one number of weights.
 
-    ``gradient`` is the weight's gradient alone, ``step`` all of a step. Ratios are to ``automatic`` in the same round.
-    ``peak`` is what a step needs at most beyond what was there before it; ``kept`` is what training keeps: trained
-    values, their gradients, AdamW's state, and indices or mask. ``estimated`` says that the published product did not
-    fit, its time is that of a slice multiplied, and the peak is the sizes of its tensors. The floors are the times that
-    the operations and the bytes that no variant can do without would take at this machine's measured rates, whichever
-    is longer.
+    Times are in milliseconds and sizes in MiB; a spread is the first and the third quartile. Ratios are to
+    ``automatic`` in the same round. A floor is the time that the operations or the bytes that every variant needs would
+    take at the measured rates of this machine, whichever is longer.
+
+    Args:
+        gradient: the time of the gradient of the weight alone.
+        step: the time of a whole step.
+        peak: the most memory that a step needs in addition to that in use before it.
+        kept: the memory that training keeps: the trained values, their gradients, AdamW's state, and the indices or the
+            mask.
+        estimated: whether the published product was too large. Its time is then extrapolated from a slice, and
+            its peak is the sum of the sizes of its tensors.
     """
 
     count: int
@@ -77,7 +86,7 @@ class Row:
 
 
 def published_gradient(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """``grad[:, rows].T @ x[:, columns]``, ``(K, K)``, and its diagonal: ``O(K^2 N)``."""
+    """Compute the diagonal ``(K,)`` of the ``(K, K)`` product ``grad[:, rows].T @ x[:, columns]``, in ``O(K^2 N)``."""
     rows, columns = sparse.rows_and_columns(indices, x.shape[1])
     return (grad[:, rows].t() @ x[:, columns]).diagonal().clone()
 
@@ -93,7 +102,7 @@ VARIANTS = (*FORMS, 'mask')
 
 
 class _Case:
-    """One layer that is tuned by one variant, and the gradient of one of its outputs."""
+    """A layer that one variant tunes, with an input and the gradient of its output."""
 
     def __init__(self, variant: str, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
         generator = torch.Generator().manual_seed(count)
@@ -128,13 +137,13 @@ class _Case:
             self.optimizer.step()
 
     def kept(self) -> int:
-        """How many bytes training keeps: trained values, gradients, AdamW's state, and indices or mask."""
+        """The bytes that training keeps: the trained values, gradients, AdamW's state, and the indices or the mask."""
         state = [t for t in self.optimizer.state[self.trained].values() if torch.is_tensor(t)]
         return sum(t.nbytes for t in (self.trained, self.trained.grad, self.places, *state))
 
 
 class _SlicedPublished:
-    """The published formula where its product does not fit: gathers of all ``K``, and so many rows of the product."""
+    """The published formula for a product that is too large: all of the gathers, and only a slice of the product."""
 
     def __init__(self, device: str, shape: tuple[int, int], tokens: int, count: int) -> None:
         self.case = _Case('automatic', device, shape, tokens, count)
@@ -142,7 +151,7 @@ class _SlicedPublished:
         self.rows = max(1, _PRODUCT_LIMIT // 16 // count)
 
     def seconds(self, clock: Callable[[], float]) -> float:
-        """The seconds that the whole gradient would take, were there the memory."""
+        """The seconds that the whole gradient would take if there were enough memory, extrapolated from the slice."""
         wait(self.device)
         start = clock()
         rows, columns = sparse.rows_and_columns(self.case.places, self.case.x.shape[1])
@@ -154,16 +163,16 @@ class _SlicedPublished:
         return gathered - start + (clock() - gathered) * self.count / self.rows
 
     def peak(self) -> int:
-        """The bytes of the tensors that the published formula needs."""
+        """The number of bytes of the tensors that the published formula needs."""
         return 4 * self.count * (self.count + 2 * len(self.case.x))
 
 
 def work(count: int, shape: tuple[int, int], tokens: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Operations and bytes that no variant can do without, of the gradient alone and of a step, in single precision.
+    """The operations and the bytes that every variant needs for the gradient alone and for a step, in single precision.
 
-    The gradient: a product of ``tokens`` numbers for each of the ``count`` weights; dy, x and the indices read, the
-    gradient written. A step adds the forward and the input's gradient: the weight read in each, x read and y written,
-    dy read and dx written; and AdamW, which reads and writes the values and two moments.
+    The gradient is a product of ``tokens`` numbers for each of the ``count`` weights; it reads dy, x and the indices,
+    and is written. A step adds the forward, which reads the weight and x and writes y; the gradient of the input, which
+    reads the weight and dy and writes dx; and AdamW, which reads and writes the values and two moments.
     """
     weights, io = shape[0] * shape[1], tokens * (shape[0] + shape[1])
     gradient = 2.0 * count * tokens, 4.0 * (io + 3 * count)  # an index has the size of two numbers
@@ -178,18 +187,19 @@ def run(
     tokens: int = TOKENS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Row]:
-    """Measure every variant at every number of weights, in single precision, as
-    :func:`~mona_mm.benchmark.timing.take_turns` does; rows come as they are measured.
+    """Measure every variant at every number of weights, in single precision, and yield each row once it is measured.
 
-    Peaks are measured apart: on a CPU as the high-water mark of a process of its own.
+    The variants take turns, as :func:`~mona_mm.benchmark.timing.take_turns` describes. The peaks are measured
+    separately; on a CPU, a peak is the high-water mark of a new process.
 
     Args:
-        device: where.
-        repeats: rounds, after one that is not counted.
-        counts: numbers of tuned weights.
-        shape: ``(out, in)`` of the layer.
-        tokens: ``N``.
-        clock: in seconds. ``time.thread_time`` with one thread leaves out what other processes take of a busy machine.
+        device: the device to measure on.
+        repeats: the number of rounds, after one that is not counted.
+        counts: the numbers of tuned weights.
+        shape: the shape ``(out, in)`` of the layer.
+        tokens: the number of tokens in the batch.
+        clock: a function that returns the time in seconds. On a busy machine, ``time.thread_time`` with one thread
+            leaves out the time of other processes.
     """
     speed = rates(device, torch.float32, clock)
     for count in counts:
@@ -200,19 +210,19 @@ def run(
 def _rows(device: str, repeats: int, clock: Callable[[], float], floors: list[float], count: int, *size):
     size = (*size, count)
     sliced = _SlicedPublished(device, *size) if 4 * count**2 > _PRODUCT_LIMIT else None
-    # CUDA's sampled product is another library's, and sparse_weight_grad does not take it there.
+    # On CUDA another library computes the sampled product, and sparse_weight_grad does not use it there.
     without = {'sampled product'} if torch.device(device).type != 'cpu' else set()
     cases = {variant: _Case(variant, device, *size) for variant in VARIANTS if variant not in without}
 
     def turn(variant: str) -> tuple[float, float | None]:
-        """Seconds of the gradient and of a step."""
+        """Measure the seconds of the gradient and of a step."""
         if variant == 'published' and sliced:
             return sliced.seconds(clock), None
         return seconds(cases[variant].gradient, device, clock), seconds(cases[variant].step, device, clock)
 
     taken = take_turns({variant: partial(turn, variant) for variant in cases}, repeats)
-    gradients = {variant: [gradient for gradient, _ in each] for variant, each in taken.items()}
-    steps = {variant: [step for _, step in each] for variant, each in taken.items()}
+    gradients = {variant: [gradient for gradient, _ in rounds] for variant, rounds in taken.items()}
+    steps = {variant: [step for _, step in rounds] for variant, rounds in taken.items()}
     if sliced:
         parts = zip(steps['automatic'], gradients['automatic'], gradients['published'], strict=True)
         steps['published'] = [step - automatic + published for step, automatic, published in parts]
@@ -231,7 +241,7 @@ def _rows(device: str, repeats: int, clock: Callable[[], float], floors: list[fl
 
 
 def _peak(variant: str, *args) -> float:
-    """The most bytes that the second step of a layer needs beyond what is there before it."""
+    """The most bytes that the second step of a layer needs in addition to those in use before it."""
     if torch.device(args[0]).type == 'cuda':
         return _peak_on_cuda(_Case(variant, *args), args[0])
     context = multiprocessing.get_context('spawn')
@@ -261,7 +271,10 @@ def _peak_on_cuda(case: _Case, device: str) -> float:
 
 @contextmanager
 def _returning_freed_memory() -> Iterator[None]:
-    """Processes that start here give memory back to the system when it is freed, so that a mark shows what is used."""
+    """Make processes that start in this context return freed memory to the system at once.
+
+    Their high-water mark then shows the memory in use.
+    """
     names = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_')
     before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(dict.fromkeys(names, '65536'))
@@ -279,26 +292,26 @@ def _peak_of_process(sender, threads: int, variant: str, *args) -> None:
     case.step()
     case.optimizer.zero_grad()
     gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')  # sets the mark to what is in use now
+    Path('/proc/self/clear_refs').write_text('5')  # resets the high-water mark to the memory in use now
     before = _status('VmRSS')
     case.step()
     sender.send(_status('VmHWM') - before)
 
 
 def _status(field: str) -> int:
-    """A size in bytes from Linux's account of this process."""
+    """Read a size in bytes from the status that Linux keeps of this process."""
     return 1024 * int(re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text()).group(1))
 
 
 def header(row: Row) -> str:
-    """The head of the table, in Markdown. A ratio above 1 is so many times slower than ``automatic``."""
+    """The head of the table in Markdown; a ratio is the time of a variant as a multiple of that of ``automatic``."""
     ratios = 'ratio to automatic', 'times the floor'
     memory = 'peak of a step, MiB', 'kept for training, MiB'
     return heading(('K', 'variant', 'gradient, ms', *ratios, 'step, ms', *ratios, *memory))
 
 
 def line(row: Row) -> str:
-    """The line of the table for a row."""
+    """The line of a row in the table in Markdown."""
     return cells(
         (
             f'{row.count:,}',

@@ -1,4 +1,4 @@
-"""What the suites share: rounds in which the variants take turns, times, kept bytes, medians with their spread."""
+"""Tools that the suites share: rounds in which the variants take turns, times, kept bytes, and medians with spread."""
 
 import ctypes
 import gc
@@ -14,10 +14,10 @@ T = TypeVar('T')
 
 
 def take_turns(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """Call every variant in every round, and return what it returned, by variant.
+    """Call every variant in every round, and return the results of each variant, one for each round.
 
-    The variants take turns, round by round in another order, so that what else the machine does meets all of them. The
-    first round is not counted.
+    The order of the variants changes from round to round, so that whatever else the machine does affects all of them
+    alike. The first round is a warm-up: it comes on top of ``repeats``, and its results are dropped.
     """
     results: dict[str, list[T]] = {variant: [] for variant in variants}
     order = random.Random(0)
@@ -30,7 +30,7 @@ def take_turns(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[st
 
 
 def seconds(function: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The seconds that one call takes, the device's work included."""
+    """The seconds that one call takes, including the work on the device."""
     wait(device)
     start = clock()
     function()
@@ -39,15 +39,15 @@ def seconds(function: Callable[[], object], device: str, clock: Callable[[], flo
 
 
 def wait(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
 
 
 def return_freed_memory() -> None:
-    """Give memory that the C library (glibc) keeps back to the system.
+    """Return the freed memory that the C library (glibc) holds to the system.
 
-    This is not to be called between two measured calls, since taking the memory again takes time.
+    Do not call this between two measured calls: getting the memory from the system again takes time.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
@@ -56,7 +56,7 @@ def return_freed_memory() -> None:
 
 
 def kept_bytes(forward: Callable[[], object], model: nn.Module) -> int:
-    """The bytes of every storage that a forward of ``model`` keeps for the backward pass, parameters aside."""
+    """The bytes of all storages, except parameters, that a forward of ``model`` keeps for the backward pass."""
     storages: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -74,24 +74,24 @@ def kept_bytes(forward: Callable[[], object], model: nn.Module) -> int:
 def times(
     seconds: Sequence[float], reference: Sequence[float]
 ) -> tuple[float, tuple[float, float], float, tuple[float, float]]:
-    """Times in milliseconds and ratios to the reference of the same round, each as median and quartiles."""
+    """The times in milliseconds and their ratios to the reference of the same round, each as a median and quartiles."""
     return *median([1e3 * t for t in seconds]), *median([t / r for t, r in zip(seconds, reference, strict=True)])
 
 
 def median(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     """The median of some values, and their first and third quartile."""
-    first, middle, third = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
-    return middle.item(), (first.item(), third.item())
+    lower, middle, upper = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    return middle.item(), (lower.item(), upper.item())
 
 
 def with_spread(middle: float, spread: tuple[float, float]) -> str:
-    """``median (first-third quartile)``, in about three digits."""
+    """Format a median and its spread as ``median (first-third quartile)``, to about three digits."""
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 2
     return f'{middle:,.{digits}f} ({spread[0]:,.{digits}f}-{spread[1]:,.{digits}f})'
 
 
 def times_floor(time: float, floor: float) -> str:
-    """How many times the floor a time is, both in milliseconds."""
+    """Format a time as a multiple of its floor; both are in milliseconds."""
     return f'{time / floor:.1f} of {floor:,.{0 if floor >= 10 else 1 if floor >= 1 else 2}f} ms'
 
 
@@ -101,5 +101,5 @@ def heading(columns: Sequence[str]) -> str:
 
 
 def cells(values: Sequence[str]) -> str:
-    """A line of a table in Markdown."""
+    """A row of a table in Markdown."""
     return f'| {" | ".join(values)} |'

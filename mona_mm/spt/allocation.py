@@ -1,4 +1,4 @@
-"""From sensitivities and a budget to a plan."""
+"""The choice of what SPT trains: a plan made from sensitivities and a budget."""
 
 import math
 import re
@@ -18,19 +18,19 @@ from mona_mm.spt.sensitivity import Sensitivity
 RULES = ('budget', 'published')
 LORA = MappingProxyType({'type': 'LoRA', 'rank': 8})
 _UNITS = {'': 1.0, 'k': 1e3, 'm': 1e6}
-# The published sweep: its step and length, and what it counts for the class token, whatever the width.
+# The step and the length of the published sweep, and the parameters that it counts for a class token of any width.
 _SWEEP_STEP, _SWEEP_LENGTH, _SWEEP_TOKEN = 0.02, 80, 768
 
 
 def parse_budget(budget: str | int, backbone_parameters: int) -> int:
-    """A budget as a number of parameters.
+    """Convert a budget to a number of parameters.
 
     Args:
         budget: ``'0.4M'``, ``'400k'``, ``'0.5%'`` of the backbone's parameters, or a whole number.
-        backbone_parameters: of the base.
+        backbone_parameters: the number of parameters of the base.
 
     Raises:
-        ConfigError: if it is none of these, below 1, or above the backbone.
+        ConfigError: if the budget has none of these forms, or is above the backbone's number of parameters.
     """
     match = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([kKmM%]?)\s*', str(budget))
     if match is None or isinstance(budget, bool | float):
@@ -39,7 +39,7 @@ def parse_budget(budget: str | int, backbone_parameters: int) -> int:
             "backbone's such as '0.5%'."
         )
     number, unit = float(match[1]), match[2].lower()
-    # The hair is for 0.29M, which in binary is a little less than 290000.
+    # The small addition is for numbers such as 0.29M, which in binary floating point is a little less than 290000.
     count = math.floor((number * backbone_parameters / 100 if unit == '%' else number * _UNITS[unit]) + 1e-6)
     if count > backbone_parameters:
         raise ConfigError(
@@ -50,10 +50,10 @@ def parse_budget(budget: str | int, backbone_parameters: int) -> int:
 
 
 def check_rule(rule: str, alpha: float, beta: float) -> None:
-    """Check the arguments of :func:`allocate` that need no sensitivity.
+    """Check the arguments of :func:`allocate` that can be checked without a sensitivity.
 
     Raises:
-        ConfigError: if one cannot be.
+        ConfigError: if the rule is unknown, or ``alpha`` or ``beta`` is not a number above 0.
     """
     if rule not in RULES:
         raise ConfigError(f'rule={rule!r} must be one of {", ".join(map(repr, RULES))}.')
@@ -76,37 +76,38 @@ def allocate(
     r"""Decide which structured modules, whole vectors and single weights train.
 
     Weights are taken in the order of their sensitivity. A matrix gets a structured module in place of its single
-    weights as soon as it has (parameters of the module) / ``alpha`` of the weights taken; a vector trains whole as
-    soon as it has 1 / ``beta`` of its own length. With Mona as the structured module the attention's matrices
-    (q, k, v, proj) of a block are one such group, for a module at ``post_attn``, and the FFN's (fc1, fc2) another, for
-    ``post_ffn``. Linear layers that a host reads by their weight alone get no Adapter; their weights train singly.
+    weights as soon as the number of its weights that are taken reaches (parameters of the module) / ``alpha``. A vector
+    trains as a whole as soon as 1 / ``beta`` of its values are taken. If the structured module is Mona, the attention's
+    matrices of a block (q, k, v, proj) count as one group, for a module at ``post_attn``, and the FFN's (fc1, fc2) as
+    another, for ``post_ffn``. A linear layer that the host does not call, because it only reads the weight, gets no
+    Adapter; its weights train singly.
 
-    ``rule='budget'`` takes weights until the budget is full: a module or vector whose turn comes and that does not fit
-    in what is left stays single weights, and weights that never had a gradient are not taken. The number of trained
-    parameters, class token included, never exceeds the budget.
+    ``rule='budget'`` takes weights until the budget is used up. A module or vector that does not fit in the rest of the
+    budget when its turn comes is left as single weights, and weights that never had a gradient are not taken. The
+    number of trained parameters, class token included, never exceeds the budget.
 
-    ``rule='published'`` repeats the published sweep: the ceil(0.02 i 10^6) most sensitive weights are taken, for i = 1
-    to 79, 768 parameters are counted for a class token, and the i whose total is nearest to the budget is kept, of
-    equal ones the largest. Its total may exceed the budget, and on a ViT of another width than 768 the number that is
-    compared with the budget is not the number of parameters that train, which is ``Plan.counts``.
+    ``rule='published'`` repeats the published sweep. For i = 1 to 79 it takes the ceil(0.02 i 10^6) most sensitive
+    weights and counts 768 parameters for a class token; it keeps the i whose total is nearest to the budget, and the
+    largest i if several are equally near. The total may exceed the budget. On a ViT of a width other than 768, the
+    number that is compared with the budget differs from the number of parameters that train, which is ``Plan.counts``.
 
     Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
     published code.
 
     Args:
-        sensitivity: of the weights of a base.
-        budget: see :func:`parse_budget`.
+        sensitivity: the sensitivity of the weights of a base.
+        budget: the budget, in a form that :func:`parse_budget` accepts.
         structured: ``dict(type='LoRA', rank=8)`` (the default), ``dict(type='Adapter', bottleneck=8)`` or
-            ``dict(type='Mona', bottleneck=64)``; None for single weights and vectors alone.
+            ``dict(type='Mona', bottleneck=64)``; None to train only single weights and vectors.
         rule: ``'budget'`` or ``'published'``.
-        alpha: of the structured modules.
-        beta: of the vectors.
-        structured_vectors: whether vectors may train whole.
+        alpha: the divisor of the threshold of structured modules, above 0.
+        beta: the divisor of the threshold of vectors, above 0.
+        structured_vectors: whether vectors may train as a whole.
         structured_only: whether single weights are left out.
 
     Raises:
-        ConfigError: an unknown rule or structured module, or a budget that is no number, below the smallest possible
-            plan or above the backbone.
+        ConfigError: if the rule or the structured module is unknown, ``alpha`` or ``beta`` is not above 0, or the
+            budget is not a number, is below the smallest possible plan or is above the backbone.
     """
     check_rule(rule, alpha, beta)
     config = structured_module(structured)
@@ -140,15 +141,19 @@ def allocate(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What may be trained as a whole: the matrices behind a structured module, or one vector.
+    """A candidate for training as a whole: the matrices that a structured module tunes, or one vector.
 
-    ``need``: how many of its weights have to be among those taken.
+    Args:
+        members: the indices of its parts in ``Architecture.parts``.
+        cost: the number of parameters that it trains.
+        need: the number of its weights that must be among those taken.
+        module: the block and the site of the structured module; None for a vector.
     """
 
     members: tuple[int, ...]
     cost: int
     need: int
-    module: tuple[str, str] | None  # block and site
+    module: tuple[str, str] | None
 
 
 def _candidates(
@@ -163,7 +168,7 @@ def _candidates(
                 if any((block, s) not in index for s in members):
                     continue
                 if config['type'] == 'Adapter' and not architecture.matrices[block, site].is_called:
-                    continue  # it reads the output of a module that there is none of
+                    continue  # an Adapter reads the output of the linear layer, and this layer is never called
                 cost = module_cost(config, architecture, block, site)
                 found.append(
                     _Candidate(
@@ -178,11 +183,13 @@ def _candidates(
 
 
 class _Order:
-    """The sensitivities of all parts in one array, and the groups that the rules count in.
+    """The sensitivities of all parts in one array, and the groups in which the rules count weights.
+
+    Group ``i`` holds the weights of candidate ``i``; the last group holds the weights that belong to no candidate.
 
     Args:
-        sensitivity: of the weights.
-        candidates: group ``i`` holds the weights of candidate ``i``, the last group the weights of none.
+        sensitivity: the sensitivity of the weights.
+        candidates: the candidates for training as a whole.
     """
 
     def __init__(self, sensitivity: Sensitivity, candidates: list[_Candidate]) -> None:
@@ -199,15 +206,15 @@ class _Order:
             self.group[list(candidate.members)] = i
 
     def of(self, part: int) -> np.ndarray:
-        """The values of a part, a view."""
+        """The values of a part, as a view of :attr:`values`."""
         return self.values[self.starts[part] : self.starts[part + 1]]
 
     def part_of(self, positions: np.ndarray) -> np.ndarray:
-        """The parts in which these positions of :attr:`values` lie."""
+        """The indices of the parts in which these positions of :attr:`values` lie."""
         return np.searchsorted(self.starts, positions, side='right') - 1
 
     def top(self, count: int) -> np.ndarray:
-        """The positions of the ``count`` largest values, ascending; of equal ones the first are taken."""
+        """The positions of the ``count`` largest values, in ascending order; the first of equal values are taken."""
         count = min(count, len(self.values))
         if count == 0:
             return np.empty(0, np.int64)
@@ -219,7 +226,7 @@ class _Order:
 
 
 def _sweep(order: _Order, budget: int, structured_only: bool) -> tuple[list[int], np.ndarray]:
-    """The published rule: the chosen candidates, and the positions of the single weights."""
+    """Apply the published rule, and return the chosen candidates and the positions of the single weights."""
     taken = [math.ceil(i * _SWEEP_STEP * 1e6) for i in range(1, _SWEEP_LENGTH)]
     top = order.top(taken[-1])
     top = top[np.argsort(-order.values[top], kind='stable')]
@@ -241,16 +248,16 @@ def _sweep(order: _Order, budget: int, structured_only: bool) -> tuple[list[int]
 
 
 def _fill(order: _Order, budget: int, fixed: int, structured_only: bool) -> tuple[list[int], np.ndarray]:
-    """The rule of ours: the chosen candidates, and the positions of the single weights.
+    """Apply the budget rule, and return the chosen candidates and the positions of the single weights.
 
-    Between two turns (a candidate reaching what it needs) only single weights are added, so it is enough to look at
-    the state of every group at every turn.
+    A turn is the point at which a candidate reaches the number of weights that it needs. Only single weights are added
+    between two turns, so it is enough to look at the state of every group at every turn.
     """
     groups = [_ascending(order, np.flatnonzero(order.group == i)) for i in range(len(order.candidates) + 1)]
     turns = [(groups[i][-c.need], i) for i, c in enumerate(order.candidates) if c.need <= len(groups[i])]
     turns = sorted((t for t in turns if t[0] > 0), key=lambda turn: (-turn[0], turn[1]))
     levels = np.array([level for level, _ in turns], np.float32)
-    # How many weights of each group are at or above each level.
+    # The numbers of weights of each group (rows) that are at or above each level (columns).
     counts = np.stack([len(values) - np.searchsorted(values, levels) for values in groups])
     single = np.full(len(groups), not structured_only)
     spent, chosen = fixed, []

@@ -1,4 +1,4 @@
-"""SPT: structured modules, whole vectors and single weights where the task is sensitive."""
+"""The SPT method: structured modules, whole vectors and single weights where the task is sensitive."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -20,27 +20,32 @@ from mona_mm.spt.structured import STRUCTURED, build_structured
 
 @METHODS.register_module()
 class SPT(Method):
-    """Sensitivity-aware tuning: train what a plan says.
+    """Sensitivity-aware tuning, which trains what a plan lists.
 
-    Structured modules of one kind at the sites of the plan (LoRA in parallel to a linear layer, Adapter on its output,
-    Mona behind a residual add), the plan's vectors and single weights, and the class token where the host has one.
+    A plan lists the sites that get a structured module, all of one type (LoRA in parallel to a linear layer, Adapter on
+    the layer's output, or Mona behind a residual add), whole vectors, single weights, and the class token if the host
+    has one.
 
     Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
     published code.
 
     Args:
-        plan: file of a :class:`mona_mm.spt.Plan`. ``tools/train.py`` makes it where there is none. Or structured
-            modules alone, whatever the architecture: the sites by path of a block, with ``structured`` said.
+        plan: the file of a :class:`mona_mm.spt.Plan`, which ``tools/train.py`` makes if there is none. To train only
+            structured modules on any architecture, it is instead a dict of their sites by path of a block, which
+            needs ``structured``.
         structured: the structured module, ``dict(type='LoRA', rank=8)``, ``dict(type='Adapter', bottleneck=8)``,
-            ``dict(type='Mona', bottleneck=64)`` or None, with its other options: for LoRA and Adapter ``dropout=0.1``
-            (never at ``proj``), ``drop_path=0.1`` (neither where a host's linear is reached through its weight) and
-            ``init='zero'`` (``'trunc_normal'`` as published), for Mona those of :class:`mona_mm.methods.Mona`.
-        budget: with the arguments below, how ``tools/train.py`` makes the plan: see :func:`mona_mm.spt.allocate` and,
-            for ``num_batches`` and ``per_sample``, :func:`mona_mm.spt.compute_sensitivity`.
+            ``dict(type='Mona', bottleneck=64)`` or None. The other options of LoRA and Adapter are ``dropout=0.1``
+            (never applied at ``proj``), ``drop_path=0.1`` and ``init='zero'`` (``'trunc_normal'`` as published);
+            neither dropout nor drop path applies to a linear layer that the host does not call because it only reads
+            the weight. The other options of Mona are those of :class:`mona_mm.methods.Mona`.
+        budget: the budget for which ``tools/train.py`` makes the plan. The arguments below it are also for making the
+            plan: :func:`mona_mm.spt.compute_sensitivity` describes ``num_batches`` and ``per_sample``, and
+            :func:`mona_mm.spt.allocate` the others.
 
     Raises:
         MissingFileError: if there is no plan.
-        PlanError: if the file is damaged or, when attached, the plan is for another architecture or other weights.
+        PlanError: if the file is damaged; when the method is attached, if the plan is for another architecture or other
+            weights.
         ConfigError: if ``structured`` is not what the plan was made for.
     """
 
@@ -81,11 +86,11 @@ class SPT(Method):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The plan's whole vectors."""
+        """The names of the vectors of the plan that train as a whole, apart from those inside a fused parameter."""
         return tuple(name for name, rows in self.plan.vectors if rows is None)
 
     def attach(self, backbone: nn.Module) -> None:
-        """Put structured modules and the deltas of single weights into a backbone of the plan's architecture."""
+        """Add the structured modules and the deltas of single weights to a backbone of the plan's architecture."""
         if self.plan is None:
             self.plan = Plan(Architecture.of(backbone), self.structured, self._sites, (), {})
         self.plan.check(backbone)
@@ -95,7 +100,7 @@ class SPT(Method):
             attach_sparse(backbone.get_submodule(path), indices, parameter)
 
     def _single_weights(self, backbone: nn.Module) -> dict[str, torch.Tensor]:
-        """Flat indices by parameter: the plan's single weights, and the vectors that are part of a fused one."""
+        """The flat indices, by parameter, of the plan's single weights and of its vectors inside a fused parameter."""
         weights = {name: [indices] for name, indices in self.plan.weights.items()}
         for name, rows in self.plan.vectors:
             if rows is not None:
@@ -104,21 +109,26 @@ class SPT(Method):
         return {name: torch.cat(parts).unique() for name, parts in weights.items()}
 
     def check_base(self, backbone: nn.Module) -> None:
-        """Refuse weights that the plan was not made for."""
+        """Check that the weights of a backbone are those for which the plan was made.
+
+        Raises:
+            PlanError: if they are not.
+        """
         self.plan.check_weights(backbone)
 
     def modules(self, host: Host, sites: Sites) -> dict[str, dict[str, nn.Module]]:
-        """See :meth:`mona_mm.methods.base.Method.modules`.
+        """Build the structured modules, as :meth:`mona_mm.methods.base.Method.modules` describes.
 
         Raises:
-            ConfigError: if the modules would be wider inside than the widest of what they tune, or far larger.
+            ConfigError: if the modules would be wider inside than the widest layer or stream that they tune, or would
+                have far more parameters than these.
         """
         chosen = {path: {name: sites[path][name] for name in names} for path, names in self.plan.structured.items()}
         if any(chosen.values()):
             name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
             check_widths(name, STRUCTURED[options['type']], options, chosen)
             check_size(name, sites, chosen, self._module)
-        return {path: {name: self._module(name, site) for name, site in of.items()} for path, of in chosen.items()}
+        return {path: {name: self._module(name, sites[path][name]) for name in names} for path, names in chosen.items()}
 
     def _module(self, name: str, site: Site) -> nn.Module:
         return build_structured(self.structured, site.widths, name, site.is_called)
@@ -128,11 +138,11 @@ def check_structured(structured: Mapping[str, Any] | None) -> None:
     """Check the options of a structured module.
 
     Raises:
-        ConfigError: if it is of no known kind, or a value cannot be.
-        UnknownOptionError: if it has no such option.
+        ConfigError: if its type is unknown, or the value of an option is not accepted.
+        UnknownOptionError: if the module has no such option.
     """
     if structured is None:
         return
     options = structured_module(structured)
-    kind = options.pop('type')
-    check_options(f'structured {kind}', STRUCTURED[kind], options, given=NOT_OPTIONS)
+    module_type = options.pop('type')
+    check_options(f'structured {module_type}', STRUCTURED[module_type], options, given=NOT_OPTIONS)

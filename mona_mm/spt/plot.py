@@ -17,13 +17,14 @@ from mona_mm.spt.sensitivity import Sensitivity
 
 _BARS, _LINE = '#4477aa', '#cc6677'
 _MODULE, _VECTOR, _ABSENT = '#ee8866', '#44aa77', '#e8e8e8'
-_BEHIND = '(last)'  # of what stands behind the last block
+_BEHIND = '(last)'  # the label of the parts that follow the last block
 
 
 def plot_sensitivity(sensitivity: Sensitivity, folder: str | os.PathLike) -> tuple[str, str]:
-    """Draw sensitivity by depth and by operation.
+    """Draw the sensitivity by depth and by operation.
 
-    Bars are shares of the sum over all weights, points the mean over the weights there, on a logarithmic axis.
+    The bars are shares of the sum over all weights. The points, on a logarithmic axis, are the means over the weights
+    of a block or of an operation.
 
     Returns:
         The paths of ``sensitivity_by_depth.png`` and ``sensitivity_by_operation.png`` in ``folder``.
@@ -73,7 +74,7 @@ def _draw_bars(sums: dict[str, tuple[float, int]], what: str, path: str) -> str:
 
 
 def plot_plan(plan: Plan, folder: str | os.PathLike) -> str:
-    """Draw a plan over the network: blocks by operations, coloured by what trains there.
+    """Draw a plan as a grid of blocks (rows) and operations (columns), coloured by what trains in each cell.
 
     Returns:
         The path of ``plan.png`` in ``folder``.
@@ -88,7 +89,8 @@ def plot_plan(plan: Plan, folder: str | os.PathLike) -> str:
     norm = LogNorm(min(positive, default=1e-4) * 0.9, 1)
     colours = ScalarMappable(norm, 'Blues')
 
-    # A margin on every side in inches, so that few blocks do not make a flat picture and many are not squeezed.
+    # The size grows with the number of blocks and operations, and a fixed part of it in inches is for the labels, so
+    # that a picture of few blocks is not flat and one of many blocks is not squeezed.
     figure = Figure(figsize=(0.42 * len(columns) + 3.4, 0.3 * len(rows) + 2.8), layout='constrained')
     axes = figure.add_subplot()
     for y, block in enumerate(rows):
@@ -120,8 +122,9 @@ def plot_plan(plan: Plan, folder: str | os.PathLike) -> str:
     if len(cells) < len(rows) * (len(columns) - len(streams)):
         legend.append(Patch(color=_ABSENT, label='not there'))
     if plan.structured_config:
-        kind = plan.structured_config['type']
-        legend.insert(0, Patch(color=_MODULE, label=f'{kind[0]}: {kind} ({counts.structured:,} in all)'))
+        module_type = plan.structured_config['type']
+        label = f'{module_type[0]}: {module_type} ({counts.structured:,} in all)'
+        legend.insert(0, Patch(color=_MODULE, label=label))
     figure.legend(handles=legend, loc='outside lower center', ncols=2, fontsize=8)
     figure.suptitle(
         f'{plan.architecture.backbone}: {counts.total:,} parameters train, {counts.weights:,} as single weights',
@@ -131,7 +134,7 @@ def plot_plan(plan: Plan, folder: str | os.PathLike) -> str:
 
 
 def _columns(parts: Iterable[Part]) -> list[str]:
-    """The operations, matrices first."""
+    """The operations of the parts, the matrices first."""
     found = dict.fromkeys(_operation(part) for part in sorted(parts, key=lambda part: part.kind != 'matrix'))
     return sorted(found, key=lambda name: LINEAR_SITES.index(name) if name in LINEAR_SITES else len(LINEAR_SITES))
 

@@ -1,4 +1,4 @@
-"""The names and the pickled plans of the published SPT code, for a ViT."""
+"""The parameter names and the pickled plans of the published SPT code, for a ViT."""
 
 import os
 from dataclasses import replace
@@ -13,7 +13,7 @@ from mona_mm.errors import MissingFileError, PlanError
 from mona_mm.spt.parts import Architecture, Part
 from mona_mm.spt.plan import Plan, structured_module
 
-_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')  # the columns of the file's table of matrices
+_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')  # the columns of the table of matrices in a file
 _OPS = {
     **{site: f'attn.{site}' for site in ('q', 'k', 'v', 'proj')},
     'fc1': 'mlp.fc1',
@@ -25,10 +25,10 @@ _KEYS = {'unstructured_name_shapes', 'unstructured_indexes', 'tuned_matrices', '
 
 
 def published_names(architecture: Architecture) -> dict[str, Part]:
-    """The parts of a ViT by the names that they have in the published code (``blocks.0.attn.q.weight``, ``norm.bias``).
+    """The parts of a ViT by their names in the published code (``blocks.0.attn.q.weight``, ``norm.bias``).
 
     Raises:
-        PlanError: if the architecture is not that of a ViT.
+        PlanError: if the architecture is not that of a plain ViT.
     """
     names = {}
     for part in architecture.parts:
@@ -43,26 +43,26 @@ def published_names(architecture: Architecture) -> dict[str, Part]:
 
 
 def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured: dict) -> Plan:
-    """Read a plan file of the published code (``param_req_0.4.pth``), weights only.
+    """Read a plan file of the published code (``param_req_0.4.pth``) without executing its pickle.
 
-    The class token, which always trains there, is among the plan's vectors. The weights of LayerNorms, which are
-    counted there and do not train, train in the plan.
+    The published code always trains the class token, so it is among the vectors of the plan. The published code counts
+    the weights of LayerNorms but does not train them; in the plan they train.
 
-    A file states a number of parameters, in ``info['stated_parameters']``. It is not always that of the run: the
-    published code counts 768 for the class token, whatever the width, and trains its Adapter on the files that were
-    selected for LoRA, with the number that LoRA would have. ``Plan.counts`` is what trains;
-    ``info['stated_parameters_are']`` says how the other number was counted.
+    A file states a number of parameters, which is kept in ``info['stated_parameters']``. It can differ from the number
+    that trains, which is ``Plan.counts``: the published code counts 768 for a class token of any width, and trains its
+    Adapter on files that were selected for LoRA and state LoRA's number. ``info['stated_parameters_are']`` says how the
+    stated number was counted.
 
     Args:
-        path: of the pickle.
-        backbone: a mmpretrain VisionTransformer of the architecture, on any device, meta included.
-        structured: the structured module to train, which the file does not say: ``dict(type='LoRA', rank=8)`` on a
-            file for LoRA, ``dict(type='Adapter', bottleneck=8)`` on a file for Adapter or for LoRA of that rank.
+        path: the path of the pickle.
+        backbone: an mmpretrain VisionTransformer of the plan's architecture, on any device, meta included.
+        structured: the structured module to train, which the file does not name: ``dict(type='LoRA', rank=8)`` for a
+            file for LoRA, ``dict(type='Adapter', bottleneck=8)`` for a file for Adapter or for LoRA of that rank.
 
     Raises:
         MissingFileError: if there is no such file.
-        PlanError: if it holds anything but numbers, names and tensors, is damaged, or does not fit the backbone or the
-            structured module.
+        PlanError: if the file is damaged, holds anything but numbers, names and tensors, or does not fit the backbone
+            or the structured module.
     """
     architecture = Architecture.of(backbone)
     names = published_names(architecture)
@@ -104,11 +104,11 @@ def load_published_plan(path: str | os.PathLike, backbone: nn.Module, structured
     return plan
 
 
-_TOKEN = 768  # what is counted for a class token, whatever the width
+_TOKEN = 768  # the parameters that the published code counts for a class token of any width
 
 
 def _counted(plan: Plan, stated: int) -> str:
-    """What the number of parameters that a published file states is a count of; empty if it is none of this plan."""
+    """Describe how a published file counted the parameters that it states; empty if no count of this plan matches."""
     width = prod(plan.architecture.shapes[plan.architecture.class_token])
     module = plan.structured_config
     selected_for = [module]
@@ -118,13 +118,17 @@ def _counted(plan: Plan, stated: int) -> str:
         others = replace(plan, structured_config=config).counts.total - width
         for token in dict.fromkeys((_TOKEN, width)):
             if others + token == stated:
-                kind = 'structured' if config is None else config['type']
-                return f'those with {kind} modules and {token} for the class token'
+                modules = 'structured' if config is None else config['type']
+                return f'those with {modules} modules and {token} for the class token'
     return ''
 
 
 def _resolve(indices: Tensor, parts: list[Part]) -> dict[str, Tensor]:
-    """Indices into all these parts laid end to end, as indices into the parameters they are in."""
+    """Convert indices into the concatenation of all these parts to indices into their parameters, by name.
+
+    Raises:
+        ValueError: if an index lies outside of the parts.
+    """
     indices = indices.sort().values
     bounds = torch.tensor([0, *(part.numel for part in parts)]).cumsum(0)
     if len(indices) and (indices[0] < 0 or indices[-1] >= bounds[-1]):

@@ -1,10 +1,10 @@
-"""SPT's structured modules: what tunes a matrix that is too sensitive for single weights.
+"""The structured modules of SPT, which tune the matrices that are too sensitive for single weights.
 
-A module is at one linear layer, or at the q, k or v slice of a fused one. It is given the input of the linear and its
-(slice of the) output, and returns what is to be added to that output.
+A module sits at one linear layer, or at the q, k or v slice of a fused one. It takes the input of the layer and its
+output (or the slice of it), and returns what is added to that output.
 
 Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and the published
-code; where the two differ the code is followed.
+code; where the two differ, this module follows the code.
 """
 
 from collections.abc import Mapping
@@ -20,24 +20,24 @@ from mona_mm.options import Probability, Width, check_options, checked
 
 
 class StructuredLoRA(LoRA):
-    r"""LoRA of scale 1 in parallel to a linear layer.
+    r"""A LoRA of scale 1 in parallel to a linear layer.
 
     .. math:: y + \mathrm{DropPath}(W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x))
 
-    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters, and merges by ``delta_weight``.
+    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. Its ``delta_weight`` merges it into the layer.
 
     Args:
-        in_channels: width of the linear's input.
-        out_channels: width of its output, or of the slice.
-        site: one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
-        rank: :math:`r`.
-        dropout: drop probability of the branch's input.
-        drop_path: probability of dropping the branch, for each element of the first dimension: for an image, and for a
-            window in the attention of a Swin.
-        init: ``'zero'``, the identity at the start, or ``'trunc_normal'`` of std 0.02, as published.
+        in_channels: the width of the layer's input.
+        out_channels: the width of its output, or of the slice.
+        site: the site of the layer, one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
+        rank: :math:`r`, the rank.
+        dropout: the dropout probability of the branch's input.
+        drop_path: the probability of dropping the branch for an element of the first dimension, which is an image, or
+            a window in the attention of a Swin.
+        init: ``'zero'``, with which the layer starts unchanged, or ``'trunc_normal'`` of std 0.02, as published.
 
     Raises:
-        ConfigError: see :class:`mona_mm.methods.LoRA`.
+        ConfigError: if :class:`mona_mm.methods.LoRA` does not accept a value.
     """
 
     sites = LINEAR_SITES
@@ -57,7 +57,7 @@ class StructuredLoRA(LoRA):
 
 
 class StructuredAdapter(LinearModule):
-    r"""Adapter on the output of a linear layer; at ``proj`` alone in parallel to it, on its input.
+    r"""An adapter on the output of a linear layer; only at ``proj`` it is in parallel to the layer, on its input.
 
     .. math::
         y + \mathrm{DropPath}(\mathrm{up}(\mathrm{GELU}(\mathrm{down}(\mathrm{Dropout}(z))))), \qquad
@@ -67,19 +67,19 @@ class StructuredAdapter(LinearModule):
     cannot be merged.
 
     Args:
-        in_channels: width of the linear's input.
-        out_channels: width of its output, or of the slice.
-        site: one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
+        in_channels: the width of the layer's input.
+        out_channels: the width of its output, or of the slice.
+        site: the site of the layer, one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
         bottleneck: :math:`r`, the hidden width.
-        dropout: drop probability of the branch's input.
-        drop_path: probability of dropping the branch, for each element of the first dimension: for an image, and for a
-            window in the attention of a Swin.
-        init: ``'zero'``, the identity at the start, or ``'trunc_normal'`` of std 0.02, as published. Biases begin at
-            zero.
+        dropout: the dropout probability of the branch's input.
+        drop_path: the probability of dropping the branch for an element of the first dimension, which is an image, or
+            a window in the attention of a Swin.
+        init: ``'zero'``, with which the layer starts unchanged, or ``'trunc_normal'`` of std 0.02, as published.
+            Biases start at zero.
 
     Raises:
         ConfigError: if ``bottleneck`` is not a whole number of at least 1, ``dropout`` or ``drop_path`` is not in
-            [0, 1), or ``init`` is another.
+            [0, 1), or ``init`` is neither ``'zero'`` nor ``'trunc_normal'``.
     """
 
     sites = LINEAR_SITES
@@ -108,39 +108,39 @@ class StructuredAdapter(LinearModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """See ``init``."""
+        """Initialise the projections as ``init`` says."""
         reset_projections(self.down, self.up, self.init)
 
     def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
-        """``x (..., in_channels)`` and ``out (..., out_channels)`` to what is added to ``out``."""
+        """Compute what is added to ``out (..., out_channels)``, given also the input ``x (..., in_channels)``."""
         z = x if self.parallel else out
         return self.drop_path(self.up(self.act(self.down(self.dropout(z)))))
 
 
 STRUCTURED = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
-"""The classes of structured modules by the ``type`` in a config."""
+"""The classes of the structured modules, by the ``type`` in a config."""
 
 
 def build_structured(
     config: Mapping[str, Any], widths: tuple[int, ...], site: str, is_called: bool = True
 ) -> nn.Module:
-    """A structured module as it is at a site.
+    """Build the structured module of a site.
 
     Args:
-        config: of the module, with its ``type``: ``'LoRA'``, ``'Adapter'``, or ``'Mona'`` at a stream site.
+        config: the config of the module; its ``type`` is ``'LoRA'``, ``'Adapter'``, or ``'Mona'`` at a stream site.
         widths: ``(channels,)`` at a stream site, ``(in_channels, out_channels)`` at a linear site.
-        site: see :mod:`mona_mm.hosts`.
+        site: the name of the site, as in :mod:`mona_mm.hosts`.
         is_called: whether the host calls the linear layer of the site as a module.
 
     Raises:
-        ConfigError: if an option's value cannot be.
-        UnknownOptionError: if it has no such option.
+        ConfigError: if the value of an option is not accepted.
+        UnknownOptionError: if the module has no such option.
     """
     options = dict(config)
-    kind = options.pop('type')
-    check_options(f'structured {kind}', STRUCTURED[kind], options, given=NOT_OPTIONS)
+    module_type = options.pop('type')
+    check_options(f'structured {module_type}', STRUCTURED[module_type], options, given=NOT_OPTIONS)
     if site in LINEAR_SITES:
-        options['site'] = site  # since `proj` has no dropout
-        if not is_called:  # what only adds to a weight can drop nothing
+        options['site'] = site  # the modules have no dropout at `proj`
+        if not is_called:  # a module that only adds to a weight cannot drop anything
             options |= dict(dropout=0.0, drop_path=0.0)
-    return STRUCTURED[kind](*widths, **options)
+    return STRUCTURED[module_type](*widths, **options)
