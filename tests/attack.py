@@ -633,7 +633,8 @@ def attack_by_forged_deltas(file: Path) -> Counter:
         try:
             read_delta(bad)
         except CheckpointMismatchError as error:
-            outcome = 'refused' if 'cannot be read as a delta' in str(error) and len(str(error)) < 1000 else 'else'
+            is_clear = bad.name in str(error) and '\n' not in str(error) and len(str(error)) < 1000
+            outcome = 'refused' if is_clear else 'else'
         except BaseException:
             traceback.print_exc()
         seconds = time.process_time() - start
