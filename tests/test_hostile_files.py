@@ -293,7 +293,7 @@ def test_tensors_beside_what_a_delta_announces(tuned, tmp_path):
     start = header[last]['data_offsets'][0]
     for content in (attack.forged(more, said, body + bytes(4)), attack.forged(fewer, said, body[:start])):
         file.write_bytes(content)
-        with pytest.raises(CheckpointMismatchError, match='announces'):
+        with pytest.raises(CheckpointMismatchError, match='announce'):
             read_delta(file)
 
 

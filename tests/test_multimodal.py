@@ -83,6 +83,7 @@ for name in ('BlipCaption', 'RAM'):
 """
 
 
+@pytest.mark.slow
 def test_mmpretrain_is_imported_beside_a_transformers_that_has_dropped_names(tmp_path):
     """On its own mmpretrain ends in ``TypeError: NoneType takes no arguments``."""
     write_transformers(tmp_path, 'class PreTrainedModel: pass')
