@@ -133,7 +133,6 @@ def scalars(work_dir):
     return {r['step']: r['coco/bbox_mAP'] for r in records if 'coco/bbox_mAP' in r}
 
 
-@pytest.mark.slow
 def test_a_real_run_unfinished(work_dirs):
     """Recognised by its config; every evaluation; how far it came; what it trained, from the hook's table."""
     run = only(collect([work_dirs / 'stopped'], count=False))
