@@ -1,7 +1,7 @@
 # Aquarium (detection of 7 kinds of animals), small enough for a CPU: DINOv2-S at 210 x 280, RetinaNet on the simple
 # feature pyramid, 100 iterations. There are no validation images; `tools/reproduce.py run` sets some of the training
 # images apart.
-_base_ = ['./default_runtime.py', './dinov2_s.py']
+_base_ = ['./mini_schedule.py', './dinov2_s.py']
 default_scope = 'mmdet'
 
 classes = ('fish', 'jellyfish', 'penguin', 'puffin', 'shark', 'starfish', 'stingray')
@@ -66,9 +66,6 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -81,8 +78,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=1,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
@@ -97,23 +92,5 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='CocoMetric', metric='bbox', ann_file=data_root + 'annotations/instances_test.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=100, val_interval=100)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=10),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=10, end=100),
-]
-default_hooks = dict(
-    logger=dict(interval=25, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=20, max_keep_ckpts=1),
-    visualization=dict(type='DetVisualizationHook'),
-)
-log_processor = dict(by_epoch=False, window_size=25)
+default_hooks = dict(visualization=dict(type='DetVisualizationHook'))
 visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

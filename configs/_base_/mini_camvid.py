@@ -1,5 +1,5 @@
 # CamVid (street scenes with 11 classes), small enough for a CPU: DINOv2-S at 168 x 224, a light head, 100 iterations.
-_base_ = ['./default_runtime.py', './dinov2_s.py']
+_base_ = ['./mini_schedule.py', './dinov2_s.py']
 default_scope = 'mmseg'
 
 classes = (
@@ -62,45 +62,12 @@ def _split(name, pipeline, **options):
     )
 
 
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=_split('train', train_pipeline),
-)
-val_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=_split('val', test_pipeline, test_mode=True),
-)
-test_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=_split('test', test_pipeline, test_mode=True),
-)
+train_dataloader = dict(dataset=_split('train', train_pipeline))
+val_dataloader = dict(batch_size=4, dataset=_split('val', test_pipeline, test_mode=True))
+test_dataloader = dict(batch_size=4, dataset=_split('test', test_pipeline, test_mode=True))
 del _split
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=100, val_interval=100)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='mona_mm.PeftOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=10),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=10, end=100),
-]
-default_hooks = dict(
-    logger=dict(interval=25, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=20, max_keep_ckpts=1),
-    visualization=dict(type='SegVisualizationHook'),
-)
-log_processor = dict(by_epoch=False, window_size=25)
+default_hooks = dict(visualization=dict(type='SegVisualizationHook'))
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

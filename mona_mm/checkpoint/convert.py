@@ -1,19 +1,22 @@
 """Convert the names and layouts of published checkpoints to those of the OpenMMLab backbones.
 
-================  ====================================================================================================
-``'swin'``        Microsoft's Swin and SwinV2, timm's, and the published Mona code: ``layers.I.blocks.J.attn.qkv``
-``'vit'``         timm's ViT, MAE, MoCo v3 and others of the same names: ``blocks.I.attn.qkv``
-``'vit-npz'``     Google's ViT, ``.npz``: ``Transformer/encoderblock_I/...``
-``'pvt'``         the official PVT and PVTv2: ``block1.0.attn.q``
-``'convnext'``    the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
-``'convnext-timm'``  timm's: ``stages.I.blocks.J.conv_dw``
-``'colin'``       the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release: ``stages.I.blocks.J.lorand1``
-``'mm'``          mmdet's, mmseg's, mmpretrain's and mona_mm's own, which need no conversion
-================  ====================================================================================================
+====================  ================================================================================================
+``'swin'``            Microsoft's Swin and SwinV2, timm's, and the published Mona code: ``layers.I.blocks.J.attn.qkv``
+``'vit'``             timm's ViT and DINOv2, Meta's DINOv2, MAE, MoCo v3 and others of the same names:
+                      ``blocks.I.attn.qkv``
+``'vit-huggingface'`` Hugging Face's DINOv2: ``encoder.layer.I.attention.attention.query``
+``'vit-npz'``         Google's ViT, ``.npz``: ``Transformer/encoderblock_I/...``
+``'pvt'``             the official PVT and PVTv2: ``block1.0.attn.q``
+``'convnext'``        the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
+``'convnext-timm'``   timm's ConvNeXt and ConvNeXt V2: ``stages.I.blocks.J.conv_dw``
+``'colin'``           the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release:
+                      ``stages.I.blocks.J.lorand1``
+``'mm'``              mmdet's, mmseg's, mmpretrain's and mona_mm's own, which need no conversion
+====================  ================================================================================================
 
-Each format is defined beside its host in :mod:`mona_mm.hosts`. In a checkpoint of a known format every converted name
-must be one of the OpenMMLab backbone or of a method, or one that no backbone uses (of a classifier or a decoder); any
-other name is refused.
+Each format is defined beside its host in :mod:`mona_mm.hosts`, except for ``'colin'``, which is in
+:mod:`mona_mm.checkpoint.published`. In a checkpoint of a known format every converted name must be one of the OpenMMLab
+backbone or of a method, or one that no backbone uses (of a classifier or a decoder); any other name is refused.
 """
 
 import re

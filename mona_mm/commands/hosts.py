@@ -37,7 +37,7 @@ class BackboneRow:
 
 
 def backbone_rows() -> list[BackboneRow]:
-    """A row for every backbone class that the installed libraries export, and for each of mona_mm's own."""
+    """A row for every backbone class that the installed libraries export."""
     return [_row(library, cls) for library in LIBRARIES for cls in _backbones(library)]
 
 

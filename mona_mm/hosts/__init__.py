@@ -12,7 +12,7 @@ A *host* is a stock backbone class, a *site* a named place in each of its blocks
 ``fc1``, ``fc2``
 =================================  =================================================================================
 
-The sites of each host, and how it differs:
+The sites of the hosts whose blocks have a forward of their own here (``docs/hosts.md`` lists the sites of all hosts):
 
 ============================  ======================================================================================
 Swin (three libraries), ViT   all

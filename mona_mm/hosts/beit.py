@@ -2,8 +2,8 @@
 
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.host import (
+    SHARED_DROP_PATH,
     BlockSpec,
-    Branch,
     GridArgument,
     GridSource,
     Host,
@@ -13,17 +13,16 @@ from mona_mm.hosts.host import (
     separate_linears,
 )
 
-_BRANCHES = dict(attn=Branch('drop_path', call=0), ffn=Branch('drop_path', call=1))
 # The attention has biases of q and v only, so it reads the weight of qkv and does not call the layer.
 _QKV = {
     site: Linear('attn.qkv.weight', f'attn.{site}_bias' if site != 'k' else None, index, is_called=False)
     for index, site in enumerate('qkv')
 }
 
-for _backbone, _block, _norm in (
-    ('mmpretrain.models.backbones.beit.BEiTViT', 'BEiTTransformerEncoderLayer', 'ln2'),
-    ('mmseg.models.backbones.beit.BEiT', 'BEiTTransformerEncoderLayer', 'ln2'),
-    ('mmseg.models.backbones.mae.MAE', 'MAETransformerEncoderLayer', 'ln2'),
+for _backbone, _block in (
+    ('mmpretrain.models.backbones.beit.BEiTViT', 'BEiTTransformerEncoderLayer'),
+    ('mmseg.models.backbones.beit.BEiT', 'BEiTTransformerEncoderLayer'),
+    ('mmseg.models.backbones.mae.MAE', 'MAETransformerEncoderLayer'),
 ):
     register_host(
         _backbone,
@@ -32,8 +31,8 @@ for _backbone, _block, _norm in (
                 BlockSpec(
                     cls=f'{_backbone.rpartition(".")[0]}.{_block}',
                     linears={**_QKV, **separate_linears(proj='attn.proj'), **FFN_LINEARS},
-                    branches=_BRANCHES,
-                    mid_norm=_norm,
+                    branches=SHARED_DROP_PATH,
+                    mid_norm='ln2',
                     grid=GridSource('patch_embed'),
                     uncalled=('attn.qkv',),
                 ),
@@ -55,7 +54,7 @@ register_host(
                     **fused_qkv('attn.qkv'),
                     **separate_linears(proj='attn.proj', fc1='mlp.w12', fc2='mlp.w3'),
                 },
-                branches=_BRANCHES,
+                branches=SHARED_DROP_PATH,
                 mid_norm='norm2',
                 grid=GridArgument(('patch_resolution',)),
             ),

@@ -2,6 +2,7 @@
 
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.host import (
+    SHARED_DROP_PATH,
     BlockSpec,
     Branch,
     GridArgument,
@@ -14,7 +15,6 @@ from mona_mm.hosts.host import (
 )
 
 _MMPRETRAIN = 'mmpretrain.models.backbones'
-_SHARED_DROP_PATH = dict(attn=Branch('drop_path', call=0), ffn=Branch('drop_path', call=1))
 
 register_host(
     f'{_MMPRETRAIN}.tinyvit.TinyViT',
@@ -24,7 +24,7 @@ register_host(
                 cls=f'{_MMPRETRAIN}.tinyvit.TinyViTBlock',
                 # The attention's q, k and v are interleaved by head in one weight: no slice of it is one of them.
                 linears=separate_linears(proj='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2'),
-                branches=_SHARED_DROP_PATH,
+                branches=SHARED_DROP_PATH,
                 mid_norm='mlp',  # the MLP begins with its norm
                 grid=GridAttribute('img_size'),
             ),
@@ -44,7 +44,7 @@ register_host(
                     **fused_qkv('attn.qkv'),
                     **separate_linears(proj='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2'),
                 },
-                branches=_SHARED_DROP_PATH,
+                branches=SHARED_DROP_PATH,
                 mid_norm='norm2',
                 grid=GridSource('attn', is_in_block=True),
             ),
@@ -76,7 +76,7 @@ register_host(
             BlockSpec(
                 cls=f'{_MMPRETRAIN}.poolformer.PoolFormerBlock',
                 linears=separate_linears(fc1='mlp.fc1', fc2='mlp.fc2'),
-                branches=_SHARED_DROP_PATH,
+                branches=SHARED_DROP_PATH,
                 mid_norm='norm2',
                 layout='BCHW',
             ),
@@ -113,7 +113,7 @@ register_host(
             BlockSpec(
                 cls=f'{_MMPRETRAIN}.hornet.HorNetBlock',
                 linears=separate_linears(proj='gnconv.proj_out', fc1='pwconv1', fc2='pwconv2'),
-                branches=_SHARED_DROP_PATH,
+                branches=SHARED_DROP_PATH,
                 mid_norm='norm2',
                 layout='BCHW',
                 mid_layout='BHWC',
@@ -129,7 +129,7 @@ register_host(
             BlockSpec(
                 cls='mmseg.models.backbones.mscan.MSCABlock',
                 linears=separate_linears(proj='attn.proj_2', fc1='mlp.fc1', fc2='mlp.fc2'),
-                branches=_SHARED_DROP_PATH,
+                branches=SHARED_DROP_PATH,
                 mid_norm='norm2',
                 mid_layout='BCHW',
                 branch_layout='BCHW',

@@ -83,6 +83,25 @@ class Branch:
         object.__setattr__(self, 'end', self.end or self.drop_path)
 
 
+SHARED_DROP_PATH = dict(attn=Branch('drop_path', call=0), ffn=Branch('drop_path', call=1))
+"""The branches of a block that has one DropPath, ``drop_path``, for both."""
+
+MMCV_BRANCHES = dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer'))
+"""The branches of a block whose attention and FFN are mmcv's, which end with their own DropPath."""
+
+TORCH_ATTENTION = dict(
+    **{
+        site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
+        for index, site in enumerate('qkv')
+    },
+    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
+)
+"""The linear layers of torch's ``MultiheadAttention`` in mmcv's. It reads their weights and calls none of them."""
+
+TORCH_UNCALLED = ('attn.attn.out_proj',)
+"""The module of :data:`TORCH_ATTENTION` that is never called."""
+
+
 @dataclass(frozen=True)
 class GridArgument:
     """The grid of a backbone whose blocks get it as one argument ``(H, W)``, or as two, ``H`` and ``W``.
@@ -200,8 +219,6 @@ class Host:
 
     Args:
         specs: the descriptions of its blocks, one for each class of blocks.
-        disordered: the reason why the tokens are not in row-major order, if they are not. Methods with a convolution
-            over the grid cannot attach then.
         output_norms: the prefixes of the norms of the backbone's outputs, which pretrained checkpoints do not hold.
         last_output: a function ``(backbone, x, grid)`` that computes the backbone's last output from the last block's
             ``x (B, N, C)`` and the grid ``(H, W)``.
@@ -218,7 +235,6 @@ class Host:
     """
 
     specs: tuple[BlockSpec, ...]
-    disordered: str = ''
     output_norms: tuple[str, ...] = ()
     last_output: Callable[[nn.Module, Tensor, Grid], Tensor] | None = None
     reads_checkpoint: bool = False

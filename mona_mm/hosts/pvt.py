@@ -10,7 +10,17 @@ from torch import Tensor
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames
-from mona_mm.hosts.host import BlockSpec, Branch, Grid, GridArgument, Host, Linear, register_host, separate_linears
+from mona_mm.hosts.host import (
+    MMCV_BRANCHES,
+    TORCH_ATTENTION,
+    TORCH_UNCALLED,
+    BlockSpec,
+    Grid,
+    GridArgument,
+    Host,
+    register_host,
+    separate_linears,
+)
 
 
 class PVTBlock(PeftBlock):
@@ -35,10 +45,7 @@ def convert_pvt(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ) from error
 
 
-_IN_PROJ = {
-    site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
-    for index, site in enumerate('qkv')
-}
+_LAYER = dict(branches=MMCV_BRANCHES, grid=GridArgument(('hw_shape',)), uncalled=TORCH_UNCALLED)
 
 register_host(
     'mmdet.models.backbones.pvt.PyramidVisionTransformerV2',
@@ -47,14 +54,8 @@ register_host(
             BlockSpec(
                 cls='mmdet.models.backbones.pvt.PVTEncoderLayer',
                 mixin=PVTBlock,
-                linears=dict(
-                    **_IN_PROJ,
-                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
-                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
-                ),
-                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
-                grid=GridArgument(('hw_shape',)),
-                uncalled=('attn.attn.out_proj',),
+                linears={**TORCH_ATTENTION, **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4')},
+                **_LAYER,
             ),
         ),
         reads_checkpoint=True,
@@ -82,14 +83,8 @@ register_host(
             BlockSpec(
                 cls='mmdet.models.backbones.pvt.PVTEncoderLayer',
                 mixin=PVTBlock,
-                linears=dict(
-                    **_IN_PROJ,
-                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
-                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.3'),
-                ),
-                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
-                grid=GridArgument(('hw_shape',)),
-                uncalled=('attn.attn.out_proj',),
+                linears={**TORCH_ATTENTION, **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.3')},
+                **_LAYER,
             ),
         ),
         reads_checkpoint=True,
@@ -103,15 +98,9 @@ register_host(
         specs=(
             BlockSpec(
                 cls='mmseg.models.backbones.mit.TransformerEncoderLayer',
-                linears=dict(
-                    **_IN_PROJ,
-                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
-                    **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4'),
-                ),
-                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                linears={**TORCH_ATTENTION, **separate_linears(fc1='ffn.layers.0', fc2='ffn.layers.4')},
                 mid_norm='norm2',
-                grid=GridArgument(('hw_shape',)),
-                uncalled=('attn.attn.out_proj',),
+                **_LAYER,
             ),
         ),
         reads_checkpoint=True,

@@ -1,10 +1,21 @@
 """Twins: PCPVT and SVT of mmpretrain and mmseg, whose attention is either global over fewer keys or within windows."""
 
 from mona_mm.hosts.ffn import FFN_LINEARS
-from mona_mm.hosts.host import BlockSpec, Branch, GridArgument, Host, Linear, fused_qkv, register_host, separate_linears
+from mona_mm.hosts.host import (
+    SHARED_DROP_PATH,
+    TORCH_ATTENTION,
+    TORCH_UNCALLED,
+    BlockSpec,
+    GridArgument,
+    Host,
+    Linear,
+    fused_qkv,
+    register_host,
+    separate_linears,
+)
 
 _COMMON = dict(
-    branches=dict(attn=Branch('drop_path', call=0), ffn=Branch('drop_path', call=1)),
+    branches=SHARED_DROP_PATH,
     mid_norm='norm2',
     grid=GridArgument(('hw_shape',)),
 )
@@ -12,17 +23,12 @@ _KEYS_AND_VALUES = dict(
     k=Linear('attn.kv.weight', 'attn.kv.bias', 0, num_slices=2),
     v=Linear('attn.kv.weight', 'attn.kv.bias', 1, num_slices=2),
 )
-_IN_PROJ = {
-    site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
-    for index, site in enumerate('qkv')
-}
 
 
 def _specs(library: str) -> tuple[BlockSpec, BlockSpec]:
     module = f'{library}.models.backbones.twins'
     if library == 'mmseg':
-        proj = Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False)
-        global_attention = dict(linears={**_IN_PROJ, 'proj': proj, **FFN_LINEARS}, uncalled=('attn.attn.out_proj',))
+        global_attention = dict(linears={**TORCH_ATTENTION, **FFN_LINEARS}, uncalled=TORCH_UNCALLED)
     else:
         linears = {**separate_linears(q='attn.q', proj='attn.proj'), **_KEYS_AND_VALUES, **FFN_LINEARS}
         global_attention = dict(linears=linears)

@@ -10,13 +10,15 @@ from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, put, rename
 from mona_mm.hosts.host import (
+    MMCV_BRANCHES,
     REFUSED,
+    TORCH_ATTENTION,
+    TORCH_UNCALLED,
     BlockSpec,
     Branch,
     Grid,
     GridSource,
     Host,
-    Linear,
     fused_qkv,
     register_host,
     separate_linears,
@@ -60,14 +62,17 @@ def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _feed_forward(tensors: Mapping[str, Tensor], first: str, second: str) -> tuple[tuple[str, str], ...]:
-    """The renames of an FFN's linear layers: of a SwiGLU where the first has twice as many outputs as the second has
-    inputs."""
+    """The renames of an FFN's two linear layers, whose weights have the names ``first`` and ``second``.
+
+    It is a SwiGLU if the first layer has twice as many outputs as the second has inputs.
+    """
     is_swiglu = first in tensors and second in tensors and len(tensors[first]) == 2 * tensors[second].shape[1]
     names = ('.ffn.w12.', '.ffn.w3.') if is_swiglu else ('.ffn.layers.0.0.', '.ffn.layers.1.')
     return (r'\.mlp\.(?:fc1|weights_in)\.', names[0]), (r'\.mlp\.(?:fc2|weights_out)\.', names[1])
 
 
 def _with_place_of_class_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put a zero position for the class token first, where a checkpoint with registers has none for it."""
     positions = tensors.get('pos_embed')
     if (
         positions is not None
@@ -79,7 +84,7 @@ def _with_place_of_class_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_vit_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's DINOv2 for mmpretrain's ViT: queries, keys and values are three linear layers there."""
+    """Convert Hugging Face's DINOv2 to mmpretrain's names. Its queries, keys and values are three linear layers."""
     tensors = {name.removeprefix('dinov2.').removeprefix('dinov2_with_registers.'): t for name, t in tensors.items()}
     layer = 'encoder.layer.0.mlp.'
     first, second = (f'{layer}{name}.weight' for name in ('weights_in', 'weights_out'))
@@ -198,25 +203,17 @@ register_host(
     ),
 )
 
-_IN_PROJ = {
-    site: Linear('attn.attn.in_proj_weight', 'attn.attn.in_proj_bias', index, is_called=False)
-    for index, site in enumerate('qkv')
-}
 register_host(
     'mmseg.models.backbones.vit.VisionTransformer',
     Host(
         specs=(
             BlockSpec(
                 cls='mmseg.models.backbones.vit.TransformerEncoderLayer',
-                linears=dict(
-                    **_IN_PROJ,
-                    proj=Linear('attn.attn.out_proj.weight', 'attn.attn.out_proj.bias', is_called=False),
-                    **FFN_LINEARS,
-                ),
-                branches=dict(attn=Branch('attn.dropout_layer'), ffn=Branch('ffn.dropout_layer')),
+                linears={**TORCH_ATTENTION, **FFN_LINEARS},
+                branches=MMCV_BRANCHES,
                 mid_norm='ln2',
                 grid=GridSource('patch_embed'),
-                uncalled=('attn.attn.out_proj',),
+                uncalled=TORCH_UNCALLED,
             ),
         ),
         reads_checkpoint=True,

@@ -33,9 +33,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
-
-STOPPED = 75
-"""The exit status of a cell that was told to stop and can be resumed."""
+from mona_mm.reproduce.comparison import STOPPED
 
 _LOSS_EVERY = 10  # the number of iterations whose mean loss is recorded as one value
 

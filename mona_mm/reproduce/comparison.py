@@ -17,6 +17,9 @@ from mona_mm.reproduce.cells import configs_folder
 
 DEVICES = ('cpu', 'cuda')
 
+STOPPED = 75
+"""The exit status of a cell's process that was told to stop and can be resumed."""
+
 
 @dataclass(frozen=True)
 class ComparedTask:
@@ -61,6 +64,11 @@ class Cell:
     def folder(self) -> str:
         """The name of the cell's work dir, which a training run and its test share."""
         return f'{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}'
+
+    @property
+    def step(self) -> str:
+        """What its process does: ``'train'`` (and validate), or ``'test'``."""
+        return 'train' if self.split == 'val' else 'test'
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from mona_mm.errors import ConfigError
-from mona_mm.reproduce.comparison import Cell, Comparison, Composer
+from mona_mm.reproduce.comparison import STOPPED, Cell, Comparison, Composer
 from mona_mm.reproduce.records import Record, best_learning_rate, code_version, file_name, read_records, write_record
 
-_STOPPED = 75  # the same as in cell_run, whose imports a queue does not need
 _TEST_SHARE = 0.2  # the assumed duration of a test relative to training, until a test has been measured
 _GRACE = 45.0  # the seconds before the deadline in which a cell can still reach its next checkpoint
 _POLL = 0.05  # the seconds between two looks at the running cells
@@ -220,15 +219,14 @@ class Queue:
             folder.mkdir(parents=True)
             self.composer.compose(cell).dump(str(folder / 'config.py'))
             stamp.write_text(fingerprint)
-        step = 'train' if cell.split == 'val' else 'test'
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
         environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': os.pathsep.join(paths)}
         environment |= dict.fromkeys(('MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(self.threads))
         if self.device == 'cpu':
             environment['CUDA_VISIBLE_DEVICES'] = ''
-        command = [*self.program, str(folder), step, str(os.getpid())]
-        with (folder / f'{step}.log').open('a') as log:
+        command = [*self.program, str(folder), cell.step, str(os.getpid())]
+        with (folder / f'{cell.step}.log').open('a') as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         now = time.monotonic()
         return _Job(cell, process, now, now + seconds)
@@ -255,7 +253,7 @@ class Queue:
         for job in [job for job in self._running if job.process.poll() is not None]:
             self._running.remove(job)
             status, cell = job.process.returncode, job.cell
-            if status == _STOPPED or (status < 0 and (self._stop or self._over or job.told)):
+            if status == STOPPED or (status < 0 and (self._stop or self._over or job.told)):
                 self.say(f'{cell.name}: stopped; it goes on from its last checkpoint')
                 continue
             record = self._record(cell, status, records)
@@ -269,8 +267,7 @@ class Queue:
 
     def _record(self, cell: Cell, status: int, records: dict[Cell, Record]) -> Record:
         """The record of a cell whose process has ended with ``status``."""
-        task, folder = self.table.task(cell.task), self._folder(cell)
-        step = 'train' if cell.split == 'val' else 'test'
+        task, folder, step = self.table.task(cell.task), self._folder(cell), cell.step
         record = dict(
             table=self.table.name,
             task=cell.task,
@@ -298,12 +295,14 @@ class Queue:
 
     def _progress(self, records: dict[Cell, Record]) -> None:
         count, seconds = self.to_go(records)
-        minutes = round(seconds / 60)
+        hours, minutes = divmod(round(seconds / 60), 60)
         if count:
-            self.say(f'{len(records)} cells done, {count} to go, about {minutes // 60} h {minutes % 60:02d} min')
+            self.say(f'{len(records)} cells done, {count} to go, about {hours} h {minutes:02d} min')
+        elif records:
+            first = file_name(next(iter(records)), self.device)
+            self.say(f'{len(records)} cells done, none to go: {first} and others are in {self.out}')
         else:
-            self.say(f'{len(records)} cells done, none to go: {file_name(next(iter(records)), self.device)} and others '
-                     f'are in {self.out}' if records else 'nothing to do')  # fmt: skip
+            self.say('nothing to do')
 
 
 _COSTS = ('trained_parameters', 'trained_in_backbone', 'backbone_share', 'peak_memory', 'delta_bytes')
