@@ -47,8 +47,8 @@ pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(t
 train_dataloader = dict(batch_size=2, dataset=dict(metainfo=dict(classes=classes), pipeline=pipeline))
 val_dataloader = dict(dataset=dict(metainfo=dict(classes=classes), pipeline=pipeline))
 test_dataloader = dict(dataset=dict(metainfo=dict(classes=classes), pipeline=pipeline))
-train_cfg = dict(max_iters=8, val_interval=8)
-param_scheduler = [dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=8)]
+train_cfg = dict(max_iters=10, val_interval=10)
+param_scheduler = [dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=10)]
 default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=4))
 """
 
@@ -357,7 +357,7 @@ def test_killed_and_continued(real, material):
     log = (material / 'killed' / cell.folder / 'train.log').read_text()
     assert 'resumed' in log
     one, two = (whole.records(), made.records())
-    assert one[cell]['scores'] == two[cell]['scores'] and one[cell]['losses'] == two[cell]['losses']
+    assert one[cell]['scores'] == two[cell]['scores'] and one[cell]['losses'] == two[cell]['losses'] != []
     files = [material / name / cell.folder / 'trained.delta.safetensors' for name in ('whole', 'killed')]
     first, second = map(load_file, files)
     assert all(torch.equal(first[key], second[key]) for key in first)

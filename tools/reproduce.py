@@ -1,6 +1,6 @@
 """Compare published tables with your runs: python tools/reproduce.py collect|show|plan [PATH ...]
 
-For tables whose cells are run on this machine: python tools/reproduce.py list | run TABLE | show TABLE
+For tables whose cells are run on this machine: python tools/reproduce.py list | run TABLE | show TABLE | page TABLE
 """
 
 import argparse
@@ -23,6 +23,7 @@ from mona_mm.reproduce import (
     build_tables,
     check_material,
     collect,
+    draw_pictures,
     find_comparison,
     is_results,
     load_results,
@@ -32,6 +33,7 @@ from mona_mm.reproduce import (
     render_comparison,
     save_results,
     table_names,
+    write_page,
     write_text,
 )
 
@@ -71,6 +73,8 @@ def main() -> None:
         list_comparisons()
     elif args.command == 'run':
         run_comparison(args)
+    elif args.command == 'page':
+        make_page(args)
     elif args.command == 'show' and len(args.paths) == 1 and args.paths[0] in COMPARISONS:
         show_comparison(args)
     else:
@@ -88,7 +92,6 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     running.add_argument('--jobs', type=int, default=1, metavar='N', help='cells at once (default: %(default)s)')
     running.add_argument('--threads', type=int, default=1, metavar='N', help='of each cell (default: %(default)s)')
     running.add_argument('--device', choices=DEVICES, help='by default cuda where there is one')
-    running.add_argument('--data', default='data', metavar='DIR', help='folder of the data sets (default: %(default)s)')
     running.add_argument(
         '--weights',
         default='data/dinov2_vits14.safetensors',
@@ -96,8 +99,28 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         help='the pretrained backbone (default: %(default)s)',
     )
     running.add_argument('--out', default=str(RUNS), metavar='DIR', help='folder of the results (default: %(default)s)')
-    running.add_argument('--work-dir', metavar='DIR', help='for logs and checkpoints (default: work_dirs/TABLE-DEVICE)')
     running.add_argument('--again', action='store_true', help='retry the cells that failed')
+    page = commands.add_parser('page', help='write the results of a table as one HTML page')
+    page.add_argument('table', metavar='TABLE', help=', '.join(COMPARISONS))
+    page.add_argument('--runs', default=str(RUNS), metavar='DIR', help='results of run (default: %(default)s)')
+    page.add_argument(
+        '--out',
+        default=str(RUNS.parent),
+        metavar='DIR',
+        help='folder of the page and its charts (default: %(default)s)',
+    )
+    page.add_argument(
+        '--pictures',
+        action='store_true',
+        help='draw the predictions anew, from the data and the work dirs of the tests',
+    )
+    for command in (running, page):
+        command.add_argument(
+            '--data', default='data', metavar='DIR', help='folder of the data sets (default: %(default)s)'
+        )
+        command.add_argument(
+            '--work-dir', metavar='DIR', help='for logs and checkpoints (default: work_dirs/TABLE-DEVICE)'
+        )
 
 
 def list_comparisons() -> None:
@@ -139,6 +162,21 @@ def show_comparison(args: argparse.Namespace) -> None:
         write_text(text, Path(args.out))
     else:
         print(text, end='')
+
+
+def make_page(args: argparse.Namespace) -> None:
+    """Write the HTML page of a table, with pictures of predictions if ``--pictures`` asks for them."""
+    table = find_comparison(args.table)
+    found = {device: read_records(Path(args.runs), device) for device in DEVICES}
+    found = {device: records for device, records in found.items() if records}
+    folder = Path(args.out)
+    if args.pictures:
+        for device, records in found.items():
+            work_dir = Path(args.work_dir or f'work_dirs/{table.name}-{device}')
+            composer = Composer(table, Path(args.data), Path('weights'), device, work_dir)
+            drawn = draw_pictures(composer, records, folder / 'pictures')
+            print(f'{len(drawn)} pictures of predictions on {device} in {folder / "pictures"}')
+    print(write_page(table, found, folder))
 
 
 def compare_with_published(args: argparse.Namespace) -> None:

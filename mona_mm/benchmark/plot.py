@@ -10,21 +10,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mona_mm.benchmark.backbone import VARIANTS, Row, reference
+from mona_mm.commands.colours import METHOD_COLOURS
 
 _COLOURS = dict(
+    METHOD_COLOURS,
     stock='#999999',
-    full='#000000',
     published_mona='#ee8866',
-    mona='#cc3311',
-    adapter='#4477aa',
-    adaptformer='#88ccee',
-    lora='#228833',
-    lorand='#aa4499',
-    spt='#999933',
-    fixed='#ddaa33',
-    bitfit='#332288',
-    norm_tuning='#44bbaa',
-    partial_1='#885533',
     mona_folded='#ff99aa',
     lora_merged='#99cc77',
     spt_merged='#cccc88',

@@ -10,6 +10,8 @@ from mona_mm.reproduce.comparison import (
     check_material,
     find_comparison,
 )
+from mona_mm.reproduce.page import write_page
+from mona_mm.reproduce.pictures import draw_pictures
 from mona_mm.reproduce.published import published_results
 from mona_mm.reproduce.queue import Queue
 from mona_mm.reproduce.records import RUNS, read_records, render_comparison
@@ -34,6 +36,7 @@ __all__ = [
     'build_tables',
     'check_material',
     'collect',
+    'draw_pictures',
     'find_comparison',
     'is_results',
     'load_results',
@@ -46,5 +49,6 @@ __all__ = [
     'render_comparison',
     'save_results',
     'table_names',
+    'write_page',
     'write_text',
 ]

