@@ -179,9 +179,9 @@ MINI = Comparison(
         'lora': _module('LoRA', rank=16, alpha=16),
         'lorand': _module('LoRand', inner=16),
         'mona': _module('Mona', bottleneck=64),
-        # Each budget is the number of backbone parameters that the same module trains on its own, in the rows above.
-        'spt_lora': _spt(294_912, 'LoRA', rank=16, alpha=16),
-        'spt_adapter': _spt(1_190_400, 'Adapter', bottleneck=64),
+        # The same modules as above (structured LoRA has alpha = rank), and as many parameters as they train alone.
+        'spt_lora': _spt(294_912, 'LoRA', rank=16, dropout=0.0, drop_path=0.0),
+        'spt_adapter': _spt(1_190_400, 'Adapter', bottleneck=64, drop_path=0.0),
         'spt_mona': _spt(1_459_200, 'Mona', bottleneck=64),
     },
     learning_rates=(1e-4, 5e-4, 2.5e-3),

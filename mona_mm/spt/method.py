@@ -63,12 +63,12 @@ class SPT(Method):
         structured_vectors: bool = True,
         structured_only: bool = False,
     ) -> None:
+        check_structured(structured)
         if plan is None:
             raise MissingFileError(
                 'SPT needs a plan, and this config names none. tools/train.py makes it; without training, '
                 'tools/spt_sensitivity.py CONFIG --budget 0.5% --out FILE does, and peft=dict(plan=FILE) takes it.'
             )
-        check_structured(structured)
         if isinstance(plan, Mapping):
             self.plan, self.structured = None, structured_module(structured)
             self._sites = {block: tuple(sites) for block, sites in plan.items()}
