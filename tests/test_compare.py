@@ -182,6 +182,19 @@ def test_goes_on_when_one_fails(material):
     assert 'tiny-lora-lr0.0005-seed2 test' in started(material)[done:]
 
 
+def test_scores_that_are_not_there(material):
+    """A detector that detects nothing, for which CocoMetric returns no metrics, scores 0; a wrong name is an error."""
+    for scores, expected in (('{}', 0.0), ("{'aAcc': 1.0}", None)):
+        made = queue(material, ['lora'], f'work{len(scores)}')
+        program = material / f'program{len(scores)}.py'
+        program.write_text(PROGRAM.replace("{'mIoU': 50 - 1e4 * abs(lr - 5e-4)}", scores))
+        made.program = (sys.executable, str(program))
+        assert made.run() == 0
+        record = made.records()[Cell('tiny', 'lora', 5e-4, 0)]
+        assert record['score'] == expected
+        assert expected is not None or record['error'] == 'the metrics have no mIoU, but aAcc'
+
+
 def test_a_second_failure_is_not_retried_without_end(material):
     (material / 'work').mkdir()
     (material / 'work/broken').write_text('lora')

@@ -291,7 +291,10 @@ class Queue:
             trained = records[Cell(cell.task, cell.method, cell.lr, cell.seed)]
             result = {key: trained[key] for key in _COSTS} | result | dict(training_seconds=trained['seconds'])
         last = list(result['scores'].values())[-1]
-        return record | result | dict(score=round(task.percent * last[task.metric], 4))
+        if last and task.metric not in last:
+            return record | result | dict(error=f'the metrics have no {task.metric}, but {", ".join(last)}')
+        score = last[task.metric] if last else 0.0  # CocoMetric returns nothing if there are no detections
+        return record | result | dict(score=round(task.percent * score, 4))
 
     def _progress(self, records: dict[Cell, Record]) -> None:
         count, seconds = self.to_go(records)
