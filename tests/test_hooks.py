@@ -1,6 +1,7 @@
 """Hooks: what trains is said and checked, frozen weights are proved unchanged, checkpoints survive."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from mona_mm.frozen.rules import freeze
 from mona_mm.hooks import SafeCheckpointHook
 from mona_mm.hooks.checkpoint import AtomicLocalBackend
 from mona_mm.hooks.param_freeze import frozen_digests
+from mona_mm.optim.constructor import PeftOptimWrapperConstructor
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,56 @@ def test_only_what_should_train_moves(make_runner, options, monkeypatch):
     assert log.count('What trains:') == 1 and 'method (Mona)' in log and 'of base and method' in log
     assert 'frozen parameters are unchanged, bit for bit' in log
     assert 'requires_grad=False' not in log and 'paramwise_options' not in log
+
+
+@pytest.mark.parametrize('rate', [0.5, 1])
+@pytest.mark.parametrize('host', ['mmdet-swin', 'mmpretrain-vit'])
+def test_layer_decay(host, rate):
+    """Block i of L trains at rate ** (L + 1 - i), what comes before the first at rate ** (L + 1), the rest at 1.
+
+    Another factor of a parameter is multiplied with it, and a method has the factor of its block.
+    """
+    backbone = PeftBackbone(base=HOSTS[host], peft=dict(type='Mona', bottleneck=8), trainable='all')
+    model = nn.ModuleDict(dict(backbone=backbone, head=nn.Linear(4, 4)))
+    constructor = PeftOptimWrapperConstructor(
+        dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1)),
+        dict(layer_decay_rate=rate, custom_keys={'head': dict(lr_mult=3.0), 'norm2': dict(lr_mult=0.1)}),
+    )
+    groups = constructor(model).optimizer.param_groups
+    factors = {id(p): group['lr'] / 0.1 for group in groups for p in group['params']}
+    pattern, count = {
+        'mmdet-swin': (r'backbone\.stages\.(\d+)\.blocks\.(\d+)\.', sum(HOSTS['mmdet-swin']['depths'])),
+        'mmpretrain-vit': (r'backbone\.layers\.(\d+)\.', HOSTS['mmpretrain-vit']['arch']['num_layers']),
+    }[host]
+    order = list(dict.fromkeys(m[0] for name in factors_by_name(model, factors) if (m := re.match(pattern, name))))
+    assert len(order) == count
+    for name, factor in factors_by_name(model, factors).items():
+        block = re.match(pattern, name)
+        if block:
+            expected = rate ** (count - order.index(block[0]))
+        elif name.startswith('head'):
+            expected = 3.0
+        elif re.match(r'backbone\.(norm\d|ln\d)\.', name):
+            expected = 1.0
+        elif '.downsample.' in name:  # as the block before it
+            stage = re.match(r'backbone\.stages\.\d+\.', name)[0]
+            expected = rate ** (count - max(i for i, path in enumerate(order) if path.startswith(stage)))
+        else:
+            expected = rate ** (count + 1)
+        assert factor == pytest.approx(expected * (0.1 if 'norm2' in name else 1)), name
+
+
+def factors_by_name(model: nn.Module, factors: dict[int, float]) -> dict[str, float]:
+    return {name: factors[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_layer_decay_is_refused():
+    config = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    for rate in (0, 1.5, '0.7', True):
+        with pytest.raises(ConfigError, match='layer_decay_rate'):
+            PeftOptimWrapperConstructor(config, dict(layer_decay_rate=rate))(PeftBackbone(base=HOSTS['mmdet-swin']))
+    with pytest.raises(ConfigError, match='this model has none'):
+        PeftOptimWrapperConstructor(config, dict(layer_decay_rate=0.7))(nn.Linear(2, 2))
 
 
 class Recorder(Hook):

@@ -8,3 +8,4 @@ model = dict(
         trainable='full',
     )
 )
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.7))  # as ViTDet's for ViT-B

@@ -8,3 +8,4 @@ model = dict(
         trainable='full',
     )
 )
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9))  # as BEiT's for ViT-B
