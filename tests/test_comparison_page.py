@@ -15,13 +15,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mona_mm.reproduce import COMPARISONS, Cell, Composer, draw_pictures, write_page
+from mona_mm.reproduce import MINI, Cell, Composer, draw_pictures, write_page
 from mona_mm.reproduce.carve import carve_coco, carve_labels, carve_voc, rarest
 from mona_mm.reproduce.charts import pareto_front
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.pictures import f1, iou
-
-MINI = COMPARISONS['mini']
 
 
 def record(cell: Cell, score: float | None, number: int) -> dict:

@@ -13,10 +13,10 @@ from mona_mm.commands.cli import run
 from mona_mm.commands.config import has_accelerator
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
-    COMPARISONS,
     DEVICES,
     FORMATS,
     RUNS,
+    TABLES,
     Composer,
     Queue,
     Run,
@@ -51,7 +51,7 @@ def main() -> None:
         'paths',
         nargs='*',
         metavar='PATH',
-        help=f'results.json of collect, or {_PATHS}; or a table that is run here: {", ".join(COMPARISONS)}',
+        help=f'results.json of collect, or {_PATHS}; or a table that is run here: {", ".join(TABLES)}',
     )
     showing.add_argument('--runs', default=str(RUNS), metavar='DIR', help='results of run (default: %(default)s)')
     showing.add_argument('--format', choices=FORMATS, default='terminal')
@@ -75,7 +75,7 @@ def main() -> None:
         run_comparison(args)
     elif args.command == 'page':
         make_page(args)
-    elif args.command == 'show' and len(args.paths) == 1 and args.paths[0] in COMPARISONS:
+    elif args.command == 'show' and len(args.paths) == 1 and is_table(args.paths[0]):
         show_comparison(args)
     else:
         compare_with_published(args)
@@ -85,7 +85,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     """Add the commands for tables whose cells are run on this machine."""
     commands.add_parser('list', help='the tables that can be run here')
     running = commands.add_parser('run', help='run the cells of a table; the same command again goes on')
-    running.add_argument('table', metavar='TABLE', help=', '.join(COMPARISONS))
+    running.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
     running.add_argument('--tasks', nargs='+', metavar='TASK', help='only these')
     running.add_argument('--methods', nargs='+', metavar='METHOD', help='only these')
     running.add_argument('--minutes', type=float, metavar='N', help='end within this time')
@@ -101,7 +101,7 @@ def add_run(commands: argparse._SubParsersAction) -> None:
     running.add_argument('--out', default=str(RUNS), metavar='DIR', help='folder of the results (default: %(default)s)')
     running.add_argument('--again', action='store_true', help='retry the cells that failed')
     page = commands.add_parser('page', help='write the results of a table as one HTML page')
-    page.add_argument('table', metavar='TABLE', help=', '.join(COMPARISONS))
+    page.add_argument('table', metavar='TABLE', help=', '.join(TABLES))
     page.add_argument('--runs', default=str(RUNS), metavar='DIR', help='results of run (default: %(default)s)')
     page.add_argument(
         '--out',
@@ -123,13 +123,22 @@ def add_run(commands: argparse._SubParsersAction) -> None:
         )
 
 
+def is_table(name: str) -> bool:
+    """Whether an argument names a table that is run here, and no file or folder."""
+    return name in TABLES and not Path(name).exists()
+
+
 def list_comparisons() -> None:
     """Print the tables that can be run, with their tasks, methods, learning rates and numbers of seeds."""
-    for table in COMPARISONS.values():
+    for table in map(find_comparison, TABLES):
+        labels = {task.label for task in table.tasks}
+        label = f' ({labels.pop()})' if len(labels) == 1 else ''
+        names = ', '.join(task.name if label else f'{task.name} ({task.label})' for task in table.tasks)
+        rates = ', '.join(map(str, table.learning_rates)) or 'those of the configs'
         print(f'{table.name}: {table.title}')
-        print(f'  tasks: {", ".join(f"{task.name} ({task.label})" for task in table.tasks)}')
+        print(f'  tasks{label}: {names}')
         print(f'  methods: {", ".join(table.methods)}')
-        print(f'  learning rates: {", ".join(map(str, table.learning_rates))}; seeds: {len(table.seeds)}')
+        print(f'  learning rates: {rates}; seeds: {len(table.seeds)}')
 
 
 def run_comparison(args: argparse.Namespace) -> None:

@@ -1,15 +1,15 @@
 """Published tables with the runs that reproduce them, and tables whose every cell is run here."""
 
 from mona_mm.reproduce.comparison import (
-    COMPARISONS,
     DEVICES,
+    MINI,
     Cell,
     ComparedTask,
     Comparison,
     Composer,
     check_material,
-    find_comparison,
 )
+from mona_mm.reproduce.full_size import TABLES, find_comparison
 from mona_mm.reproduce.page import write_page
 from mona_mm.reproduce.pictures import draw_pictures
 from mona_mm.reproduce.published import published_results
@@ -20,10 +20,11 @@ from mona_mm.reproduce.tables import FORMATS, build_tables, plan, render, table_
 from mona_mm.reproduce.tasks import Heading, Metric, Task, on_type, register_task
 
 __all__ = [
-    'COMPARISONS',
     'DEVICES',
     'FORMATS',
+    'MINI',
     'RUNS',
+    'TABLES',
     'Cell',
     'ComparedTask',
     'Comparison',

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
@@ -59,6 +59,7 @@ class CellHook(Hook):
         self._begin = time.monotonic()
         self._recent: list[float] = []
         self._training = 0.0
+        self._has_just_saved = False
 
     def seconds(self) -> dict[str, float]:
         """The wall time, processor time and processor time of the iterations so far, over all processes."""
@@ -67,9 +68,9 @@ class CellHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Start timing, or exit if the cell was told to stop and the last iteration has written a checkpoint."""
-        interval = next(hook.interval for hook in runner.hooks if isinstance(hook, CheckpointHook))
-        if os.getppid() != self.parent or (self.stopping and runner.iter and runner.iter % interval == 0):
+        if os.getppid() != self.parent or (self.stopping and self._has_just_saved):
             sys.exit(STOPPED)
+        self._has_just_saved = False
         self._iteration = time.process_time()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -91,6 +92,7 @@ class CellHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Add the measurements to the checkpoint."""
+        self._has_just_saved = True
         self.memory = max(self.memory, peak_memory())
         kept = dict(seconds=self.seconds(), losses=self.losses, recent=self._recent, memory=self.memory)
         checkpoint['cell'] = json.dumps(kept)

@@ -104,7 +104,8 @@ def training_chart(table: Comparison, task: str, records: dict[Cell, Record]) ->
             left.plot(
                 iterations, np.mean([[loss for _, loss in curve] for curve in curves], 0), color=colours[row.method]
             )
-        first = [records.get(Cell(task, row.method, lr, table.seeds[0])) for lr in table.learning_rates]
+        rates = sorted(table.rates(task, row.method))
+        first = [records.get(Cell(task, row.method, lr, table.seeds[0])) for lr in rates]
         found = [(r['lr'], r['score']) for r in first if r is not None and r['score'] is not None]
         right.plot(*zip(*found, strict=True), 'o-', color=colours[row.method], markersize=4)
     left.set(xlabel='iteration', ylabel='training loss', yscale='log')

@@ -1,10 +1,11 @@
 """Tables whose every cell is run here: their tasks, methods, learning rates and seeds, and the configs of cells."""
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,29 @@ class ComparedTask:
 
     Args:
         name: the name of the task on the command line and in file names.
-        config: a config file with a stock backbone, relative to ``configs/`` or as an absolute path.
-        folder: the folder of the data, inside the folder of all datasets.
+        config: a config file with a stock backbone, relative to ``configs/`` or as an absolute path; empty if there is
+            one for each method.
+        folder: the folder of the data, inside the folder of all datasets; by default that of the config.
         metric: the name of the score in the metrics of the evaluator; higher is better.
         label: the name of the score in tables.
         percent: the factor that converts the score to percent.
         carve: a function that splits the training data if they have no validation split. It gets the config, which it
             changes, and a folder to write into. None if there is a validation split.
         credit: the source and the licence of the images, if pictures of them may be shown with it.
+        configs: the complete config file of each method, as ``config``, where they have settings of their own.
+        options: the options of the command line that choose the task in such a file.
     """
 
     name: str
-    config: str
-    folder: str
-    metric: str
-    label: str
+    config: str = ''
+    folder: str = ''
+    metric: str = ''
+    label: str = ''
     percent: float = 1.0
     carve: Callable[[Config, Path], None] | None = None
     credit: str | None = None
+    configs: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,19 @@ class Comparison:
     """A table of methods by tasks.
 
     In its protocol, every learning rate is scored with the first seed on the validation split, the best one is then
-    trained with every seed, and these runs are tested once, at the end.
+    trained with every seed, and these runs are tested once, at the end. Where every method has a config of its own, its
+    learning rate is the only one.
 
     Args:
         name: the name of the table on the command line.
         title: the title of the table.
         tasks: the tasks, in the order in which they are run.
         methods: the settings of ``PeftBackbone`` other than ``base``, by name of a method.
-        learning_rates: the learning rates, the same for every method; the middle one is tried first.
+        learning_rates: the learning rates, the same for every method; the middle one is tried first. Empty where the
+            configs have their own.
         seeds: the seeds; the first is used in the search for the learning rate.
         seconds: the assumed duration of a training run until one of its task has been measured.
+        has_tests: whether there are test images; otherwise the scores on the validation images are the results.
     """
 
     name: str
@@ -97,6 +106,7 @@ class Comparison:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     seconds: float = 360.0
+    has_tests: bool = True
 
     def task(self, name: str) -> ComparedTask:
         """The task named ``name``."""
@@ -119,10 +129,24 @@ class Comparison:
         ]
         return chosen[0], chosen[1]
 
-    def search_order(self) -> list[float]:
-        """The learning rates in the order in which they are tried, the middle one first."""
-        middle = self.learning_rates[len(self.learning_rates) // 2]
-        return [middle, *(lr for lr in self.learning_rates if lr != middle)]
+    def has(self, task: str, method: str) -> bool:
+        """Whether the table has cells of a method on a task."""
+        configs = self.task(task).configs
+        return not configs or method in configs
+
+    def rates(self, task: str, method: str) -> tuple[float, ...]:
+        """The learning rates of a method on a task, in the order in which they are tried: the middle one first."""
+        rates = self.learning_rates
+        if not rates:
+            configs, options = self.task(task).configs, self.task(task).options
+            return (_learning_rate(configs_folder() / configs[method], tuple(options.items())),)
+        middle = rates[len(rates) // 2]
+        return (middle, *(lr for lr in rates if lr != middle))
+
+
+@functools.cache
+def _learning_rate(file: Path, options: tuple[tuple[str, Any], ...]) -> float:
+    return float(load_config(str(file), dict(options)).optim_wrapper.optimizer.lr)
 
 
 def _module(module: str, **options: Any) -> dict[str, Any]:
@@ -188,20 +212,6 @@ MINI = Comparison(
     seeds=(0, 1, 2),
 )
 
-COMPARISONS = {MINI.name: MINI}
-"""Every table that ``tools/reproduce.py run`` knows, by name."""
-
-
-def find_comparison(name: str) -> Comparison:
-    """Look up the table named ``name``.
-
-    Raises:
-        ConfigError: if there is no such table; the error lists those that exist.
-    """
-    if name not in COMPARISONS:
-        raise ConfigError(f'{name}: there is no such table to run. There is {", ".join(COMPARISONS)}.')
-    return COMPARISONS[name]
-
 
 class Composer:
     """A builder of the configs of a table's cells.
@@ -210,7 +220,7 @@ class Composer:
         table: the table of the cells.
         data: the folder that holds a subfolder for each dataset.
         weights: the checkpoint of the pretrained backbone.
-        device: one of :data:`DEVICES`; ``'cuda'`` trains in bfloat16.
+        device: one of :data:`DEVICES`; ``'cuda'`` trains in bfloat16, except with configs that have their own settings.
         work_dir: the folder of the cells' work dirs and of the annotation files of carved splits.
     """
 
@@ -218,7 +228,7 @@ class Composer:
         self.table = table
         self.data, self.weights, self.work_dir = data.absolute(), weights.absolute(), work_dir.absolute()
         self.device = device
-        self._bases: dict[str, Config] = {}
+        self._bases: dict[tuple[str, str], Config] = {}
         self._fingerprints: dict[Cell, str] = {}
 
     def compose(self, cell: Cell) -> Config:
@@ -227,12 +237,17 @@ class Composer:
         Raises:
             MissingFileError: if the config of the task does not exist.
         """
-        cfg = copy.deepcopy(self._base(cell.task))
+        task = self.table.task(cell.task)
+        cfg = copy.deepcopy(self._base(cell.task, cell.method if task.configs else ''))
+        cfg.randomness = dict(seed=cell.seed)
+        if task.configs:
+            if cfg.get('auto_scale_lr'):
+                cfg.auto_scale_lr.enable = True  # the published batches are those of several GPUs
+            return cfg
         cfg.model.backbone = dict(
             type='mona_mm.PeftBackbone', base=cfg.model.backbone, **copy.deepcopy(dict(self.table.methods[cell.method]))
         )
         cfg.optim_wrapper.optimizer.lr = cell.lr
-        cfg.randomness = dict(seed=cell.seed)
         if self.device == 'cuda':
             cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='bfloat16')
         return cfg
@@ -247,15 +262,26 @@ class Composer:
             self._fingerprints[cell] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprints[cell]
 
-    def _base(self, name: str) -> Config:
-        if name not in self._bases:
+    def folder(self, name: str) -> Path:
+        """The folder of a task's data."""
+        task = self.table.task(name)
+        if task.folder:
+            return self.data / task.folder
+        file = configs_folder() / next(iter(task.configs.values()))
+        return self.data / Path(load_config(str(file), dict(task.options)).data_root).relative_to('data')
+
+    def _base(self, name: str, method: str) -> Config:
+        """The config of a task without a method, or with the method that its config has."""
+        if (name, method) not in self._bases:
             task = self.table.task(name)
-            cfg = load_config(str(configs_folder() / task.config), dict(data_root=str(self.data / task.folder)))
-            cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(self.weights))
+            file = configs_folder() / (task.configs[method] if method else task.config)
+            cfg = load_config(str(file), dict(task.options, data_root=str(self.folder(name))))
+            if not method:
+                cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(self.weights))
             if task.carve is not None:
                 task.carve(cfg, self.work_dir / 'splits' / name)
-            self._bases[name] = cfg
-        return self._bases[name]
+            self._bases[name, method] = cfg
+        return self._bases[name, method]
 
 
 def check_material(composer: Composer, tasks: list[str]) -> None:
@@ -264,9 +290,10 @@ def check_material(composer: Composer, tasks: list[str]) -> None:
     Raises:
         MissingFileError: if a folder or file does not exist; the error names the option that sets it.
     """
-    if not composer.weights.is_file():
+    composed = any(not composer.table.task(name).configs for name in tasks)
+    if composed and not composer.weights.is_file():
         raise MissingFileError(f'There are no weights {composer.weights}. Name the file with --weights FILE.')
     for name in tasks:
-        folder = composer.data / composer.table.task(name).folder
+        folder = composer.folder(name)
         if not folder.is_dir():
             raise MissingFileError(f'There are no data {folder}. Name the folder that holds it with --data DIR.')

@@ -56,7 +56,8 @@ def draw_pictures(composer: Composer, records: dict[Cell, Record], folder: Path)
         found = _predictions(composer, records, task.name) if task.credit else {}
         if len(found) < 2:
             continue
-        config = composer.compose(Cell(task.name, next(iter(found)), table.learning_rates[0], table.seeds[0]))
+        method = next(iter(found))
+        config = composer.compose(Cell(task.name, method, table.rates(task.name, method)[0], table.seeds[0]))
         dataset = config.test_dataloader.dataset
         content = json.loads(Path(dataset.data_root, dataset.ann_file).read_text(encoding='utf-8'))
         truth = _by_image(content['annotations'])

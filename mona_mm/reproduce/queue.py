@@ -92,13 +92,15 @@ class Queue:
         """
         table, cells = self.table, []
         for task in self.tasks:
-            for lr in table.search_order():
-                cells += [Cell(task, method, lr, table.seeds[0]) for method in self.methods]
-            best = {method: best_learning_rate(table, task, method, records) for method in self.methods}
+            methods = [method for method in self.methods if table.has(task, method)]
+            rates = {method: table.rates(task, method) for method in methods}
+            for number in range(max(map(len, rates.values()), default=0)):
+                cells += [Cell(task, method, rates[method][number], table.seeds[0]) for method in methods]
+            best = {method: best_learning_rate(table, task, method, records) for method in methods}
             best = {method: lr for method, lr in best.items() if lr is not None}
             for seed in table.seeds[1:]:
                 cells += [Cell(task, method, lr, seed) for method, lr in best.items()]
-            for method, lr in best.items():
+            for method, lr in best.items() if table.has_tests else ():
                 trained = [records.get(Cell(task, method, lr, seed)) for seed in table.seeds]
                 if None not in trained:
                     done = [record['seed'] for record in trained if record['score'] is not None]
@@ -108,17 +110,19 @@ class Queue:
     def total(self, records: dict[Cell, Record]) -> int:
         """The number of cells that are still missing, including those that wait for others."""
         table, missing = self.table, len(self.missing(records))
+        tests = len(table.seeds) if table.has_tests else 0
         for task in self.tasks:
-            for method in self.methods:
-                search = [records.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates]
+            for method in [method for method in self.methods if table.has(task, method)]:
+                rates = table.rates(task, method)
+                search = [records.get(Cell(task, method, lr, table.seeds[0])) for lr in rates]
                 lr = best_learning_rate(table, task, method, records)
                 if lr is not None:
                     trained = [records.get(Cell(task, method, lr, seed)) for seed in table.seeds]
-                    missing += len(table.seeds) if None in trained else 0
+                    missing += tests if None in trained else 0
                 elif None in search:
                     later = [cell for cell in records if (cell.task, cell.method) == (task, method)]
                     later = [cell.lr for cell in later if cell.split == 'test' or cell.seed != table.seeds[0]]
-                    missing += 2 * len(table.seeds) - 1 - max(map(later.count, later), default=0)
+                    missing += len(table.seeds) - 1 + tests - max(map(later.count, later), default=0)
         return missing
 
     def estimate(self, cell: Cell, records: dict[Cell, Record]) -> float:

@@ -73,7 +73,7 @@ def best_learning_rate(table: Comparison, task: str, method: str, records: dict[
 
     It is None until all learning rates are done, and if all have failed.
     """
-    found = {lr: records.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates}
+    found = {lr: records.get(Cell(task, method, lr, table.seeds[0])) for lr in table.rates(task, method)}
     if None in found.values():
         return None
     scores = {lr: record['score'] for lr, record in found.items() if record['score'] is not None}
@@ -106,18 +106,19 @@ class Row:
 
 def rows_of(table: Comparison, task: str, records: dict[Cell, Record]) -> list[Row]:
     """The rows of a task in a table, one for every method."""
-    return [_row(table, task, method, records) for method in table.methods]
+    return [_row(table, task, method, records) for method in table.methods if table.has(task, method)]
 
 
 def _row(table: Comparison, task: str, method: str, records: dict[Cell, Record]) -> Row:
     found = {cell: record for cell, record in records.items() if (cell.task, cell.method) == (task, method)}
-    search = [found.get(Cell(task, method, lr, table.seeds[0])) for lr in table.learning_rates]
+    rates = sorted(table.rates(task, method))
+    search = [found.get(Cell(task, method, lr, table.seeds[0])) for lr in rates]
     lr = best_learning_rate(table, task, method, records)
     final, missing = lr, []
     if lr is None:  # show the best learning rate so far
         done = [record for record in search if record and record['score'] is not None]
         lr = max(done, key=lambda record: record['score'])['lr'] if done else None
-    absent = [f'{rate:g}' for rate, record in zip(table.learning_rates, search, strict=True) if record is None]
+    absent = [f'{rate:g}' for rate, record in zip(rates, search, strict=True) if record is None]
     failed = [record for record in found.values() if record['score'] is None]
     if absent:
         missing.append(f'learning rates {", ".join(absent)}')
@@ -129,10 +130,10 @@ def _row(table: Comparison, task: str, method: str, records: dict[Cell, Record])
     )
     if len(trained) < len(table.seeds):
         missing.append(f'{len(table.seeds) - len(trained)} seeds')
-    if len(tested) < len(table.seeds):
+    if len(tested) < len(table.seeds) and table.has_tests:
         missing.append(f'{len(table.seeds) - len(tested)} tests')
     missing += [f'lr {r["lr"]:g} seed {r["seed"]} {r["split"]} failed: {r["error"]}' for r in failed]
-    if final is not None and final in (min(table.learning_rates), max(table.learning_rates)):
+    if len(rates) > 1 and final in (rates[0], rates[-1]):
         missing.append('best learning rate at the edge')
     good = [record for record in trained if record['score'] is not None]
     mean = {
