@@ -65,7 +65,8 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
         ConfigError: if the backbone already carries a method, a module is at a site whose weight the host reads
-            directly and does not add to that weight, or a module reads the grid of tokens that are in another order.
+            directly and does not add to that weight, a convolution at a linear site is no linear layer of its weight,
+            or a module reads the grid of tokens that are in another order.
     """
     host = find_host(backbone)
     if method_modules(backbone):
@@ -76,7 +77,9 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
     for path, attached in modules.items():
         for site, module in attached.items():
             _check_reach(backbone, host.spec(blocks[path]), site, module)
+            _check_linear(backbone, path, host.spec(blocks[path]), site)
             _check_order(backbone, host.spec(blocks[path]), site, module)
+    _checkpoint_blocks(backbone, blocks)
     source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
     if source is not None and not source.is_in_block:
         # A bound method would be pickled by its name, and would become the host's own forward when it is loaded.
@@ -117,6 +120,50 @@ def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Mod
             f'weight can attach there (LoRA with dropout=0 does), and this {type(module).__name__} does not. Other '
             f'sites of this backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
         )
+
+
+_STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d', 'ScaledStdConv2dSame')
+"""The convolutions of mmcv and timm that standardise their weight before they use it."""
+
+
+def _check_linear(backbone: nn.Module, path: str, spec: BlockSpec, site: str) -> None:
+    linear = spec.linears.get(site)
+    module = backbone.get_submodule(f'{path}.{linear.module}') if linear is not None else None
+    if not isinstance(module, nn.Conv2d):
+        return
+    wrong = ''
+    if any(cls.__name__ in _STANDARDISED for cls in type(module).__mro__):
+        wrong = 'standardises its weight, so that an addition to its output is no addition to the weight'
+    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or tuple(module.padding) not in ((0, 0), ()):
+        wrong = (
+            f'has {module.groups} groups and a kernel of {module.kernel_size}: only 1x1 ones in one group are linear'
+        )
+    if wrong:
+        raise ConfigError(
+            f'{type(backbone).__name__}: {path}.{linear.module}, the convolution at {site!r}, is a '
+            f'{type(module).__name__}, which {wrong}. Leave {site!r} out of sites=[...], or use a method that maps the '
+            'stream, such as Mona.'
+        )
+
+
+def _checkpoint_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Let blocks have their own activation checkpoints where the modules around them would checkpoint them, in place.
+
+    That is the re-entrant form, in which a method gets no gradient if the input of a block requires none, as that of
+    the first one does under a frozen base.
+    """
+    around = []
+    for path, block in blocks.items():
+        parts = path.split('.')
+        parents = [backbone.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts))]
+        flags = [
+            (p, flag) for p in parents for flag in ('with_cp', 'use_checkpoint') if getattr(p, flag, False) is True
+        ]
+        if flags and not hasattr(block, 'with_cp'):
+            block.with_cp = True
+            around += flags
+    for parent, flag in around:
+        setattr(parent, flag, False)
 
 
 def _check_order(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
