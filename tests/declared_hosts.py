@@ -292,8 +292,27 @@ DECLARED = {
 }
 """The configs by name."""
 
-FIXED_SIZE = ('mmpretrain-beit', 'mmpretrain-tinyvit', 'mmpretrain-davit', 'mmseg-mae', 'mmseg-beit')
+CONVOLUTIONAL = (*_convolutional(), *_OTHER_CONVOLUTIONAL)
+"""Hosts whose blocks have no other stream site than post_ffn."""
+
+FIXED_SIZE = (
+    *('mmpretrain-beit', 'mmpretrain-tinyvit', 'mmpretrain-davit', 'mmseg-mae', 'mmseg-beit'),
+    *('mmpretrain-efficientformer', 'mmpretrain-levit', 'mmpretrain-mixmim', 'mmpretrain-repmlp', 'mmpretrain-vig'),
+    *('mmpretrain-pyramidvig', 'mmpretrain-hivit', 'mmpretrain-tnt', 'mmpretrain-mixer'),
+)
 """Hosts that take images of one size alone (DaViT: none whose smallest map is below its window)."""
 
-VARIANTS = tuple(name for name in DECLARED if name.startswith(('mmdet-res', 'mmseg-res', 'mmpretrain-resnetv1')))
-"""Hosts that have the same blocks as another one in the list, in `make test-all` alone."""
+IMAGE_SIZES = {'mmpretrain-efficientformer': 224, 'mmpretrain-vig': 224, 'mmpretrain-pyramidvig': 224}
+"""The sides of the images of hosts that do not take 64."""
+
+_COMMON = (
+    *('mmdet-cspnext', 'mmdet-trident', 'mmdet-resnet-caffe', 'mmseg-cgnet', 'mmseg-bisenetv2'),
+    *('mmpretrain-convmixer', 'mmpretrain-edgenext', 'mmpretrain-repmlp', 'mmpretrain-replknet', 'mmpretrain-hivit'),
+    *('mmpretrain-mobilevit', 'mmpretrain-t2t', 'mmpretrain-tnt', 'mmpretrain-mixer', 'mmpretrain-mixmim'),
+)
+
+VARIANTS = (
+    *(name for name in _convolutional() if name.startswith(('mmdet-res', 'mmseg-res', 'mmpretrain-resnetv1'))),
+    *(name for name in (*_OTHER_CONVOLUTIONAL, *_OTHERS) if name not in _COMMON),
+)
+"""Hosts in `make test-all` alone: those with the same kind of blocks as another one in the list, and large ones."""

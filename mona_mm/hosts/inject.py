@@ -189,7 +189,14 @@ def forward_on_grid(
         kwargs: the keyword arguments of the forward.
     """
     grid: list[Grid] = []
-    parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
+    parts: dict[str, Any] = {}
+    for path in blocks:
+        parent, _, name = path.rpartition('.')
+        container, call = backbone.get_submodule(parent), partial(_on_grid, backbone.get_submodule(path), grid)
+        if isinstance(container, nn.ModuleList):  # which can be sliced only if it holds nothing but modules
+            parts.setdefault(parent, list(container))[int(name)] = call
+        else:
+            parts[path] = call
     parts[source.path] = partial(_remember_grid, backbone.get_submodule(source.path), source.find, grid)
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
