@@ -54,6 +54,7 @@ _OTHER_CONVOLUTIONAL = {
         strides=(1, 2, 2),
         dilations=(1, 1, 1),
         out_indices=(2,),
+        zero_init_residual=False,
         num_branch=3,
         test_branch_idx=1,
         trident_dilations=(1, 2, 3),
@@ -306,9 +307,8 @@ IMAGE_SIZES = {'mmpretrain-efficientformer': 224, 'mmpretrain-vig': 224, 'mmpret
 """The sides of the images of hosts that do not take 64."""
 
 _COMMON = (
-    *('mmdet-cspnext', 'mmdet-trident', 'mmdet-resnet-caffe', 'mmseg-cgnet', 'mmseg-bisenetv2'),
-    *('mmpretrain-convmixer', 'mmpretrain-edgenext', 'mmpretrain-repmlp', 'mmpretrain-replknet', 'mmpretrain-hivit'),
-    *('mmpretrain-mobilevit', 'mmpretrain-t2t', 'mmpretrain-tnt', 'mmpretrain-mixer', 'mmpretrain-mixmim'),
+    *('mmdet-cspnext', 'mmseg-cgnet', 'mmpretrain-convmixer', 'mmpretrain-edgenext', 'mmpretrain-repmlp'),
+    *('mmpretrain-replknet', 'mmpretrain-hivit', 'mmpretrain-mobilevit', 'mmpretrain-t2t', 'mmpretrain-tnt'),
 )
 
 VARIANTS = (
