@@ -67,9 +67,9 @@ _OTHER_CONVOLUTIONAL = {
     ),
     'mmdet-efficientnet': dict(type='mmdet.EfficientNet', arch='b0', out_indices=(1, 2, 3)),
     'mmdet-efficientnet-edge': dict(type='mmdet.EfficientNet', arch='es', out_indices=(1, 2)),
-    'mmdet-mobilenetv2': dict(type='mmdet.MobileNetV2', widen_factor=0.25, out_indices=(1, 2)),
+    'mmdet-mobilenetv2': dict(type='mmdet.MobileNetV2', widen_factor=0.25, out_indices=(1, 7)),
     'mmseg-resnest': dict(type='mmseg.ResNeSt', depth=50, base_channels=8, **_ALL),
-    'mmseg-mobilenetv2': dict(type='mmseg.MobileNetV2', widen_factor=0.25, out_indices=(1, 2)),
+    'mmseg-mobilenetv2': dict(type='mmseg.MobileNetV2', widen_factor=0.25, out_indices=(1, 6)),
     'mmseg-mobilenetv3': dict(type='mmseg.MobileNetV3', out_indices=(1, 4, 12)),
     'mmseg-fastscnn': dict(
         type='mmseg.FastSCNN',
@@ -104,12 +104,12 @@ _OTHER_CONVOLUTIONAL = {
     'mmpretrain-seresnext': dict(
         type='mmpretrain.SEResNeXt', depth=50, base_channels=64, groups=2, width_per_group=4, **_ALL
     ),
-    'mmpretrain-cspdarknet': dict(type='mmpretrain.CSPDarkNet', depth=53, out_indices=(0, 1)),
-    'mmpretrain-cspresnet': dict(type='mmpretrain.CSPResNet', depth=50, out_indices=(0, 1)),
-    'mmpretrain-cspresnext': dict(type='mmpretrain.CSPResNeXt', depth=50, out_indices=(0, 1)),
-    'mmpretrain-efficientnet': dict(type='mmpretrain.EfficientNet', arch='b0', out_indices=(1, 2, 3)),
-    'mmpretrain-efficientnetv2': dict(type='mmpretrain.EfficientNetV2', arch='b0', out_indices=(1, 2, 4)),
-    'mmpretrain-mobilenetv2': dict(type='mmpretrain.MobileNetV2', widen_factor=0.25, out_indices=(1, 2)),
+    'mmpretrain-cspdarknet': dict(type='mmpretrain.CSPDarkNet', depth=53, out_indices=(0, 4)),
+    'mmpretrain-cspresnet': dict(type='mmpretrain.CSPResNet', depth=50, out_indices=(0, 3)),
+    'mmpretrain-cspresnext': dict(type='mmpretrain.CSPResNeXt', depth=50, out_indices=(0, 3)),
+    'mmpretrain-efficientnet': dict(type='mmpretrain.EfficientNet', arch='b0', out_indices=(1, 6)),
+    'mmpretrain-efficientnetv2': dict(type='mmpretrain.EfficientNetV2', arch='b0', out_indices=(1, -1)),
+    'mmpretrain-mobilenetv2': dict(type='mmpretrain.MobileNetV2', widen_factor=0.25, out_indices=(1, 7)),
     'mmpretrain-mobilenetv3': dict(type='mmpretrain.MobileNetV3', arch='small_050', out_indices=(1, 4, 12)),
     'mmpretrain-shufflenetv1': dict(type='mmpretrain.ShuffleNetV1', groups=2, widen_factor=0.5, out_indices=(0, 1, 2)),
     'mmpretrain-convmixer': dict(

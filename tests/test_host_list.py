@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import HOSTS
-from declared_hosts import DECLARED
+from declared_hosts import DECLARED, VARIANTS
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone
@@ -24,10 +24,12 @@ def test_every_backbone_is_listed():
     assert len(render_hosts(rows).splitlines()) == len(rows) + 5
 
 
-def test_the_sites_are_those_of_the_hosts():
+@pytest.mark.parametrize('names', [[], pytest.param(VARIANTS, marks=pytest.mark.slow)], ids=['common', 'variants'])
+def test_the_sites_are_those_of_the_hosts(names):
     """As of a backbone that was built."""
     rows = {(row.library, row.name): row for row in backbone_rows()}
-    for base in (*HOSTS.values(), *DECLARED.values()):
+    common = [*HOSTS.values(), *(base for name, base in DECLARED.items() if name not in VARIANTS)]
+    for base in [DECLARED[name] for name in names] or common:
         with meta_device():
             model = MODELS.build(copy.deepcopy(base))
         row = rows[type(model).__module__.partition('.')[0], type(model).__name__]

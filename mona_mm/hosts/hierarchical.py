@@ -223,7 +223,6 @@ register_host(
             ),
         ),
         recomputed=('relative_position_index',),
-        position_tables=('relative_position_bias_table', 'absolute_pos_embed'),
         not_selected=('relative_position_bias_table',),
     ),
 )
@@ -300,7 +299,6 @@ register_host(
             ),
         ),
         recomputed=('relative_position_index',),
-        position_tables=('pos_embed', 'relative_position_bias_table'),
         not_selected=('relative_position_bias_table',),
     ),
 )

@@ -35,7 +35,7 @@ register_host(
                 **_VIT_LAYER,
             ),
         ),
-        recomputed=('pos_embed',),
+        position_tables=('pos_embed',),
     ),
 )
 
@@ -53,7 +53,6 @@ register_host(
                 row_major=False,
             ),
         ),
-        position_tables=('patch_pos', 'pixel_pos'),
     ),
 )
 
