@@ -123,7 +123,10 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
     f'{_PRE_B}.resnest.ResNeSt': (_bottleneck(f'{_PRE_B}.resnest.Bottleneck'),),
     f'{_PRE_B}.seresnet.SEResNet': (_bottleneck(f'{_PRE_B}.seresnet.SEBottleneck'),),
     f'{_PRE_B}.seresnext.SEResNeXt': (_bottleneck(f'{_PRE_B}.seresnext.SEBottleneck'),),
-    f'{_PRE_B}.cspnet.CSPNet': (*_darknet(f'{_PRE_B}.cspnet.DarknetBottleneck'), *_resnet(_PRE_B)),
+    **{
+        f'{_PRE_B}.cspnet.{name}': (*_darknet(f'{_PRE_B}.cspnet.DarknetBottleneck'), *_resnet(_PRE_B))
+        for name in ('CSPDarkNet', 'CSPResNet', 'CSPResNeXt')
+    },
     f'{_PRE_B}.efficientnet.EfficientNet': _EFFICIENT,
     f'{_PRE_B}.efficientnet_v2.EfficientNetV2': (
         *_EFFICIENT,

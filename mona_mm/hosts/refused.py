@@ -35,6 +35,7 @@ REFUSED.update(
         f'{_PRE}.alexnet.AlexNet': _SEQUENCE,
         f'{_PRE}.lenet.LeNet5': _SEQUENCE,
         f'{_PRE}.vgg.VGG': _SEQUENCE,
+        f'{_PRE}.cspnet.CSPNet': 'it is the base class of CSPDarkNet, CSPResNet and CSPResNeXt, and in no registry',
         f'{_PRE}.densenet.DenseNet': _CONCATENATION,
         f'{_PRE}.inception_v3.InceptionV3': _CONCATENATION,
         f'{_PRE}.shufflenet_v2.ShuffleNetV2': 'its units concatenate and shuffle halves of the channels, and add '
