@@ -15,6 +15,7 @@ from mona_mm.checkpoint.lock import reading  # noqa: E402
 from mona_mm.checkpoint.merge import merge  # noqa: E402
 from mona_mm.frozen import averages  # noqa: E402, F401  lets averages keep the frozen part
 from mona_mm.frozen.count import count_trainable  # noqa: E402
+from mona_mm.hosts import register_host  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     'load_delta',
     'merge',
     'reading',
+    'register_host',
     'save_delta',
 ]

@@ -84,14 +84,23 @@ def is_common_in(host: str, method: str, dtype: str) -> bool:
     return dtype != 'torch.float16' or host == 'mmdet-swin' or method.startswith('mona')
 
 
-def images(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 64, 64)
+def images(batch: int = 2, size: int = 64) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size)
 
 
 def outputs(model, x, seed: int | None = None) -> list[torch.Tensor]:
+    """The tensors that a backbone returns, in order: one, or a sequence of tensors or of such sequences."""
     if seed is not None:
         torch.manual_seed(seed)
-    return list(model(x))
+    return list(_tensors_in(model(x)))
+
+
+def _tensors_in(outs):
+    if isinstance(outs, torch.Tensor):
+        yield outs
+    else:
+        for out in outs:
+            yield from _tensors_in(out)
 
 
 def load(model, state_dict) -> set[str]:
@@ -119,7 +128,7 @@ def check_names(host, method):
     assert type(model) is type(stock)
 
 
-def check_round_trip(host, method):
+def check_round_trip(host, method, size=64):
     """What one model saves, another of the same config loads strictly, and computes the same."""
     source, target = (PeftBackbone(base=host, peft=method) for _ in range(2))
     source.init_weights()
@@ -129,15 +138,15 @@ def check_round_trip(host, method):
     torch.save(source.state_dict(), file)
     file.seek(0)
     assert not load(target, torch.load(file, weights_only=True))
-    x = images()
+    x = images(size=size)
     assert_equal(outputs(source, x), outputs(target, x))
 
 
-def check_copies(model, clone, other_size=(96, 32)):
+def check_copies(model, clone, other_size=(96, 32), size=64):
     """A copy (EMA makes one) computes with its own weights and grid, and resets its own method."""
     model.init_weights()
     model.eval()
-    x = images()
+    x = images(size=size)
     expected = outputs(model, x)
     twin = clone(model)
     assert_equal(outputs(twin, x), expected)
@@ -175,11 +184,11 @@ def find_patch(model):
     return (16 if isinstance(model, VisionTransformer) else 4), math.ceil
 
 
-def check_gradients(model) -> None:
+def check_gradients(model, size=64) -> None:
     """Every parameter of the method gets a gradient, and no other parameter does."""
     model.init_weights()
     model.train()
-    sum(out.square().sum() for out in model(images())).backward()
+    sum(out.square().sum() for out in outputs(model, images(size=size))).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     required = {name for name, p in model.named_parameters() if p.requires_grad}
     assert with_gradient == required == method_names(model)

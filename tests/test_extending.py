@@ -97,37 +97,84 @@ def test_a_linear_method_merges(load_file):
         assert_near(a, b)
 
 
-VAN = dict(
-    type='mmpretrain.VAN',
-    arch=dict(embed_dims=[8, 16, 24, 32], depths=[1, 1, 1, 1], ffn_ratios=[2] * 4),
-    out_indices=(0, 1, 2, 3),
-    drop_path_rate=0.1,
-    block_cfgs=dict(layer_scale_init_value=0.5),
-)
+GATED_NET = """
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import nn
+
+
+class MLP(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class GatedBlock(nn.Module):
+    def __init__(self, channels, drop_path):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, channels), nn.GroupNorm(1, channels)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.mlp = MLP(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def gate(self, x):
+        return x * self.depthwise(x).sigmoid()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.gate(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@MODELS.register_module()
+class GatedNet(BaseModule):
+    def __init__(self, channels=16, depth=2, drop_path_rate=0.1, init_cfg=None):
+        super().__init__(init_cfg)
+        self.stem = nn.Conv2d(3, channels, 4, 4)
+        self.blocks = nn.ModuleList(GatedBlock(channels, drop_path_rate) for _ in range(depth))
+
+    def forward(self, x):
+        outs = [self.stem(x)]
+        for block in self.blocks:
+            outs.append(block(outs[-1]))
+        return tuple(outs[1:])
+"""
+
+
+@pytest.fixture
+def gated_net(load_file, tmp_path):
+    """The config of the backbone of which the page says how it is declared, after that declaration."""
+    (tmp_path / 'gated_net.py').write_text(GATED_NET)
+    importlib.import_module('gated_net')
+    load_file('gated_host.py')
+    yield dict(type='GatedNet')
+    MODELS.module_dict.pop('GatedNet')
+    sys.modules.pop('gated_net')
 
 
 @pytest.mark.parametrize('method', ['mona', 'adapter', 'adaptformer', 'lorand', 'lora-ffn'])
-def test_a_host(method, load_file, tmp_path):
-    """The file alone makes mmpretrain's VAN a host of every method that has a site there."""
-    load_file('van_host.py')
+def test_a_host(method, gated_net, tmp_path):
+    """The file alone makes a backbone a host of every method that has a site there."""
     peft = METHOD_CONFIGS[method]
-    check_method(peft, VAN, tmp_path)
+    check_method(peft, gated_net, tmp_path)
     torch.manual_seed(0)
-    model = PeftBackbone(base=VAN, peft=peft)
+    model = PeftBackbone(base=gated_net, peft=peft)
     modules = method_modules(model)
-    assert len(modules) == (4 if method == 'adaptformer' else 8)
+    assert len(modules) == (2 if method == 'adaptformer' else 4)
     x = images()
     sum(out.square().mean() for out in model(x)).backward()
     assert all(any(p.grad is not None and p.grad.any() for p in module.parameters()) for module in modules)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_a_host_without_a_method_is_stock(load_file):
+def test_a_host_without_a_method_is_stock(gated_net):
     """The forward with sites computes what the stock blocks compute."""
-    load_file('van_host.py')
     torch.manual_seed(0)
-    model = PeftBackbone(base=VAN, peft=dict(type='LoRA', rank=2, sites=['fc1']))  # begins at zero
-    stock = MODELS.build(VAN)
+    model = PeftBackbone(base=gated_net, peft=dict(type='LoRA', rank=2, sites=['fc1']))  # begins at zero
+    stock = MODELS.build(gated_net)
     stock.load_state_dict({k: v for k, v in model.state_dict().items() if '.peft.' not in k})
     x = images()
     model.eval(), stock.eval()

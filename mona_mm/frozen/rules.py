@@ -205,10 +205,13 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
     followers = {id(m) for path in moving_copies(module) for m in module.get_submodule(path).modules()}
     modules = [m for m in method_modules(module) if id(m) not in followers]
     without_effect = {id(module.get_parameter(name)) for name in behind_outputs(module)}
+    # A host may keep the statistics of its BatchNorms (norm_eval); single weights in them train all the same.
+    in_norms = {id(m) for norm in module.modules() if isinstance(norm, BATCH_NORMS) for m in norm.modules()}
     frozen_by_host = [
         m
         for m in modules
-        if not m.training or not all(p.requires_grad or id(p) in without_effect for p in m.parameters())
+        if not (m.training or id(m) in in_norms)
+        or not all(p.requires_grad or id(p) in without_effect for p in m.parameters())
     ]
     stages = getattr(module, 'frozen_stages', -1)
     if frozen_by_host or (modules and stages >= 1):

@@ -326,7 +326,10 @@ def _add_to_linear(
     call = _call_of(block)
     if call is not None:
         call.reached.update(sites)
-    x, out = args[0].movedim(channel_axis, -1), out.movedim(channel_axis, -1)
+    x = args[0]
+    if isinstance(linear, nn.Conv2d):  # of a 1x1 convolution with a stride the output is of these pixels alone
+        x = x[..., :: linear.stride[0], :: linear.stride[1]]
+    x, out = x.movedim(channel_axis, -1), out.movedim(channel_axis, -1)
     starts, branches = [], []
     for site in sites:
         channels = block.spec.linears[site].channels(out.shape[-1])

@@ -1,4 +1,4 @@
-"""ConvNeXt and ConvNeXt V2 of mmpretrain, whose blocks have one branch, and their checkpoints."""
+"""ConvNeXt, ConvNeXt V2 and EdgeNeXt of mmpretrain, whose blocks have one branch, and ConvNeXt's checkpoints."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mona_mm.hosts.block import PeftBlock
 from mona_mm.hosts.formats import END, CheckpointFormat, OwnNames, rename
-from mona_mm.hosts.host import OUTPUT_NORMS, BlockSpec, Branch, Host, register_host, separate_linears
+from mona_mm.hosts.host import OUTPUT_NORMS, BlockSpec, Branch, Host, fused_qkv, register_host, separate_linears
 
 
 class ConvNeXtBlock(PeftBlock):
@@ -51,17 +51,18 @@ def convert_convnext_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return rename(tensors, renames)
 
 
+_LINEARS = separate_linears(fc1='pointwise_conv1', fc2='pointwise_conv2')
+_BLOCK = BlockSpec(
+    cls='mmpretrain.models.backbones.convnext.ConvNeXtBlock',
+    mixin=ConvNeXtBlock,
+    linears=_LINEARS,
+    branches=dict(ffn=Branch('drop_path')),
+)
+
 register_host(
     'mmpretrain.models.backbones.convnext.ConvNeXt',
     Host(
-        specs=(
-            BlockSpec(
-                cls='mmpretrain.models.backbones.convnext.ConvNeXtBlock',
-                mixin=ConvNeXtBlock,
-                linears=separate_linears(fc1='pointwise_conv1', fc2='pointwise_conv2'),
-                branches=dict(ffn=Branch('drop_path')),
-            ),
-        ),
+        specs=(_BLOCK,),
         output_norms=OUTPUT_NORMS,
         own_names=OwnNames(
             in_blocks=rf'stages\.\d+\.\d+\.(gamma|grn\.(gamma|beta)|(depthwise_conv|norm|pointwise_conv[12])\.{END})'
@@ -80,6 +81,22 @@ register_host(
                 recognised_by=r'stages\.\d+\.blocks\.\d+\.conv_dw\.',
                 convert=convert_convnext_timm,
                 left_out=r'head\.(?!norm)',
+            ),
+        ),
+    ),
+)
+
+register_host(
+    'mmpretrain.models.backbones.edgenext.EdgeNeXt',
+    Host(
+        specs=(
+            _BLOCK,
+            # The block adds its input behind the two linears alone, so that there is no place behind the attention.
+            BlockSpec(
+                cls='mmpretrain.models.backbones.edgenext.SDTAEncoder',
+                linears={**fused_qkv('csa.qkv'), **separate_linears(proj='csa.proj'), **_LINEARS},
+                branches=dict(ffn=Branch('drop_path', call=1)),
+                layout='BCHW',
             ),
         ),
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -133,6 +134,16 @@ class GridAttribute:
         return tuple(getattr(block, self.name))
 
 
+@dataclass(frozen=True)
+class SquareGrid:
+    """The grid of a backbone whose blocks are built for as many rows as columns; it has as many tokens as the input."""
+
+    def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
+        """The grid from the number of tokens, ``(B, N, C)``, in a block's call."""
+        side = math.isqrt(args[0].shape[1])
+        return side, side
+
+
 def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -> Grid:
     """The grid in the output ``(tokens, (H, W))`` of a module; by its name, since blocks are pickled with it."""
     return tuple(output[1])
@@ -178,6 +189,8 @@ class BlockSpec:
         without: the stream sites that the block does not have.
         grid: where the grid is found; None where the layout shows it.
         uncalled: the modules of a block that are never called; the host only reads their parameters.
+        row_major: whether tokens ``(B, N, C)`` are in the order of the grid's rows. Where they are not (Hiera keeps
+            those of a window together), methods that read the grid are refused.
     """
 
     cls: str
@@ -188,11 +201,12 @@ class BlockSpec:
     layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
     mid_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     branch_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
-    grid: GridArgument | GridAttribute | GridSource | None = None
+    grid: GridArgument | GridAttribute | GridSource | SquareGrid | None = None
     has: str = ''
     width: str = ''
     without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+    row_major: bool = True
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -262,8 +276,17 @@ class Host:
         return next((spec for spec in self.specs if spec.cls == name and _has(module, spec.has)), None)
 
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
-        """The blocks of ``backbone`` by path, in order, whether or not a method has been injected."""
-        return {path: m for path, m in backbone.named_modules() if self.spec(m) is not None}
+        """The blocks of ``backbone`` by path, in order, whether or not a method has been injected.
+
+        None is within the module that shows the grid, since only the blocks behind it are on that grid.
+        """
+        sources = [
+            spec.grid.path for spec in self.specs if isinstance(spec.grid, GridSource) and not spec.grid.is_in_block
+        ]
+        before = tuple(f'{path}.' for path in sources)
+        return {
+            path: m for path, m in backbone.named_modules() if self.spec(m) is not None and not path.startswith(before)
+        }
 
     def ends_with_last_block(self, backbone: nn.Module) -> bool:
         """Whether ``out_indices`` shows that one of the outputs depends on the last block."""

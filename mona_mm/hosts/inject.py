@@ -64,8 +64,9 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
-        ConfigError: if the backbone already carries a method, or a module is at a site whose weight the host reads
-            directly and does not add to that weight.
+        ConfigError: if the backbone already carries a method, a module is at a site whose weight the host reads
+            directly and does not add to that weight, a convolution at a linear site is no linear layer of its weight,
+            or a module reads the grid of tokens that are in another order.
     """
     host = find_host(backbone)
     if method_modules(backbone):
@@ -76,6 +77,9 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
     for path, attached in modules.items():
         for site, module in attached.items():
             _check_reach(backbone, host.spec(blocks[path]), site, module)
+            _check_linear(backbone, path, host.spec(blocks[path]), site)
+            _check_order(backbone, host.spec(blocks[path]), site, module)
+    _checkpoint_blocks(backbone, blocks)
     source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
     if source is not None and not source.is_in_block:
         # A bound method would be pickled by its name, and would become the host's own forward when it is loaded.
@@ -118,6 +122,60 @@ def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Mod
         )
 
 
+_STANDARDISED = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'StdConv2dSame', 'ScaledStdConv2d', 'ScaledStdConv2dSame')
+"""The convolutions of mmcv and timm that standardise their weight before they use it."""
+
+
+def _check_linear(backbone: nn.Module, path: str, spec: BlockSpec, site: str) -> None:
+    linear = spec.linears.get(site)
+    module = backbone.get_submodule(f'{path}.{linear.module}') if linear is not None else None
+    if not isinstance(module, nn.Conv2d):
+        return
+    wrong = ''
+    if any(cls.__name__ in _STANDARDISED for cls in type(module).__mro__):
+        wrong = 'standardises its weight, so that an addition to its output is no addition to the weight'
+    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or tuple(module.padding) not in ((0, 0), ()):
+        wrong = (
+            f'has {module.groups} groups and a kernel of {module.kernel_size}: only 1x1 ones in one group are linear'
+        )
+    if wrong:
+        raise ConfigError(
+            f'{type(backbone).__name__}: {path}.{linear.module}, the convolution at {site!r}, is a '
+            f'{type(module).__name__}, which {wrong}. Leave {site!r} out of sites=[...], or use a method that maps the '
+            'stream, such as Mona.'
+        )
+
+
+def _checkpoint_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Let blocks have their own activation checkpoints where the modules around them would checkpoint them, in place.
+
+    That is the re-entrant form, in which a method gets no gradient if the input of a block requires none, as that of
+    the first one does under a frozen base.
+    """
+    around = []
+    for path, block in blocks.items():
+        parts = path.split('.')
+        parents = [backbone.get_submodule('.'.join(parts[:depth])) for depth in range(len(parts))]
+        flags = [
+            (p, flag) for p in parents for flag in ('with_cp', 'use_checkpoint') if getattr(p, flag, False) is True
+        ]
+        if flags and not hasattr(block, 'with_cp'):
+            block.with_cp = True
+            around += flags
+    for parent, flag in around:
+        setattr(parent, flag, False)
+
+
+def _check_order(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
+    if site not in spec.linears and not spec.row_major and getattr(module, 'needs_grid', True):
+        raise ConfigError(
+            f'{type(module).__name__} reads the grid of the tokens, and {spec.cls.rpartition(".")[2]} of '
+            f"{type(backbone).__name__} has them in another order than that of the grid's rows. Use a method that maps "
+            'every token alone (needs_grid = False in its class, as in Adapter, AdaptFormer and LoRand), or one at '
+            'linear layers, such as LoRA.'
+        )
+
+
 def forward_on_grid(
     backbone: nn.Module, source: GridSource, blocks: tuple[str, ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
@@ -131,7 +189,14 @@ def forward_on_grid(
         kwargs: the keyword arguments of the forward.
     """
     grid: list[Grid] = []
-    parts: dict[str, Callable] = {path: partial(_on_grid, backbone.get_submodule(path), grid) for path in blocks}
+    parts: dict[str, Any] = {}
+    for path in blocks:
+        parent, _, name = path.rpartition('.')
+        container, call = backbone.get_submodule(parent), partial(_on_grid, backbone.get_submodule(path), grid)
+        if isinstance(container, nn.ModuleList):  # which can be sliced only if it holds nothing but modules
+            parts.setdefault(parent, list(container))[int(name)] = call
+        else:
+            parts[path] = call
     parts[source.path] = partial(_remember_grid, backbone.get_submodule(source.path), source.find, grid)
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 

@@ -120,9 +120,20 @@ class SPT(Method):
         """Build the structured modules, as :meth:`mona_mm.methods.base.Method.modules` describes.
 
         Raises:
-            ConfigError: if the modules would be wider inside than the widest layer or stream that they tune, or would
-                have far more parameters than these.
+            ConfigError: if the modules would be wider inside than the widest layer or stream that they tune, would have
+                far more parameters than these, or are at a site that a block lacks.
         """
+        lacking = [
+            f'{path}.{name}'
+            for path, names in self.plan.structured.items()
+            for name in names
+            if name not in sites[path]
+        ]
+        if lacking:
+            raise ConfigError(
+                f'SPT: the plan has a {self.structured["type"]} at {lacking[0]}, and that block has no such site. Make '
+                "the plan with structured=dict(type='LoRA', rank=8), whose modules are beside the linear layers."
+            )
         chosen = {path: {name: sites[path][name] for name in names} for path, names in self.plan.structured.items()}
         if any(chosen.values()):
             name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
