@@ -108,14 +108,16 @@ def make_plan(cfg: Config) -> None:
 
 
 def spt_config(cfg: Mapping[str, Any]) -> dict | None:
-    """The ``peft=dict(type='SPT', ...)`` of a PeftBackbone anywhere in a config's model, or None."""
+    """The ``dict(type='SPT', ...)`` that a PeftBackbone anywhere in a config's model has as ``peft`` or in it, or
+    None."""
     pending = [cfg.get('model')]
     while pending:
         node = pending.pop()
         if isinstance(node, dict):
             peft = node.get('peft')
-            if isinstance(peft, dict) and is_type(peft, 'mona_mm.SPT'):
-                return peft
+            for method in peft if isinstance(peft, list | tuple) else [peft]:
+                if isinstance(method, dict) and is_type(method, 'mona_mm.SPT'):
+                    return method
             pending += node.values()
         elif isinstance(node, list | tuple):
             pending += node
@@ -132,8 +134,10 @@ def put_plan_in(cfg: Config) -> None:
         return
     plan = Plan.load(peft['plan'])
     structured = {**(peft.get('structured') or {}), **(plan.structured_config or {})}
+    sites = {block: list(of_block) for block, of_block in plan.structured.items()}
+    name = {key: value for key, value in peft.items() if key == 'name'}
     peft.clear()
-    peft.update(type='SPT', structured=structured or None, plan={b: list(s) for b, s in plan.structured.items()})
+    peft.update(type='SPT', **name, structured=structured or None, plan=sites)
 
 
 def check_options(peft: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ def check_options(peft: dict[str, Any]) -> None:
         UnknownOptionError: if an option does not exist.
         ConfigError: if a value is not accepted.
     """
-    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key != 'type'})
+    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key not in ('type', 'name')})
     check_structured(peft.get('structured'))
 
 

@@ -99,9 +99,12 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
     name = _type(backbone)
     if name == 'PeftBackbone':
         if backbone.get('peft'):
-            method = _type(backbone['peft']).lower()
+            peft = backbone['peft']
+            if isinstance(peft, list | tuple):  # several together are none of the published methods
+                return None
+            method = _type(peft).lower()
             if method == 'spt':
-                method = f'spt_{_type(_dict(backbone["peft"]).get("structured") or {}).lower()}'
+                method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
