@@ -45,7 +45,9 @@ WITH_AVERAGES = ('mona', 'adapter', 'lora-everywhere', 'bitfit', 'partial_1', 'f
             method,
             ema,
             id=f'{method}-{"ema" if ema else "plain"}',
-            marks=[] if ema and method in WITH_AVERAGES or method in ('mona', 'bitfit', 'lora-and-mona') else [pytest.mark.slow],
+            marks=[]
+            if ema and method in WITH_AVERAGES or method in ('mona', 'bitfit', 'lora-and-mona')
+            else [pytest.mark.slow],
         )
         for method in METHODS
         for ema in (False, True)

@@ -34,8 +34,8 @@ class KeptActivations:
         kept: what is kept from that block on.
         kept_before: what is kept of the blocks before it, which is more than nothing only if something else trains
             there or before them, such as a table of positions.
-        spared: what would be kept of them besides, if the gradient had to reach the input of the first block, as with a
-            method in all blocks. The activations of that method itself are not among it.
+        spared: what would be kept besides, if the gradient had to reach the input of the backbone's first block, as
+            with a method in all blocks. The activations of that method itself are not among it.
     """
 
     size: tuple[int, int]
@@ -48,7 +48,7 @@ class KeptActivations:
         """Format the numbers as a line of text, in GB of 10^9 bytes."""
         height, width = self.size
         before = f'{self.kept_before / GB:.3g} GB' if self.kept_before else 'nothing'
-        spared = f'; {self.spared / GB:.3g} GB there are not kept' if self.spared else ''
+        spared = f'; {self.spared / GB:.3g} GB more are not kept' if self.spared else ''
         return (
             f'kept for the backward pass, for one image of {height} x {width}: {self.kept / GB:.3g} GB from '
             f'{self.first} on, {before} before it{spared}'
@@ -58,8 +58,8 @@ class KeptActivations:
 def measure_activations(backbone: nn.Module, size: tuple[int, int] | None = None) -> KeptActivations | None:
     """Measure what a backbone keeps for the backward pass, if its first blocks do not train.
 
-    It runs forward on one blank image, on the device and in the form in which it trains: under the autocast that is
-    active, with activation checkpoints, with the host's faster forms. The tensors that autograd saves are counted by
+    It runs forward twice on one blank image, on the device and in the form in which it trains: under the autocast that
+    is active, with activation checkpoints, with the host's faster forms. The tensors that autograd saves are counted by
     their storage and freed soon, so that the measurement takes little more memory than a prediction. Parameters,
     buffers and what a module keeps between calls do not count. Random numbers and the statistics of BatchNorms are left
     as they are.
@@ -83,13 +83,11 @@ def measure_activations(backbone: nn.Module, size: tuple[int, int] | None = None
     try:
         x = blank_image(backbone, device, size)
         with torch.random.fork_rng(devices), torch.enable_grad(), _fixed_statistics(backbone):
-            whole = _Count.of(backbone, blocks, tuned, x, from_first=True)
-            inside = {id(p) for path in tuned for p in blocks[path].parameters()}
-            others = any(p.requires_grad and id(p) not in inside for p in backbone.parameters())
-            before = _Count.of(backbone, blocks, tuned, x, from_first=False).before if others else 0
+            actual, whole = (_Count.of(backbone, blocks, tuned, x, from_first) for from_first in (False, True))
     except Exception:  # a third-party forward may fail in any way on an image of another size, or lack memory
         return None
-    return KeptActivations(tuple(x.shape[2:]), whole.first, whole.after, before, whole.before - before)
+    spared = whole.before + whole.after - actual.before - actual.after
+    return KeptActivations(tuple(x.shape[2:]), actual.first, actual.after, actual.before, spared)
 
 
 class _Count:

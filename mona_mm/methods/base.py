@@ -304,18 +304,19 @@ class ModuleMethod(Method):
                 block, or the method is far larger than the blocks that it tunes.
         """
         names = self._sites_on(host)
-        chosen = {
-            path: {name: sites[path][name] for name in names if name in sites[path]}
-            for path in choose_blocks(self.name, self.blocks, tuple(sites))
+        possible = {
+            path: {name: of_block[name] for name in names if name in of_block} for path, of_block in sites.items()
         }
-        chosen = {path: sites_of_block for path, sites_of_block in chosen.items() if sites_of_block}
+        paths = choose_blocks(self.name, self.blocks, tuple(sites))
+        chosen = {path: possible[path] for path in paths if possible[path]}
         if not chosen:
+            which = '' if self.blocks is None else f' {show(self.blocks)}'
             raise ConfigError(
-                f'peft: {self.name}: none of blocks={show(self.blocks)} has a site {" or ".join(names)}. Choose other '
-                'blocks or sites.'
+                f'peft: {self.name}: none of the blocks{which} has a site {" or ".join(names)}. Choose other blocks or '
+                'sites.'
             )
         options = self._options_in(tuple(chosen))
-        check_widths(self.name, self.cls, options.values(), chosen)
+        check_widths(self.name, self.cls, options.values(), possible)
         plans = {
             (path, name): partial(self.cls, *site.widths, **options[path])
             for path, sites_of_block in chosen.items()
@@ -457,7 +458,7 @@ def check_widths(name: str, function: Callable, options: Iterable[Mapping[str, A
         name: the name of the method.
         function: the class or function that the options are for.
         options: the options in each block, with one width each.
-        sites: the sites that get a module.
+        sites: the sites of the backbone where the method can be.
 
     Raises:
         ConfigError: if one does.
