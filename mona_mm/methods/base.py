@@ -399,8 +399,8 @@ def _named_methods(configs: Sequence[dict[str, Any]]) -> dict[str, Method]:
         name = options.pop('name', None)
         method = build_method(options)
         if name is None:
-            count = sum(type(other) is type(method) and other.name == method.name for other in methods.values())
-            name = f'{method.name} {count + 1}' if count else method.name
+            names = (method.name, *(f'{method.name} {number}' for number in range(2, len(configs) + 1)))
+            name = next(each for each in names if each not in methods)
         if not isinstance(name, str) or not name or name in methods:
             raise ConfigError(f'peft: name={show(name)} must be a string that no other method in the list has.')
         methods[name] = method
