@@ -8,6 +8,7 @@ import torch
 from conftest import HOSTS, ROOT
 from declared_hosts import DECLARED
 from helpers import assert_equal, assert_near
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from suite import images, off_initial_values
 from torch.autograd.graph import saved_tensors_hooks
 from toy_runs import log_of
@@ -155,6 +156,22 @@ def test_nothing_is_kept_before_the_first_block(name, method, fast):
     assert saved or 'with_cp' in name, 'a checkpoint keeps its own'
     sum(out.square().sum() for out in outputs).backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == method_names(model)
+
+
+def test_the_gradients_under_mmengines_checkpoints():
+    """``activation_checkpointing`` of a config, around blocks and around a stage of them: every gradient is as without,
+    although the input of the first tuned block requires none."""
+    gradients = []
+    for modules in ([], ['stages.1.blocks.0', 'stages.2.blocks.0', 'stages.3.blocks.0']):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=BACKBONES['swin'], peft=dict(MONA, blocks='last 2'))
+        model.init_weights()
+        model.eval()
+        turn_on_activation_checkpointing(model, modules)
+        sum(out.square().sum() for out in model(images())).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == method_names(model)
+    assert_equal(gradients[1], gradients[0])
 
 
 def kept_bytes(model, x, from_first: bool) -> int:

@@ -277,7 +277,10 @@ def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:
     """The options of the method, including the defaults."""
     backbone = _dict(_dict(config.get('model')).get('backbone'))
-    peft = dict(_dict(backbone.get('peft')))
+    given = backbone.get('peft')
+    if isinstance(given, list | tuple):
+        return {'peft': [{**each, 'type': _type(each)} for each in map(_dict, given)]}
+    peft = dict(_dict(given))
     if not peft:
         return {}
     method = look_up(METHOD_CLASSES, _type(peft))
