@@ -285,6 +285,8 @@ def test_the_size_of_a_configs_images(pipeline, expected):
     assert training_size(dict(train_dataloader=dict(dataset=inner))) == (expected or (4, 4))
     padded = dict(train_dataloader=dict(dataset=inner), model=dict(data_preprocessor=dict(pad_size_divisor=32)))
     assert training_size(padded) == tuple(-(-side // 32) * 32 for side in expected or (4, 4))
+    padded['model']['data_preprocessor'] = dict(size=(518, 518))
+    assert training_size(padded) == tuple(max(side, 518) for side in expected or (4, 4))
 
 
 def test_count_params_measures(tool):

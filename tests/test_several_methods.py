@@ -136,6 +136,31 @@ def test_a_delta_never_looks_up_types_that_the_model_does_not_have(tmp_path, mon
     assert not any('evil' in name for name in looked_up)
 
 
+def test_a_resumed_run_equals_an_undisturbed_one(make_runner, tmp_path):
+    """Through mmengine's Runner, with its checkpoint of the optimizer; the delta of the end is that of both."""
+    hooks = [
+        dict(type='mona_mm.ParamFreezeHook'),
+        dict(type='mona_mm.IterationSeedHook'),
+        dict(type='mona_mm.DeltaCheckpointHook'),
+    ]
+
+    def run(epochs, folder, **options):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=[LORA, dict(MONA, blocks='last 2')])
+        runner = make_runner(model, hooks, epochs=epochs, work_dir=str(tmp_path / folder), **options)
+        runner.train()
+        return runner.model.state_dict()
+
+    whole = run(2, 'whole')
+    run(1, 'first')
+    resumed = run(2, 'second', resume=True, load_from=str(tmp_path / 'first/epoch_1.pth'))
+    assert_equal(resumed, whole)
+    deltas = [read_delta(tmp_path / folder / 'epoch_2.delta.safetensors') for folder in ('whole', 'second')]
+    assert deltas[0].header.methods == deltas[1].header.methods
+    assert deltas[0].header.methods['backbone']['type'] == 'LoRA+Mona'
+    assert_equal(deltas[0].tensors, deltas[1].tensors)
+
+
 def test_they_merge_if_each_does(base):
     model = build(base, LORA, FFN).eval()
     assert unmergeable(model) == []

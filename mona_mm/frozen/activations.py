@@ -183,14 +183,15 @@ def _fixed_statistics(backbone: nn.Module) -> Iterator[None]:
 def training_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
     """The ``(height, width)`` of the largest image that the training pipeline of a config makes; None if it tells none.
 
-    It is that of the last step that resizes or crops, rounded up as the config's data preprocessor pads.
+    It is that of the last step that resizes or crops, padded as the config's data preprocessor does.
     """
     sizes = [size for size in map(_size_after, _pipelines(cfg.get('train_dataloader') or {})) if size]
     if not sizes:
         return None
-    divisor = ((cfg.get('model') or {}).get('data_preprocessor') or {}).get('pad_size_divisor') or 1
-    height, width = sizes[-1]
-    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    preprocessor = (cfg.get('model') or {}).get('data_preprocessor') or {}
+    divisor, least = preprocessor.get('pad_size_divisor') or 1, preprocessor.get('size') or (0, 0)
+    height, width = (-(-max(pair) // divisor) * divisor for pair in zip(sizes[-1], least, strict=True))
+    return height, width
 
 
 def _pipelines(dataset: Any) -> list[list]:
