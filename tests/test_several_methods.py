@@ -10,6 +10,8 @@ from helpers import assert_equal, assert_near
 from mmengine.registry import MODELS
 from safetensors import safe_open
 from suite import images, load, off_initial_values, plan_for
+from torch.utils.data import DataLoader
+from toy_runs import Images
 
 import mona_mm
 from mona_mm import PeftBackbone, count_trainable
@@ -147,7 +149,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(make_runner, tmp_path):
     def run(epochs, folder, **options):
         torch.manual_seed(0)
         model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=[LORA, dict(MONA, blocks='last 2')])
-        runner = make_runner(model, hooks, epochs=epochs, work_dir=str(tmp_path / folder), **options)
+        options |= dict(work_dir=str(tmp_path / folder), train_dataloader=DataLoader(Images(), batch_size=2))
+        runner = make_runner(model, hooks, epochs=epochs, **options)
         runner.train()
         return runner.model.state_dict()
 
