@@ -1,5 +1,6 @@
 """Build a stock module, attach a method and freeze the rest, as ``type='mona_mm.PeftBackbone'`` in a config asks."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from mona_mm.type_names import look_up, with_names
 @checked
 def PeftBackbone(
     base: dict[str, Any],
-    peft: dict[str, Any] | None = None,
+    peft: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     trainable: Rules | None = None,
     fast: bool = True,
     compile: bool | dict[str, Any] = False,
@@ -41,7 +42,12 @@ def PeftBackbone(
 
     Args:
         base: the stock backbone's config; a ``Pretrained`` ``init_cfg`` in it may name a file of any known format.
-        peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing.
+        peft: the method and its options, ``dict(type='Mona', bottleneck=64)``; None inserts nothing. ``sites`` and
+            ``blocks`` say where it is: ``blocks='last 6'`` only in the last six blocks, so that nothing before them is
+            kept for the backward pass (see :func:`mona_mm.methods.blocks.choose_blocks`). A width may be a dict of
+            patterns of blocks, ``bottleneck={'stages.3': 128, 'default': 64}``
+            (:func:`mona_mm.methods.blocks.in_each_block`). A list of such dicts, which may each have a ``name``, is
+            several methods together, at different sites or in different blocks.
         trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.frozen.rules`. By
             default none under a method, all without one.
         fast: use the faster forms of the host's modules and of the method, which need less time and memory and compute
@@ -61,10 +67,10 @@ def PeftBackbone(
 
     Raises:
         UnsupportedHostError: if the base is not one of :data:`mona_mm.hosts.HOSTS`.
-        ConfigError: if the base or method is unknown, this host lacks the sites of the method, the method is wider than
-            the blocks, a rule selects nothing, a method's base has ``frozen_stages``, ``frozen_dtype`` is given where
-            nothing is frozen, ``cache_features`` where the features of an image change or with ``compile``, or
-            ``deploy`` with a method that has no form for inference.
+        ConfigError: if the base or method is unknown, this host lacks the sites or blocks of the method, two methods
+            are at one site, the method is wider than the blocks, a rule selects nothing, a method's base has
+            ``frozen_stages``, ``frozen_dtype`` is given where nothing is frozen, ``cache_features`` where the features
+            of an image change or with ``compile``, or ``deploy`` with a method that has no form for inference.
         UnknownOptionError: if the method does not have an option.
     """
     method = None if peft is None else build_method(peft)
@@ -131,8 +137,10 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
     return module
 
 
-def _plain_config(peft: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a method in a form that JSON can hold: its registered name, dicts, lists, strings and numbers."""
+def _plain_config(peft: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """The config of methods in a form that JSON can hold: registered names, dicts, lists, strings and numbers."""
+    if isinstance(peft, list | tuple):
+        return [_plain_config(each) for each in peft]
     return None if peft is None else {**with_names(peft), 'type': look_up(METHODS, peft['type']).__name__}
 
 

@@ -70,6 +70,7 @@ def check_options(
     options: Mapping[str, Any],
     given: Iterable[str] = (),
     more: Sequence[str] = (),
+    by_block: Iterable[str] = (),
 ) -> None:
     """Check that ``options`` are arguments of ``function``, with values that their annotations allow.
 
@@ -81,6 +82,7 @@ def check_options(
         options: the options by name.
         given: arguments that are not options, since the caller provides them.
         more: further names of options, which are not arguments of the function.
+        by_block: the options that may also be a mapping from patterns of blocks to values, each of which is checked.
 
     Raises:
         UnknownOptionError: if an option is not an argument; the message lists the arguments.
@@ -95,8 +97,17 @@ def check_options(
             hint = f' Did you mean {close[0]!r}?' if close else ''
             accepts = f'it accepts {", ".join(accepted)}' if accepted else 'it accepts none'
             raise UnknownOptionError(f'{owner} has no argument {show(name)}; {accepts}.{hint}')
-        if name in named and value is not named[name].default and not _fits(value, hints.get(name, Any)):
-            raise ConfigError(f'{owner}: {name}={show(value)} must be {_describe(hints[name])}.')
+        values = {name: value}
+        if name in by_block and isinstance(value, Mapping):
+            if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
+                raise ConfigError(
+                    f'{owner}: {name}={show(value)} must have patterns of blocks as its keys, such as '
+                    "{'stages.3': 128, 'default': 64}."
+                )
+            values = {f'{name}[{pattern!r}]': of_block for pattern, of_block in value.items()}
+        for label, each in values.items():
+            if name in named and each is not named[name].default and not _fits(each, hints.get(name, Any)):
+                raise ConfigError(f'{owner}: {label}={show(each)} must be {_describe(hints[name])}.')
 
 
 def widths(function: Callable) -> list[str]:

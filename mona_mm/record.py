@@ -29,8 +29,11 @@ class PeftRecord:
     """The changes that mona_mm has made to a module.
 
     Args:
-        method: the name of the method in the blocks of the module; None without one.
-        config: the ``peft`` of the config that the method was built from, in plain dicts, lists, strings and numbers.
+        method: the name of the method in the blocks of the module, or those of several joined by ``'+'``; None without
+            one.
+        paths: the paths in the module of what each of these methods has added, by the method's name.
+        config: the ``peft`` of the config that the method was built from, in plain dicts, lists, strings and numbers;
+            a list if there are several methods.
         freeze: the record of the module's freezing; None if it was not frozen.
         frozen_dtype: the dtype of the frozen weights, ``'bfloat16'`` or ``'float16'``; None for float32.
         feature_cache: the :class:`mona_mm.frozen.feature_cache.FeatureCache` of the module, if it keeps features.
@@ -42,7 +45,8 @@ class PeftRecord:
     """
 
     method: str | None = None
-    config: dict[str, Any] | None = None
+    paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    config: dict[str, Any] | list[dict[str, Any]] | None = None
     freeze: FreezeRecord | None = None
     frozen_dtype: str | None = None
     feature_cache: Any = None

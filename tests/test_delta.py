@@ -45,7 +45,9 @@ WITH_AVERAGES = ('mona', 'adapter', 'lora-everywhere', 'bitfit', 'partial_1', 'f
             method,
             ema,
             id=f'{method}-{"ema" if ema else "plain"}',
-            marks=[] if ema and method in WITH_AVERAGES or method in ('mona', 'bitfit') else [pytest.mark.slow],
+            marks=[]
+            if ema and method in WITH_AVERAGES or method in ('mona', 'bitfit', 'lora-and-mona')
+            else [pytest.mark.slow],
         )
         for method in METHODS
         for ema in (False, True)
@@ -879,9 +881,11 @@ MERGED = {
     'lora-bfloat16': (IN_BFLOAT16['lora-bfloat16'], True),
     'mona': (dict(peft=METHOD_CONFIGS['mona']), False),
     'adapter': (dict(peft=METHOD_CONFIGS['adapter']), False),
+    'two-loras': (dict(peft=[METHOD_CONFIGS['lora'], METHOD_CONFIGS['lora-ffn']]), True),
+    'lora-and-mona': (dict(peft=METHOD_CONFIGS['lora-and-mona']), False),
 }
 
-ALIKE = ('norm_tuning', 'fixed', 'full', 'adapter', 'lora')  # to others here
+ALIKE = ('norm_tuning', 'fixed', 'full', 'adapter', 'lora', 'two-loras')  # to others here
 
 
 @pytest.mark.parametrize(
@@ -913,7 +917,7 @@ def test_extract_and_merge(method, tmp_path, tool, capsys):
     with torch.no_grad():  # in double precision: what is left is the rounding of the merged weights
         for a, b in zip(again.double().extract_feat(x.double()), model.double().extract_feat(x.double()), strict=True):
             assert_near(a, b)
-    assert ('deploy=True' in text) == (method == 'mona')
+    assert ('deploy=True' in text) == ('mona' in method)
     if method == 'mona':
         status, out, err = tool('delta.py', 'info', delta)
         assert status == 0 and 'Mona(bottleneck=8)' in out

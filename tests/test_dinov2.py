@@ -14,6 +14,7 @@ from mona_mm.checkpoint.convert import recognise
 from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.config import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError
+from mona_mm.frozen.activations import training_size
 from mona_mm.hosts import find_host
 from mona_mm.type_names import enter_scope
 
@@ -194,6 +195,18 @@ def test_configs(task, width, depth, method):
     if 'cascade' in name:
         assert cfg.model.roi_head.bbox_roi_extractor.featmap_strides == strides
         assert cfg.model.roi_head.mask_roi_extractor.featmap_strides == strides
+
+
+def test_the_late_config():
+    """Mona in six of twelve layers, and what that does not keep for the backward pass."""
+    cfg = load_config(str(ROOT / 'configs/mona/upernet_dinov2_b_ade20k_last6.py'))
+    adapt_to_device(cfg)
+    model = build_on_meta(cfg)
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    assert {int(name.split('.')[1]) for name in trained} == set(range(6, 12))
+    count = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    assert count == 6 * 2 * ((2 * 64 + 5) * 768 + 64 * 64 + 88 * 64)
+    assert training_size(cfg) == (518, 518)
 
 
 def test_a_detector_trains_and_predicts():

@@ -203,8 +203,9 @@ def test_activation_checkpointing_is_equal(host, method):
             norm.register_forward_hook(lambda m, args, out, runs=runs: runs.append(m))
         out = outputs(model, x, seed=2)
         sum(o.square().sum() for o in out).backward()
-        blocks = len(find_host(model).blocks(model))
-        assert len(runs) == (2 if with_cp else 1) * blocks, 'every block is computed again in the backward, or none is'
+        tuned = [bool(len(block.peft)) for block in find_host(model).blocks(model).values()]
+        again = len(tuned) - tuned.index(True) if with_cp else 0
+        assert len(runs) == len(tuned) + again, 'blocks are computed again in the backward from the first tuned one on'
         results.append((out, [p.grad for p in model.parameters() if p.requires_grad]))
     assert_equal(results[0][0], results[1][0])
     assert_equal(results[0][1], results[1][1])

@@ -8,7 +8,7 @@ import pytest
 from conftest import HOSTS, ROOT
 from declared_hosts import DECLARED
 from mmengine.registry import MODELS
-from suite import COMMON, METHOD_CONFIGS
+from suite import COMMON, METHOD_CONFIGS, types
 
 from mona_mm import hosts
 from mona_mm.methods import StreamModule
@@ -20,7 +20,7 @@ BY_PLANS = {'SPT'}
 
 def uncovered_methods() -> set[str]:
     """The registered methods that the shared suite does not run over."""
-    covered = {config['type'] for config in METHOD_CONFIGS.values()} | BY_PLANS
+    covered = {name for config in METHOD_CONFIGS.values() for name in types(config)} | BY_PLANS
     return set(METHODS.module_dict) - covered
 
 

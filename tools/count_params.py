@@ -1,6 +1,8 @@
 """Count the parameters that train: python tools/count_params.py CONFIG [CONFIG ...] [--json] [--cfg-options ...]
 
-With --hosts, the tool lists the backbones that can host a method: python tools/count_params.py --hosts [--json]
+With --activations, the tool also builds each model and measures, on one image, what a backbone keeps for the backward
+pass if only its later blocks train. With --hosts, the tool lists the backbones that can host a method: python
+tools/count_params.py --hosts [--json]
 """
 
 import argparse
@@ -10,18 +12,22 @@ from dataclasses import asdict
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import MODELS
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.build import build_on_meta, freeze_by_hooks
 from mona_mm.commands.cli import add_cfg_options, run, work_dir
 from mona_mm.commands.config import load_config
 from mona_mm.commands.hosts import backbone_rows, render_hosts
 from mona_mm.commands.planning import PLAN_FILE, find_plan, spt_config
-from mona_mm.frozen.count import count_trainable
+from mona_mm.frozen.activations import KeptActivations, measure_activations, training_size
+from mona_mm.frozen.count import backbone_path, count_trainable
+from mona_mm.type_names import enter_scope
 
 
-def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """Count the parameters of a config, and return them with the text to print."""
+def count(file: str, cfg: Config, activations: bool = False) -> tuple[dict[str, Any], str]:
+    """Count the parameters of a config, and what it keeps for the backward pass; return them with the text to print."""
     counted = count_trainable(build_on_meta(cfg))
     row = dict(
         config=file,
@@ -31,7 +37,20 @@ def count(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
         backbone_total=counted.backbone_total,
         backbone_trainable=counted.backbone_trainable,
     )
-    return row, counted.table()
+    if not activations:
+        return row, counted.table()
+    kept = measure(cfg)
+    row['activations'] = kept and asdict(kept)
+    return row, f'{counted.table()}\n{kept.text() if kept else "It trains from the first block on, or in none."}'
+
+
+def measure(cfg: Config) -> KeptActivations | None:
+    """Measure what the backbone of a config keeps for the backward pass, by :func:`measure_activations`."""
+    enter_scope(cfg)
+    model = MODELS.build(cfg.model)
+    freeze_by_hooks(model, cfg)
+    backbone = model.get_submodule(backbone_path(model)).to(get_device()).train()
+    return measure_activations(backbone, training_size(cfg))
 
 
 def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
@@ -51,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Count parameters, without allocating any')
     parser.add_argument('configs', nargs='*', metavar='CONFIG', help='config files')
     parser.add_argument('--hosts', action='store_true', help='list every backbone of the libraries and its sites')
+    parser.add_argument('--activations', action='store_true', help='measure what is kept for the backward pass, too')
     parser.add_argument('--json', action='store_true', help='print a list of objects in place of tables')
     add_cfg_options(parser)
     args = parser.parse_args()
@@ -68,7 +88,7 @@ def main() -> None:
         planned = spt is None or plan is not None
         if plan is not None:
             spt.plan = plan
-        row, text = (count if planned else count_without_plan)(file, cfg)
+        row, text = count(file, cfg, args.activations) if planned else count_without_plan(file, cfg)
         rows.append(row)
         if not args.json:
             print(f'{file}\n{text}\n')

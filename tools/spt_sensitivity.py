@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import join_process_group, new_file, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data, sensitivity_split
-from mona_mm.commands.planning import PLAN_FILE
+from mona_mm.commands.planning import PLAN_FILE, spt_config
 from mona_mm.commands.sensitivity import measure
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument('--plot', metavar='DIR', help='write pictures of the sensitivity and the plan here')
     args = parser.parse_args()
     cfg = read_run_config(args)
-    backbone = cfg.model.get('backbone') or {}
-    structured = (backbone.get('peft') or {}).get('structured', dict(type='LoRA'))
+    structured = (spt_config(cfg) or {}).get('structured', dict(type='LoRA'))
     if args.structured not in (None, (structured or {}).get('type', 'none')):
         structured = None if args.structured == 'none' else dict(type=args.structured)
 

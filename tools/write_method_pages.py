@@ -195,7 +195,8 @@ def render(page: Page) -> str:
     if possible:
         also = ', '.join(f'`{site}`' for site in possible if site not in default)
         sites = ', '.join(f'`{site}`' for site in default)
-        parts += ['## Sites', f'{sites}, unless `sites` names others: also possible are {also}.']
+        where = 'In all blocks, unless `blocks` names some ([configs.md](../configs.md)).'
+        parts += ['## Sites', f'{sites}, unless `sites` names others: also possible are {also}. {where}']
     parts += ['## What trains', _trained(page)]
     merging = {
         'yes': 'It merges: after training, the backbone is a stock one again with the weights in it.',
@@ -218,7 +219,9 @@ def _options(page: Page) -> str:
     for name, parameter in inspect.signature(page.source).parameters.items():
         if name in NOT_OPTIONS:
             continue
-        value = accepted.get(name, '') + (', at most the widest block' if name in narrow else '')
+        value = accepted.get(name, '')
+        if name in narrow:
+            value += ', at most the widest block; or a dict of patterns of blocks'
         described = name if name in page.arguments else described
         meaning = to_markdown(page.arguments[name]) if name in page.arguments else f'see `{described}`'
         rows.append([f'`{name}`', f'`{parameter.default!r}`', value.replace('|', '\\|'), meaning.replace('|', '\\|')])

@@ -32,7 +32,8 @@ from mona_mm.registry import METHODS
 from mona_mm.version import __version__
 
 # Options of a method that may differ, since they change neither its weights nor its outputs in evaluation.
-_FREE_OPTIONS = ('dropout', 'plan')
+# The names of its tensors tell in which blocks a method is, and `name` is for messages.
+_FREE_OPTIONS = ('dropout', 'plan', 'blocks', 'name')
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
@@ -346,8 +347,9 @@ def _check_method(model: nn.Module, delta: Delta) -> None:
     )
 
 
-def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    return {path: method.get('type') for path, method in methods.items()}
+def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The types of the methods in every module of a description, by path and in order of the alphabet."""
+    return {path: sorted(type_ or '' for type_, _ in _parts(method)) for path, method in methods.items()}
 
 
 def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -372,7 +374,11 @@ def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _method_of(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    options = dict(record_of(module).config or {})
+    """The type and options of a module's method; of several, their types joined by ``'+'`` and all their configs."""
+    config = record_of(module).config
+    if isinstance(config, list) and len(config) > 1:
+        return '+'.join(method['type'] for method in config), dict(methods=config)
+    options = dict((config[0] if isinstance(config, list) else config) or {})
     return options.pop('type', None), options
 
 
@@ -383,7 +389,21 @@ def _frozen_type(module: nn.Module) -> dict[str, str]:
 
 def _resolved(described: Mapping[str, Any]) -> Any:
     """A description with the method's defaults filled in, so that a default equals an option that is left out."""
-    type_ = described.get('type')
+    parts = [_resolved_part(type_, options) for type_, options in _parts(described)]
+    return sorted(parts, key=repr), sorted(described.get('trainable', []))
+
+
+def _parts(described: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
+    """The type and options of every method of a description, which may come from a file."""
+    type_, options = described.get('type'), described.get('options', {})
+    methods = options.get('methods') if '+' in (type_ or '') else None
+    if not isinstance(methods, list) or not all(isinstance(each, dict) for each in methods):
+        return [(type_, options)]
+    return [(str(each.get('type')), {k: v for k, v in each.items() if k != 'type'}) for each in methods]
+
+
+def _resolved_part(type_: str | None, given: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The type and all options of one method that bear on its weights and outputs."""
     method = METHODS.get(type_) if type_ else None
     defaults = {}
     if method is not None:
@@ -391,11 +411,11 @@ def _resolved(described: Mapping[str, Any]) -> Any:
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         if isinstance(getattr(method, 'sites', None), tuple):  # False for a Method without fixed sites
             defaults['sites'] = sorted(method.sites)
-    options = {**defaults, **described.get('options', {})}
+    options = {**defaults, **given}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'], key=str)
     options = {name: _with_lists(value) for name, value in options.items() if name not in _FREE_OPTIONS}
-    return type_, options, sorted(described.get('trainable', []))
+    return type_, options
 
 
 def _with_lists(value: Any) -> Any:

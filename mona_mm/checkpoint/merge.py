@@ -1,6 +1,6 @@
 """Merge methods that add to weights into the weights of their base."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -320,7 +320,9 @@ def _set_deploy(node: Any) -> None:
         _set_deploy(value)
 
 
-def _has_deploy_form(peft: Mapping[str, Any] | None) -> bool:
+def _has_deploy_form(peft: Any) -> bool:
+    if isinstance(peft, list | tuple):
+        return any(map(_has_deploy_form, peft))
     method = look_up(METHODS, (peft or {}).get('type'))
     if is_type(peft, 'mona_mm.SPT'):  # its modules may be those of Mona
         method = look_up(METHODS, (peft.get('structured') or {}).get('type'))

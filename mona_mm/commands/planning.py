@@ -50,7 +50,7 @@ def require_plan(cfg: Config, folders: tuple[str, ...]) -> None:
     if found is None:
         raise MissingFileError(
             f'The plan of this SPT config is missing: there is no {PLAN_FILE} in {" or ".join(folders)}. Training has '
-            'written it to its work dir; name it with --cfg-options model.backbone.peft.plan=/path/to/it'
+            f'written it to its work dir; name it with --cfg-options {_path(cfg)}.plan=/path/to/it'
         )
     peft.plan = found
 
@@ -81,7 +81,7 @@ def make_plan(cfg: Config) -> None:
     if peft.get('budget') is None:
         missing = f'there is no {named}' if named else 'this config names no plan'
         raise ConfigError(
-            f'SPT: {missing}, and no budget to make one for. Set one with --cfg-options model.backbone.peft.budget=0.5%'
+            f'SPT: {missing}, and no budget to make one for. Set one with --cfg-options {_path(cfg)}.budget=0.5%'
         )
     request = _request(cfg)
     parse_budget(request['budget'], 1 << 62)
@@ -108,14 +108,16 @@ def make_plan(cfg: Config) -> None:
 
 
 def spt_config(cfg: Mapping[str, Any]) -> dict | None:
-    """The ``peft=dict(type='SPT', ...)`` of a PeftBackbone anywhere in a config's model, or None."""
+    """The ``dict(type='SPT', ...)`` that a PeftBackbone anywhere in a config's model has as ``peft`` or in it, or
+    None."""
     pending = [cfg.get('model')]
     while pending:
         node = pending.pop()
         if isinstance(node, dict):
             peft = node.get('peft')
-            if isinstance(peft, dict) and is_type(peft, 'mona_mm.SPT'):
-                return peft
+            for method in peft if isinstance(peft, list | tuple) else [peft]:
+                if isinstance(method, dict) and is_type(method, 'mona_mm.SPT'):
+                    return method
             pending += node.values()
         elif isinstance(node, list | tuple):
             pending += node
@@ -132,8 +134,10 @@ def put_plan_in(cfg: Config) -> None:
         return
     plan = Plan.load(peft['plan'])
     structured = {**(peft.get('structured') or {}), **(plan.structured_config or {})}
+    sites = {block: list(of_block) for block, of_block in plan.structured.items()}
+    name = {key: value for key, value in peft.items() if key == 'name'}
     peft.clear()
-    peft.update(type='SPT', structured=structured or None, plan={b: list(s) for b, s in plan.structured.items()})
+    peft.update(type='SPT', **name, structured=structured or None, plan=sites)
 
 
 def check_options(peft: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ def check_options(peft: dict[str, Any]) -> None:
         UnknownOptionError: if an option does not exist.
         ConfigError: if a value is not accepted.
     """
-    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key != 'type'})
+    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key not in ('type', 'name')})
     check_structured(peft.get('structured'))
 
 
@@ -167,12 +171,20 @@ def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
         if parse_budget(request['budget'], plan.architecture.parameters) == made.get('budget_parameters'):
             made['budget'] = request['budget']
     wanted['seed'] = (cfg.get('randomness') or {}).get('seed') or 0
-    advice = 'Train in another --work-dir, or name the plan to use with --cfg-options model.backbone.peft.plan=/path'
+    advice = f'Train in another --work-dir, or name the plan to use with --cfg-options {_path(cfg)}.plan=/path'
     for key, value in wanted.items():
         if value != made.get(key):
             raise ConfigError(f'{file} is a plan for {key}={made.get(key)}, but this config has {value}. {advice}')
     if config_fingerprint(cfg) != made.get('config_fingerprint'):
         raise ConfigError(f'{file} was measured with another model or other data than those of this config. {advice}')
+
+
+def _path(cfg: Config) -> str:
+    """The path of SPT's options in a config, for ``--cfg-options``."""
+    peft = (cfg.model.get('backbone') or {}).get('peft')
+    if not isinstance(peft, list | tuple):
+        return 'model.backbone.peft'
+    return f'model.backbone.peft.{next(i for i, method in enumerate(peft) if is_type(method, "mona_mm.SPT"))}'
 
 
 def _say(message: str) -> None:

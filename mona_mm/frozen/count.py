@@ -95,7 +95,12 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     name = '+'.join(map(published_name, record.freeze.rules)) if record.freeze else None
     if method:
         name = record.method or type(method_modules(backbone)[0]).__name__
-        parts.append(_count(f'method ({name})', method.values()))
+        for part, paths in (record.paths if len(record.paths) > 1 else {}).items():
+            own = {id(p): p for path in paths for p in backbone.get_submodule(path).parameters() if id(p) in method}
+            parts.append(_count(f'method ({part})', own.values()))
+            method = {key: p for key, p in method.items() if key not in own}
+        if method:
+            parts.append(_count(f'method ({name})', method.values()))
     backbone_parts = tuple(parts)
     if backbone is not model:
         parts += [count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]

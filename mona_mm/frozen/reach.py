@@ -41,12 +41,9 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
         ).requires_grad_(name in trains)
         for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
     }
-    channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
-    size = getattr(backbone, 'img_size', None) or _SIDE
-    size = tuple(size) if isinstance(size, list | tuple) else (size, size)
     try:
         with _deterministic(backbone), torch.enable_grad():
-            outputs = functional_call(backbone, state, torch.empty(1, channels, *size, device='meta'))
+            outputs = functional_call(backbone, state, blank_image(backbone, 'meta'))
             total = sum(output.sum() for output in _tensors_in(outputs) if output.requires_grad)
             if not isinstance(total, Tensor):
                 return trains
@@ -55,6 +52,13 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
     except Exception:  # a third-party forward may fail in any way on tensors without values
         return set()
     return {name for name, gradient in zip(trains, gradients, strict=True) if gradient is None}
+
+
+def blank_image(backbone: nn.Module, device: str | torch.device, size: tuple[int, int] | None = None) -> Tensor:
+    """An image ``(1, channels, height, width)`` of zeros, by default of the size of a backbone's configuration."""
+    channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    size = size or getattr(backbone, 'img_size', None) or _SIDE
+    return torch.zeros(1, channels, *(size if isinstance(size, list | tuple) else (size, size)), device=device)
 
 
 @contextmanager

@@ -1,21 +1,23 @@
 """Freeze parameters, report which ones train, and check that the frozen weights do not change."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
 from mona_mm.compat.runner import trains
 from mona_mm.errors import FreezeError
+from mona_mm.frozen.activations import measure_activations, training_size
 from mona_mm.frozen.averages import differing_frozen, keep_frozen_part
 from mona_mm.frozen.copies import alike, moving_copies
-from mona_mm.frozen.count import count_trainable
+from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.frozen.rules import Rules, behind_outputs, check_trainable, freeze, select
 from mona_mm.hosts import method_names
 from mona_mm.nn.digest import digests
@@ -98,7 +100,8 @@ class ParamFreezeHook(Hook):
         count = count_trainable(model)
         if not count.trainable:
             raise FreezeError('No parameter of the model trains. Choose a method, or other `trainable` rules.')
-        print_log(f'What trains:\n{count.table()}', logger='current')
+        kept = _kept_activations(runner, model)
+        print_log(f'What trains:\n{count.table()}{kept}', logger='current')
         self._digests = frozen_digests(model)
         self._followers = None
         self._copies, self._seen = {}, WeakSet()
@@ -189,6 +192,14 @@ class ParamFreezeHook(Hook):
                 f'{len(changed)} parameters {problem} during training: {", ".join(changed[:5])}. Other code writes to '
                 'them without the optimizer, or has changed requires_grad after the model was built.'
             )
+
+
+def _kept_activations(runner: Runner, model: nn.Module) -> str:
+    """A line on what the backbone does not keep for the backward pass; empty if it trains from the first block on."""
+    wrapper = runner.optim_wrapper
+    with wrapper.optim_context(model) if isinstance(wrapper, OptimWrapper) else nullcontext():
+        kept = measure_activations(model.get_submodule(backbone_path(model)), training_size(runner.cfg))
+    return f'\n{kept.text()}' if kept else ''
 
 
 def _is_averaged(module: nn.Module, path: str = '') -> bool:

@@ -65,7 +65,7 @@ from mona_mm.hosts.host import (
     separate_linears,
 )
 from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
-from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names
+from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names, method_paths
 
 __all__ = [
     'HOSTS',
@@ -94,6 +94,7 @@ __all__ = [
     'make_fast',
     'method_modules',
     'method_names',
+    'method_paths',
     'modules_beside_linears',
     'position_table_names',
     'recomputed_names',

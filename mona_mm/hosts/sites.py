@@ -18,6 +18,11 @@ def method_modules(model: nn.Module) -> list[nn.Module]:
     return [child for m in model.modules() if isinstance(m, PeftModules) for child in m.values()]
 
 
+def method_paths(model: nn.Module) -> list[str]:
+    """The paths of the modules that a method added to ``model``."""
+    return [f'{path}.{name}' for path, m in model.named_modules() if isinstance(m, PeftModules) for name in m._modules]
+
+
 def method_names(model: nn.Module) -> set[str]:
     """The state-dict names of everything that a method added to ``model``."""
     return {

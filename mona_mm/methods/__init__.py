@@ -2,7 +2,7 @@
 
 from mona_mm.methods.adapter import Adapter
 from mona_mm.methods.adaptformer import AdaptFormer
-from mona_mm.methods.base import LinearModule, Method, StreamModule, build_method, deploy
+from mona_mm.methods.base import LinearModule, Method, MethodGroup, StreamModule, build_method, deploy
 from mona_mm.methods.lora import LoRA
 from mona_mm.methods.lorand import LoRand
 from mona_mm.methods.mona import Mona
@@ -14,6 +14,7 @@ __all__ = [
     'LoRA',
     'LoRand',
     'Method',
+    'MethodGroup',
     'Mona',
     'StreamModule',
     'build_method',

@@ -2,8 +2,9 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ from mona_mm.hosts import (
     Grid,
     Host,
     PeftModules,
-    Site,
     Sites,
     StockLinear,
     find_host,
     inject,
+    method_paths,
     modules_beside_linears,
     sites_of,
 )
+from mona_mm.methods.blocks import choose_blocks, in_each_block
 from mona_mm.nn.meta import meta_device
 from mona_mm.nn.tracing import is_hooked
 from mona_mm.options import check_options, show
@@ -154,16 +156,40 @@ class Method:
         """The rules of :mod:`mona_mm.frozen.rules` that select the parameters of the base that the method trains."""
         return ()
 
+    @property
+    def parts(self) -> 'Mapping[str, Method]':
+        """The methods that this one consists of, by name: itself, unless it is a :class:`MethodGroup`."""
+        return {self.name: self}
+
     def attach(self, backbone: nn.Module) -> None:
         """Attach the method to a supported backbone, in place.
 
         Raises:
             UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
-            ConfigError: if the backbone already carries a method, or this method cannot attach to such a host.
+            ConfigError: if the backbone already carries a method, this method cannot attach to such a host, or two
+                parts of it are at one site of a block.
         """
-        inject(backbone, self.modules(find_host(backbone), sites_of(backbone)))
-        make_record(backbone).method = self.name
+        for method in self.parts.values():
+            method.prepare(backbone)
+        host, sites = find_host(backbone), sites_of(backbone)
+        modules = {name: method.modules(host, sites) for name, method in self.parts.items()}
+        inject(backbone, _united(modules))
+        record = make_record(backbone)
+        record.method = self.name
         start_from_base(backbone)
+        for name, method in self.parts.items():
+            others = set(method_paths(backbone))
+            method.complete(backbone)
+            record.paths[name] = (
+                *(f'{path}.peft.{site}' for path, of_block in modules[name].items() for site in of_block),
+                *(path for path in method_paths(backbone) if path not in others),
+            )
+
+    def prepare(self, backbone: nn.Module) -> None:
+        """Make ready for a backbone, before any method is in it."""
+
+    def complete(self, backbone: nn.Module) -> None:
+        """Add to the backbone what is not a module at a site, after the modules are attached."""
 
     def check_base(self, backbone: nn.Module) -> None:
         """Raise a UserError if the method does not fit the base, which holds the weights that training starts from."""
@@ -179,6 +205,54 @@ class Method:
             ConfigError: if the method cannot attach to such a host.
         """
         raise NotImplementedError
+
+
+def _united(modules: Mapping[str, Mapping[str, Mapping[str, nn.Module]]]) -> dict[str, dict[str, nn.Module]]:
+    """Unite the modules of several methods, given by the method's name, the path of a block and a site."""
+    united: dict[str, dict[str, nn.Module]] = {}
+    holders: dict[tuple[str, str], str] = {}
+    for name, of_method in modules.items():
+        for path, of_block in of_method.items():
+            for site, module in of_block.items():
+                other = holders.setdefault((path, site), name)
+                if other != name:
+                    raise ConfigError(
+                        f'peft: {other} and {name} are both at {site!r} of the block {path}, where only one can be. '
+                        'Give one of them other `sites` or `blocks`.'
+                    )
+                united.setdefault(path, {})[site] = module
+    return united
+
+
+@dataclass(frozen=True)
+class MethodGroup(Method):
+    """Several methods in one backbone, at different sites or in different blocks.
+
+    Args:
+        methods: the methods, by name.
+    """
+
+    methods: Mapping[str, Method]
+
+    @property
+    def name(self) -> str:
+        """The names of the methods, joined by ``'+'``."""
+        return '+'.join(self.methods)
+
+    @property
+    def parts(self) -> Mapping[str, Method]:
+        """The methods, by name."""
+        return self.methods
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The rules of all methods."""
+        return tuple(dict.fromkeys(rule for method in self.parts.values() for rule in method.trainable))
+
+    def check_base(self, backbone: nn.Module) -> None:
+        """See :meth:`Method.check_base`."""
+        for method in self.parts.values():
+            method.check_base(backbone)
 
 
 def start_from_base(backbone: nn.Module) -> None:
@@ -206,16 +280,19 @@ def deploy(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ModuleMethod(Method):
-    """A :class:`PeftModule` at the same sites of every block.
+    """A :class:`PeftModule` at the same sites of every block, or of some blocks.
 
     Args:
         cls: the class of its modules.
         sites: the sites that the config names; None for those of ``cls.sites`` that the host has.
-        options: the arguments of ``cls`` from the config.
+        blocks: the blocks that the config names, see :func:`mona_mm.methods.blocks.choose_blocks`; None for all.
+        options: the arguments of ``cls`` from the config. A :data:`~mona_mm.options.Width` may be a mapping from
+            patterns of blocks to widths, see :func:`mona_mm.methods.blocks.in_each_block`.
     """
 
     cls: type[PeftModule]
     sites: tuple[str, ...] | None
+    blocks: Any
     options: dict[str, Any]
 
     @property
@@ -227,20 +304,41 @@ class ModuleMethod(Method):
         """See :meth:`Method.modules`.
 
         Raises:
-            ConfigError: if the host lacks the sites, or an inner width of the method exceeds the widest block, or the
-                method is far larger than the blocks that it tunes.
+            ConfigError: if the host lacks the sites or blocks, or an inner width of the method exceeds the widest
+                block, or the method is far larger than the blocks that it tunes.
         """
         names = self._sites_on(host)
-        chosen = {
-            path: {name: sites_of_block[name] for name in names if name in sites_of_block}
-            for path, sites_of_block in sites.items()
+        possible = {
+            path: {name: of_block[name] for name in names if name in of_block} for path, of_block in sites.items()
         }
-        check_widths(self.name, self.cls, self.options, chosen)
-        check_size(self.name, sites, chosen, lambda name, site: self.cls(*site.widths, **self.options))
-        return {
-            path: {name: self.cls(*site.widths, **self.options) for name, site in sites_of_block.items()}
+        paths = choose_blocks(self.name, self.blocks, tuple(sites))
+        chosen = {path: possible[path] for path in paths if possible[path]}
+        if not chosen:
+            which = '' if self.blocks is None else f' {show(self.blocks)}'
+            raise ConfigError(
+                f'peft: {self.name}: none of the blocks{which} has a site {" or ".join(names)}. Choose other blocks or '
+                'sites.'
+            )
+        options = self._options_in(tuple(chosen))
+        check_widths(self.name, self.cls, options.values(), possible)
+        plans = {
+            (path, name): partial(self.cls, *site.widths, **options[path])
             for path, sites_of_block in chosen.items()
+            for name, site in sites_of_block.items()
         }
+        alike = {(path, name): (chosen[path][name], _widths_in(self.cls, options[path])) for path, name in plans}
+        check_size(self.name, chosen, [(alike[key], build) for key, build in plans.items()])
+        return {path: {name: plans[path, name]() for name in chosen[path]} for path in chosen}
+
+    def _options_in(self, paths: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+        """The options in each block, by path."""
+        of_option = {
+            option: in_each_block(self.name, option, value, paths)
+            if option in width_options(self.cls)
+            else dict.fromkeys(paths, value)
+            for option, value in self.options.items()
+        }
+        return {path: {option: values[path] for option, values in of_option.items()} for path in paths}
 
     def _sites_on(self, host: Host) -> tuple[str, ...]:
         sites = self.sites or tuple(site for site in self.cls.sites if site in host.sites)
@@ -255,16 +353,21 @@ class ModuleMethod(Method):
         return sites
 
 
-def build_method(cfg: dict[str, Any]) -> Method:
-    """Resolve ``peft=dict(type=..., sites=..., **options)`` of a config.
+def build_method(cfg: dict[str, Any] | Sequence[dict[str, Any]]) -> Method:
+    """Resolve ``peft=dict(type=..., sites=..., blocks=..., **options)`` of a config, or a list of such dicts.
+
+    Each dict of a list may have a ``name``, by which the method is counted and called in messages; by default it is the
+    method's own.
 
     Raises:
         ConfigError: if ``type`` is missing or not a registered method, the method cannot attach at a site (the error
-            lists the possible ones), or the value of an option is not accepted.
+            lists the possible ones), the value of an option is not accepted, or two methods have one name.
         UnknownOptionError: if an option is not one of the method's arguments (the error lists them).
     """
+    if isinstance(cfg, list | tuple) and cfg and all(isinstance(each, dict) for each in cfg):
+        return MethodGroup(_named_methods(cfg))
     if not isinstance(cfg, dict):
-        raise ConfigError(f"peft={show(cfg)} must be a dict, such as dict(type='Mona').")
+        raise ConfigError(f"peft={show(cfg)} must be a dict, such as dict(type='Mona'), or a list of such dicts.")
     options = dict(cfg)
     given_type = options.pop('type', None)
     method = look_up(METHODS, given_type)
@@ -273,10 +376,39 @@ def build_method(cfg: dict[str, Any]) -> Method:
             f'peft={show(cfg)}: unknown method {show(given_type)}; methods are '
             f'{", ".join(sorted(METHODS.module_dict))}.'
         )
-    is_module = issubclass(method, PeftModule)
-    sites = _chosen_sites(method, options.pop('sites', None)) if is_module else None
-    check_options(f'peft: {method.__name__}', method, options, given=NOT_OPTIONS, more=['sites'] if is_module else [])
-    return ModuleMethod(method, sites, options) if is_module else method(**options)
+    if not issubclass(method, PeftModule):
+        if 'blocks' in options and 'blocks' not in inspect.signature(method).parameters:
+            raise ConfigError(
+                f'peft: {method.__name__} itself decides in which blocks it trains something, so it has no `blocks`.'
+            )
+        check_options(f'peft: {method.__name__}', method, options, given=NOT_OPTIONS)
+        return method(**options)
+    sites, blocks = _chosen_sites(method, options.pop('sites', None)), options.pop('blocks', None)
+    check_options(
+        f'peft: {method.__name__}',
+        method,
+        options,
+        given=NOT_OPTIONS,
+        more=['sites', 'blocks'],
+        by_block=width_options(method),
+    )
+    return ModuleMethod(method, sites, blocks, options)
+
+
+def _named_methods(configs: Sequence[dict[str, Any]]) -> dict[str, Method]:
+    """The methods of a list of configs, by name. A second one without a name gets a number behind its own."""
+    methods: dict[str, Method] = {}
+    for config in configs:
+        options = dict(config)
+        name = options.pop('name', None)
+        method = build_method(options)
+        if name is None:
+            names = (method.name, *(f'{method.name} {number}' for number in range(2, len(configs) + 1)))
+            name = next(each for each in names if each not in methods)
+        if not isinstance(name, str) or not name or name in methods:
+            raise ConfigError(f'peft: name={show(name)} must be a string that no other method in the list has.')
+        methods[name] = method
+    return methods
 
 
 def _chosen_sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | None:
@@ -291,27 +423,26 @@ def _chosen_sites(method: type[PeftModule], given: Any) -> tuple[str, ...] | Non
     return sites
 
 
-def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Site], nn.Module]) -> None:
+def check_size(name: str, sites: Sites, modules: Iterable[tuple[Hashable, Callable[[], nn.Module]]]) -> None:
     """Check that a method has at most :data:`LARGEST_SHARE` times the parameters of the blocks that it tunes.
 
     The modules are counted on the meta device, before any memory is taken.
 
     Args:
         name: the name of the method.
-        sites: the sites of the blocks.
-        chosen: the sites that get a module.
-        build: a function of a site's name and the site that builds its module.
+        sites: the sites of the blocks that it tunes.
+        modules: of every module, a key that only modules of the same size share, and a function that builds it.
 
     Raises:
         ConfigError: if the method is larger.
     """
     tuned = sum(next(iter(sites_of_block.values())).block_size for sites_of_block in sites.values() if sites_of_block)
-    counts = Counter(item for sites_of_block in chosen.values() for item in sites_of_block.items())
-    total = 0
-    for (site_name, site), count in counts.items():
+    modules = list(modules)
+    builders, total = dict(modules), 0
+    for key, count in Counter(key for key, _ in modules).items():
         try:
             with meta_device():
-                module = build(site_name, site)
+                module = builders[key]()
         except UserError:
             raise
         except Exception:  # a third-party module that computes with values cannot be counted on the meta device
@@ -324,16 +455,29 @@ def check_size(name: str, sites: Sites, chosen: Sites, build: Callable[[str, Sit
             )
 
 
-def check_widths(name: str, function: Callable, options: Mapping[str, Any], sites: Sites) -> None:
-    """Check that no :data:`~mona_mm.options.Width` among ``options`` exceeds the widest block.
+def check_widths(name: str, function: Callable, options: Iterable[Mapping[str, Any]], sites: Sites) -> None:
+    """Check that no :data:`~mona_mm.options.Width` exceeds the widest block.
+
+    Args:
+        name: the name of the method.
+        function: the class or function that the options are for.
+        options: the options in each block, with one width each.
+        sites: the sites of the backbone where the method can be.
 
     Raises:
         ConfigError: if one does.
     """
     widest = max(max(site.widths) for sites_of_block in sites.values() for site in sites_of_block.values())
-    for option in width_options(function):
-        value = options.get(option, inspect.signature(function).parameters[option].default)
-        if value > widest:
-            raise ConfigError(
-                f'{name}: {option}={value} must be at most {widest}, the width of the widest block of this backbone.'
-            )
+    for in_block in options:
+        for option, value in _widths_in(function, in_block):
+            if value > widest:
+                raise ConfigError(
+                    f'{name}: {option}={value} must be at most {widest}, the width of the widest block of this '
+                    'backbone.'
+                )
+
+
+def _widths_in(function: Callable, options: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """The name and value of every :data:`~mona_mm.options.Width` of a function, with defaults filled in."""
+    parameters = inspect.signature(function).parameters
+    return tuple((option, options.get(option, parameters[option].default)) for option in width_options(function))

@@ -99,9 +99,12 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
     name = _type(backbone)
     if name == 'PeftBackbone':
         if backbone.get('peft'):
-            method = _type(backbone['peft']).lower()
+            peft = backbone['peft']
+            if isinstance(peft, list | tuple):  # several together are none of the published methods
+                return None
+            method = _type(peft).lower()
             if method == 'spt':
-                method = f'spt_{_type(_dict(backbone["peft"]).get("structured") or {}).lower()}'
+                method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
@@ -274,7 +277,10 @@ def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:
     """The options of the method, including the defaults."""
     backbone = _dict(_dict(config.get('model')).get('backbone'))
-    peft = dict(_dict(backbone.get('peft')))
+    given = backbone.get('peft')
+    if isinstance(given, list | tuple):
+        return {'peft': [{**each, 'type': _type(each)} for each in map(_dict, given)]}
+    peft = dict(_dict(given))
     if not peft:
         return {}
     method = look_up(METHOD_CLASSES, _type(peft))

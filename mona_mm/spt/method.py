@@ -1,6 +1,7 @@
 """The SPT method: structured modules, whole vectors and single weights where the task is sensitive."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -89,12 +90,14 @@ class SPT(Method):
         """The names of the vectors of the plan that train as a whole, apart from those inside a fused parameter."""
         return tuple(name for name, rows in self.plan.vectors if rows is None)
 
-    def attach(self, backbone: nn.Module) -> None:
-        """Add the structured modules and the deltas of single weights to a backbone of the plan's architecture."""
+    def prepare(self, backbone: nn.Module) -> None:
+        """Check that a backbone has the plan's architecture."""
         if self.plan is None:
             self.plan = Plan(Architecture.of(backbone), self.structured, self._sites, (), {})
         self.plan.check(backbone)
-        super().attach(backbone)
+
+    def complete(self, backbone: nn.Module) -> None:
+        """Add the deltas of single weights to a backbone."""
         for name, indices in self._single_weights(backbone).items():
             path, _, parameter = name.rpartition('.')
             attach_sparse(backbone.get_submodule(path), indices, parameter)
@@ -137,8 +140,9 @@ class SPT(Method):
         chosen = {path: {name: sites[path][name] for name in names} for path, names in self.plan.structured.items()}
         if any(chosen.values()):
             name, options = f'SPT: structured {self.structured["type"]}', dict(self.structured)
-            check_widths(name, STRUCTURED[options['type']], options, chosen)
-            check_size(name, sites, chosen, self._module)
+            check_widths(name, STRUCTURED[options['type']], [options], chosen)
+            modules = [item for sites_of_block in chosen.values() for item in sites_of_block.items()]
+            check_size(name, sites, [(item, partial(self._module, *item)) for item in modules])
         return {path: {name: self._module(name, sites[path][name]) for name in names} for path, names in chosen.items()}
 
     def _module(self, name: str, site: Site) -> nn.Module:

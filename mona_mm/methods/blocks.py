@@ -1,0 +1,134 @@
+"""Choose the blocks that a method is in, and its width in each of them.
+
+A *pattern* is the path of a block or of a module around it (``'stages.3'`` matches every block in the fourth stage), in
+which ``*``, ``?`` and ``[...]`` stand for other characters as in names of files (``'stages.[23].blocks.0'``).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mona_mm.errors import ConfigError
+from mona_mm.options import show
+
+DEFAULT = 'default'
+"""The key, among patterns, of the value in every block that no pattern matches."""
+
+_LAST = re.compile(r'last +([0-9]+)')
+_SLICE = re.compile(r'(-?[0-9]+)?:(-?[0-9]+)?(?::([0-9]+))?')
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern is that of a block's path or of a module around the block."""
+    parts = path.split('.')
+    return any(fnmatchcase('.'.join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
+
+
+def choose_blocks(name: str, blocks: Any, paths: Sequence[str]) -> tuple[str, ...]:
+    """The paths that the option ``blocks`` of a method names, in the order of the backbone.
+
+    Args:
+        name: the name of the method, for messages.
+        blocks: ``'last 6'``, a slice over all blocks in their order (``'4:'``, ``':-2'``), a pattern, or a list of
+            indices and patterns; None for all blocks.
+        paths: the paths of the backbone's blocks, in order.
+
+    Raises:
+        ConfigError: if it is none of these, or names a block that the backbone does not have, or none at all.
+    """
+    if blocks is None:
+        return tuple(paths)
+    given = [blocks] if isinstance(blocks, str) else list(blocks) if isinstance(blocks, list | tuple) else []
+    if not given or not all(_is_entry(entry) for entry in given):
+        raise ConfigError(
+            f"peft: {name}: blocks={show(blocks)} must be 'last 6', a slice such as '4:', a pattern of paths such as "
+            "'stages.3', or a list of indices and patterns."
+        )
+    chosen: set[int] = set()
+    for entry in given:
+        found = _positions(name, entry, paths)
+        if not found:
+            raise ConfigError(
+                f'peft: {name}: blocks={show(blocks)} selects none of the {len(paths)} blocks, which are {paths[0]} '
+                f'(0) to {paths[-1]} ({len(paths) - 1}).'
+            )
+        chosen.update(found)
+    return tuple(paths[index] for index in sorted(chosen))
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, int | str) and not isinstance(entry, bool) and entry != ''
+
+
+def _positions(name: str, entry: int | str, paths: Sequence[str]) -> list[int]:
+    """The positions of the blocks that one entry of ``blocks`` names."""
+    count, positions = len(paths), range(len(paths))
+    last = _LAST.fullmatch(entry) if isinstance(entry, str) else None
+    if isinstance(entry, int) or last:
+        index = entry if last is None else -int(last[1])
+        if not -count <= index < count:
+            raise ConfigError(
+                f'peft: {name}: blocks has {show(entry)}, but this backbone has {count} blocks, {paths[0]} (0) to '
+                f'{paths[-1]} ({count - 1}).'
+            )
+        return [positions[index]] if last is None else list(positions[index:] if index else ())
+    part = _SLICE.fullmatch(entry)
+    if part:
+        start, stop, step = (None if number is None else int(number) for number in part.groups())
+        return list(positions[start : stop : step or None])
+    found = [position for position, path in zip(positions, paths, strict=True) if matches(entry, path)]
+    if not found:
+        raise ConfigError(f'peft: {name}: blocks={show(entry)} matches no block of this backbone. {near(entry, paths)}')
+    return found
+
+
+def near(pattern: str, paths: Iterable[str]) -> str:
+    """A sentence that names the blocks' paths, or modules around them, that are most like a pattern."""
+    paths = list(paths)
+    around = dict.fromkeys('.'.join(path.split('.')[: n + 1]) for path in paths for n in range(path.count('.') + 1))
+    close = get_close_matches(pattern, around, n=3)
+    return f'Did you mean {" or ".join(map(repr, close))}?' if close else f'Blocks are {paths[0]} to {paths[-1]}.'
+
+
+def in_each_block(name: str, option: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
+    """The value of an option in each block, by path.
+
+    Args:
+        name: the name of the method, for messages.
+        option: the name of the option.
+        value: the value in all blocks, or a mapping from patterns to values. The longest pattern that matches a block
+            counts; :data:`DEFAULT` is for blocks that none matches.
+        paths: the paths of the blocks that the method is in.
+
+    Raises:
+        ConfigError: if a pattern matches no block, two patterns of one length with different values match one, or
+            none matches a block and there is no default.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(paths, value)
+    patterns = [pattern for pattern in value if pattern != DEFAULT]
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in paths):
+            raise ConfigError(
+                f'peft: {name}: the pattern {pattern!r} of {option} matches no block that it is in. '
+                f'{near(pattern, paths)}'
+            )
+    return {path: _in_block(name, option, value, patterns, path) for path in paths}
+
+
+def _in_block(name: str, option: str, value: Mapping[str, Any], patterns: Sequence[str], path: str) -> Any:
+    found = [pattern for pattern in patterns if matches(pattern, path)]
+    found = [pattern for pattern in found if len(pattern) == max(map(len, found))] or [DEFAULT]
+    if found[0] not in value:
+        raise ConfigError(
+            f'peft: {name}: no pattern of {option}={show(dict(value))} matches the block {path}. Add one, or '
+            f'{DEFAULT!r}: the value in all other blocks.'
+        )
+    if len({value[pattern] for pattern in found}) > 1:
+        raise ConfigError(
+            f'peft: {name}: the patterns {" and ".join(map(repr, found))} of {option} match the block {path} and are '
+            'equally long, so neither comes first. Write one of them out further.'
+        )
+    return value[found[0]]
