@@ -36,9 +36,8 @@ START_OF_HOSTS, END_OF_HOSTS = '<!-- hosts: written by tools/write_method_pages.
 _ABOUT_HOSTS = (
     'Every backbone class of the three libraries, and the sites of its blocks at which a method can be. The picture of '
     'the [README](../README.md) shows the sites; `python tools/count_params.py --hosts` prints this table for the '
-    'installed versions. Where the blocks of a backbone differ, a site may be in some of them alone. Methods that read '
-    'the grid of the tokens, such as Mona, are refused where blocks have them in another order (TNT). Subclasses with '
-    'blocks of their own are no hosts. [Extending](extending.md) says how to declare another one.'
+    'installed versions. Subclasses with blocks of their own are no hosts. [Extending](extending.md) says how to '
+    'declare another one.'
 )
 _SWIN = dict(type='mmdet.SwinTransformer')
 BACKBONES = {

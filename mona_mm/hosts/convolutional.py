@@ -11,9 +11,10 @@ from mona_mm.hosts.host import BlockSpec, Host, register_host, separate_linears
 _STREAM = dict(branches={}, layout='BCHW', without=('parallel_ffn',))
 
 
-def _block(cls: str, width: str = '', has: str = '', **linears: str) -> BlockSpec:
+def _block(cls: str, width: str = '', has: str | None = None, **linears: str) -> BlockSpec:
     """The description of a class of residual blocks, with the paths of its linear layers by site."""
-    return BlockSpec(cls=cls, has=has, linears=separate_linears(**linears), width=width, **_STREAM)
+    some = {} if has is None else dict(has=has)
+    return BlockSpec(cls=cls, linears=separate_linears(**linears), width=width, **some, **_STREAM)
 
 
 def _bottleneck(cls: str) -> BlockSpec:
@@ -73,7 +74,7 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
     f'{_DET_B}.res2net.Res2Net': (_bottleneck(f'{_DET_B}.res2net.Bottle2neck'),),
     f'{_DET_B}.resnest.ResNeSt': (_bottleneck(f'{_DET_B}.resnest.Bottleneck'),),
     f'{_DET_B}.trident_resnet.TridentResNet': (
-        *_resnet(_DET_B)[1:2],
+        _bottleneck(f'{_DET_B}.resnet.Bottleneck'),
         # Its streams are lists of one tensor for each dilation, so only its linear layers are sites.
         BlockSpec(
             cls=f'{_DET_B}.trident_resnet.TridentBottleneck',
@@ -92,7 +93,6 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
             fc2='conv2.pointwise_conv.conv',
         ),
         _block(_CSP_NEXT, fc2='conv2.pointwise_conv.conv'),
-        *_darknet(f'{_DET}.layers.csp_layer.DarknetBottleneck'),
     ),
     f'{_DET_B}.efficientnet.EfficientNet': (
         *_inverted(f'{_DET}.layers.inverted_residual.InvertedResidual'),
@@ -123,10 +123,9 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
     f'{_PRE_B}.resnest.ResNeSt': (_bottleneck(f'{_PRE_B}.resnest.Bottleneck'),),
     f'{_PRE_B}.seresnet.SEResNet': (_bottleneck(f'{_PRE_B}.seresnet.SEBottleneck'),),
     f'{_PRE_B}.seresnext.SEResNeXt': (_bottleneck(f'{_PRE_B}.seresnext.SEBottleneck'),),
-    **{
-        f'{_PRE_B}.cspnet.{name}': (*_darknet(f'{_PRE_B}.cspnet.DarknetBottleneck'), *_resnet(_PRE_B))
-        for name in ('CSPDarkNet', 'CSPResNet', 'CSPResNeXt')
-    },
+    f'{_PRE_B}.cspnet.CSPDarkNet': _darknet(f'{_PRE_B}.cspnet.DarknetBottleneck')[1:],  # it has no depthwise ones
+    f'{_PRE_B}.cspnet.CSPResNet': (_bottleneck(f'{_PRE_B}.resnet.Bottleneck'),),
+    f'{_PRE_B}.cspnet.CSPResNeXt': (_bottleneck(f'{_PRE_B}.resnext.Bottleneck'),),
     f'{_PRE_B}.efficientnet.EfficientNet': _EFFICIENT,
     f'{_PRE_B}.efficientnet_v2.EfficientNetV2': (
         *_EFFICIENT,
