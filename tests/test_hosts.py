@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -491,6 +492,26 @@ def test_the_seams_of_a_new_host(plain_transformer, seams, training, every_site)
 def test_a_host_is_declared_once(plain_transformer):
     with pytest.raises(ConfigError, match=r'plain_transformer\.PlainTransformer'):
         register_host('plain_transformer.PlainTransformer', SUPPORTED['plain_transformer.PlainTransformer'])
+
+
+def test_methods_that_read_the_grid_need_its_order(plain_transformer):
+    """Where tokens are in another order than that of the grid's rows, a convolution would mix tokens that are no
+    neighbours: it is refused with the reason, and what maps every token alone computes as elsewhere."""
+    name = 'plain_transformer.PlainTransformer'
+    alone = [dict(type='Adapter', bottleneck=4), dict(type='AdaptFormer', bottleneck=4), dict(type='LoRand', inner=2)]
+    methods, found = [*alone, dict(type='LoRA', rank=2, sites=['q', 'fc1'])], []
+    for row_major in (True, False):
+        host = SUPPORTED.pop(name)
+        register_host(name, replace(host, specs=(replace(host.specs[0], row_major=row_major),)))
+        for peft in methods:
+            torch.manual_seed(1)
+            model = PeftBackbone(base=plain_transformer, peft=peft).eval()
+            found.append(outputs(model, torch.ones(1, 3, 16, 16)))
+    for ordered, unordered in zip(found[: len(methods)], found[len(methods) :], strict=True):
+        assert_equal(unordered, ordered)
+    for sites in (['post_attn', 'post_ffn'], ['ffn_out']):
+        with pytest.raises(ConfigError, match='Mona reads the grid of the tokens, and Block of PlainTransformer has'):
+            PeftBackbone(base=plain_transformer, peft=dict(type='Mona', bottleneck=4, sites=sites))
 
 
 def test_second_method_is_refused(every_site):

@@ -178,6 +178,8 @@ class BlockSpec:
         without: the stream sites that the block does not have.
         grid: where the grid is found; None where the layout shows it.
         uncalled: the modules of a block that are never called; the host only reads their parameters.
+        row_major: whether tokens ``(B, N, C)`` are in the order of the grid's rows. Where they are not (Hiera keeps
+            those of a window together), methods that read the grid are refused.
     """
 
     cls: str
@@ -193,6 +195,7 @@ class BlockSpec:
     width: str = ''
     without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
+    row_major: bool = True
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:

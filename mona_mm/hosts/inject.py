@@ -64,8 +64,8 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
 
     Raises:
         UnsupportedHostError: see :func:`mona_mm.hosts.find_host`.
-        ConfigError: if the backbone already carries a method, or a module is at a site whose weight the host reads
-            directly and does not add to that weight.
+        ConfigError: if the backbone already carries a method, a module is at a site whose weight the host reads
+            directly and does not add to that weight, or a module reads the grid of tokens that are in another order.
     """
     host = find_host(backbone)
     if method_modules(backbone):
@@ -76,6 +76,7 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
     for path, attached in modules.items():
         for site, module in attached.items():
             _check_reach(backbone, host.spec(blocks[path]), site, module)
+            _check_order(backbone, host.spec(blocks[path]), site, module)
     source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
     if source is not None and not source.is_in_block:
         # A bound method would be pickled by its name, and would become the host's own forward when it is loaded.
@@ -115,6 +116,16 @@ def _check_reach(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Mod
             f'{type(backbone).__name__} reads the weight of {site!r} directly, so only a module that adds to the '
             f'weight can attach there (LoRA with dropout=0 does), and this {type(module).__name__} does not. Other '
             f'sites of this backbone: {", ".join(s for s, linear in spec.linears.items() if linear.is_called)}.'
+        )
+
+
+def _check_order(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Module) -> None:
+    if site not in spec.linears and not spec.row_major and getattr(module, 'needs_grid', True):
+        raise ConfigError(
+            f'{type(module).__name__} reads the grid of the tokens, and {spec.cls.rpartition(".")[2]} of '
+            f"{type(backbone).__name__} has them in another order than that of the grid's rows. Use a method that maps "
+            'every token alone (needs_grid = False in its class, as in Adapter, AdaptFormer and LoRand), or one at '
+            'linear layers, such as LoRA.'
         )
 
 

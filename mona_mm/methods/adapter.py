@@ -30,6 +30,7 @@ class Adapter(StreamModule):
     """
 
     sites = ('attn_branch', 'ffn_branch')
+    needs_grid = False
 
     @checked
     def __init__(self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1) -> None:

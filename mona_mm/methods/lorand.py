@@ -64,6 +64,7 @@ class LoRand(StreamModule):
     """
 
     sites = ('attn_out', 'ffn_out')
+    needs_grid = False
 
     @checked
     def __init__(self, channels: int, inner: Width = 16, branches: Width = 4) -> None:
