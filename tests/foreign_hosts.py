@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-NEEDS = {library: find_spec(library) is not None for library in ('timm', 'transformers')}
+INSTALLED = {library: find_spec(library) is not None for library in ('timm', 'transformers')}
 
 _PLAIN = dict(embed_dim=24, depth=2, num_heads=2, img_size=64, patch_size=16, out_indices=(0, 1))
 _WIDTHS = dict(depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 1, 2, 2))
@@ -81,11 +81,14 @@ HUGGING_FACE = {
 
 FOREIGN = {**TIMM, **HUGGING_FACE}
 
+FIXED_SIZE = ('timm-vit', 'timm-eva02', 'timm-eva02-separate', 'timm-beit', 'timm-hiera', 'hf-hiera')
+"""Those that take images of one size alone."""
+
 
 def installed(name: str):
     """The mark that skips a test of a model of a library that is not installed."""
     library = 'timm' if name.startswith('timm') else 'transformers'
-    return pytest.mark.skipif(not NEEDS[library], reason=f'{library} is not installed')
+    return pytest.mark.skipif(not INSTALLED[library], reason=f'{library} is not installed')
 
 
 def register_small_models() -> None:
@@ -108,7 +111,3 @@ def register_small_models() -> None:
     for module, function in ((focalnet, small_focalnet), (metaformer, small_caformer)):
         function.__module__ = module.__name__
         register_model(function)
-
-
-if NEEDS['timm']:
-    register_small_models()
