@@ -47,6 +47,7 @@ from mona_mm.hosts.fast import make_fast
 from mona_mm.hosts.host import (
     HOSTS,
     REFUSED,
+    SHARED_DROP_PATH,
     BlockSpec,
     Branch,
     Grid,
@@ -61,6 +62,7 @@ from mona_mm.hosts.host import (
     is_host,
     position_table_names,
     recomputed_names,
+    register_blocks,
     register_host,
     separate_linears,
 )
@@ -71,6 +73,7 @@ __all__ = [
     'HOSTS',
     'LINEAR_SITES',
     'REFUSED',
+    'SHARED_DROP_PATH',
     'STREAM_SITES',
     'BlockSpec',
     'Branch',
@@ -97,6 +100,7 @@ __all__ = [
     'modules_beside_linears',
     'position_table_names',
     'recomputed_names',
+    'register_blocks',
     'register_host',
     'remove',
     'separate_linears',

@@ -245,6 +245,9 @@ class Host:
             whatever the ``type`` there, and supports no other ``init_cfg``.
         own_names: the names of its tensors, as regular expressions.
         formats: the checkpoint formats of other code that can be converted for it.
+        own_format: for a wrapper of models of another library, the name of that library's format and a function
+            ``(backbone, tensors)`` that converts the tensors of a checkpoint to the names of the backbone, in place of
+            ``formats``.
         fit_checkpoint: a function ``(given, current)`` that resizes tensors of a checkpoint, in place, to the shapes
             of the model's.
         recomputed: the endings of the names of buffers that it derives from its configuration.
@@ -259,6 +262,7 @@ class Host:
     reads_checkpoint: bool = False
     own_names: OwnNames | None = None
     formats: tuple[CheckpointFormat, ...] = ()
+    own_format: tuple[str, Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]] | None = None
     fit_checkpoint: Callable[[dict[str, Tensor], Mapping[str, Tensor]], None] | None = None
     recomputed: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
@@ -330,6 +334,21 @@ def register_host(backbone: str, host: Host) -> None:
     if backbone in HOSTS:
         raise ConfigError(f'{backbone} is a host already.')
     HOSTS[backbone] = host
+
+
+def register_blocks(backbone: str, *specs: BlockSpec) -> None:
+    """Add classes of blocks to a host, such as those of another of timm's models to a ``TIMMBackbone``.
+
+    Args:
+        backbone: the qualified name of the host's class.
+        specs: the descriptions of the blocks. They count before those that the host has.
+
+    Raises:
+        ConfigError: if the class is no host.
+    """
+    if backbone not in HOSTS:
+        raise ConfigError(f'{backbone} is no host, so that no blocks can be added. Declare it with register_host.')
+    HOSTS[backbone] = replace(HOSTS[backbone], specs=(*specs, *HOSTS[backbone].specs))
 
 
 def find_host(backbone: nn.Module) -> Host:

@@ -5,8 +5,13 @@ that it holds. Three of timm's ways to give feature maps (its ``feature_cls``) a
 in a wrapper, and its modules one level up.
 """
 
+import re
+import sys
 from itertools import product
 
+from torch import Tensor, nn
+
+from mona_mm.errors import CheckpointMismatchError
 from mona_mm.hosts.host import (
     BlockSpec,
     Branch,
@@ -14,11 +19,13 @@ from mona_mm.hosts.host import (
     GridSource,
     Host,
     Linear,
+    find_host,
     fused_qkv,
     grid_of_map,
     register_host,
     separate_linears,
 )
+from mona_mm.nn.mixin import stock_class
 
 _MODELS = 'timm.models'
 _BRANCHES = dict(attn=Branch('drop_path1'), ffn=Branch('drop_path2'))
@@ -128,11 +135,77 @@ SPECS = (
 )
 """The blocks of timm's models."""
 
+_CLASSIFIER = ('norm', 'fc_norm', 'head', 'head_dist', 'attn_pool')
+"""Parts of a classifier, which a model that gives feature maps has not."""
+
+
+def convert_timm(backbone: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the checkpoint of a model to its names in a ``TIMMBackbone``, by timm's own function for that model.
+
+    timm's function knows other published names of the model as well (Meta's DINOv2 and DINOv3, Microsoft's Swin) and
+    resizes tables of positions. What a classifier needs, and stages that the backbone has left out, are dropped.
+
+    Raises:
+        CheckpointMismatchError: if timm's function fails with these tensors.
+    """
+    prefix, model, is_flat = _model_in(backbone.timm_model)
+    block = next(iter(find_host(backbone).blocks(backbone).values()))
+    convert = getattr(sys.modules[stock_class(block).__module__], 'checkpoint_filter_fn', None)
+    if convert is not None:
+        try:
+            tensors = convert(dict(tensors), model)
+        except Exception as error:  # on names that it does not expect it may raise anything
+            raise CheckpointMismatchError(
+                f'timm cannot read the checkpoint as one of this {type(model).__name__} ({type(error).__name__}: '
+                f'{error}). Use the checkpoint of the same model.'
+            ) from error
+    current = model.state_dict()
+    tensors = {name: tensor for name, tensor in tensors.items() if not _is_left_out(name, backbone.timm_model, current)}
+    return {f'{prefix}{_flat(name) if is_flat else name}': tensor for name, tensor in tensors.items()}
+
+
+def _model_in(net: nn.Module) -> tuple[str, nn.Module, bool]:
+    """The prefix of a model's names in a ``TIMMBackbone``, the model, and whether its modules are one level up.
+
+    In that case the model is a module with the same parts under the names that they had.
+    """
+    for name in ('model', 'body'):  # wrappers of timm that give feature maps
+        if name in net._modules and isinstance(net, nn.ModuleDict):
+            return f'timm_model.{name}.', net._modules[name], False
+    if not isinstance(net, nn.ModuleDict):
+        return 'timm_model.', net, False
+    model = nn.Module()
+    for name, child in net.items():
+        around, _, index = name.rpartition('_')
+        if index.isdigit():
+            if around not in model._modules:
+                model.add_module(around, nn.Module())
+            model._modules[around].add_module(index, child)
+        else:
+            model.add_module(name, child)
+    return 'timm_model.', model, True
+
+
+def _flat(name: str) -> str:
+    """A name of a model as it is where the parts of its sequences are one level up: ``stages.0.`` is ``stages_0.``."""
+    return re.sub(r'^(\w+)\.(\d+)\.', r'\1_\2.', name)
+
+
+def _is_left_out(name: str, net: nn.Module, current: dict[str, Tensor]) -> bool:
+    """Whether the backbone needs no tensor of this name: it is of a classifier, or of a stage that was left out."""
+    if name in current:
+        return False
+    stages = [info['module'] for info in getattr(getattr(net, 'feature_info', None), 'info', ())]
+    parts = [part for part in (*_CLASSIFIER, *stages) if name.startswith(f'{part}.')]
+    return any(not any(other.startswith(f'{part}.') for other in current) for part in parts)
+
+
 for _library in ('mmpretrain', 'mmseg'):
     register_host(
         f'{_library}.models.backbones.timm_backbone.TIMMBackbone',
         Host(
             specs=SPECS,
+            own_format=('timm', convert_timm),
             recomputed=('relative_position_index', 'attn_mask'),
             position_tables=('relative_position_bias_table', 'pos_embed'),
             not_selected=('relative_position_bias_table',),
