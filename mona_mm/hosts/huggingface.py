@@ -77,16 +77,22 @@ def convert_huggingface(backbone: nn.Module, tensors: dict[str, Tensor]) -> dict
     try:
         with _quiet(sys.modules['transformers']):
             loaded, info = stock_class(model).from_pretrained(
-                None, config=model.config, state_dict=dict(tensors), dtype=torch.float32, output_loading_info=True
+                None,
+                config=model.config,
+                state_dict=dict(tensors),
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-    except Exception as error:  # on shapes that it does not expect it may raise anything
+    except Exception as error:  # on tensors that it does not expect it may raise anything
         line = ' '.join(str(error).split())[:400]
         raise CheckpointMismatchError(
             f'transformers cannot read the checkpoint as one of this {type(model).__name__} ({type(error).__name__}: '
-            f'{line}). Use the config of the same model: that of the folder with its weights, for one.'
+            f'{line}). Use the checkpoint of the same model.'
         ) from error
     found = {name: t for name, t in loaded.state_dict().items() if name not in info['missing_keys']}
     found |= {name: tensors.get(name, torch.empty(0)) for name in info['unexpected_keys']}
+    found |= {name: torch.empty(shape, device='meta') for name, shape, _ in info['mismatched_keys']}
     needed = model.state_dict()
     return {f'hf_model.{name}': t for name, t in found.items() if name in needed or not _LEFT_OUT.match(name)}
 
@@ -121,7 +127,7 @@ def convert_meta(tensors: dict[str, Tensor], model_type: str) -> dict[str, Tenso
         if name.endswith(('.bias_mask', '.periods')):
             continue
         if '.attn.qkv.' not in name:
-            separate[name] = tensor
+            separate[name] = tensor.view(1, 1, -1) if name == 'mask_token' and model_type == 'dinov3_vit' else tensor
             continue
         for part, rows in zip(('q', 'k', 'v'), tensor.chunk(3), strict=True):
             if model_type != 'dinov3_vit' or part != 'k' or not name.endswith('.bias'):
