@@ -1,8 +1,13 @@
 """Small configs of timm's and Hugging Face's models as backbones."""
 
+import copy
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
 
 INSTALLED = {library: find_spec(library) is not None for library in ('timm', 'transformers')}
 
@@ -93,8 +98,7 @@ def installed(name: str):
 
 def register_small_models() -> None:
     """Add small forms of models whose own functions fix their depths to timm's registry."""
-    from timm.models import focalnet, metaformer
-    from timm.models._registry import register_model
+    from timm.models import focalnet, is_model, metaformer, register_model
 
     def small_focalnet(pretrained=False, **kwargs):
         options = dict(depths=(1, 1, 1, 1), embed_dim=8, layerscale_value=0.5)
@@ -109,5 +113,38 @@ def register_small_models() -> None:
         )
 
     for module, function in ((focalnet, small_focalnet), (metaformer, small_caformer)):
-        function.__module__ = module.__name__
-        register_model(function)
+        if not is_model(function.__name__):
+            function.__module__ = module.__name__
+            register_model(function)
+
+
+def build(base: dict, **more) -> nn.Module:
+    """A stock backbone in evaluation."""
+    model = MODELS.build({**copy.deepcopy(base), **more})
+    model.eval()  # mmpretrain's returns nothing
+    return model
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.randn(2, 3, *(size or (64, 64)), generator=torch.Generator().manual_seed(1))
+
+
+def randomise(model: nn.Module) -> None:
+    """Give a model values that no initialisation gives, so that what is not loaded or copied shows."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2)
+
+
+def names(chosen: Iterable[str], common: Iterable[str] | None = None) -> list:
+    """Names as parameters of a test, which skips where a model's library is not installed.
+
+    Args:
+        chosen: The names.
+        common: Those that `make test` has, if not all; `make test-all` has the others as well.
+    """
+    return [
+        pytest.param(name, marks=[installed(name), *([] if common is None or name in common else [pytest.mark.slow])])
+        for name in chosen
+    ]

@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 from declared_hosts import DECLARED, FIXED_SIZE, VARIANTS
-from foreign_hosts import FIXED_SIZE as FOREIGN_FIXED_SIZE
-from foreign_hosts import FOREIGN, INSTALLED, installed, register_small_models
 from helpers import assert_near
 from mmengine.registry import MODELS
 from suite import check_copies, check_gradients, check_names, check_round_trip
@@ -17,15 +15,7 @@ from mona_mm.hosts import STREAM_SITES, find_host, method_modules
 from mona_mm.methods import StreamModule
 from mona_mm.registry import METHODS
 
-BACKBONES = {**DECLARED, **FOREIGN}
-
-
-def host(name: str, slow: bool = False):
-    """A host as the parameter of a test, which skips where its library is not installed."""
-    return pytest.param(name, marks=[pytest.mark.slow] * slow + ([installed(name)] if name in FOREIGN else []))
-
-
-NAMES = [host(name, slow=name in VARIANTS) for name in BACKBONES]
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in DECLARED]
 
 
 class Shift(StreamModule):
@@ -41,42 +31,15 @@ class Shift(StreamModule):
         pass
 
     def forward(self, x, hw):
-        assert not self.needs_grid or 0 <= x.shape[1] - hw[0] * hw[1] <= 5, (x.shape, hw)
+        assert 0 <= x.shape[1] - hw[0] * hw[1] <= 1, (x.shape, hw)
         return x + self.shift if self.shift.any() else x
-
-
-class ShiftAlone(Shift):
-    """The same for tokens in any order."""
-
-    needs_grid = False
 
 
 @pytest.fixture(autouse=True)
 def shift_is_a_method():
-    for method in (Shift, ShiftAlone):
-        METHODS.register_module(module=method)
+    METHODS.register_module(module=Shift)
     yield
-    for method in (Shift, ShiftAlone):
-        METHODS.module_dict.pop(method.__name__)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def small_models_of_timm():
-    if INSTALLED['timm']:
-        register_small_models()
-
-
-def has_order(name: str) -> bool:
-    """Whether a host's tokens are in the order of the grid's rows."""
-    return all(spec.row_major for spec in find_host(MODELS.build(copy.deepcopy(BACKBONES[name]))).specs)
-
-
-def shift(name: str, **options) -> dict:
-    return dict(type='Shift' if has_order(name) else 'ShiftAlone', **options)
-
-
-def some_method(name: str) -> dict:
-    return dict(type='Mona' if has_order(name) else 'Adapter', bottleneck=4)
+    METHODS.module_dict.pop('Shift')
 
 
 def maps(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -103,9 +66,9 @@ def adapted(base: dict, **peft) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize('name', NAMES)
 def test_nothing_is_changed_bit_for_bit(name):
     """Modules that do nothing, at every stream site."""
-    base = BACKBONES[name]
+    base = DECLARED[name]
     sites = [site for site in STREAM_SITES if site in find_host(MODELS.build(copy.deepcopy(base))).sites]
-    stock, model = adapted(base, **shift(name, sites=[site for site in sites if site != 'parallel_ffn']))
+    stock, model = adapted(base, type='Shift', sites=[site for site in sites if site != 'parallel_ffn'])
     assert method_modules(model)
     for a, b in zip(maps(stock, image()), maps(model, image()), strict=True):
         assert torch.equal(a, b)
@@ -118,14 +81,14 @@ BETWEEN = ('xcit', 'davit', 'tinyvit')
 @pytest.mark.parametrize('name', NAMES)
 def test_a_constant_is_the_same_before_and_after_the_residual_add(name):
     """What a hook on the end of a branch adds to it is what other hooks add to the stream behind it."""
-    base = BACKBONES[name]
+    base = DECLARED[name]
     sites = find_host(MODELS.build(copy.deepcopy(base))).sites
     for branch in ('attn', 'ffn'):
         if f'{branch}_out' not in sites or f'post_{branch}' not in sites:
             continue
         if branch == 'attn' and name.rpartition('-')[2] in BETWEEN:
             continue
-        shifted = [adapted(base, **shift(name, by=0.3, sites=[site])) for site in (f'{branch}_out', f'post_{branch}')]
+        shifted = [adapted(base, type='Shift', by=0.3, sites=[site]) for site in (f'{branch}_out', f'post_{branch}')]
         before, after = (maps(model, image()) for _, model in shifted)
         stock = maps(shifted[0][0], image())
         for a, b in zip(before, after, strict=True):
@@ -135,8 +98,8 @@ def test_a_constant_is_the_same_before_and_after_the_residual_add(name):
 
 def methods_of(name: str) -> list[dict]:
     """The methods that a host takes."""
-    sites = find_host(MODELS.build(copy.deepcopy(BACKBONES[name]))).sites
-    found = [dict(type='Mona', bottleneck=4)] if has_order(name) else []
+    sites = find_host(MODELS.build(copy.deepcopy(DECLARED[name]))).sites
+    found = [dict(type='Mona', bottleneck=4)]
     if 'attn_branch' in sites:
         found += [
             dict(type='Adapter', bottleneck=4),
@@ -150,38 +113,34 @@ def methods_of(name: str) -> list[dict]:
 DISTINCT = ('beit', 'sam', 'tinyvit', 'mvit', 'hornet', 'mscan', 'mit', 'resnet')
 """Hosts that show every kind of declaration; the others have the shared suite in `make test-all`."""
 
-FOREIGN_DISTINCT = ('timm-eva02', 'timm-dinov3', 'timm-hiera', 'timm-caformer', 'hf-dinov3', 'hf-swin')
-"""The same of timm and transformers."""
-
 
 @pytest.mark.parametrize(
     'name',
     [
-        host(
-            name,
-            slow=not (name.startswith(('mmpretrain-', 'mmseg-m')) and kind in DISTINCT or name in FOREIGN_DISTINCT),
+        pytest.param(
+            name, marks=[] if name.startswith(('mmpretrain-', 'mmseg-m')) and kind in DISTINCT else [pytest.mark.slow]
         )
-        for name in BACKBONES
+        for name in DECLARED
         for kind in [name.rpartition('-')[2]]
     ],
 )
 def test_the_suite(name):
     """Names, gradients, round trips and copies of every method; an activation checkpoint changes no gradient."""
-    base = BACKBONES[name]
+    base = DECLARED[name]
     for number, peft in enumerate(methods_of(name)):
         if number % 2 == len(name) % 2 or peft['type'] == 'LoRA':  # half of them, others on the next host
             check_names(base, peft)
             check_round_trip(base, peft)
-            other = None if name in (*FIXED_SIZE, *FOREIGN_FIXED_SIZE) else (96, 32)
+            other = None if name in FIXED_SIZE else (96, 32)
             check_copies(PeftBackbone(base=copy.deepcopy(base), peft=peft), copy.deepcopy, other)
             check_gradients(PeftBackbone(base=copy.deepcopy(base), peft=peft))
 
 
-@pytest.mark.parametrize('name', [host(name) for name in BACKBONES if 'res' not in name and 'hrnet' not in name])
+@pytest.mark.parametrize('name', [name for name in DECLARED if 'res' not in name and 'hrnet' not in name])
 def test_activation_checkpoints(name):
     """with_cp computes the same gradients, also under an input that requires none."""
     torch.manual_seed(0)
-    model = PeftBackbone(base=copy.deepcopy(BACKBONES[name]), peft=some_method(name))
+    model = PeftBackbone(base=copy.deepcopy(DECLARED[name]), peft=dict(type='Mona', bottleneck=4))
     model.eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
@@ -200,15 +159,15 @@ def test_activation_checkpoints(name):
 @pytest.mark.parametrize(
     'name',
     [
-        host(name, slow=name not in ('mmseg-mit', 'mmpretrain-hornet', 'timm-caformer', 'hf-dinov3'))
-        for name in BACKBONES
+        pytest.param(name, marks=[] if name in ('mmseg-mit', 'mmpretrain-hornet') else [pytest.mark.slow])
+        for name in DECLARED
         if name not in VARIANTS
     ],
 )
 def test_traced_and_exported(name):
     """torch.jit.trace and torch.export write down what is computed, hooks included."""
     torch.manual_seed(0)
-    model = PeftBackbone(base=copy.deepcopy(BACKBONES[name]), peft=some_method(name))
+    model = PeftBackbone(base=copy.deepcopy(DECLARED[name]), peft=dict(type='Mona', bottleneck=4))
     model.eval()
     for module in method_modules(model):
         for p in module.parameters():
