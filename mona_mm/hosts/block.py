@@ -141,6 +141,8 @@ class PeftBlock(Mixin):
             x = self.forward_with_sites(*args, **kwargs)
         finally:
             _RUNNING.call = around
+        if self.spec.changed_in_place and 'post_ffn' in self.peft:
+            x = x.clone()
         missed = self.hooked - call.reached
         if missed and missed & set(self.peft):
             raise ConfigError(

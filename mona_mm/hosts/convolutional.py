@@ -5,6 +5,8 @@ activation, and the linear sites of the 1x1 convolutions with which it begins (`
 changes the resolution or the width and adds nothing has the same sites, with ``post_ffn`` on its output.
 """
 
+from dataclasses import replace
+
 from mona_mm.hosts.host import BlockSpec, Host, register_host, separate_linears
 
 # There is no parallel_ffn: the input of a block may have another width than its output.
@@ -57,9 +59,13 @@ _DET, _SEG, _PRE = (f'{library}.models' for library in ('mmdet', 'mmseg', 'mmpre
 _DET_B, _SEG_B, _PRE_B = (f'{models}.backbones' for models in (_DET, _SEG, _PRE))
 
 _CSP_NEXT = f'{_DET}.layers.csp_layer.CSPNeXtBlock'
-_SEG_RESIDUAL = (
-    _block(f'{_SEG}.utils.basic_block.BasicBlock', 'conv2.conv.weight'),
-    _block(f'{_SEG}.utils.basic_block.Bottleneck', fc1='conv1.conv', fc2='conv3.conv'),
+# DDRNet and PIDNet add what another branch has computed to what a block returns, in place.
+_SEG_RESIDUAL = tuple(
+    replace(spec, changed_in_place=True)
+    for spec in (
+        _block(f'{_SEG}.utils.basic_block.BasicBlock', 'conv2.conv.weight'),
+        _block(f'{_SEG}.utils.basic_block.Bottleneck', fc1='conv1.conv', fc2='conv3.conv'),
+    )
 )
 _SHUFFLE = f'{_PRE_B}.shufflenet_v1.ShuffleUnit'
 _EFFICIENT = (

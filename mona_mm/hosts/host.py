@@ -198,6 +198,7 @@ class BlockSpec:
         without: the stream sites that the block does not have.
         grid: where the grid is found; None where the layout of the stream shows it.
         uncalled: the modules of a block that are never called; the host only reads their parameters.
+        changed_in_place: whether the backbone changes what a block returns in place, so that it must be no view.
         row_major: whether tokens ``(B, N, C)`` are in the order of the grid's rows. Where they are not (Hiera keeps
             those of a window together), methods that read the grid are refused.
         family: the name under which the list of hosts has the block, where one backbone class serves many models.
@@ -218,6 +219,7 @@ class BlockSpec:
     without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
     row_major: bool = True
+    changed_in_place: bool = False
     family: str = ''
     sites: tuple[str, ...] = field(init=False)
 

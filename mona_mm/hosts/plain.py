@@ -51,6 +51,7 @@ register_host(
                 mid_norm='norm_ffn',
                 uncalled=TORCH_UNCALLED,
                 row_major=False,
+                changed_in_place=True,
             ),
         ),
     ),
