@@ -93,7 +93,10 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
 
 
 def remove(backbone: nn.Module) -> None:
-    """Undo :func:`inject`, in place, so that the blocks are stock ones without the method's modules."""
+    """Undo :func:`inject`, in place, so that the blocks are stock ones without the method's modules.
+
+    Activation checkpoints that the backbone had around its blocks are not put back.
+    """
     forward = vars(backbone).get('forward')
     if isinstance(forward, partial) and forward.func is forward_on_grid:
         del backbone.forward
@@ -134,15 +137,13 @@ def _check_linear(backbone: nn.Module, path: str, spec: BlockSpec, site: str) ->
     wrong = ''
     if any(cls.__name__ in _STANDARDISED for cls in type(module).__mro__):
         wrong = 'standardises its weight, so that an addition to its output is no addition to the weight'
-    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or tuple(module.padding) not in ((0, 0), ()):
-        wrong = (
-            f'has {module.groups} groups and a kernel of {module.kernel_size}: only 1x1 ones in one group are linear'
-        )
+    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or module.padding not in ((0, 0), 'same', 'valid'):
+        wrong = f'has groups={module.groups}, kernel_size={module.kernel_size} and padding={module.padding}'
     if wrong:
         raise ConfigError(
             f'{type(backbone).__name__}: {path}.{linear.module}, the convolution at {site!r}, is a '
-            f'{type(module).__name__}, which {wrong}. Leave {site!r} out of sites=[...], or use a method that maps the '
-            'stream, such as Mona.'
+            f'{type(module).__name__}, which {wrong}. A linear layer is a plain 1x1 convolution in one group without '
+            f'padding. Leave {site!r} out of sites=[...], or use a method that maps the stream, such as Mona.'
         )
 
 
