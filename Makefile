@@ -1,5 +1,6 @@
 # make demo       train, evaluate and picture a small model on the CPU
-# make test       lint and the tests: every pair of options, nothing slow;  make test-all: every combination, everything
+# make test       lint and the tests: every pair of options, nothing slow;  make test-all: every combination, everything,
+#                 and the models of timm and transformers, which it installs into the environment
 # make env        only the environment: .venv, made when missing, brought up to date when its files have changed
 # make lint
 #
@@ -37,6 +38,7 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.current
+EXTRAS := $(VENV)/.extras
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: env demo test test-all lint
@@ -50,7 +52,7 @@ demo: env
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
-test-all: lint
+test-all: lint $(EXTRAS)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: env
@@ -65,6 +67,10 @@ $(STAMP): $(BIN)/python $(REQUIREMENTS) $(CONSTRAINTS) requirements/test.txt pyp
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \
 	  echo 'opencv-python cannot be imported here (no libGL?): installing the headless build over it'; \
 	  $(PIP) install --no-deps --force-reinstall opencv-python-headless -c $(CONSTRAINTS); }
+	@touch $@
+
+$(EXTRAS): $(STAMP) requirements/extras.txt
+	$(PIP) install -r requirements/extras.txt -c $(CONSTRAINTS)
 	@touch $@
 
 $(BIN)/python:

@@ -61,6 +61,9 @@ _OTHER_CONVOLUTIONAL = {
     ),
     'mmdet-darknet': dict(type='mmdet.Darknet', depth=53),
     'mmdet-cspdarknet': dict(type='mmdet.CSPDarknet', arch_ovewrite=_CSP, out_indices=(0, 1, 2)),
+    'mmdet-cspdarknet-depthwise': dict(
+        type='mmdet.CSPDarknet', arch_ovewrite=_CSP, out_indices=(0, 1, 2), use_depthwise=True
+    ),
     'mmdet-cspnext': dict(type='mmdet.CSPNeXt', arch_ovewrite=_CSP, out_indices=(0, 1, 2), channel_attention=True),
     'mmdet-cspnext-depthwise': dict(
         type='mmdet.CSPNeXt', arch_ovewrite=_CSP, out_indices=(0, 1, 2), use_depthwise=True

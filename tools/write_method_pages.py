@@ -34,10 +34,9 @@ TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing t
 START, END = '<!-- methods: written by tools/write_method_pages.py -->', '<!-- end of methods -->'
 START_OF_HOSTS, END_OF_HOSTS = '<!-- hosts: written by tools/write_method_pages.py -->', '<!-- end of hosts -->'
 _ABOUT_HOSTS = (
-    'Every backbone class of the three libraries, and the sites of its blocks at which a method can be. The picture of '
-    'the [README](../README.md) shows the sites; `python tools/count_params.py --hosts` prints this table for the '
-    'installed versions. Where the blocks of a backbone differ, a site may be in some of them alone. Methods that read '
-    'the grid of the tokens, such as Mona, are refused where blocks have them in another order (TNT). Subclasses with '
+    "Every backbone class of the three libraries, the families of timm's and transformers' models that are declared, "
+    'and the sites of their blocks at which a method can be. The picture of the [README](../README.md) shows the '
+    'sites; `python tools/count_params.py --hosts` prints this table for the installed versions. Subclasses with '
     'blocks of their own are no hosts. [Extending](extending.md) says how to declare another one.'
 )
 _SWIN = dict(type='mmdet.SwinTransformer')

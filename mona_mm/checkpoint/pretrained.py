@@ -1,10 +1,11 @@
 """Load a pretrained base of any known format into any host, without skipping tensors silently."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
-from os.path import basename, join
+from os.path import basename, isdir, isfile, join
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlparse
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mona_mm.checkpoint.convert import backbone_tensors, convert_state_dict, recognise
 from mona_mm.checkpoint.rehearsal import Rehearsal, rehearse
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError, UserError
-from mona_mm.hosts import find_host, method_names, recomputed_names
+from mona_mm.hosts import Host, find_host, method_names, recomputed_names
 from mona_mm.type_names import is_type
 
 _CLASSIFIER = ('norm.', 'head.')  # parts of a classifier that are not the backbone's
@@ -113,7 +114,8 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
 
     Args:
         backbone: an instance of one of :data:`mona_mm.hosts.HOSTS`, with or without a method.
-        file: a path or an address that mmengine can read.
+        file: a path or an address that mmengine can read, or a folder with the weights of a model as Hugging Face's hub
+            has them.
         prefix: the prefix of the backbone's names in the file; by default ``backbone.`` if names have it.
 
     Raises:
@@ -121,12 +123,10 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
         CheckpointMismatchError: if the file is not a checkpoint or does not fit; the error names the first tensors that
             do not fit.
     """
-    checkpoint = read_checkpoint(file)
-    form = recognise(backbone_tensors(checkpoint, prefix)) or 'unknown'
-    state_dict = convert_state_dict(checkpoint, prefix, known=False)  # unknown names are found by rehearse below
+    host = find_host(backbone)
+    form, state_dict = _converted(host, backbone, read_checkpoint(file), prefix)
     current = backbone.state_dict()
     in_file = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-    host = find_host(backbone)
     if host.fit_checkpoint is not None:
         host.fit_checkpoint(state_dict, current)
     for name in state_dict.keys() & current.keys():
@@ -170,14 +170,32 @@ def load_pretrained(backbone: nn.Module, file: str, prefix: str = '') -> LoadRep
     return report
 
 
+def _converted(host: Host, backbone: nn.Module, checkpoint: dict, prefix: str) -> tuple[str, dict[str, Tensor]]:
+    """The name of a checkpoint's format, and its tensors by the names of the backbone as far as they are known."""
+    tensors = backbone_tensors(checkpoint, prefix)
+    if host.own_format is None:
+        # unknown names are found when loading is rehearsed
+        return recognise(tensors) or 'unknown', convert_state_dict(checkpoint, prefix, known=False)
+    if tensors.keys() & backbone.state_dict().keys():
+        return 'mm', tensors
+    form, convert = host.own_format
+    return form, convert(backbone, tensors)
+
+
 def read_checkpoint(file: str, map_location: Any = 'cpu') -> dict:
     """Read a checkpoint by mmengine's loaders, with the checks of :mod:`mona_mm.checkpoint.loading`.
+
+    Of a folder, the file of weights that it has under one of the usual names of Hugging Face's hub is read, or the
+    files that its index names.
 
     Raises:
         MissingFileError: if the file does not exist or cannot be downloaded; the error tells where to put it.
         CheckpointMismatchError: if the file is not a checkpoint that weights-only loading can read.
     """
     try:
+        if isdir(file):
+            parts = [CheckpointLoader.load_checkpoint(part, map_location=map_location) for part in _weights_in(file)]
+            return {name: tensor for part in parts for name, tensor in part.items()}
         return CheckpointLoader.load_checkpoint(file, map_location=map_location)
     except UserError:
         raise
@@ -186,6 +204,24 @@ def read_checkpoint(file: str, map_location: Any = 'cpu') -> dict:
             f'There is no checkpoint {file}. Name another one in init_cfg (in the shipped configs with {_OPTION}), or '
             'set model.backbone.base.init_cfg=None to start from random weights.'
         ) from error
+
+
+def _weights_in(folder: str) -> list[str]:
+    """The files of weights in a folder, as Hugging Face's hub names them."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        if isfile(join(folder, name)):
+            return [join(folder, name)]
+        index = join(folder, f'{name}.index.json')
+        if isfile(index):
+            try:
+                with open(index, encoding='utf-8') as file:
+                    parts = sorted(set(json.load(file)['weight_map'].values()))
+                return [join(folder, basename(part)) for part in parts]
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise CheckpointMismatchError(f'{index} is no index of a checkpoint ({reason(error)}).') from error
+    raise MissingFileError(
+        f'The folder {folder} has no model.safetensors, no pytorch_model.bin and no index of either.'
+    )
 
 
 def download_place(address: str) -> str:

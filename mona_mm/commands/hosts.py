@@ -1,16 +1,21 @@
-"""Every backbone of the OpenMMLab libraries: whether it is a host, its sites, or why it is none."""
+"""Every backbone of the OpenMMLab libraries, and the models of timm and transformers that are hosts in a wrapper.
+
+Of each it says whether it is a host, its sites, or why it is none. Neither timm nor transformers need be installed.
+"""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
 from torch import nn
 
-from mona_mm.hosts import HOSTS, LINEAR_SITES, REFUSED, STREAM_SITES, Host
+from mona_mm.hosts import HOSTS, LINEAR_SITES, REFUSED, STREAM_SITES, BlockSpec, Host
 from mona_mm.nn.mixin import qualified_name
 
-LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+_OPENMMLAB = ('mmdet', 'mmseg', 'mmpretrain')
+
+LIBRARIES = (*_OPENMMLAB, 'timm', 'transformers')
 
 _BLOCKS = ('Block', 'Layer', 'Bottleneck')
 
@@ -19,13 +24,14 @@ _NO_PLACE = 'not declared: any of its parameters can be frozen or trained with m
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """One backbone class.
+    """One backbone class, or one family of models that a wrapper of another library's models can hold.
 
     Args:
         library: The library that it is from.
-        name: The name of the class.
+        name: The name of the class or family.
         sites: The sites at which methods can attach, empty if it is no host.
-        by_weight: Those of the sites that only an addition to a weight can be at.
+        by_weight: Those of the sites that only an addition to a weight can be at; of a family, in every kind of block.
+        unordered: Whether its tokens are in another order than that of the grid's rows.
         reason: Why it is no host; empty if it is one.
     """
 
@@ -33,12 +39,27 @@ class BackboneRow:
     name: str
     sites: tuple[str, ...] = ()
     by_weight: tuple[str, ...] = ()
+    unordered: bool = False
     reason: str = ''
 
 
 def backbone_rows() -> list[BackboneRow]:
-    """A row for every backbone class that the installed libraries export."""
-    return [_row(library, cls) for library in LIBRARIES for cls in _backbones(library)]
+    """A row for every backbone class that the installed libraries export, and for every family of a wrapper."""
+    return [*(_row(library, cls) for library in _OPENMMLAB for cls in _backbones(library)), *_families()]
+
+
+def _families() -> Iterator[BackboneRow]:
+    families: dict[tuple[str, str], list[BlockSpec]] = {}
+    for spec in (spec for host in HOSTS.values() for spec in host.specs if spec.family):
+        families.setdefault((spec.cls.partition('.')[0], spec.family), []).append(spec)
+    for (library, family), specs in families.items():
+        called = {site for spec in specs for site, linear in spec.linears.items() if linear.is_called}
+        yield _host_row(library, family, Host(specs=tuple(specs)), called)
+
+
+def _host_row(library: str, name: str, host: Host, called: Iterable[str] = ()) -> BackboneRow:
+    by_weight = tuple(site for site, linear in host.linears.items() if not linear.is_called and site not in called)
+    return BackboneRow(library, name, host.sites, by_weight, not any(spec.row_major for spec in host.specs))
 
 
 def _backbones(library: str) -> Iterator[type[nn.Module]]:
@@ -55,9 +76,7 @@ def _row(library: str, cls: type[nn.Module]) -> BackboneRow:
         if name in REFUSED:
             return BackboneRow(library, cls.__name__, reason=REFUSED[name])
         if name in HOSTS and _builds_blocks_of(cls, base, HOSTS[name]):
-            host = HOSTS[name]
-            by_weight = tuple(site for site, linear in host.linears.items() if not linear.is_called)
-            return BackboneRow(library, cls.__name__, host.sites, by_weight)
+            return _host_row(library, cls.__name__, HOSTS[name])
     return BackboneRow(library, cls.__name__, reason=_NO_PLACE)
 
 
@@ -76,7 +95,7 @@ def render_hosts(rows: list[BackboneRow]) -> str:
         if row.reason:
             lines.append(f'| {row.library} | {row.name} | - | {row.reason} |')
             continue
-        stream = [site for site in STREAM_SITES if site in row.sites]
+        stream = [f'{site}†' if row.unordered else site for site in STREAM_SITES if site in row.sites]
         linear = [f'{site}*' if site in row.by_weight else site for site in LINEAR_SITES if site in row.sites]
         lines.append(f'| {row.library} | {row.name} | {" ".join(stream)} | {" ".join(linear) or "-"} |')
     count = sum(not row.reason for row in rows)
@@ -84,7 +103,11 @@ def render_hosts(rows: list[BackboneRow]) -> str:
     lines.append(
         f'{count} of {len(rows)} backbones are hosts. At a site with * the host reads the weight itself, so that'
     )
-    lines.append('only a method that adds to that weight can be there: LoRA without dropout, or single weights.')
+    lines.append(
+        'only a method that adds to that weight can be there: LoRA without dropout, or single weights. At a site with '
+        "† the tokens are in another order than the grid's rows, and methods that read the grid (Mona) are refused. "
+        "timm's models are in a `TIMMBackbone` of mmpretrain or mmseg, those of transformers in a `mona_mm.HFBackbone`."
+    )
     return '\n'.join(lines)
 
 

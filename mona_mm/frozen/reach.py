@@ -1,6 +1,6 @@
 """Find the parameters that no output of a backbone depends on, as after the last stage that ``out_indices`` names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,6 +81,6 @@ def _deterministic(backbone: nn.Module) -> Iterator[None]:
 def _tensors_in(outputs: Any) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
-    elif isinstance(outputs, list | tuple):
-        for output in outputs:
+    elif isinstance(outputs, list | tuple | Mapping):
+        for output in outputs.values() if isinstance(outputs, Mapping) else outputs:
             yield from _tensors_in(output)

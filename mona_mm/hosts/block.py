@@ -133,12 +133,16 @@ class PeftBlock(Mixin):
             grid = passed.hw
         elif self.spec.grid is not None:
             grid = self.spec.grid.of_call(self, args, kwargs)
+        elif self.spec.layout != 'BNC':  # for sites within the block where its tokens are (B, N, C)
+            grid = tuple(args[0].shape[1:3] if self.spec.layout == 'BHWC' else args[0].shape[2:])
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
             x = self.forward_with_sites(*args, **kwargs)
         finally:
             _RUNNING.call = around
+        if self.spec.changed_in_place and 'post_ffn' in self.peft:
+            x = x.clone()
         missed = self.hooked - call.reached
         if missed and missed & set(self.peft):
             raise ConfigError(
@@ -198,7 +202,9 @@ class HookedBlock(PeftBlock):
 
     In a block :math:`u = x + a(n_1(x)),\; y = u + f(n_2(u))` a module :math:`m` at ``post_attn`` is a hook before the
     norm :math:`n_2` that hands on :math:`u + d`, with :math:`d = m(u) - u`, and an addition of :math:`d` to what the
-    block returns, which is then :math:`(u + d) + f(n_2(u + d))`. A block of one branch has its input as residual.
+    block returns, which is then :math:`(u + d) + f(n_2(u + d))`. Where the residual passes a module :math:`r` of its
+    own, :math:`y = r(u) + f(n_2(u))`, both :math:`r` and :math:`n_2` get :math:`m(u)` and nothing is added. A block of
+    one branch has its input as residual.
     """
 
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -211,16 +217,22 @@ class HookedBlock(PeftBlock):
         call = _call_of(self)
         middle = self.spec.mid_layout or self.spec.layout
         if call.shift is not None:
-            x = x + _as_layout(call.shift, middle, self.spec.layout)
-        residual = args[0] if self.spec.mid_norm is None else _as_layout(call.residual, middle, self.spec.layout)
+            x = x + _as_layout(call.shift, middle, self.spec.layout, call.grid)
+        residual = args[0]
+        if self.spec.mid_norm is not None:
+            residual = _as_layout(call.residual, middle, self.spec.layout, call.grid)
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
         return x if other_outputs is None else (x, *other_outputs)
 
 
-def _as_layout(x: Tensor | None, layout: str, wanted: str) -> Tensor | None:
-    """Bring a tensor from one layout (``'BNC'``, ``'BHWC'`` or ``'BCHW'``) to another; ``'BNC'`` cannot be undone."""
+def _as_layout(x: Tensor | None, layout: str, wanted: str, grid: Grid) -> Tensor | None:
+    """Bring a tensor on a grid from one layout (``'BNC'``, ``'BHWC'`` or ``'BCHW'``) to another."""
     if x is None or layout == wanted:
         return x
+    if layout == 'BNC':
+        x, layout = x.unflatten(1, tuple(grid)), 'BHWC'
+        if wanted == 'BHWC':
+            return x
     if wanted == 'BNC':
         return x.flatten(1, 2) if layout == 'BHWC' else x.flatten(2).transpose(1, 2)
     return x.permute(0, 3, 1, 2) if layout == 'BHWC' else x.permute(0, 2, 3, 1)
@@ -237,7 +249,8 @@ def hook_sites(block: PeftBlock) -> None:
     hooked: list[str] = []
     middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
     if middle and isinstance(block, HookedBlock) and block.spec.mid_norm is not None:
-        block.get_submodule(block.spec.mid_norm).register_forward_pre_hook(partial(_map_residual, block))
+        for path in filter(None, (block.spec.mid_residual, block.spec.mid_norm)):
+            block.get_submodule(path).register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
     for name, branch in block.spec.branches.items():
         for site, path in ((f'{name}_branch', branch.drop_path), (f'{name}_out', '')):
@@ -308,8 +321,10 @@ def _map_residual(block: HookedBlock, module: nn.Module, args: tuple) -> tuple |
     if call is None:
         return None
     call.reached.update(('post_attn', 'parallel_ffn'))
+    if block.spec.mid_residual and call.residual is not None:  # mapped on its way into the module of the residual
+        return call.residual, *args[1:]
     call.residual = block.apply_at('post_attn', args[0], block.spec.mid_layout)
-    if 'post_attn' in block.peft:
+    if 'post_attn' in block.peft and not block.spec.mid_residual:
         call.shift = call.residual - args[0]
     return call.residual, *args[1:]
 

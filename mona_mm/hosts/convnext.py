@@ -1,6 +1,7 @@
 """ConvNeXt, ConvNeXt V2 and EdgeNeXt of mmpretrain, whose blocks have one branch, and ConvNeXt's checkpoints."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -90,7 +91,7 @@ register_host(
     'mmpretrain.models.backbones.edgenext.EdgeNeXt',
     Host(
         specs=(
-            _BLOCK,
+            replace(_BLOCK, changed_in_place=True),  # by a table of positions, if it has one
             # The block adds its input behind the two linears alone, so that there is no place behind the attention.
             BlockSpec(
                 cls='mmpretrain.models.backbones.edgenext.SDTAEncoder',

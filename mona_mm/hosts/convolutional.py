@@ -5,15 +5,18 @@ activation, and the linear sites of the 1x1 convolutions with which it begins (`
 changes the resolution or the width and adds nothing has the same sites, with ``post_ffn`` on its output.
 """
 
+from dataclasses import replace
+
 from mona_mm.hosts.host import BlockSpec, Host, register_host, separate_linears
 
 # There is no parallel_ffn: the input of a block may have another width than its output.
 _STREAM = dict(branches={}, layout='BCHW', without=('parallel_ffn',))
 
 
-def _block(cls: str, width: str = '', has: str = '', **linears: str) -> BlockSpec:
+def _block(cls: str, width: str = '', has: str | None = None, **linears: str) -> BlockSpec:
     """The description of a class of residual blocks, with the paths of its linear layers by site."""
-    return BlockSpec(cls=cls, has=has, linears=separate_linears(**linears), width=width, **_STREAM)
+    some = {} if has is None else dict(has=has)
+    return BlockSpec(cls=cls, linears=separate_linears(**linears), width=width, **some, **_STREAM)
 
 
 def _bottleneck(cls: str) -> BlockSpec:
@@ -56,9 +59,13 @@ _DET, _SEG, _PRE = (f'{library}.models' for library in ('mmdet', 'mmseg', 'mmpre
 _DET_B, _SEG_B, _PRE_B = (f'{models}.backbones' for models in (_DET, _SEG, _PRE))
 
 _CSP_NEXT = f'{_DET}.layers.csp_layer.CSPNeXtBlock'
-_SEG_RESIDUAL = (
-    _block(f'{_SEG}.utils.basic_block.BasicBlock', 'conv2.conv.weight'),
-    _block(f'{_SEG}.utils.basic_block.Bottleneck', fc1='conv1.conv', fc2='conv3.conv'),
+# DDRNet and PIDNet add what another branch has computed to what a block returns, in place.
+_SEG_RESIDUAL = tuple(
+    replace(spec, changed_in_place=True)
+    for spec in (
+        _block(f'{_SEG}.utils.basic_block.BasicBlock', 'conv2.conv.weight'),
+        _block(f'{_SEG}.utils.basic_block.Bottleneck', fc1='conv1.conv', fc2='conv3.conv'),
+    )
 )
 _SHUFFLE = f'{_PRE_B}.shufflenet_v1.ShuffleUnit'
 _EFFICIENT = (
@@ -73,7 +80,7 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
     f'{_DET_B}.res2net.Res2Net': (_bottleneck(f'{_DET_B}.res2net.Bottle2neck'),),
     f'{_DET_B}.resnest.ResNeSt': (_bottleneck(f'{_DET_B}.resnest.Bottleneck'),),
     f'{_DET_B}.trident_resnet.TridentResNet': (
-        *_resnet(_DET_B)[1:2],
+        _bottleneck(f'{_DET_B}.resnet.Bottleneck'),
         # Its streams are lists of one tensor for each dilation, so only its linear layers are sites.
         BlockSpec(
             cls=f'{_DET_B}.trident_resnet.TridentBottleneck',
@@ -92,7 +99,6 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
             fc2='conv2.pointwise_conv.conv',
         ),
         _block(_CSP_NEXT, fc2='conv2.pointwise_conv.conv'),
-        *_darknet(f'{_DET}.layers.csp_layer.DarknetBottleneck'),
     ),
     f'{_DET_B}.efficientnet.EfficientNet': (
         *_inverted(f'{_DET}.layers.inverted_residual.InvertedResidual'),
@@ -123,10 +129,9 @@ _SPECS: dict[str, tuple[BlockSpec, ...]] = {
     f'{_PRE_B}.resnest.ResNeSt': (_bottleneck(f'{_PRE_B}.resnest.Bottleneck'),),
     f'{_PRE_B}.seresnet.SEResNet': (_bottleneck(f'{_PRE_B}.seresnet.SEBottleneck'),),
     f'{_PRE_B}.seresnext.SEResNeXt': (_bottleneck(f'{_PRE_B}.seresnext.SEBottleneck'),),
-    **{
-        f'{_PRE_B}.cspnet.{name}': (*_darknet(f'{_PRE_B}.cspnet.DarknetBottleneck'), *_resnet(_PRE_B))
-        for name in ('CSPDarkNet', 'CSPResNet', 'CSPResNeXt')
-    },
+    f'{_PRE_B}.cspnet.CSPDarkNet': _darknet(f'{_PRE_B}.cspnet.DarknetBottleneck')[1:],  # it has no depthwise ones
+    f'{_PRE_B}.cspnet.CSPResNet': (_bottleneck(f'{_PRE_B}.resnet.Bottleneck'),),
+    f'{_PRE_B}.cspnet.CSPResNeXt': (_bottleneck(f'{_PRE_B}.resnext.Bottleneck'),),
     f'{_PRE_B}.efficientnet.EfficientNet': _EFFICIENT,
     f'{_PRE_B}.efficientnet_v2.EfficientNetV2': (
         *_EFFICIENT,

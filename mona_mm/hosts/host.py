@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -149,15 +149,21 @@ def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -
     return tuple(output[1])
 
 
+def grid_of_map(child: nn.Module, args: tuple, output: Tensor) -> Grid:
+    """The grid of a module's output ``(B, C, H, W)``, for :class:`GridSource`."""
+    return tuple(output.shape[-2:])
+
+
 @dataclass(frozen=True)
 class GridSource:
-    """The grid of a backbone whose blocks do not get it; it is read from a call of a child of the backbone or block.
+    """The grid of a backbone whose blocks do not get it; it is read from a call of another module.
 
     Args:
-        path: the path of the child.
+        path: the path of that module in the nearest module around the block that has it: in the backbone, in a model
+            within it, or in the block's stage.
         find: a function of the child, its arguments and its output that returns the grid. By default the output is
             ``(tokens, (H, W))``.
-        is_in_block: whether it is a child of the block, called before the sites that need the grid.
+        is_in_block: whether it is in the block itself, and called before the sites that need the grid.
     """
 
     path: str
@@ -175,22 +181,27 @@ class BlockSpec:
 
     Args:
         cls: the qualified name of the class. Blocks of other classes, subclasses included, are left alone.
-        has: the path of a module that tells blocks of one class apart: only those that have it are meant.
+        has: the path of a module or parameter, or several, that tell blocks of one class apart: only those that have
+            all of them are meant. Where several descriptions fit a block, the first one counts.
         linears: the linear layers of a block, by site.
         branches: the ends of the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
         mixin: the :class:`mona_mm.hosts.block.PeftBlock` that has the block's forward with sites; None for the stock
             forward with hooks, :class:`mona_mm.hosts.block.HookedBlock`.
         mid_norm: for the stock forward, the path in a block of the first module of the FFN, whose input is the
             residual; None for a block of one branch.
+        mid_residual: the path of a module through which the residual passes on its way past the FFN, called before
+            ``mid_norm``; empty where the residual is added as it is.
         layout: the layout of the stream, ``'BNC'``, ``'BHWC'`` or ``'BCHW'``.
         mid_layout: the layout of the input of ``mid_norm``, if it differs.
         branch_layout: the layout at the ends of the branches, if it differs.
         width: the name of a parameter whose first dimension is the stream's width; by default the weight of ``fc2``.
         without: the stream sites that the block does not have.
-        grid: where the grid is found; None where the layout shows it.
+        grid: where the grid is found; None where the layout of the stream shows it.
         uncalled: the modules of a block that are never called; the host only reads their parameters.
+        changed_in_place: whether the backbone changes what a block returns in place, so that it must be no view.
         row_major: whether tokens ``(B, N, C)`` are in the order of the grid's rows. Where they are not (Hiera keeps
             those of a window together), methods that read the grid are refused.
+        family: the name under which the list of hosts has the block, where one backbone class serves many models.
     """
 
     cls: str
@@ -198,15 +209,18 @@ class BlockSpec:
     branches: Mapping[str, Branch]
     mixin: type[Mixin] | None = None
     mid_norm: str | None = None
+    mid_residual: str = ''
     layout: Literal['BNC', 'BHWC', 'BCHW'] = 'BNC'
     mid_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     branch_layout: Literal['BNC', 'BHWC', 'BCHW', None] = None
     grid: GridArgument | GridAttribute | GridSource | SquareGrid | None = None
-    has: str = ''
+    has: str | tuple[str, ...] = ()
     width: str = ''
     without: tuple[str, ...] = ()
     uncalled: tuple[str, ...] = ()
     row_major: bool = True
+    changed_in_place: bool = False
+    family: str = ''
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -215,6 +229,10 @@ class BlockSpec:
         possible |= {f'{branch}_{place}' for branch in self.branches for place in ('branch', 'out')}
         stream = [site for site in STREAM_SITES if site in possible and site not in self.without]
         object.__setattr__(self, 'sites', (*stream, *self.linears))
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a module of the class has all that tells the meant blocks apart."""
+        return all(_has(module, path) for path in ((self.has,) if isinstance(self.has, str) else self.has))
 
     def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
         """The widths of a block's site: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear
@@ -240,6 +258,9 @@ class Host:
             whatever the ``type`` there, and supports no other ``init_cfg``.
         own_names: the names of its tensors, as regular expressions.
         formats: the checkpoint formats of other code that can be converted for it.
+        own_format: for a wrapper of models of another library, the name of that library's format and a function
+            ``(backbone, tensors)`` that converts the tensors of a checkpoint to the names of the backbone, in place of
+            ``formats``.
         fit_checkpoint: a function ``(given, current)`` that resizes tensors of a checkpoint, in place, to the shapes
             of the model's.
         recomputed: the endings of the names of buffers that it derives from its configuration.
@@ -254,6 +275,7 @@ class Host:
     reads_checkpoint: bool = False
     own_names: OwnNames | None = None
     formats: tuple[CheckpointFormat, ...] = ()
+    own_format: tuple[str, Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]] | None = None
     fit_checkpoint: Callable[[dict[str, Tensor], Mapping[str, Tensor]], None] | None = None
     recomputed: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
@@ -273,7 +295,13 @@ class Host:
     def spec(self, module: nn.Module) -> BlockSpec | None:
         """The description of a block; None for any other module."""
         name = qualified_name(stock_class(module))
-        return next((spec for spec in self.specs if spec.cls == name and _has(module, spec.has)), None)
+        return next((spec for spec in self.specs if spec.cls == name and spec.fits(module)), None)
+
+    def within(self, backbone: nn.Module) -> Host:
+        """The description of this backbone alone: without descriptions of blocks that it does not hold."""
+        held = {id(spec) for spec in map(self.spec, backbone.modules()) if spec is not None}
+        specs = tuple(spec for spec in self.specs if id(spec) in held)
+        return self if len(specs) == len(self.specs) else replace(self, specs=specs)
 
     def blocks(self, backbone: nn.Module) -> dict[str, nn.Module]:
         """The blocks of ``backbone`` by path, in order, whether or not a method has been injected.
@@ -295,11 +323,12 @@ class Host:
 
 
 def _has(module: nn.Module, path: str) -> bool:
-    for name in filter(None, path.split('.')):
-        if name not in module._modules:
+    *parents, last = path.split('.')
+    for name in parents:
+        module = module._modules.get(name)
+        if module is None:
             return False
-        module = module._modules[name]
-    return True
+    return module._modules.get(last) is not None or getattr(module, last, None) is not None
 
 
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
@@ -329,8 +358,23 @@ def register_host(backbone: str, host: Host) -> None:
     HOSTS[backbone] = host
 
 
+def register_blocks(backbone: str, *specs: BlockSpec) -> None:
+    """Add classes of blocks to a host, such as those of another of timm's models to a ``TIMMBackbone``.
+
+    Args:
+        backbone: the qualified name of the host's class.
+        specs: the descriptions of the blocks. They count before those that the host has.
+
+    Raises:
+        ConfigError: if the class is no host.
+    """
+    if backbone not in HOSTS:
+        raise ConfigError(f'{backbone} is no host, so that no blocks can be added. Declare it with register_host.')
+    HOSTS[backbone] = replace(HOSTS[backbone], specs=(*specs, *HOSTS[backbone].specs))
+
+
 def find_host(backbone: nn.Module) -> Host:
-    """The :class:`Host` that describes a backbone object.
+    """The :class:`Host` that describes a backbone object, with descriptions of those blocks alone that it holds.
 
     Raises:
         UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the class named there.
@@ -339,8 +383,9 @@ def find_host(backbone: nn.Module) -> Host:
     for cls in type(backbone).__mro__:
         reason = REFUSED.get(qualified_name(cls), '')
         host = HOSTS.get(qualified_name(cls))
-        if host is not None and host.blocks(backbone):
-            return host
+        held = None if host is None else host.within(backbone)
+        if held is not None and held.specs:
+            return held
         if host is not None or reason:
             break
     raise UnsupportedHostError(

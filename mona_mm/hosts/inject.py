@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError
 from mona_mm.hosts.block import HookedBlock, PassedGrid, PeftBlock, hook_sites, unhook_sites
-from mona_mm.hosts.host import BlockSpec, Grid, GridSource, find_host
+from mona_mm.hosts.host import BlockSpec, Grid, GridSource, Host, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
 from mona_mm.nn.substitute import substitute
@@ -80,10 +80,10 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
             _check_linear(backbone, path, host.spec(blocks[path]), site)
             _check_order(backbone, host.spec(blocks[path]), site, module)
     _checkpoint_blocks(backbone, blocks)
-    source = next((spec.grid for spec in host.specs if isinstance(spec.grid, GridSource)), None)
-    if source is not None and not source.is_in_block:
+    sources = _grid_sources(backbone, host, blocks)
+    if sources:
         # A bound method would be pickled by its name, and would become the host's own forward when it is loaded.
-        backbone.forward = partial(forward_on_grid, backbone, source, tuple(blocks))
+        backbone.forward = partial(forward_on_grid, backbone, sources)
     for path, block in blocks.items():
         spec = host.spec(block)
         mix_in(block, spec.mixin or HookedBlock)
@@ -93,7 +93,10 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
 
 
 def remove(backbone: nn.Module) -> None:
-    """Undo :func:`inject`, in place, so that the blocks are stock ones without the method's modules."""
+    """Undo :func:`inject`, in place, so that the blocks are stock ones without the method's modules.
+
+    Activation checkpoints that the backbone had around its blocks are not put back.
+    """
     forward = vars(backbone).get('forward')
     if isinstance(forward, partial) and forward.func is forward_on_grid:
         del backbone.forward
@@ -134,15 +137,13 @@ def _check_linear(backbone: nn.Module, path: str, spec: BlockSpec, site: str) ->
     wrong = ''
     if any(cls.__name__ in _STANDARDISED for cls in type(module).__mro__):
         wrong = 'standardises its weight, so that an addition to its output is no addition to the weight'
-    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or tuple(module.padding) not in ((0, 0), ()):
-        wrong = (
-            f'has {module.groups} groups and a kernel of {module.kernel_size}: only 1x1 ones in one group are linear'
-        )
+    elif module.groups != 1 or tuple(module.kernel_size) != (1, 1) or module.padding not in ((0, 0), 'same', 'valid'):
+        wrong = f'has groups={module.groups}, kernel_size={module.kernel_size} and padding={module.padding}'
     if wrong:
         raise ConfigError(
             f'{type(backbone).__name__}: {path}.{linear.module}, the convolution at {site!r}, is a '
-            f'{type(module).__name__}, which {wrong}. Leave {site!r} out of sites=[...], or use a method that maps the '
-            'stream, such as Mona.'
+            f'{type(module).__name__}, which {wrong}. A linear layer is a plain 1x1 convolution in one group without '
+            f'padding. Leave {site!r} out of sites=[...], or use a method that maps the stream, such as Mona.'
         )
 
 
@@ -176,33 +177,66 @@ def _check_order(backbone: nn.Module, spec: BlockSpec, site: str, module: nn.Mod
         )
 
 
+def _grid_sources(
+    backbone: nn.Module, host: Host, blocks: Mapping[str, nn.Module]
+) -> tuple[tuple[str, Callable, tuple[str, ...]], ...]:
+    """The modules that show the grid: the path of each, its function and the paths of the blocks on that grid."""
+    found: dict[tuple[str, Callable], list[str]] = {}
+    modules = dict(backbone.named_modules())
+    for path, block in blocks.items():
+        source = host.spec(block).grid
+        if not isinstance(source, GridSource) or source.is_in_block:
+            continue
+        around = path
+        while around:  # from the nearest module around the block to the backbone itself
+            around = around.rpartition('.')[0]
+            shown_by = f'{around}.{source.path}' if around else source.path
+            if shown_by in modules:
+                found.setdefault((shown_by, source.find), []).append(path)
+                break
+        else:
+            raise ConfigError(
+                f'{type(backbone).__name__}: nothing around {path} has a {source.path}, which is to show the grid of '
+                'its tokens.'
+            )
+    return tuple((path, find, tuple(of_blocks)) for (path, find), of_blocks in found.items())
+
+
 def forward_on_grid(
-    backbone: nn.Module, source: GridSource, blocks: tuple[str, ...], *args: Any, **kwargs: Any
+    backbone: nn.Module, sources: tuple[tuple[str, Callable, tuple[str, ...]], ...], *args: Any, **kwargs: Any
 ) -> tuple[Tensor, ...]:
     """The forward of a backbone that does not pass the grid to its blocks; this one passes it as an extra argument.
 
     Args:
         backbone: the backbone, whose class's forward runs.
-        source: the module whose call shows the grid.
-        blocks: the paths of the blocks.
+        sources: for each module whose call shows a grid its path, the function that finds the grid in the call (see
+            :class:`GridSource`), and the paths of the blocks on that grid.
         args: the positional arguments of the forward.
         kwargs: the keyword arguments of the forward.
     """
-    grid: list[Grid] = []
     parts: dict[str, Any] = {}
-    for path in blocks:
-        parent, _, name = path.rpartition('.')
-        container, call = backbone.get_submodule(parent), partial(_on_grid, backbone.get_submodule(path), grid)
-        if isinstance(container, nn.ModuleList):  # which can be sliced only if it holds nothing but modules
-            parts.setdefault(parent, list(container))[int(name)] = call
-        else:
-            parts[path] = call
-    parts[source.path] = partial(_remember_grid, backbone.get_submodule(source.path), source.find, grid)
+    for path, find, blocks in sources:
+        grid: list[Grid] = []
+        parts[path] = _watched(backbone.get_submodule(path), find, grid)
+        for block in blocks:
+            parent, _, name = block.rpartition('.')
+            container, call = backbone.get_submodule(parent), partial(_on_grid, backbone.get_submodule(block), grid)
+            if isinstance(container, nn.ModuleList):  # which can be sliced only if it holds nothing but modules
+                parts.setdefault(parent, list(container))[int(name)] = call
+            else:
+                parts[block] = call
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
 
+def _watched(child: nn.Module, find: Callable, grid: list[Grid]) -> nn.Module:
+    """Make a stand-in for a module, with all its attributes, whose call puts the grid that it shows into a list."""
+    stand_in = substitute(child, {})
+    vars(stand_in)['forward'] = partial(_remember_grid, child, find, grid)
+    return stand_in
+
+
 def _remember_grid(child: nn.Module, find: Callable, grid: list[Grid], *args: Any, **kwargs: Any) -> Any:
-    output = child(*args, **kwargs)
+    output = child.forward(*args, **kwargs)
     grid[:] = [find(child, args, output)]
     return output
 

@@ -1,8 +1,6 @@
 """Backbones of mmpretrain with tokens of one resolution that are no more than a declaration: T2T-ViT, TNT, MlpMixer,
 Conformer."""
 
-from torch import Tensor, nn
-
 from mona_mm.hosts.ffn import FFN_LINEARS
 from mona_mm.hosts.host import (
     MMCV_BRANCHES,
@@ -10,10 +8,10 @@ from mona_mm.hosts.host import (
     TORCH_UNCALLED,
     BlockSpec,
     Branch,
-    Grid,
     GridSource,
     Host,
     fused_qkv,
+    grid_of_map,
     register_host,
     separate_linears,
 )
@@ -51,6 +49,7 @@ register_host(
                 mid_norm='norm_ffn',
                 uncalled=TORCH_UNCALLED,
                 row_major=False,
+                changed_in_place=True,
             ),
         ),
     ),
@@ -70,12 +69,6 @@ register_host(
         ),
     ),
 )
-
-
-def grid_of_map(child: nn.Module, args: tuple, output: Tensor) -> Grid:
-    """The grid of a feature map ``(B, C, H, W)`` that a module returns."""
-    return tuple(output.shape[2:])
-
 
 register_host(
     f'{_MMPRETRAIN}.conformer.Conformer',
