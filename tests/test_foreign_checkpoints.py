@@ -1,11 +1,13 @@
 """Checkpoints of timm, Hugging Face and Meta in the wrappers of timm's and transformers' models."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 from foreign_hosts import (
+    FOREIGN,
     HUGGING_FACE,
     INSTALLED,
     TIMM,
@@ -241,3 +243,53 @@ def test_a_checkpoint_of_meta_gives_the_same_maps_in_every_library(kind, tmp_pat
     assert maps[0].abs().max() > 0.5
     for other in maps[1:]:
         assert_near(other, maps[0])
+
+
+@needs_timm
+def test_biases_that_timm_would_drop_are_refused(tmp_path):
+    """Of Meta's DINOv3, where the model was made without them; zeros may be dropped."""
+    tensors = meta('dinov3')
+    base = dict(backbones_for_meta('dinov3')[0], model_name='vit_small_patch16_dinov3')
+    torch.save(tensors, tmp_path / 'meta.pth')
+    with pytest.raises(CheckpointMismatchError, match='_qkvb'):
+        load_pretrained(build(base), str(tmp_path / 'meta.pth'))
+    for i in (0, 1):
+        tensors[f'blocks.{i}.attn.qkv.bias'].zero_()
+    torch.save(tensors, tmp_path / 'meta.pth')
+    load_pretrained(build(base), str(tmp_path / 'meta.pth'))
+
+
+def meta_convnext() -> dict[str, torch.Tensor]:
+    """A DINOv3 ConvNeXt of one block a stage with Meta's names and random values."""
+    generator, tensors = torch.Generator().manual_seed(3), {}
+
+    def add(name: str, *shape: int) -> None:
+        tensors[f'{name}.weight'] = torch.randn(shape, generator=generator) * 0.3
+        tensors[f'{name}.bias'] = torch.randn(shape[:1], generator=generator) * 0.3
+
+    widths = (3, 8, 16, 24, 32)
+    for i, (before, width) in enumerate(itertools.pairwise(widths)):
+        add(f'downsample_layers.{i}.{0 if i == 0 else 1}', width, before, *([4, 4] if i == 0 else [2, 2]))
+        add(f'downsample_layers.{i}.{1 if i == 0 else 0}', width if i == 0 else before)
+        block = f'stages.{i}.0'
+        add(f'{block}.dwconv', width, 1, 7, 7)
+        add(f'{block}.norm', width)
+        add(f'{block}.pwconv1', 4 * width, width)
+        add(f'{block}.pwconv2', width, 4 * width)
+        tensors[f'{block}.gamma'] = torch.randn(width, generator=generator)
+    add('norm', 32)
+    add('norms.3', 32)
+    return tensors
+
+
+@needs_timm
+@needs_transformers
+def test_metas_convnext_gives_the_same_maps_in_both_libraries(tmp_path):
+    """DINOv3's, whose maps are those of the stages, without norms."""
+    torch.save(meta_convnext(), tmp_path / 'meta.pth')
+    maps = []
+    for name in ('timm-convnext', 'hf-dinov3-convnext'):
+        model = build(FOREIGN[name])
+        load_pretrained(model, str(tmp_path / 'meta.pth'))
+        maps.append(list(model(image())))
+    assert_near(maps[1], maps[0])
