@@ -63,6 +63,24 @@ def test_a_checkpoint_of_timm(name, tmp_path):
 
 
 @needs_timm
+def test_a_model_without_features_only(tmp_path):
+    """It returns tokens, as mmpretrain's TIMMBackbone does by default, and is the same host."""
+    plain = plain_timm('timm-vit')
+    torch.save(plain.state_dict(), tmp_path / 'timm.pth')
+    base = {key: value for key, value in TIMM['timm-vit'].items() if key not in ('features_only', 'out_indices')}
+    backbone = PeftBackbone(
+        base=dict(base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'timm.pth'))),
+        peft=dict(type='LoRA', rank=2),
+    )
+    backbone.init_weights()
+    backbone.eval()
+    with torch.no_grad():
+        assert_near(backbone(image())[0], plain.forward_features(image()))
+    model = PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=4))
+    assert model(image())[0].shape == (2, 17, 24)
+
+
+@needs_timm
 def test_a_checkpoint_of_a_deeper_model_is_refused(tmp_path):
     """What the backbone has left out is dropped, and nothing else."""
     torch.save(plain_timm('timm-vit').state_dict(), tmp_path / 'timm.pth')

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import HOSTS, ROOT
 from declared_hosts import DECLARED
+from foreign_hosts import FOREIGN
 from mmengine.registry import MODELS
 from suite import COMMON, METHOD_CONFIGS
 
@@ -26,7 +27,7 @@ def uncovered_methods() -> set[str]:
 
 def uncovered_hosts() -> set[str]:
     """The registered hosts that the shared suite does not run over."""
-    classes = [MODELS.get(config['type']) for config in (*HOSTS.values(), *DECLARED.values())]
+    classes = [MODELS.get(config['type']) for config in (*HOSTS.values(), *DECLARED.values(), *FOREIGN.values())]
     return set(hosts.HOSTS) - {f'{cls.__module__}.{cls.__qualname__}' for cls in classes}
 
 
