@@ -126,6 +126,36 @@ def cases(count: int, seed: int) -> Iterator[Case]:
         yield globals()[f'_{kind}'](rng)
 
 
+BLOCKS = ['last 1', '1:', ':-1', [0, -1], 'layers.1', ['stages.[01]', 'layers.*'], 'last 9', '9:', '*.1', '::2']
+PATTERNS = ['stages', 'stages.0', 'layers.*', '*.1', '*', 'default', '', 'x', 3]
+
+
+def choices(count: int, seed: int) -> Iterator[Case]:
+    """The first ``count`` random backbones of a seed with methods in some blocks, of several widths, in company."""
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        methods = [_choosy(rng) for _ in range(rng.integers(1, 4))]
+        peft = methods[0] if len(methods) == 1 else methods
+        base = copy.deepcopy(HOSTS[_pick(rng, sorted(HOSTS))])
+        yield _model_case(dict(type='mona_mm.PeftBackbone', base=base, peft=peft))
+
+
+def _choosy(rng: np.random.Generator) -> Any:
+    name = _pick(rng, ['Mona', 'LoRA', 'Adapter', 'AdaptFormer', 'LoRand', 'SPT'])
+    if name == 'SPT':
+        peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), plan=_pick(rng, RIGHT['plan']))
+    else:
+        width = dict(LoRA='rank', LoRand='inner').get(name, 'bottleneck')
+        peft = {'type': name, width: {_pick(rng, PATTERNS[:-3]): 4, 'default': 2} if rng.random() < 0.6 else 4}
+        if rng.random() < 0.1:
+            peft[width] = {_pick(rng, PATTERNS): _value(rng, 'rank') for _ in range(2)}
+    if rng.random() < 0.5 and name != 'SPT' or rng.random() < 0.1:
+        peft['blocks'] = _pick(rng, BLOCKS) if rng.random() < 0.9 else _pick(rng, ANYTHING)()
+    if rng.random() < 0.1:
+        peft['name'] = _pick(rng, ['a', 'Mona', *(value() for value in ANYTHING)])
+    return peft
+
+
 def _pick(rng: np.random.Generator, values: list) -> Any:
     return values[rng.integers(len(values))]
 

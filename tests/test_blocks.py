@@ -69,6 +69,8 @@ WRONG = {
     'more-than-there-are': (dict(blocks='last 9'), "'last 9', but this backbone has 5 blocks"),
     'empty': (dict(blocks='9:'), r"blocks='9:' selects none of the 5 blocks, which are stages\.0\.blocks\.0 \(0\) to"),
     'none': (dict(blocks='last 0'), 'selects none'),
+    'no-step': (dict(blocks='::0'), "'::0' matches no block"),
+    'thousands-of-digits': (dict(blocks='9' * 5000 + ':'), 'matches no block'),
     'no-such-index': (dict(blocks=[0, 5]), 'blocks has 5, but'),
     'no-such-path': (dict(blocks=['stage.1']), r"'stage\.1' matches no block .* Did you mean 'stages\.1'"),
     'a-number': (dict(blocks=2), "blocks=2 must be 'last 6', a slice"),

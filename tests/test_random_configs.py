@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import HOSTS
 from mmengine.registry import HOOKS
-from random_configs import FAILED, cases, outcome
+from random_configs import BUILT, FAILED, REFUSED, cases, choices, outcome
 from torch import nn
 
 from mona_mm import PeftBackbone
@@ -22,6 +22,12 @@ def test_random_configs():
     """A short run of the script, whose long runs are in docs/reliability.md."""
     failed = [message for result, message in map(outcome, cases(40, seed=11)) if result == FAILED]
     assert not failed, failed[0]
+
+
+def test_random_choices():
+    """Methods in some blocks, of several widths, several together."""
+    results = list(map(outcome, choices(25, seed=2)))
+    assert {result for result, _ in results} == {BUILT, REFUSED}, [m for _, m in results if m]
 
 
 @pytest.mark.parametrize(

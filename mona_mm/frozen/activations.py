@@ -62,7 +62,7 @@ def measure_activations(backbone: nn.Module, size: tuple[int, int] | None = None
     is active, with activation checkpoints, with the host's faster forms. The tensors that autograd saves are counted by
     their storage and freed soon, so that the measurement takes little more memory than a prediction. Parameters,
     buffers and what a module keeps between calls do not count. Random numbers and the statistics of BatchNorms are left
-    as they are.
+    as they are. Of a compiled backbone the form that is not compiled runs.
 
     Args:
         backbone: a backbone with its weights, on a device that computes.

@@ -16,8 +16,8 @@ from mona_mm.options import show
 DEFAULT = 'default'
 """The key, among patterns, of the value in every block that no pattern matches."""
 
-_LAST = re.compile(r'last +([0-9]+)')
-_SLICE = re.compile(r'(-?[0-9]+)?:(-?[0-9]+)?(?::([0-9]+))?')
+_LAST = re.compile(r'last +([0-9]{1,9})')
+_SLICE = re.compile(r'(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([1-9][0-9]{0,8}))?')
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -64,21 +64,22 @@ def _is_entry(entry: Any) -> bool:
 
 def _positions(name: str, entry: int | str, paths: Sequence[str]) -> list[int]:
     """The positions of the blocks that one entry of ``blocks`` names."""
-    count, positions = len(paths), range(len(paths))
+    count = len(paths)
     last = _LAST.fullmatch(entry) if isinstance(entry, str) else None
-    if isinstance(entry, int) or last:
-        index = entry if last is None else -int(last[1])
-        if not -count <= index < count:
-            raise ConfigError(
-                f'peft: {name}: blocks has {show(entry)}, but this backbone has {count} blocks, {paths[0]} (0) to '
-                f'{paths[-1]} ({count - 1}).'
-            )
-        return [positions[index]] if last is None else list(positions[index:] if index else ())
+    index = entry if isinstance(entry, int) else -int(last[1]) if last else 0
+    if not -count <= index < count:
+        raise ConfigError(
+            f'peft: {name}: blocks has {show(entry)}, but this backbone has {count} blocks, {paths[0]} (0) to '
+            f'{paths[-1]} ({count - 1}).'
+        )
+    if isinstance(entry, int):
+        return [index % count]
+    if last:
+        return list(range(count + index, count))
     part = _SLICE.fullmatch(entry)
     if part:
-        start, stop, step = (None if number is None else int(number) for number in part.groups())
-        return list(positions[start : stop : step or None])
-    found = [position for position, path in zip(positions, paths, strict=True) if matches(entry, path)]
+        return list(range(count)[slice(*(None if number is None else int(number) for number in part.groups()))])
+    found = [position for position, path in enumerate(paths) if matches(entry, path)]
     if not found:
         raise ConfigError(f'peft: {name}: blocks={show(entry)} matches no block of this backbone. {near(entry, paths)}')
     return found
