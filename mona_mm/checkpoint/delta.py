@@ -346,8 +346,14 @@ def _check_method(model: nn.Module, delta: Delta) -> None:
     )
 
 
-def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, str | None]:
-    return {path: method.get('type') for path, method in methods.items()}
+def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list]:
+    """The type of every method, and those of its targets, by path."""
+    types: dict[str, list] = {}
+    for path, method in methods.items():
+        targets = method.get('options', {}).get('targets')
+        entries = [method, *(targets if isinstance(targets, list | tuple) else ())]
+        types[path] = [entry.get('type') if isinstance(entry, Mapping) else None for entry in entries]
+    return types
 
 
 def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -362,8 +368,8 @@ def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe every module that PeftBackbone or FrozenModel has made, by path: its method, options and rules, and the
-    dtype of its frozen weights if it is not float32."""
+    """Describe every module that PeftBackbone, PeftModel or FrozenModel has made, by path: its method (of a PeftModel
+    its targets), options and rules, and the dtype of its frozen weights if it is not float32."""
     return {
         path: dict(type=type_, options=options, trainable=list(record.rules), **_frozen_type(module))
         for path, module, record in freeze_records(model)
@@ -394,8 +400,17 @@ def _resolved(described: Mapping[str, Any]) -> Any:
     options = {**defaults, **described.get('options', {})}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'], key=str)
+    if isinstance(options.get('targets'), list | tuple):
+        options['targets'] = [_resolved_target(target) for target in options['targets']]
     options = {name: _with_lists(value) for name, value in options.items() if name not in _FREE_OPTIONS}
     return type_, options, sorted(described.get('trainable', []))
+
+
+def _resolved_target(target: Any) -> Any:
+    """One of the targets of a PeftModel, which a file may describe in any way, as :func:`_resolved` describes it."""
+    if not isinstance(target, Mapping) or not isinstance(target.get('type'), str):
+        return target
+    return _resolved(dict(type=target['type'], options={key: v for key, v in target.items() if key != 'type'}))
 
 
 def _with_lists(value: Any) -> Any:

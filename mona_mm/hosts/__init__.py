@@ -62,6 +62,7 @@ from mona_mm.hosts.host import (
     separate_linears,
 )
 from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
+from mona_mm.hosts.layers import Layer, PeftLayer, attach_to_layer, find_layers, read_past, weights_with_method
 from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names
 
 __all__ = [
@@ -77,13 +78,17 @@ __all__ = [
     'GridSource',
     'HookedBlock',
     'Host',
+    'Layer',
     'Linear',
     'PeftBlock',
+    'PeftLayer',
     'PeftModules',
     'Site',
     'Sites',
     'StockLinear',
+    'attach_to_layer',
     'find_host',
+    'find_layers',
     'fused_qkv',
     'inject',
     'is_host',
@@ -92,9 +97,11 @@ __all__ = [
     'method_names',
     'modules_beside_linears',
     'position_table_names',
+    'read_past',
     'recomputed_names',
     'register_host',
     'remove',
     'separate_linears',
     'sites_of',
+    'weights_with_method',
 ]
