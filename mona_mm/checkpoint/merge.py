@@ -14,7 +14,7 @@ from mona_mm.checkpoint.lock import writing
 from mona_mm.errors import ConfigError
 from mona_mm.frozen.half_precision import kept_weights
 from mona_mm.hosts import Linear, PeftBlock, PeftModules, method_names, remove
-from mona_mm.methods.base import PeftModule
+from mona_mm.methods.base import LinearModule, PeftModule
 from mona_mm.nn.mixin import Mixin, mix_out
 from mona_mm.record import freeze_records, record_of
 from mona_mm.registry import METHODS
@@ -28,9 +28,14 @@ def unmergeable(model: nn.Module) -> list[str]:
             type(module).__name__
             for _, block in _blocks(model)
             for site, module in block.peft.items()
-            if site not in block.spec.linears or not hasattr(module, 'delta_weight')
+            if site not in block.spec.linears or not _has_delta_weight(module)
         }
     )
+
+
+def _has_delta_weight(module: nn.Module) -> bool:
+    method = getattr(type(module), 'delta_weight', LinearModule.delta_weight)
+    return method is not LinearModule.delta_weight
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:

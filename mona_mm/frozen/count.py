@@ -1,5 +1,6 @@
 """Count the parameters of a model, and those that train."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from mona_mm.hosts import method_modules
 from mona_mm.nn.patterns import without_indices
 from mona_mm.record import TargetRecord, record_of
 
-_MOST_PATHS = 8
-"""The table names at most this many groups of the layers that a target matches."""
+_WIDTH = 120
+"""The longest line of the text below the table."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ class ParameterCount:
             f'= {_percent(self.backbone_trainable, self.backbone_base_total)} of the base, '
             f'{_percent(self.backbone_trainable, self.backbone_total)} of base and method'
         )
-        lines += map(_layers_line, self.targets)
+        for target in self.targets:
+            lines += textwrap.wrap(_layers_text(target), _WIDTH, subsequent_indent='    ', break_on_hyphens=False)
         return '\n'.join(lines)
 
 
-def _layers_line(target: TargetRecord) -> str:
+def _layers_text(target: TargetRecord) -> str:
     """The layers of a target, those with like paths together: ``LoRA beside 6 layers: decoder.layers.*.fc (6)``."""
     groups = [f'{path} ({count})' for path, count in Counter(map(without_indices, target.layers)).items()]
-    more = f', and {len(groups) - _MOST_PATHS} more paths' if len(groups) > _MOST_PATHS else ''
-    return f'{target.method} beside {len(target.layers)} layers: {", ".join(groups[:_MOST_PATHS])}{more}'
+    return f'{target.method} beside {len(target.layers)} layers: {", ".join(groups)}'
 
 
 def _percent(part: int, whole: int) -> str:

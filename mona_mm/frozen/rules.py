@@ -31,7 +31,7 @@ from mona_mm.frozen.reach import unreached
 from mona_mm.hosts import find_host, method_modules, method_names
 from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
-from mona_mm.record import FreezeRecord, freeze_records, make_record
+from mona_mm.record import FreezeRecord, freeze_records, make_record, record_of
 
 Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
 
@@ -210,11 +210,15 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
         for m in modules
         if not m.training or not all(p.requires_grad or id(p) in without_effect for p in m.parameters())
     ]
-    stages = getattr(module, 'frozen_stages', -1)
-    if frozen_by_host or (modules and stages >= 1):
+    inside = set(frozen_by_host)
+    host = next((m for m in module.modules() if hasattr(m, 'frozen_stages') and inside & set(m.modules())), module)
+    stages = getattr(host, 'frozen_stages', -1)
+    method = type([*frozen_by_host, *modules][0]).__name__ if modules else ''
+    is_everywhere = not record_of(module).targets  # in every stage, and not only beside the layers that targets match
+    if frozen_by_host or (modules and is_everywhere and stages >= 1):
         raise ConfigError(
-            f'frozen_stages={stages} in the base config: {type(module).__name__} freezes those stages itself, with '
-            f'the {type(modules[0]).__name__} modules in them, and repeats it at every .train(), even after the model '
+            f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
+            f'the {method} modules in them, and repeats it at every .train(), even after the model '
             'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and select in '
             '`trainable` which parameters of the base train.'
         )

@@ -61,7 +61,7 @@ class Layer:
     def is_convolution(self) -> bool:
         """Whether its forward is not that of a linear layer on some pixels, but that of a convolution."""
         conv = self.holder
-        return isinstance(conv, nn.Conv2d) and not (conv.weight[0, 0].numel() == 1 and set(conv.padding) <= {0})
+        return isinstance(conv, nn.Conv2d) and not (conv.kernel_size == (1, 1) and set(conv.padding) <= {0})
 
     @property
     def is_plain(self) -> bool:

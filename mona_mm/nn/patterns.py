@@ -9,15 +9,15 @@ from mona_mm.errors import ConfigError
 REGULAR_EXPRESSION = 're:'
 """The beginning of a pattern that is a regular expression."""
 
-_TRANSLATED = {'*': '[^.]*', '{': '(?:', '}': ')', ',': '|'}
+_TRANSLATED = {'**.': r'(?:[^.]+\.)*', '*': '[^.]*', '{': '(?:', '}': ')', ',': '|'}
 
 
 class PathPattern:
     """A pattern that whole paths of modules match or not.
 
     ``*`` stands for any characters within one name of a path, ``**`` as a whole name for any number of names, none
-    included, and ``{a,b}`` within a name for one of the alternatives: ``decoder.**.{value_proj,output_proj}``. What
-    follows ``re:`` is a regular expression.
+    included, and ``{a,b.c}`` for one of the alternatives: ``decoder.**.{value_proj,output_proj}``. What follows ``re:``
+    is a regular expression.
 
     Args:
         text: the pattern.
@@ -54,12 +54,13 @@ def without_indices(path: str) -> str:
 
 def _translate(pattern: str) -> str:
     """The regular expression for a pattern, which matches paths with a dot at their end."""
-    expression = ''
-    for name in pattern.split('.'):
-        if name == '**':
-            expression += r'(?:[^.]+\.)*'
-            continue
-        if name.count('{') != name.count('}') or (',' in name and '{' not in name):
-            raise ConfigError(f'{pattern!r} is not a valid pattern of paths: alternatives are written {{a,b}}.')
-        expression += ''.join(_TRANSLATED.get(character) or re.escape(character) for character in name) + r'\.'
-    return expression
+    expression, depth = '', 0
+    for token in re.findall(r'(?<![^.])\*\*\.|.', f'{pattern}.'):
+        depth += (token == '{') - (token == '}')
+        if depth < 0 or (token == ',' and not depth):
+            break
+        expression += _TRANSLATED.get(token) or re.escape(token)
+    else:
+        if not depth:
+            return expression
+    raise ConfigError(f'{pattern!r} is not a valid pattern of paths: alternatives are written {{a,b}}.')
