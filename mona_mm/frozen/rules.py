@@ -126,6 +126,7 @@ def _suggest(module: nn.Module, rule: str) -> str:
 def freeze(module: nn.Module, rules: Rules) -> None:
     """Freeze all parameters of ``module`` but those that ``rules`` select and those of a method, in place.
 
+    Of a part that was frozen by rules of its own (a PeftBackbone inside a PeftModel), what those select trains as well.
     Parameters that are already frozen stay frozen: position embeddings that a host fixes, those of ``frozen_stages``,
     the base of a PeftBackbone inside a FrozenModel. A BatchNorm without trainable parameters stays in eval mode through
     every later ``module.train()``, since its statistics would change otherwise. Parameters that no output of a backbone
@@ -138,7 +139,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     """
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
-    kept = method_names(module).union(*selected.values())
+    kept = method_names(module).union(_trainable_in_parts(module), *selected.values())
     frozen = {name for name, p in module.named_parameters() if name not in kept and p.requires_grad}
     for name in frozen:
         module.get_parameter(name).requires_grad = False
@@ -158,6 +159,11 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     module.train(training)
     frozen |= unreached_names
     make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(unreached_names), frozenset(frozen))
+
+
+def _trainable_in_parts(module: nn.Module) -> set[str]:
+    """The parameters that train in parts of ``module`` that were frozen before it."""
+    return {f'{path}.{name}' for path, _, record in freeze_records(module) if path for name in record.trainable}
 
 
 def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
