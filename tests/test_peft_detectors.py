@@ -8,11 +8,12 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
-from conftest import HOSTS, SWIN
+from conftest import HOSTS, ROOT, SWIN
 from helpers import assert_equal, assert_near
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.model import BaseModule
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from small_models import IN_BFLOAT16  # noqa: F401  registers SmallModel
 from torch import nn
@@ -20,6 +21,7 @@ from torch import nn
 import mona_mm
 from mona_mm import FrozenModel, PeftModel, count_trainable, load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
+from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.rules import check_trainable
@@ -390,3 +392,61 @@ def test_the_command_lines(tmp_path, tool):
     with torch.no_grad():
         assert_near(stock.double()(x), model.double()(x), 1e-6)
         assert_near(mona_mm.merge(model)(x), stock(x), 1e-6)
+
+
+EXAMPLE = str(ROOT / 'configs/lora/lora_dino_r50_coco.py')
+
+
+def test_the_shipped_example():
+    """Its base is mmdet's DINO, as mmdet builds it; at full size LoRA is beside all attention of both transformers."""
+    cfg = load_config(EXAMPLE)
+    assert cfg.model.base == Config.fromfile(str(CONFIGS / 'dino/dino-4scale_r50_8xb2-12e_coco.py')).model
+    model = build_on_meta(cfg)
+    deformable_inputs_and_outputs = 4 * 256 + 256 + 128 + 256 + 256  # offsets, weights, values, output
+    attention = 256 + 3 * 256 + 256 + 256
+    lora = 16 * (12 * deformable_inputs_and_outputs + 6 * attention)
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert sum(size for n, size in trained.items() if '.peft.' in n) == lora
+    assert {n.partition('.')[0] for n in trained} == {'encoder', 'decoder', 'bbox_head', 'dn_query_generator'}
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert sum(len(group['params']) for group in wrapper.optimizer.param_groups) == len(trained)
+
+
+def test_the_shipped_example_on_other_classes(demo_data, tmp_path, tool):
+    """As docs/layers.md says: from a detector of other classes to the user's, with a delta and predictions."""
+    narrow = {
+        **{f'model.base.{key}.num_layers': 1 for key in ('encoder', 'decoder')},
+        'model.base.backbone.depth': 18,
+        'model.base.backbone.base_channels': 8,
+        'model.base.backbone.init_cfg': None,
+        'model.base.neck.in_channels': [16, 32, 64],
+        'model.base.num_queries': 20,
+    }
+    cfg = load_config(EXAMPLE, dict(narrow))
+    init_default_scope('mmdet')
+    other = MODELS.build(cfg.model.base)
+    torch.save(dict(state_dict=other.state_dict()), tmp_path / 'coco.pth')
+    resize = "dict(type='Resize', scale=(96, 96), keep_ratio=True)"
+    options = {
+        **narrow,
+        'data_root': demo_data,
+        'classes': '[disc,square,triangle,star]',
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'val_dataloader.num_workers': 0,
+        'val_dataloader.persistent_workers': False,
+        'train_dataloader.dataset.pipeline.3': resize,
+        'val_dataloader.dataset.pipeline.1': resize,
+        'train_dataloader.dataset.indices': 2,
+        'val_dataloader.dataset.indices': 1,
+        'train_cfg.max_epochs': 1,
+    }
+    status, out, err = tool('train.py', EXAMPLE, '--work-dir', str(tmp_path), '--fine-tune', str(tmp_path / 'coco.pth'),
+                            '--cfg-options', *(f'{key}={value}' for key, value in options.items()))  # fmt: skip
+    assert status == 0, err
+    log = next(tmp_path.rglob('*.log')).read_text()
+    assert 'LoRA beside 10 layers' in log and 'coco/bbox_mAP' in log
+    delta = read_delta(next(tmp_path.glob('epoch_1.delta.safetensors')))
+    assert delta.tensors['dn_query_generator.label_embedding.weight'].shape == (4, 256)
+    changed = [n for n, t in delta.tensors.items() if n.endswith('up.weight') and (t != 0).any()]
+    assert len(changed) == 10 and delta.header.base_file == str(tmp_path / 'coco.pth')
