@@ -45,8 +45,8 @@ def PeftModel(base: dict[str, Any], targets: Sequence[Mapping[str, Any]], traina
 
     Raises:
         ConfigError: if the base or a method is unknown, a method cannot stand beside layers, a pattern matches no layer
-            (the error names near paths), two targets match one layer, a layer already has a method, a method adds to
-            the output of a layer whose weight is read, a rule selects nothing, or the base freezes matched layers by
+            (the error names near paths), two targets match one layer, a layer already has a method, a method cannot
+            add to a weight that is read, a rule selects nothing, or the base freezes matched layers by
             ``frozen_stages``.
         UnknownOptionError: if a method does not have an option.
     """
@@ -95,26 +95,27 @@ class Target:
         """The patterns as text."""
         return ', '.join(pattern.text for pattern in self.patterns)
 
-    def place(self, path: str, layer: Layer) -> list[Layer]:
-        """The layers that get a module where the target matches a layer: itself, or some of its slices.
-
-        Raises:
-            ConfigError: if the method cannot stand beside the layer.
-        """
+    def place(self, layer: Layer) -> list[Layer]:
+        """The layers that get a module where the target matches a layer: itself, or some of its slices."""
         is_added_to_output = layer.linear.is_called and layer.is_plain
         if not is_added_to_output or (layer.is_convolution and not self.cls.has_convolve()):
             layer = layer.by_weight()
-            if not self.cls(*layer.site.widths, **self.options).is_weight_delta:
-                raise ConfigError(
-                    f'targets: {self.cls.__name__} with these options cannot stand beside {path}, where it would have '
-                    f'to add to the weight of a {type(layer.holder).__name__}. Leave dropout and drop_path out, or '
-                    'choose other layers.'
-                )
         return layer.slices(self.slices) or [layer]
 
-    def build(self, layer: Layer) -> LinearModule:
-        """Build the module for a layer."""
-        return self.cls(*layer.site.widths, **self.options)
+    def build(self, path: str, layer: Layer) -> LinearModule:
+        """Build the module for a layer at a path.
+
+        Raises:
+            ConfigError: if the module cannot stand beside the layer.
+        """
+        module = self.cls(*layer.site.widths, **self.options)
+        if not layer.linear.is_called and not module.is_weight_delta:
+            raise ConfigError(
+                f'targets: {self.cls.__name__} with these options cannot stand beside {path}, where it would have to '
+                f'add to the weight of a {type(layer.holder).__name__}. Leave dropout and drop_path out, or choose '
+                'other layers.'
+            )
+        return module
 
 
 def build_target(cfg: Mapping[str, Any]) -> Target:
@@ -150,7 +151,7 @@ def choose_layers(module: nn.Module, targets: Sequence[Target]) -> list[dict[str
             weight is read by code that would not see an addition.
     """
     layers = find_layers(module)
-    taken: dict[int, tuple[str, Target]] = {}
+    taken: dict[tuple[int, str], tuple[str, Target]] = {}
     chosen: list[dict[str, list[Layer]]] = []
     for target in targets:
         chosen.append({})
@@ -159,14 +160,19 @@ def choose_layers(module: nn.Module, targets: Sequence[Target]) -> list[dict[str
             if not matched:
                 raise ConfigError(_describe_no_match(module, pattern, layers))
             for path, layer in matched.items():
-                first, other = taken.setdefault(id(layer.weight), (path, target))
+                first, other = taken.setdefault((id(layer.holder), layer.name), (path, target))
                 if other is not target:
                     raise ConfigError(
                         f'targets: {path} is matched by {other.path!r} and by {target.path!r}, and a layer gets one '
                         'method. Make one of the patterns narrower.'
                     )
                 if first == path:
-                    chosen[-1][path] = target.place(path, layer)
+                    chosen[-1][path] = target.place(layer)
+        if target.slices and not any(layer.name in target.slices for (layer, *_) in chosen[-1].values()):
+            raise ConfigError(
+                f'targets: {target.path!r} matches no in_proj_weight, so slices={list(target.slices)} would have no '
+                'effect. Leave slices out.'
+            )
     _check_free(module, {path: layer for matched in chosen for path, (layer, *_) in matched.items()})
     return chosen
 
@@ -190,9 +196,10 @@ def _check_free(module: nn.Module, layers: Mapping[str, Layer]) -> None:
     for path, layer in layers.items():
         if id(layer.weight) in occupied or isinstance(layer.holder._modules.get('peft'), PeftModules):
             raise ConfigError(
-                f'targets: {path} already has a method beside it, that of a PeftBackbone. Make the pattern narrower.'
+                f'targets: {path} already has a method beside it, that of a PeftBackbone or PeftModel within this '
+                f'{type(module).__name__}. Make the pattern narrower.'
             )
-        if layer.linear.is_called and id(layer.weight) in past:
+        if id(layer.weight) in past and not isinstance(layer.holder, nn.MultiheadAttention):
             raise ConfigError(
                 f'targets: the block around {path} reads its weight without calling it, so a method beside it has no '
                 'effect. Give this method to the backbone, by a PeftBackbone, or make the pattern narrower.'
@@ -210,9 +217,9 @@ def _attach(module: nn.Module, target: Target, chosen: Mapping[str, list[Layer]]
     check_widths(name, target.cls, target.options, sites)
     check_size(name, sites, sites, lambda _, site: target.cls(*site.widths, **target.options))
     added = []
-    for layers in chosen.values():
+    for path, layers in chosen.items():
         for layer in layers:
-            added.append(target.build(layer))
+            added.append(target.build(path, layer))
             attach_to_layer(layer, added[-1])
     start_from_base(module, added)
     ids = {id(p) for m in added for p in m.parameters()}

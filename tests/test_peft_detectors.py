@@ -422,6 +422,7 @@ def test_the_shipped_example_on_other_classes(demo_data, tmp_path, tool):
         'model.base.backbone.init_cfg': None,
         'model.base.neck.in_channels': [16, 32, 64],
         'model.base.num_queries': 20,
+        'model.base.test_cfg.max_per_img': 5,
     }
     cfg = load_config(EXAMPLE, dict(narrow))
     init_default_scope('mmdet')

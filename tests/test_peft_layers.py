@@ -256,6 +256,16 @@ def test_a_shared_layer_counts_once():
     assert_near(model(IMAGE.double()), expected, 1e-12)
 
 
+def test_layers_that_share_a_weight():
+    """Each gets a module of its own, and there is no weight into which both could be merged."""
+    base = MODELS.build(dict(type='Parts'))
+    base.branches[1].fc.weight = base.branches[0].fc.weight
+    model = PeftModel(base=dict(type='OneLayer', cls=lambda: base), targets=[dict(LORA, path='**.fc')])
+    assert len(model.peft_record.targets[0].layers) == 2
+    with pytest.raises(ConfigError, match='are one weight that several modules share'):
+        mona_mm.merge(model)
+
+
 def test_the_table_says_what_matched():
     model = parts(dict(path='branches.*.fc'), dict(path='**.conv.conv', rank=2))
     count = count_trainable(model)
@@ -325,6 +335,7 @@ class BesideOutput(LinearModule):
         ([dict(path='**.fc', type='LoRA', rank=0)], ConfigError, 'rank=0 must be'),
         ([dict(path='**.fc', type='LoRA', rank=7)], ConfigError, 'rank=7 must be at most 6'),
         ([dict(path='**.fc', type='LoRA', slices='q')], ConfigError, "slices='q' must be a list"),
+        ([dict(LORA, path='**.fc', slices=['q'])], ConfigError, "'**.fc' matches no in_proj_weight, so slices=['q'] w"),
         ([dict(path='re:(', type='LoRA')], ConfigError, "'re:(' is not a valid pattern of paths"),
         ([dict(path='{fc', type='LoRA')], ConfigError, "'{fc' is not a valid pattern of paths"),
         ([dict(LORA, path='branches.*.cf')], ConfigError, "matches nothing in this Parts. Near paths of layers: 'bra"),
@@ -381,7 +392,7 @@ def test_a_backbone_that_has_a_method():
     base = dict(type='OneLayer', cls=MODELS.build, cfg=backbone)
     with pytest.raises(ConfigError, match=r'attn\.w_msa\.qkv already has a method beside it'):
         PeftModel(base=base, targets=[dict(LORA, path='layer.**.qkv')])
-    model = PeftModel(base=base, targets=[dict(LORA, path='layer.**.attn.**.proj')])
+    model = PeftModel(base=base, targets=[dict(LORA, path=['layer.**.attn.**.proj', 'layer.**.ffn.**'])])
     check_trainable(model)
     x = torch.randn(1, 3, 64, 64)
     model(x)[-1].sum().backward()
