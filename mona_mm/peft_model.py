@@ -34,8 +34,8 @@ def PeftModel(base: dict[str, Any], targets: Sequence[Mapping[str, Any]], traina
     Args:
         base: the module's own config.
         targets: the methods and their layers, each ``dict(path='decoder.layers.*.cross_attn.**', type='LoRA', rank=8)``
-            with the options of the method. ``path`` is one or several patterns of :class:`mona_mm.nn.patterns
-            .PathPattern` for the whole path of a layer: ``*`` stands for characters within a name, ``**`` for any
+            with the options of the method. ``path`` is one pattern, or a list of them, for the whole path of a layer
+            (see :class:`~mona_mm.nn.patterns.PathPattern`): ``*`` stands for characters within a name, ``**`` for any
             number of names, and ``re:`` begins a regular expression. Layers are ``Linear``, ``Conv2d``, and of torch's
             ``MultiheadAttention`` at ``attn`` the matrices ``attn.in_proj_weight`` and ``attn.out_proj``; other modules
             that a pattern matches are passed over. ``slices=['q', 'v']`` puts a module beside each of these slices of

@@ -408,6 +408,20 @@ def test_a_backbone_that_has_a_method():
     assert '.peft.' not in ' '.join(model.state_dict())
 
 
+@pytest.mark.parametrize('host', ['mmdet-swin', 'mmpretrain-vit'])
+def test_the_fast_forms_of_a_backbone(host):
+    """The faster forms of attention and FFN read weights past their layers, but not where a method stands."""
+    backbone = dict(type='mona_mm.PeftBackbone', base=HOSTS[host], trainable='none')
+    model = PeftModel(base=dict(type='OneLayer', cls=MODELS.build, cfg=backbone),
+                      targets=[dict(LORA, path='layer.{stages,layers}.**')])  # fmt: skip
+    off_zero(model).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = list(model(x))
+    assert all(grad.abs().max() > 0 for grad in gradients(model, expected).values())
+    mona_mm.merge(model)
+    assert_near(list(model(x)), [out.detach() for out in expected])
+
+
 def test_what_a_host_reads_without_calling():
     """SwinV2 reads the weight of qkv: a method beside it would have no effect, and is refused."""
     base = dict(HOSTS['mmpretrain-swinv2'])
