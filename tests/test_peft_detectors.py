@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import HOSTS, ROOT, SWIN
 from helpers import assert_equal, assert_near
+from mmdet.structures import DetDataSample
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.model import BaseModule
@@ -25,7 +26,6 @@ from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.config import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.rules import check_trainable
-from mona_mm.hosts import find_layers
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim/configs'
 LORA = dict(type='LoRA', rank=2)
@@ -210,6 +210,7 @@ def test_the_layers_of_grounding_dino():
     cfg = Config.fromfile(str(CONFIGS / 'grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg_cap4m.py')).model
     cfg.update(language_model=dict(type='NoLanguage', name=''), backbone=dict(SWIN, type='SwinTransformer'))
     cfg.encoder.num_layers = cfg.decoder.num_layers = 1
+    cfg.num_queries = 6
     targets = [
         dict(LORA, path='decoder.layers.*.cross_attn_text.**', slices=['q', 'v']),
         dict(LORA, path='encoder.fusion_layers.**'),
@@ -223,7 +224,30 @@ def test_the_layers_of_grounding_dino():
     )
     assert list(model.decoder.layers[0].cross_attn_text.attn.peft) == ['q', 'v', 'out_proj']
     assert len(model.peft_record.targets[1].layers) == 6 and len(model.peft_record.targets[2].layers) == 4
-    assert len(find_layers(model)) > 50
+    init_default_scope('mmdet')
+
+    def transformed():
+        """The queries after the decoder, from features and a text of three tokens."""
+        generator = torch.Generator().manual_seed(3)
+        dtype = model.text_feat_map.weight.dtype
+        features = [torch.randn(1, 256, side, side, generator=generator).to(dtype) for side in (8, 4, 2, 1)]
+        text = dict(
+            embedded=model.text_feat_map(torch.randn(1, 3, 8, generator=generator).to(dtype)),
+            masks=torch.ones(1, 3, 3, dtype=torch.bool),
+            position_ids=torch.arange(3)[None],
+            text_token_mask=torch.ones(1, 3, dtype=torch.bool),
+        )
+        sample = DetDataSample(metainfo=dict(batch_input_shape=(64, 64), img_shape=(64, 64)))
+        return model.forward_transformer(features, text, [sample])['hidden_states']
+
+    model.init_weights()
+    off_zero(model).eval()
+    transformed().square().sum().backward()
+    assert all((p.grad is not None) == ('.peft.' in n) for n, p in model.named_parameters())
+    model.double()
+    expected = transformed().detach()
+    mona_mm.merge(model)
+    assert_near(transformed().detach(), expected, 1e-9)
 
 
 def test_mona_in_the_backbone_and_lora_in_the_decoder(tmp_path):
