@@ -422,6 +422,29 @@ def test_the_fast_forms_of_a_backbone(host):
     assert_near(list(model(x)), [out.detach() for out in expected])
 
 
+def test_beside_frozen_weights_in_half_precision(tmp_path):
+    """In a backbone with ``frozen_dtype`` LoRA trains in float32 beside weights in bfloat16; a delta comes back, and
+    the merged weights are in float32."""
+    backbone = dict(type='mona_mm.PeftBackbone', base=HOSTS['mmdet-swin'], trainable='none', frozen_dtype='bfloat16')
+
+    def build():
+        torch.manual_seed(0)
+        base = dict(type='OneLayer', cls=MODELS.build, cfg=copy.deepcopy(backbone))
+        return PeftModel(base=base, targets=[dict(LORA, path='layer.stages.**')])
+
+    model, again = off_zero(build()).eval(), build().eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = list(model(x))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(grad.dtype == torch.float32 for grad in gradients(model, expected).values())
+    mona_mm.save_delta(model, tmp_path / 'a.delta.safetensors')
+    mona_mm.load_delta(again, tmp_path / 'a.delta.safetensors')
+    assert_equal(list(again(x)), expected)
+    mona_mm.merge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_near(list(model(x)), [out.detach() for out in expected], 0.05)
+
+
 def test_what_a_host_reads_without_calling():
     """SwinV2 reads the weight of qkv: a method beside it would have no effect, and is refused."""
     base = dict(HOSTS['mmpretrain-swinv2'])
