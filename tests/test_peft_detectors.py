@@ -300,15 +300,9 @@ def test_mona_in_the_backbone_and_lora_in_the_decoder(tmp_path):
 
 
 def retinanet(**changes) -> Config:
-    return model_config(
-        'retinanet/retinanet_r50_fpn_1x_coco.py',
-        neck__in_channels=[8, 16, 32, 64],
-        neck__out_channels=16,
-        bbox_head__in_channels=16,
-        bbox_head__feat_channels=16,
-        bbox_head__num_classes=4,
-        **changes,
-    )
+    narrow = dict(neck__in_channels=[8, 16, 32, 64], neck__out_channels=16, bbox_head__in_channels=16)
+    narrow |= dict(bbox_head__feat_channels=16, bbox_head__num_classes=4)
+    return model_config('retinanet/retinanet_r50_fpn_1x_coco.py', **narrow | changes)
 
 
 def test_a_resnet_and_a_neck():
@@ -369,7 +363,7 @@ def test_in_a_frozen_model():
 
 
 def write_config(folder: Path) -> str:
-    """A config that starts from a whole stock model, and the model."""
+    """A config of a PeftModel that starts from a whole stock model."""
     stock = dict(type='SmallModel', backbone=HOSTS['mmdet-swin'])
     torch.save(MODELS.build(stock).state_dict(), folder / 'whole.pth')
     targets = [dict(LORA, path='backbone.**.qkv'), dict(LORA, path='head.0')]
@@ -416,6 +410,28 @@ def test_the_command_lines(tmp_path, tool):
     with torch.no_grad():
         assert_near(stock.double()(x), model.double()(x), 1e-6)
         assert_near(mona_mm.merge(model)(x), stock(x), 1e-6)
+
+
+def test_a_model_with_mona_is_merged_with_a_config_of_its_own(tmp_path, tool):
+    """Its Mona is folded, and LoRA stays beside its layers."""
+    cfg = retinanet(neck__in_channels=[24, 48, 96, 192])
+    cfg.backbone = dict(type='mona_mm.PeftBackbone', base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=4))
+    peft = dict(type='mona_mm.PeftModel', base=cfg, targets=[dict(LORA, path='neck.{lateral,fpn}_convs.*.conv')])
+    Config(dict(default_scope='mmdet', model=peft, load_from=str(tmp_path / 'whole.pth'))).dump(tmp_path / 'config.py')
+    config = str(tmp_path / 'config.py')
+    model = MODELS.build(load_config(config).model)
+    model.init_weights()
+    torch.save({n: t for n, t in model.state_dict().items() if '.peft.' not in n}, tmp_path / 'whole.pth')
+    off_zero(model)
+    delta, merged = str(tmp_path / 'a.delta.safetensors'), str(tmp_path / 'merged.pth')
+    save_delta(model, delta, base_file=str(tmp_path / 'whole.pth'))
+    status, out, err = tool('delta.py', 'merge', config, delta, merged)
+    assert status == 0 and 'a config of its own in it (Mona computes what no stock model does)' in out, (out, err)
+    checkpoint = torch.load(merged, weights_only=True)
+    assert 'deploy=True' in checkpoint['meta']['cfg'] and 'PeftModel' in checkpoint['meta']['cfg']
+    again = MODELS.build(Config.fromstring(checkpoint['meta']['cfg'], '.py').model).eval()
+    again.load_state_dict(checkpoint['state_dict'])
+    assert_near(raw_outputs(again), raw_outputs(model))
 
 
 EXAMPLE = str(ROOT / 'configs/lora/lora_dino_r50_coco.py')
