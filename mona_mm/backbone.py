@@ -74,7 +74,7 @@ def PeftBackbone(
         UnknownOptionError: if the method does not have an option.
     """
     method = None if peft is None else build_method(peft)
-    backbone = _build(base)
+    backbone = build_base(base)
     find_host(backbone)
     if fast:  # before the method, whose classes must come in front of the fast ones
         for module in backbone.modules():
@@ -128,13 +128,20 @@ def FrozenModel(base: dict[str, Any], trainable: Rules) -> nn.Module:
         ConfigError: if the base is unknown, or a rule selects nothing.
         CheckpointMismatchError: by ``init_weights``, if a ``Pretrained`` ``init_cfg`` lacks a frozen tensor.
     """
-    module = _build(base)
+    module = build_base(base)
     freeze(module, trainable)
-    # The loading of some hosts silently skips tensors that do not fit; load_pretrained refuses them.
+    load_hosts_strictly(module)
+    return module
+
+
+def load_hosts_strictly(module: nn.Module) -> None:
+    """Make the hosts in a module load their pretrained files by :func:`load_pretrained`, in place.
+
+    It refuses tensors that do not fit, which the loading of some hosts silently skips.
+    """
     for backbone in module.modules():
         if is_host(backbone) and pretrained_file(backbone) and 'init_weights' not in vars(backbone):
             backbone.init_weights = partial(init_weights, backbone)
-    return module
 
 
 def _plain_config(peft: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
@@ -144,7 +151,12 @@ def _plain_config(peft: Any) -> dict[str, Any] | list[dict[str, Any]] | None:
     return None if peft is None else {**with_names(peft), 'type': look_up(METHODS, peft['type']).__name__}
 
 
-def _build(base: dict[str, Any]) -> nn.Module:
+def build_base(base: dict[str, Any]) -> nn.Module:
+    """Build the stock module of a config.
+
+    Raises:
+        ConfigError: if there is no module of its ``type``.
+    """
     if 'type' not in base:
         raise ConfigError(f'base={show(base)} must be the config of a stock module, a dict with a `type`.')
     with MODELS.switch_scope_and_registry(None) as registry:  # the running config's default scope

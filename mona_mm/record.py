@@ -24,16 +24,34 @@ class FreezeRecord:
     frozen: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class TargetRecord:
+    """The layers that one target of a :func:`mona_mm.PeftModel` has matched.
+
+    Args:
+        path: its pattern, or patterns.
+        method: the name of the method.
+        layers: the paths of the layers, in the order of the module.
+        names: the names of the parameters of the method.
+    """
+
+    path: str
+    method: str
+    layers: tuple[str, ...]
+    names: frozenset[str]
+
+
 @dataclass
 class PeftRecord:
     """The changes that mona_mm has made to a module.
 
     Args:
-        method: the name of the method in the blocks of the module, or those of several joined by ``'+'``; None without
-            one.
+        method: the name of the method in the blocks of the module, or beside its layers, or those of several joined by
+            ``'+'``; None without one.
         paths: the paths in the module of what each of these methods has added, by the method's name.
         config: the ``peft`` of the config that the method was built from, in plain dicts, lists, strings and numbers;
             a list if there are several methods.
+        targets: the layers with a method beside them, if the module was made by :func:`mona_mm.PeftModel`.
         freeze: the record of the module's freezing; None if it was not frozen.
         frozen_dtype: the dtype of the frozen weights, ``'bfloat16'`` or ``'float16'``; None for float32.
         feature_cache: the :class:`mona_mm.frozen.feature_cache.FeatureCache` of the module, if it keeps features.
@@ -47,6 +65,7 @@ class PeftRecord:
     method: str | None = None
     paths: dict[str, tuple[str, ...]] = field(default_factory=dict)
     config: dict[str, Any] | list[dict[str, Any]] | None = None
+    targets: tuple[TargetRecord, ...] = ()
     freeze: FreezeRecord | None = None
     frozen_dtype: str | None = None
     feature_cache: Any = None

@@ -11,7 +11,12 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPP
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mona_mm', locations=['mona_mm.backbone', 'mona_mm.models'])
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mona_mm',
+    locations=['mona_mm.backbone', 'mona_mm.models', 'mona_mm.peft_model'],
+)
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mona_mm', locations=['mona_mm.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -16,7 +16,7 @@ FLOORS = (
     {'methods', 'frozen'},
     {'checkpoint'},
     {'spt'},
-    {'backbone', 'hooks', 'models'},
+    {'backbone', 'peft_model', 'hooks', 'models'},
     {'optim', 'commands'},
     {'reproduce', 'benchmark'},
     {'tools'},

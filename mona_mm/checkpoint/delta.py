@@ -348,8 +348,15 @@ def _check_method(model: nn.Module, delta: Delta) -> None:
 
 
 def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The types of the methods in every module of a description, by path and in order of the alphabet."""
-    return {path: sorted(type_ or '' for type_, _ in _parts(method)) for path, method in methods.items()}
+    """The types of the methods in every module of a description, and of their targets, in order of the alphabet."""
+    types: dict[str, list[str]] = {}
+    for path, method in methods.items():
+        parts = _parts(method)
+        targets = [options.get('targets') for _, options in parts]
+        targets = [target for given in targets if isinstance(given, list | tuple) for target in given]
+        names = [target.get('type') if isinstance(target, Mapping) else None for target in targets]
+        types[path] = sorted(str(name or '') for name in [*(type_ for type_, _ in parts), *names])
+    return types
 
 
 def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -364,8 +371,8 @@ def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe every module that PeftBackbone or FrozenModel has made, by path: its method, options and rules, and the
-    dtype of its frozen weights if it is not float32."""
+    """Describe every module that PeftBackbone, PeftModel or FrozenModel has made, by path: its method (of a PeftModel
+    its targets), options and rules, and the dtype of its frozen weights if it is not float32."""
     return {
         path: dict(type=type_, options=options, trainable=list(record.rules), **_frozen_type(module))
         for path, module, record in freeze_records(model)
@@ -414,8 +421,17 @@ def _resolved_part(type_: str | None, given: Mapping[str, Any]) -> tuple[str | N
     options = {**defaults, **given}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'], key=str)
+    if isinstance(options.get('targets'), list | tuple):
+        options['targets'] = [_resolved_target(target) for target in options['targets']]
     options = {name: _with_lists(value) for name, value in options.items() if name not in _FREE_OPTIONS}
     return type_, options
+
+
+def _resolved_target(target: Any) -> Any:
+    """One of the targets of a PeftModel, which a file may describe in any way, as :func:`_resolved` describes it."""
+    if not isinstance(target, Mapping) or not isinstance(target.get('type'), str):
+        return target
+    return _resolved(dict(type=target['type'], options={key: v for key, v in target.items() if key != 'type'}))
 
 
 def _with_lists(value: Any) -> Any:

@@ -41,7 +41,8 @@ from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import CheckpointMismatchError, UserError
 from mona_mm.frozen.changes import changing
-from mona_mm.hosts import method_names
+from mona_mm.hosts import PeftBlock, method_names
+from mona_mm.methods.base import LinearModule
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import record_of
 
@@ -275,7 +276,9 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
     if not is_delta(state_dict):
         if isinstance(metadata, _CheckedMetadata):
             state_dict, strict = metadata.check(module, state_dict, strict)
-        return _load_state_dict(module, state_dict, strict, logger)
+        _load_state_dict(module, state_dict, strict, logger)
+        _start_absent_methods(innermost(module), state_dict)
+        return
     model, delta = innermost(module), metadata.delta
     expected = record_of(model)
     loaded = apply_delta(
@@ -291,6 +294,20 @@ def load_state_dict(module: nn.Module, state_dict: Mapping, strict: bool = False
 
 
 mmengine_checkpoint.load_state_dict = load_state_dict
+
+
+def _start_absent_methods(model: nn.Module, state_dict: Mapping) -> None:
+    """Let the modules of a method that begin with the weights of their base begin with those that were loaded, unless
+    their own tensors were loaded as well."""
+    names = {name.removeprefix('module.') for name in state_dict}
+    for path, block in model.named_modules():
+        for site, module in block.peft.items() if isinstance(block, PeftBlock) else ():
+            linear, prefix = block.spec.linears.get(site), f'{path}.' if path else ''
+            own = {f'{prefix}peft.{site}.{name}' for name in module.state_dict()}
+            is_beside_loaded = linear is not None and f'{prefix}{linear.weight}' in names
+            if is_beside_loaded and own.isdisjoint(names) and isinstance(module, LinearModule):
+                weight = block.get_parameter(linear.weight)
+                module.start_from(weight.detach()[linear.rows(weight)].flatten(1))
 
 
 def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:

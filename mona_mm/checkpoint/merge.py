@@ -14,7 +14,7 @@ from mona_mm.checkpoint.lock import writing
 from mona_mm.errors import ConfigError
 from mona_mm.frozen.half_precision import kept_weights
 from mona_mm.hosts import Linear, PeftBlock, PeftModules, method_names, remove
-from mona_mm.methods.base import PeftModule
+from mona_mm.methods.base import LinearModule, PeftModule
 from mona_mm.nn.mixin import Mixin, mix_out
 from mona_mm.record import freeze_records, record_of
 from mona_mm.registry import METHODS
@@ -28,9 +28,14 @@ def unmergeable(model: nn.Module) -> list[str]:
             type(module).__name__
             for _, block in _blocks(model)
             for site, module in block.peft.items()
-            if site not in block.spec.linears or not hasattr(module, 'delta_weight')
+            if site not in block.spec.linears or not _has_delta_weight(module)
         }
     )
+
+
+def _has_delta_weight(module: nn.Module) -> bool:
+    method = getattr(type(module), 'delta_weight', LinearModule.delta_weight)
+    return method is not LinearModule.delta_weight
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -157,7 +162,7 @@ def _is_kept_from_training(module: nn.Module) -> bool:
 
 
 def _make_stock(module: nn.Module) -> None:
-    """Remove everything that PeftBackbone and FrozenModel have added to a module, in place."""
+    """Remove everything that PeftBackbone, PeftModel and FrozenModel have added to a module, in place."""
     record = record_of(module).freeze
     for name, parameter in module.named_parameters() if record is not None else ():
         if name in record.frozen:
@@ -219,9 +224,9 @@ def _blocks(model: nn.Module) -> list[tuple[str, PeftBlock]]:
 def stock_config(cfg: Config) -> Config:
     """Make a config without types of mona_mm, for a :func:`merged_state_dict`.
 
-    Every PeftBackbone and FrozenModel is replaced by its ``base``, and other classes by mmengine's. Only data sets that
-    the libraries do not have keep their types, see :func:`types_left`. Pretrained files are left out, since all weights
-    come from the merged checkpoint.
+    Every PeftBackbone, PeftModel and FrozenModel is replaced by its ``base``, and other classes by mmengine's. Only
+    data sets that the libraries do not have keep their types, see :func:`types_left`. Pretrained files are left out,
+    since all weights come from the merged checkpoint.
     """
     plain = _stock(with_names(cfg.to_dict()))
     _forget_pretrained(plain.get('model'))
@@ -282,7 +287,7 @@ def set_deploy(cfg: Config) -> None:
 
 def _stock(node: Any) -> Any:
     if isinstance(node, dict):
-        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.FrozenModel'):
+        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.PeftModel', 'mona_mm.FrozenModel'):
             return _stock(node['base'])
         return {key: _stock(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

@@ -1,13 +1,19 @@
 """Count the parameters of a model, and those that train."""
 
-from collections.abc import Iterable
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from mona_mm.frozen.rules import published_name
 from mona_mm.hosts import method_modules
-from mona_mm.record import record_of
+from mona_mm.nn.patterns import without_indices
+from mona_mm.record import TargetRecord, record_of
+
+_WIDTH = 120
+"""The longest line of the text below the table."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class ParameterCount:
         backbone_base_total: the parameters of the backbone without the method.
         backbone_total: the parameters of the backbone with the method. A model without a backbone counts as one.
         backbone_trainable: those of them that train.
+        targets: the layers that have a method beside them, by :func:`mona_mm.PeftModel`.
     """
 
     method: str | None
@@ -37,6 +44,7 @@ class ParameterCount:
     backbone_base_total: int
     backbone_total: int
     backbone_trainable: int
+    targets: tuple[TargetRecord, ...] = ()
 
     @property
     def total(self) -> int:
@@ -62,7 +70,15 @@ class ParameterCount:
             f'= {_percent(self.backbone_trainable, self.backbone_base_total)} of the base, '
             f'{_percent(self.backbone_trainable, self.backbone_total)} of base and method'
         )
+        for target in self.targets:
+            lines += textwrap.wrap(_layers_text(target), _WIDTH, subsequent_indent='    ', break_on_hyphens=False)
         return '\n'.join(lines)
+
+
+def _layers_text(target: TargetRecord) -> str:
+    """The layers of a target, those with like paths together: ``LoRA beside 6 layers: decoder.layers.*.fc (6)``."""
+    groups = [f'{path} ({count})' for path, count in Counter(map(without_indices, target.layers)).items()]
+    return f'{target.method} beside {len(target.layers)} layers: {", ".join(groups)}'
 
 
 def _percent(part: int, whole: int) -> str:
@@ -82,8 +98,11 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     A parameter that several parts share counts for the first of them. Meta tensors count like any others.
     """
     backbone = model.get_submodule(backbone_path(model))
-    method = {id(p): p for m in method_modules(backbone) for p in m.parameters()}
-    seen = set(method)
+    targets = list(_training_targets(model))
+    beside_layers = {id(p) for _, parameters in targets for p in parameters}
+    modules = [m for m in method_modules(backbone) if not any(id(p) in beside_layers for p in m.parameters())]
+    method = {id(p): p for m in modules for p in m.parameters()}
+    seen = {*method, *beside_layers}
 
     def count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:
         new = [p for p in parameters if id(p) not in seen]
@@ -92,26 +111,43 @@ def count_trainable(model: nn.Module) -> ParameterCount:
 
     parts = [count('backbone base', backbone.parameters())]
     record = record_of(backbone)
-    name = '+'.join(map(published_name, record.freeze.rules)) if record.freeze else None
+    names = []
     if method:
-        name = record.method or type(method_modules(backbone)[0]).__name__
+        names.append(record.method if record.method and not record.targets else type(modules[0]).__name__)
         for part, paths in (record.paths if len(record.paths) > 1 else {}).items():
             own = {id(p): p for path in paths for p in backbone.get_submodule(path).parameters() if id(p) in method}
             parts.append(_count(f'method ({part})', own.values()))
             method = {key: p for key, p in method.items() if key not in own}
         if method:
-            parts.append(_count(f'method ({name})', method.values()))
-    backbone_parts = tuple(parts)
+            parts.append(_count(f'method ({names[0]})', method.values()))
+    in_backbone = set(map(id, backbone.parameters()))
+    inside = [p for _, parameters in targets for p in parameters if id(p) in in_backbone]
+    backbone_parts = (*parts, _count('', inside))
+    for target, parameters in targets:
+        names.append(target.method)
+        parts.append(_count(f'method ({target.method}: {target.path})', parameters))
+    if not names and record.freeze:
+        names = list(map(published_name, record.freeze.rules))
     if backbone is not model:
         parts += [count(name, child.parameters()) for name, child in model.named_children() if child is not backbone]
         parts.append(count('(direct)', model.parameters(recurse=False)))
     return ParameterCount(
-        method=name,
+        method='+'.join(dict.fromkeys(names)) or None,
         parts=tuple(p for p in parts if p.total),
         backbone_base_total=backbone_parts[0].total,
         backbone_total=sum(p.total for p in backbone_parts),
         backbone_trainable=sum(p.trainable for p in backbone_parts),
+        targets=tuple(target for target, _ in targets),
     )
+
+
+def _training_targets(model: nn.Module) -> Iterator[tuple[TargetRecord, list[nn.Parameter]]]:
+    """Yield the targets of PeftModels in ``model`` with the parameters of their methods, if any of them trains."""
+    for module in model.modules():
+        for target in record_of(module).targets:
+            parameters = {id(p): p for p in map(module.get_parameter, sorted(target.names))}
+            if any(p.requires_grad for p in parameters.values()):
+                yield target, list(parameters.values())
 
 
 def _count(part: str, parameters: Iterable[nn.Parameter]) -> PartCount:

@@ -31,7 +31,7 @@ from mona_mm.frozen.reach import unreached
 from mona_mm.hosts import find_host, method_modules, method_names
 from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
-from mona_mm.record import FreezeRecord, freeze_records, make_record
+from mona_mm.record import FreezeRecord, freeze_records, make_record, record_of
 
 Rules = Annotated[str | Sequence[str], Rule("a rule or a list of rules, such as 'none' or ['norm', 'bias']", bool)]
 
@@ -126,6 +126,7 @@ def _suggest(module: nn.Module, rule: str) -> str:
 def freeze(module: nn.Module, rules: Rules) -> None:
     """Freeze all parameters of ``module`` but those that ``rules`` select and those of a method, in place.
 
+    Of a part that was frozen by rules of its own (a PeftBackbone inside a PeftModel), what those select trains as well.
     Parameters that are already frozen stay frozen: position embeddings that a host fixes, those of ``frozen_stages``,
     the base of a PeftBackbone inside a FrozenModel. A BatchNorm without trainable parameters stays in eval mode through
     every later ``module.train()``, since its statistics would change otherwise. Parameters that no output of a backbone
@@ -138,7 +139,7 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     """
     rules = as_rules(rules)
     selected = {rule: select(module, rule) for rule in rules}
-    kept = method_names(module).union(*selected.values())
+    kept = method_names(module).union(_trainable_in_parts(module), *selected.values())
     frozen = {name for name, p in module.named_parameters() if name not in kept and p.requires_grad}
     for name in frozen:
         module.get_parameter(name).requires_grad = False
@@ -158,6 +159,11 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     module.train(training)
     frozen |= unreached_names
     make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(unreached_names), frozenset(frozen))
+
+
+def _trainable_in_parts(module: nn.Module) -> set[str]:
+    """The parameters that train in parts of ``module`` that were frozen before it."""
+    return {f'{path}.{name}' for path, _, record in freeze_records(module) if path for name in record.trainable}
 
 
 def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> set[str]:
@@ -213,11 +219,15 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
         if not (m.training or id(m) in in_norms)
         or not all(p.requires_grad or id(p) in without_effect for p in m.parameters())
     ]
-    stages = getattr(module, 'frozen_stages', -1)
-    if frozen_by_host or (modules and stages >= 1):
+    inside = set(frozen_by_host)
+    host = next((m for m in module.modules() if hasattr(m, 'frozen_stages') and inside & set(m.modules())), module)
+    stages = getattr(host, 'frozen_stages', -1)
+    method = type([*frozen_by_host, *modules][0]).__name__ if modules else ''
+    is_everywhere = not record_of(module).targets  # in every stage, and not only beside the layers that targets match
+    if frozen_by_host or (modules and is_everywhere and stages >= 1):
         raise ConfigError(
-            f'frozen_stages={stages} in the base config: {type(module).__name__} freezes those stages itself, with '
-            f'the {type(modules[0]).__name__} modules in them, and repeats it at every .train(), even after the model '
+            f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
+            f'the {method} modules in them, and repeats it at every .train(), even after the model '
             'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and select in '
             '`trainable` which parameters of the base train.'
         )

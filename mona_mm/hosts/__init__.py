@@ -70,6 +70,7 @@ from mona_mm.hosts.host import (
     separate_linears,
 )
 from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
+from mona_mm.hosts.layers import Layer, PeftLayer, attach_to_layer, find_layers, read_past, weights_with_method
 from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names, method_paths
 
 __all__ = [
@@ -86,14 +87,18 @@ __all__ = [
     'GridSource',
     'HookedBlock',
     'Host',
+    'Layer',
     'Linear',
     'PeftBlock',
+    'PeftLayer',
     'PeftModules',
     'Site',
     'Sites',
     'SquareGrid',
     'StockLinear',
+    'attach_to_layer',
     'find_host',
+    'find_layers',
     'fused_qkv',
     'grid_of_map',
     'inject',
@@ -104,10 +109,12 @@ __all__ = [
     'method_paths',
     'modules_beside_linears',
     'position_table_names',
+    'read_past',
     'recomputed_names',
     'register_blocks',
     'register_host',
     'remove',
     'separate_linears',
     'sites_of',
+    'weights_with_method',
 ]

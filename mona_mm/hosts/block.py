@@ -72,10 +72,10 @@ _RUNNING = _Running()
 
 
 class StockLinear:
-    """The stock linear layer, or the slice of a fused one, that a method's module stands beside.
+    """The stock linear layer or convolution, or the slice of a fused layer, that a method's module stands beside.
 
     Args:
-        module: the layer, or a 1x1 convolution.
+        module: the layer.
         channels: the channels of its output that belong to the slice.
     """
 
@@ -85,7 +85,8 @@ class StockLinear:
 
     @property
     def weight(self) -> Tensor:
-        """The weight, ``(out_channels, in_channels)``."""
+        """The weight, ``(out_channels, in_channels)``. That of a convolution is flattened, so that ``in_channels`` are
+        those of a patch, ``channels * height * width``."""
         return self._module.weight[self._channels].flatten(1)
 
     @property
@@ -93,6 +94,20 @@ class StockLinear:
         """The bias, ``(out_channels,)``; None if the layer has none."""
         bias = self._module.bias
         return None if bias is None else bias[self._channels]
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply another weight ``(c, in_channels)`` at the places where the layer, a convolution, applies its own.
+
+        Args:
+            x: the input of the convolution, ``(B, C, H, W)``.
+            weight: the flattened weight.
+
+        Returns:
+            The output without a bias, ``(B, c, H', W')``.
+        """
+        conv = self._module
+        kernel = weight.unflatten(1, conv.weight.shape[1:])
+        return F.conv2d(x, kernel, None, conv.stride, conv.padding, conv.dilation)
 
 
 @dataclass(frozen=True)
@@ -182,8 +197,10 @@ class PeftBlock(Mixin):
                 weight = weights.get(linear.weight)
                 weight = _tensor(self, linear.weight) if weight is None else weight
                 rows = linear.rows(weight)
-                delta = self.peft[site].delta_weight(weight[rows])
-                weights[linear.weight] = weight + F.pad(delta, (0, 0, rows.start, len(weight) - rows.stop))
+                part = weight[rows]
+                delta = self.peft[site].delta_weight(part.flatten(1)).view_as(part)
+                before_rows = (0, 0) * (delta.dim() - 1)
+                weights[linear.weight] = weight + F.pad(delta, (*before_rows, rows.start, len(weight) - rows.stop))
         for path in self.spec.uncalled:
             module = self.get_submodule(path)
             for parameter, delta in getattr(module, 'peft', {}).items():
@@ -286,7 +303,7 @@ def unhook_sites(block: PeftBlock) -> None:
 
 
 def _is_site_hook(hook: Any) -> bool:
-    return isinstance(hook, partial) and hook.func in _HOOKS
+    return (hook.func if isinstance(hook, partial) else hook) in _HOOKS
 
 
 # Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
@@ -368,7 +385,12 @@ def _call_of(block: PeftBlock) -> _Call | None:
     return call if call is not None and vars(call.block) is vars(block) else None
 
 
-_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear)
+def keep_calling(module: nn.Module, args: tuple, out: Any) -> None:
+    """Change nothing. Fused forms, such as that of torch's ``TransformerEncoderLayer``, read the weights of layers past
+    the layers' own forward, but not if a layer has a hook; this one keeps them from it."""
+
+
+_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear, keep_calling)
 
 
 class _AddToSlices(torch.autograd.Function):

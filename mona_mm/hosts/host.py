@@ -390,8 +390,8 @@ def find_host(backbone: nn.Module) -> Host:
             break
     raise UnsupportedHostError(
         f'{name} is not a supported host{f": {reason}" if reason else ""}. Supported backbones: {_supported()}. To '
-        'declare another one, see mona_mm.hosts.register_host; to only choose what trains in a module, use '
-        'mona_mm.FrozenModel.'
+        'declare another one, see mona_mm.hosts.register_host; to put LoRA beside its layers use mona_mm.PeftModel, '
+        'and to only choose what trains in it mona_mm.FrozenModel.'
     )
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -132,6 +132,27 @@ class LinearModule(PeftModule):
         """Compute the addition to the linear's ``weight`` for merging, both ``(out_channels, in_channels)``."""
         raise NotImplementedError
 
+    def convolve(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
+        """Compute the addition to the output of a convolution that is not 1x1, for which ``in_channels`` is the size of
+        a patch. A class without it reaches convolutions by :meth:`delta_weight`.
+
+        Args:
+            x: the convolution's input, ``(B, C, H, W)``.
+            out: its output, ``(B, out_channels, H', W')``.
+            linear: the convolution itself; see :meth:`StockLinear.convolve`.
+
+        Returns:
+            The addition, ``(B, out_channels, H', W')``.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def has_convolve(cls) -> bool:
+        """Whether the class has :meth:`convolve`. That of a class does not count for a subclass with another
+        :meth:`forward`."""
+        owner = next(c for c in cls.__mro__ if 'convolve' in vars(c) or 'forward' in vars(c))
+        return owner is not LinearModule and 'convolve' in vars(owner)
+
     def start_from(self, weight: Tensor) -> None:
         """Initialise the parameters that depend on the weight of the base, ``(out_channels, in_channels)``.
 
@@ -255,10 +276,16 @@ class MethodGroup(Method):
             method.check_base(backbone)
 
 
-def start_from_base(backbone: nn.Module) -> None:
-    """Call :meth:`LinearModule.start_from` of a backbone's modules with the weights that it holds, in place."""
-    for module, weight in modules_beside_linears(backbone):
-        if isinstance(module, LinearModule):
+def start_from_base(model: nn.Module, modules: Collection[nn.Module] | None = None) -> None:
+    """Call :meth:`LinearModule.start_from` of a model's modules with the weights that it holds, in place.
+
+    Args:
+        model: the model.
+        modules: those of its modules that are meant; None for all.
+    """
+    ids = None if modules is None else set(map(id, modules))
+    for module, weight in modules_beside_linears(model):
+        if isinstance(module, LinearModule) and (ids is None or id(module) in ids):
             module.start_from(weight.detach())
 
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mona_mm.hosts import StockLinear
@@ -19,7 +20,9 @@ class LoRA(LinearModule):
 
     .. math:: \Delta = \tfrac{\alpha}{r}\, W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x)
 
-    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. By default it starts at zero.
+    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out})` parameters. By default it starts at zero. Beside a
+    convolution of :math:`k \times k`, :math:`W_\mathrm{down}` is one like it with :math:`r` output channels,
+    :math:`W_\mathrm{up}` a :math:`1 \times 1` convolution, and :math:`m_\mathrm{in}` is :math:`k^2` times its channels.
 
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, section 4.1; rank, alpha and
     slices of the default as in the published code of Mona (CVPR 2025).
@@ -70,6 +73,11 @@ class LoRA(LinearModule):
     def forward(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
         """Compute the addition ``(..., out_channels)`` to the linear's output for ``x (..., in_channels)``."""
         return self.drop_path(self.up(self.scale * self.down(self.dropout(x))))  # scaled at its narrowest
+
+    def convolve(self, x: Tensor, out: Tensor, linear: StockLinear) -> Tensor:
+        """Compute the addition ``(B, out_channels, H', W')`` to a convolution's output for ``x (B, C, H, W)``."""
+        narrow = self.scale * linear.convolve(self.dropout(x), _weight(self.down))
+        return self.drop_path(F.conv2d(narrow, _weight(self.up)[:, :, None, None]))
 
     @property
     def is_weight_delta(self) -> bool:
