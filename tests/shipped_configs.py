@@ -1,23 +1,31 @@
 """Build and run every model config that mmdet, mmseg and mmpretrain ship, with the operators of this package.
 
     python tests/shipped_configs.py --minutes 30
+    python tests/shipped_configs.py --minutes 30 --peft Mona LoRA
 
 For each config: the model is built without its pretrained weights and with fewer boxes and queries, trained for one
 step (loss and backward) and asked for one prediction, on small images of noise. Configs that describe the same model
-are run once. The models are taken in the order of how many configs share their outline (the config without its
-numbers), one of each outline before the second of any. ``shipped_configs.json`` keeps what is finished, and the next
-call goes on from there.
+are run once. One model of each outline (the config without its numbers) is run before the second of any, in all
+libraries: the one of the smallest numbers, and first the outlines that most configs share; those that differ from
+another in the name of an ``arch`` only come after the others. ``shipped_configs.json`` keeps what is finished, and the
+next call goes on from there.
 
-An image has 128 x 128 pixels; a model that cannot take that gets a larger one, last of all the config's own size.
-A BERT of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run
-again without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
+An image has 64 x 64 pixels; a model that cannot take that gets a larger one, last of all the config's own size. A BERT
+of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run again
+without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
 ``upstream.py``). A config counts as
 
 * ``passed``;
 * ``stock``: it fails without this package too, and in the same way (with the reason);
-* ``too large``: the model and its gradients exceed ``--memory``;
+* ``too large``: the model and its gradients exceed ``--memory``, or a step takes longer than ``--timeout``;
 * ``missing operator``: it needs an operator of mmcv for which there is no stand-in;
 * ``ours``: all others. There must be none, and the exit status is 1 if there is one.
+
+With ``--peft`` every backbone of the model is then put into a ``mona_mm.PeftBackbone`` with each of the methods named,
+of few channels, and the model is built anew and trained for a step: the method's parameters must get finite gradients
+and no other parameter of the backbone any. That counts as ``passed``; as ``refused``, with the reason, if one of our
+errors says that the backbone is a host that lacks what the method needs; as ``not a host``; as ``as without`` if it
+fails in the way in which the model fails without a method; or as above.
 """
 
 import argparse
@@ -30,6 +38,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,13 +46,15 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-SIZE = 128
+SIDE = 64  # of the smallest images, in pixels
+PEFT = dict(Mona=dict(bottleneck=8), LoRA=dict(rank=4))  # fit for narrow backbones
 
 
 # ---- the configs ----
@@ -78,8 +89,8 @@ def without_pretrained(config):
 PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'num_proposals', 'num')
 
 
-def scaled_down(config, most: int = 100):
-    """The config with at most so many boxes, samples and queries, and without checkpointing of activations."""
+def scaled_down(config, most: int = 50):
+    """The config with at most so many boxes, samples and queries, for one process, without activation checkpoints."""
     if isinstance(config, (list, tuple)):
         return type(config)(scaled_down(item, most) for item in config)
     if not isinstance(config, dict):
@@ -90,6 +101,8 @@ def scaled_down(config, most: int = 100):
             value = min(value, most)
         elif key == 'num_cp':  # needs fairscale
             value = -1
+        elif key == 'type' and value == 'MMSyncBN':  # needs several processes
+            value = 'BN'
         else:
             value = scaled_down(value, most)
         result[key] = value
@@ -107,15 +120,28 @@ def plain(config):
     return getattr(config, '__name__', str(config))
 
 
-def outline(config):
-    """A plain config with each number replaced by 0: what says which parts a model has, but not of what size."""
+def outline(config, without: Collection[str] = ()):
+    """A plain config with each number replaced by 0: what says which parts a model has, but not of what size.
+
+    The keys of ``without`` are left out.
+    """
     if isinstance(config, dict):
-        return {key: outline(value) for key, value in config.items() if key != 'init_cfg'}
+        return {key: outline(value, without) for key, value in config.items() if key not in ('init_cfg', *without)}
     if isinstance(config, list):
-        return [outline(item) for item in config]
+        return [outline(item, without) for item in config]
     if isinstance(config, (int, float)) and not isinstance(config, bool):
         return 0
     return config
+
+
+def magnitude(config) -> float:
+    """The sum of the logarithms of a plain config's numbers, which is smaller for the smaller of two like models."""
+    if isinstance(config, dict):
+        return sum(magnitude(value) for key, value in config.items() if key != 'init_cfg')
+    if isinstance(config, list):
+        return sum(map(magnitude, config))
+    is_number = isinstance(config, (int, float)) and not isinstance(config, bool)
+    return math.log1p(abs(config)) if is_number else 0.0
 
 
 def digest(config) -> str:
@@ -123,7 +149,7 @@ def digest(config) -> str:
 
 
 def read_index(library: str, known: dict, extra: list[Path]) -> dict:
-    """``{config: dict(model, outline, type) or dict(error)}`` of every config of a library; ``known`` is kept."""
+    """``{config: dict(model, outline, family, magnitude, type) or dict(error)}`` of every config; ``known`` is kept."""
     from mmengine.config import Config
 
     index = dict(known)
@@ -143,7 +169,13 @@ def read_index(library: str, known: dict, extra: list[Path]) -> dict:
                 index[path] = dict(error='no model in it')
                 continue
             model = plain(without_pretrained(config.model.to_dict()))
-            index[path] = dict(model=digest(model), outline=digest(outline(model)), type=str(model['type']))
+            index[path] = dict(
+                model=digest(model),
+                outline=digest(outline(model)),
+                family=digest(outline(model, without=('arch',))),
+                magnitude=round(magnitude(model), 2),
+                type=str(model['type']),
+            )
     return index
 
 
@@ -171,12 +203,19 @@ def _numbers(config, key: str) -> list[int]:
     return []
 
 
+def has_key(config, key: str) -> bool:
+    """Whether ``key`` stands anywhere in a config."""
+    if isinstance(config, dict):
+        return key in config or any(has_key(value, key) for value in config.values())
+    return isinstance(config, (list, tuple)) and any(has_key(item, key) for item in config)
+
+
 def _image(size, generator) -> torch.Tensor:
     return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
 
 
 def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: int = 2) -> dict:
-    """Images with three objects each: boxes, masks, a semantic map, a caption, and proposals."""
+    """Images with three objects each: boxes, masks, a semantic map, a caption; proposals if nothing makes them."""
     import numpy as np
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -215,7 +254,8 @@ def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: 
         sample.ignored_instances = InstanceData(
             bboxes=boxes[:0], labels=labels[:0], masks=BitmapMasks(masks[:0], height, width)
         )
-        sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
+        if not has_key(config, 'rpn_head'):
+            sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
         total = (things + [classes])[0] + sum(stuff[:1])
         semantic = torch.full((1, height, width), total - 1)
         for label, (x1, y1, x2, y2) in zip(labels, boxes.int().tolist(), strict=True):
@@ -337,13 +377,13 @@ def stage(name: str):
         raise Stage(name) from error
 
 
-def own_sizes(config: dict) -> list[tuple[int, int]]:
-    """The sizes to try, the smallest first; the last is that of the config itself."""
+def own_sizes(config: dict, side: int = SIDE) -> list[tuple[int, int]]:
+    """The sizes to try, the smallest, ``side``, first; the last is that of the config itself."""
     own = []
     for key in ('size', 'img_size', 'crop_size', 'input_size', 'image_size'):
         own += _sizes(config.get('data_preprocessor') or {}, key) + _sizes(config, key)
-    own = [size for size in own if SIZE < max(size) <= 800]
-    return [(SIZE, SIZE), *own[:1], *([] if own else [(320, 320), (512, 512)])]
+    own = [size for size in own if side < max(size) <= 800]
+    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 320, 512) if s > side])]
 
 
 def _sizes(config, key: str) -> list[tuple[int, int]]:
@@ -360,15 +400,21 @@ def _sizes(config, key: str) -> list[tuple[int, int]]:
     return []
 
 
-def build_model(library: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
-    """The model of a shipped config, with random weights, fit for images of ``size`` and for one process."""
+def build_model(scope: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
+    """The model of a shipped config, with random weights, fit for images of ``size`` and for one process.
+
+    Args:
+        scope: the config's ``default_scope``, a library that need not be the one that ships it.
+        config: the model.
+        size: height and width in pixels.
+    """
     from mmengine.config import ConfigDict
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(library)
+    init_default_scope(scope)
     config = ConfigDict(scaled_down(without_pretrained(config)))  # some detectors look options up as attributes
-    if library == 'mmseg':
+    if scope == 'mmseg':
         if (config.get('data_preprocessor') or {}).get('size') is not None:
             config['data_preprocessor']['size'] = size
         if (config.get('test_cfg') or {}).get('mode') == 'slide':
@@ -379,8 +425,13 @@ def build_model(library: str, config: dict, size: tuple[int, int]) -> torch.nn.M
     return model
 
 
-def run_model(model: torch.nn.Module, config: dict, size: tuple[int, int], path: str | None = None) -> dict:
-    """One step of training and one prediction; the loss, and how many of the trained parameters got a gradient."""
+def run_model(
+    model: torch.nn.Module, config: dict, size: tuple[int, int], path: str | None = None, predict: bool = True
+) -> dict:
+    """One step of training and one prediction; the loss, and how many of the trained parameters got a gradient.
+
+    Gradients stay on the parameters without the prediction.
+    """
     from mmengine.logging import MessageHub
 
     kind = {cls.__name__ for cls in type(model).__mro__}
@@ -403,13 +454,91 @@ def run_model(model: torch.nn.Module, config: dict, size: tuple[int, int], path:
         )
         finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         result['finite'] = bool(finite and total.isfinite())
+    if test is not None and predict:
         model.zero_grad(set_to_none=True)
-    model.eval()
-    if test is not None:
+        model.eval()
         with stage('predict'), torch.no_grad():
             data = test if 'BaseReID' in kind else model.data_preprocessor(test, False)
             model(**data, mode='predict')
     return result
+
+
+# ---- the same model with a method in its backbones ----
+
+
+def with_peft(config, method: str):
+    """The config with every backbone in it in a PeftBackbone, which freezes all of it but for the method.
+
+    A PeftBackbone asks for a base that does not freeze stages by itself.
+    """
+    if isinstance(config, (list, tuple)):
+        return type(config)(with_peft(item, method) for item in config)
+    if not isinstance(config, dict):
+        return config
+    result = {key: with_peft(value, method) for key, value in config.items()}
+    base = result.get('backbone')
+    if isinstance(base, dict) and 'type' in base:
+        base = {key: -1 if key == 'frozen_stages' else value for key, value in base.items()}
+        peft = dict(type=f'mona_mm.{method}', **PEFT.get(method, {}))
+        result['backbone'] = dict(type='mona_mm.PeftBackbone', base=base, peft=peft)
+    return result
+
+
+def backbone_types(config) -> list:
+    """The ``type`` of every backbone in the config of a model."""
+    if isinstance(config, (list, tuple)):
+        return [type_ for item in config for type_ in backbone_types(item)]
+    if not isinstance(config, dict):
+        return []
+    base = config.get('backbone')
+    own = [base['type']] if isinstance(base, dict) and 'type' in base else []
+    return own + [type_ for value in config.values() for type_ in backbone_types(value)]
+
+
+def backbone_class(scope: str, type_) -> type:
+    """The class of a backbone that a config of ``scope`` names."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(scope)
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(type_) if isinstance(type_, str) else type_
+
+
+def may_be_host(cls: type) -> bool:
+    """Whether the class of a backbone, or one that it derives from, is declared as a host."""
+    from mona_mm.hosts import HOSTS
+
+    return any(f'{base.__module__}.{base.__qualname__}' in HOSTS for base in cls.__mro__)
+
+
+def run_with_peft(scope: str, config: dict, method: str, size: tuple[int, int], path: str) -> dict:
+    """Build the model with a method, train it for a step, and check which parameters of its backbones have gradients.
+
+    Raises:
+        Stage: if a part of that fails; the cause is chained.
+    """
+    from mona_mm.hosts import method_names
+
+    classes = [backbone_class(scope, type_) for type_ in backbone_types(config)]
+    strange = sorted({cls.__name__ for cls in classes if not may_be_host(cls)})
+    if strange or not classes:
+        return dict(outcome='not a host', reason=', '.join(strange) or 'no backbone')
+    config = with_peft(config, method)
+    with stage('build'):
+        model = build_model(scope, config, size)
+    added = method_names(model)
+    result = run_model(model, config, size, path, predict=False)
+    if 'loss' not in result:
+        return dict(result, outcome='not a host', reason='the model has no loss of its own')
+    with stage('gradients'):
+        parameters = dict(model.named_parameters())
+        own = {name: p for name, p in parameters.items() if name in added and p.requires_grad}
+        reached = {name for name, p in own.items() if p.grad is not None}
+        frozen = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
+        assert reached, 'no parameter of the method has a gradient'
+        assert not frozen, f'frozen parameters have gradients: {frozen[:3]}'
+        assert all(own[name].grad.isfinite().all() for name in reached) or not result['finite'], 'not finite'
+    return dict(result, outcome='passed', method=len(own), method_with_gradient=len(reached))
 
 
 def _batches(kind: set[str], config: dict, size: tuple[int, int], path: str | None):
@@ -483,47 +612,71 @@ def work(job: dict) -> None:
             if time.time() > job['until']:
                 return
             record.write(json.dumps(dict(event='start', config=path)) + '\n')
-            entry = run_config(job['library'], path, bert, job['timeout'])
+            entry = run_config(job['library'], path, bert, job['timeout'], job['peft'])
             record.write(json.dumps(dict(event='end', config=path, **entry)) + '\n')
 
 
-def run_config(library: str, path: str, bert: str | None, timeout: float) -> dict:
+def run_config(library: str, path: str, bert: str | None, timeout: float, peft: list[str]) -> dict:
     """Build and run the model of one config, on larger images where it fails on small ones, and say how it went."""
-    import signal
-
     from mmengine.config import Config
+
+    began = time.process_time()
+    shipped = Config.fromfile(path)
+    scope, config = shipped.get('default_scope') or library, shipped.model.to_dict()
+    if bert:
+        config = with_bert(config, bert)
+
+    def run_plain(size):
+        with stage('build'):
+            model = build_model(scope, config, size)
+        parameters = sum(p.numel() for p in model.parameters())
+        return dict(run_model(model, config, size, path), outcome='passed', parameters=parameters)
+
+    tried = []
+    for size in own_sizes(config):
+        entry = dict(attempt(lambda size=size: run_plain(size), timeout), size=size)
+        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
+            break
+        if tried and tried[-1]['error'] == entry['error']:  # the size does not matter
+            break
+        tried.append(entry)
+    entry['seconds'] = round(time.process_time() - began, 1)
+    if len(tried) > (entry in tried):
+        entry['smaller'] = [[failed['size'][0], failed['error'][:200]] for failed in tried if failed is not entry]
+    if peft:
+        run = {
+            method: lambda method=method: run_with_peft(scope, config, method, entry['size'], path) for method in peft
+        }
+        entry['peft'] = {method: attempt(run[method], timeout) for method in peft}
+    return entry
+
+
+def attempt(run: Callable[[], dict], timeout: float) -> dict:
+    """What ``run`` returns, or how it failed: after so many seconds of the processor's time at the latest."""
+    import signal
 
     def stop(*_):
         raise TimeoutError(f'more than {timeout} seconds of the processor')
 
-    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
     began = time.process_time()
-    config = Config.fromfile(path).model.to_dict()
-    if bert:
-        config = with_bert(config, bert)
-    for size in own_sizes(config):
-        entry, model = dict(size=size), None
-        signal.setitimer(signal.ITIMER_PROF, timeout)
-        try:
-            with stage('build'):
-                model = build_model(library, config, size)
-            entry.update(parameters=sum(p.numel() for p in model.parameters()))
-            entry.update(run_model(model, config, size, path), outcome='passed')
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error, Stage) else error
-            where = traceback.extract_tb(cause.__traceback__)[-1]
-            entry.update(
-                outcome='failed',
-                stage=str(error) if isinstance(error, Stage) else 'data',
-                error=f'{type(cause).__name__}: {cause}'[:600],
-                where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
-            )
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            del model
-            gc.collect()
-        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
-            break
+    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
+    signal.setitimer(signal.ITIMER_PROF, timeout)
+    try:
+        entry = run()
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, Stage) else error
+        where = traceback.extract_tb(cause.__traceback__)[-1]
+        entry = dict(
+            outcome='failed',
+            stage=str(error) if isinstance(error, Stage) else 'data',
+            error=f'{type(cause).__name__}: {cause}'[:600],
+            kinds=[cls.__name__ for cls in type(cause).__mro__],
+            where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
+        )
+        del error, cause
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        gc.collect()
     return dict(entry, seconds=round(time.process_time() - began, 1))
 
 
@@ -547,6 +700,7 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
             library=library,
             configs=left,
             ours=ours,
+            peft=arguments.peft if ours else [],
             reference=arguments.reference,
             record=str(record),
             until=until,
@@ -577,32 +731,42 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
     record.unlink(missing_ok=True)
 
 
-def order(index: dict) -> list[str]:
-    """One config of each model: by how many configs share its outline, and one of each outline first."""
+def order(index: dict, done: Collection[str]) -> list[list[str]]:
+    """One config of each model that is not done: the first of each family, of each outline, and the others.
+
+    Each list is ordered by how many configs share the outline. The first of a family or outline is the one of the
+    smallest numbers, unless a config of it is done.
+    """
     models = {}
-    for path, entry in index.items():
-        if 'model' in entry:
-            models.setdefault(entry['model'], path)
-    sizes = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
-    seen, first, rest = set(), [], []
-    for path in models.values():
-        shape = index[path]['outline']
-        (rest if shape in seen else first).append(path)
-        seen.add(shape)
-    return [path for paths in (first, rest) for path in sorted(paths, key=lambda p: -sizes[index[p]['outline']])]
+    for path in [*done, *index]:
+        if 'model' in index.get(path, ()):
+            models.setdefault(index[path]['model'], path)
+    common = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
+    seen = {index[path][key] for path in done if path in index for key in ('family', 'outline')}
+    lists = [[], [], []]
+    for path in sorted(set(models.values()) - set(done), key=lambda path: (index[path]['magnitude'], path)):
+        keys = index[path]['family'], index[path]['outline']
+        lists[0 if keys[0] not in seen else 1 if keys[1] not in seen else 2].append(path)
+        seen.update(keys)
+    return [sorted(paths, key=lambda p: -common[index[p]['outline']]) for paths in lists]
 
 
 def classify(entry: dict) -> tuple[str, str]:
     """What the result of a config means, and the reason: see the head of this file."""
     from upstream import MISSING_OPERATOR, STOCK_REASONS, normalised
 
-    if entry['outcome'] == 'passed':
-        return 'passed', ''
+    if entry['outcome'] != 'failed':
+        return entry['outcome'], entry.get('reason', '')
     missing = MISSING_OPERATOR.search(entry['error'])
     if missing:
         return 'missing operator', missing[1] or missing[2]
     if re.search(r'MemoryError|allocate memory|alloc_cpu|died with -9', entry['error']):
-        return 'too large', ''
+        return 'too large', 'memory'
+    if entry['error'].startswith('TimeoutError'):
+        return 'too large', 'time'
+    if {'UserError'} & set(entry.get('kinds', ())):
+        kind = 'not a host' if 'UnsupportedHostError' in entry['kinds'] else 'refused'
+        return kind, normalised(re.sub(r"^\w+: |'[^']*'", '', entry['error']))
     stock = entry.get('stock')
     if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(entry['error']):
         for reason, pattern in STOCK_REASONS.items():
@@ -612,35 +776,62 @@ def classify(entry: dict) -> tuple[str, str]:
     return 'ours', f'{entry["stage"]}: {entry["error"]}'
 
 
-def summary(state: dict) -> tuple[str, int]:
-    """The Markdown summary and the number of configs whose failure is ours."""
-    kinds = ('passed', 'stock', 'too large', 'missing operator', 'ours', 'not run yet')
-    head = '| library | configs | with a model | distinct models | outlines | ' + ' | '.join(kinds) + ' |'
-    lines = [head, '|---|' + '---:|' * (head.count('|') - 2)]
-    reasons, bad, ours_models = collections.Counter(), [], 0
+KINDS = ('passed', 'stock', 'too large', 'missing operator', 'ours')
+PEFT_KINDS = ('passed', 'refused', 'not a host', 'as without', 'too large', 'missing operator', 'ours')
+
+
+def classify_peft(entry: dict, method: str) -> tuple[str, str]:
+    """The same for the run with a method, which may fail as the run without one has failed."""
+    with_method = entry['peft'][method]
+    kind, reason = classify(with_method)
+    if kind == 'ours' and entry['outcome'] == 'failed' and with_method['error'] == entry['error']:
+        return 'as without', classify(entry)[0]
+    return kind, reason
+
+
+def verdicts(part: dict, method: str | None = None) -> dict[str, tuple[str, str]]:
+    """``{config: (kind, reason)}`` of the configs of a library that have been run, plainly or with a method."""
+    results = {path: entry for path, entry in part['results'].items() if path in part['index']}
+    if method is None:
+        return {path: classify(entry) for path, entry in results.items()}
+    return {path: classify_peft(entry, method) for path, entry in results.items() if method in entry.get('peft', ())}
+
+
+def summary(state: dict, peft: Collection[str] = ()) -> tuple[str, int]:
+    """The Markdown summary and the number of models that fail for a reason that is ours."""
+    lines, reasons, bad = [], collections.Counter(), []
+    for method in (None, *peft):
+        kinds = KINDS if method is None else PEFT_KINDS
+        lines.append(f'| {method or "library"} | configs | models | run | outlines | run | ' + ' | '.join(kinds) + ' |')
+        lines.append('|---|' + '---:|' * (lines[-1].count('|') - 2))
+        for library, part in state.items():
+            index, found = part['index'], verdicts(part, method)
+            counts = collections.Counter(kind for kind, _ in found.values())
+            models = [entry for entry in index.values() if 'model' in entry]
+            sizes = (
+                len(models),
+                len({entry['model'] for entry in models}),
+                len({index[path]['model'] for path in found}),
+                len({entry['outline'] for entry in models}),
+                len({index[path]['outline'] for path in found}),
+            )
+            lines.append(f'| {library} | ' + ' | '.join(map(str, (*sizes, *(counts[kind] for kind in kinds)))) + ' |')
+            for path, (kind, reason) in found.items():
+                if kind == 'ours':
+                    bad.append(f'- {library}{f", {method}" if method else ""}: `{path}`: {reason}')
+                elif reason:
+                    reasons[library, method or '', kind, reason] += 1
+        lines.append('')
+    lines += ['The columns after "run" count models.', '', '| library | method | kind | reason | models |']
+    lines += [
+        '|---|---|---|---|---:|',
+        *(f'| {" | ".join(key)} | {number} |' for key, number in sorted(reasons.items())),
+    ]
     for library, part in state.items():
-        index, results, counts = part['index'], part['results'], collections.Counter()
-        by_model = {index[path]['model']: classify(entry) for path, entry in results.items() if path in index}
-        for entry in index.values():
-            if 'model' not in entry:
-                if entry['error'] != 'no model in it':
-                    reasons[library, 'not a config', entry['error'][:100].split('\n')[0]] += 1
-                continue
-            kind, reason = by_model.get(entry['model'], ('not run yet', ''))
-            counts[kind] += 1
-            if reason and kind != 'ours':
-                reasons[library, kind, reason] += 1
-        for path, entry in results.items():
-            kind, reason = classify(entry)
-            ours_models += kind == 'ours'
-            if kind == 'ours':
-                bad.append(f'- {library}: `{path}`: {reason}')
-        models = [entry for entry in index.values() if 'model' in entry]
-        sizes = (len(index), len(models), len({e['model'] for e in models}), len({e['outline'] for e in models}))
-        lines.append(f'| {library} | ' + ' | '.join(map(str, (*sizes, *(counts[kind] for kind in kinds)))) + ' |')
-    lines += ['', '| library | kind | reason | configs |', '|---|---|---|---:|']
-    lines += [f'| {" | ".join(key)} | {number} |' for key, number in sorted(reasons.items())]
-    return '\n'.join([*lines, '', *bad]), ours_models
+        errors = [entry['error'] for entry in part['index'].values() if 'error' in entry]
+        read = collections.Counter(error[:100].split('\n')[0] for error in errors if error != 'no model in it')
+        lines += [f'| {library} | | not a config | {error} | {number} |' for error, number in sorted(read.items())]
+    return '\n'.join([*lines, '', *bad]), len(bad)
 
 
 def main() -> int:
@@ -650,6 +841,8 @@ def main() -> int:
     parser.add_argument('--only', metavar='REGEX', help='of the configs, those whose path matches')
     parser.add_argument('--new-style', nargs='+', type=Path, default=[], help='folders of more configs, of mmdet')
     parser.add_argument('--minutes', type=float, default=60, help='stop after so long; the next call goes on')
+    parser.add_argument('--peft', nargs='+', default=[], metavar='TYPE', help='train with these methods, too')
+    parser.add_argument('--batch', type=int, default=50, help='configs after which results are written')
     parser.add_argument('--again', metavar='KIND', help='forget the results of this kind first, such as "ours"')
     parser.add_argument('--reference', metavar='DIR', help='a folder with a compiled mmcv, for the run without us')
     parser.add_argument('--timeout', type=int, default=180, help='seconds of processor time a model may take')
@@ -673,31 +866,41 @@ def main() -> int:
             extra = [path.resolve() for path in arguments.new_style] if library == 'mmdet' else []
             part['index'] = read_index(library, part['index'], extra)
             arguments.out.write_text(json.dumps(state))
-        results = part['results']
-        for path in [p for p, entry in results.items() if arguments.again and classify(entry)[0] == arguments.again]:
-            del results[path]
-
-        def keep(path, entry, results=results):
-            results[path] = entry
-            kind, reason = classify(entry)
-            print(f'{time.strftime("%X")} {entry.get("seconds")}s {kind:8} {path} {reason}', flush=True)
-
-        def keep_stock(path, entry, results=results):
-            results[path]['stock'] = entry
-
-        todo = [path for path in order(part['index']) if path not in results]
-        todo = [path for path in todo if arguments.only is None or re.search(arguments.only, path)]
-        while todo and time.time() < until:
-            batch, todo = todo[:20], todo[20:]
-            run_configs(library, batch, True, arguments, until, keep)
-            doubtful = [
-                p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours'
-            ]
-            run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
-            arguments.out.write_text(json.dumps(state))
-    text, ours = summary(state)
+        for path in [p for p, kind in verdicts(part).items() if kind[0] == arguments.again]:
+            del part['results'][path]
+        for method in arguments.peft:
+            for path in [p for p, kind in verdicts(part, method).items() if kind[0] == arguments.again]:
+                del part['results'][path]['peft'][method]
+    for rank in () if arguments.report else range(3):  # one of each family, then of each outline, then the others
+        for library in arguments.libraries:
+            part = state[library]
+            done = [p for p, entry in part['results'].items() if set(arguments.peft) <= set(entry.get('peft', ()))]
+            todo = [p for p in order(part['index'], done)[rank] if re.search(arguments.only or '', p)]
+            while todo and time.time() < until:
+                batch, todo = todo[: arguments.batch], todo[arguments.batch :]
+                run_batch(library, part, batch, arguments, until)
+                arguments.out.write_text(json.dumps(state))
+    text, ours = summary(state, arguments.peft)
     print(text)
     return 1 if ours else 0
+
+
+def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Namespace, until: float) -> None:
+    """Run configs, and those whose failure may be ours again without this package; the results go into ``part``."""
+    results = part['results']
+
+    def keep(path, entry):
+        results[path] = entry
+        found = [classify(entry), *(classify_peft(entry, method) for method in entry.get('peft', ()))]
+        text = '; '.join(' '.join(verdict).strip() for verdict in found)
+        print(f'{time.strftime("%X")} {entry.get("seconds")}s {path} {text}', flush=True)
+
+    def keep_stock(path, entry):
+        results[path]['stock'] = entry
+
+    run_configs(library, batch, True, arguments, until, keep)
+    doubtful = [p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours']
+    run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
 
 
 if __name__ == '__main__':
