@@ -6,9 +6,9 @@
 For each config: the model is built without its pretrained weights and with fewer boxes and queries, trained for one
 step (loss and backward) and asked for one prediction, on small images of noise. Configs that describe the same model
 are run once. One model of each outline (the config without its numbers) is run before the second of any, in all
-libraries: the one of the smallest numbers, and first the outlines that most configs share; those that differ from
-another in the name of an ``arch`` only come after the others. ``shipped_configs.json`` keeps what is finished, and the
-next call goes on from there.
+libraries: the one of the smallest numbers. One outline of each folder comes first, then the others, those that differ
+from another in the name of an ``arch`` only at last; among equals those that most configs share.
+``shipped_configs.json`` keeps what is finished, and the next call goes on from there.
 
 An image has 64 x 64 pixels; a model that cannot take that gets a larger one, last of all the config's own size. A BERT
 of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run again
@@ -25,7 +25,9 @@ With ``--peft`` every backbone of the model is then put into a ``mona_mm.PeftBac
 of few channels, and the model is built anew and trained for a step: the method's parameters must get finite gradients
 and no other parameter of the backbone any. That counts as ``passed``; as ``refused``, with the reason, if one of our
 errors says that the backbone is a host that lacks what the method needs; as ``not a host``; as ``as without`` if it
-fails in the way in which the model fails without a method; or as above.
+fails in the way in which the model fails without a method; as ``as another`` if the method has passed, or been refused,
+in a model of the same classes of model and backbone, which are run once (``--again 'as another'`` runs them too); or as
+above.
 """
 
 import argparse
@@ -47,6 +49,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,7 +92,7 @@ def without_pretrained(config):
 PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'num_proposals', 'num')
 
 
-def scaled_down(config, most: int = 50):
+def scaled_down(config, most: int = 16):
     """The config with at most so many boxes, samples and queries, for one process, without activation checkpoints."""
     if isinstance(config, (list, tuple)):
         return type(config)(scaled_down(item, most) for item in config)
@@ -400,6 +403,41 @@ def _sizes(config, key: str) -> list[tuple[int, int]]:
     return []
 
 
+def draw_cheaply() -> None:
+    """Draw the values of large tensors from a short sequence, over and over, and keep no log of the initialisation.
+
+    Random weights take a third of the time of a step on a small image otherwise.
+    """
+    import mmengine.model.base_module
+
+    length = 65537  # a prime, so that the rows of a matrix differ
+    uniform, normal = torch.Tensor.uniform_, torch.Tensor.normal_
+
+    def fill(tensor, short):
+        flat = tensor.detach().view(-1)
+        whole = len(flat) // length * length
+        flat[:whole].view(-1, length).copy_(short)
+        flat[whole:].copy_(short[: len(flat) - whole])
+        return tensor
+
+    def is_long(tensor):
+        return tensor.numel() > 4 * length and tensor.is_contiguous() and tensor.device.type == 'cpu'
+
+    def uniform_(self, low=0, high=1, *, generator=None):
+        if not is_long(self):
+            return uniform(self, low, high, generator=generator)
+        return fill(self, uniform(torch.empty(length), low, high, generator=generator))
+
+    def normal_(self, mean=0, std=1, *, generator=None):
+        if not is_long(self):
+            return normal(self, mean, std, generator=generator)
+        return fill(self, normal(torch.empty(length), mean, std, generator=generator))
+
+    torch.Tensor.uniform_, torch.Tensor.normal_ = uniform_, normal_
+    mmengine.model.base_module.update_init_info = lambda *args, **kwargs: None
+    mmengine.model.BaseModule._dump_init_info = lambda self: None
+
+
 def build_model(scope: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
     """The model of a shipped config, with random weights, fit for images of ``size`` and for one process.
 
@@ -452,8 +490,8 @@ def run_model(
             trained=sum(p.requires_grad for p in model.parameters()),
             with_gradient=sum(p.grad is not None for p in model.parameters()),
         )
-        finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        result['finite'] = bool(finite and total.isfinite())
+        gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+        result['finite'] = bool(torch.stack([*torch._foreach_norm(gradients), total.detach()]).isfinite().all())
     if test is not None and predict:
         model.zero_grad(set_to_none=True)
         model.eval()
@@ -495,13 +533,14 @@ def backbone_types(config) -> list:
     return own + [type_ for value in config.values() for type_ in backbone_types(value)]
 
 
-def backbone_class(scope: str, type_) -> type:
-    """The class of a backbone that a config of ``scope`` names."""
+def backbone_classes(scope: str, config) -> list[type]:
+    """The class of every backbone in the config of a model."""
     from mmengine.registry import MODELS, init_default_scope
 
     init_default_scope(scope)
     with MODELS.switch_scope_and_registry(None) as registry:
-        return registry.get(type_) if isinstance(type_, str) else type_
+        types = backbone_types(config)
+        return [registry.get(type_) if isinstance(type_, str) else type_ for type_ in types]
 
 
 def may_be_host(cls: type) -> bool:
@@ -519,7 +558,7 @@ def run_with_peft(scope: str, config: dict, method: str, size: tuple[int, int], 
     """
     from mona_mm.hosts import method_names
 
-    classes = [backbone_class(scope, type_) for type_ in backbone_types(config)]
+    classes = backbone_classes(scope, config)
     strange = sorted({cls.__name__ for cls in classes if not may_be_host(cls)})
     if strange or not classes:
         return dict(outcome='not a host', reason=', '.join(strange) or 'no backbone')
@@ -587,7 +626,7 @@ def work(job: dict) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (job['memory'], job['memory']))
     if job['ours']:
         sys.path.insert(0, str(ROOT))
-        import mona_mm  # noqa: F401  first: its operators are what all below runs on
+        import mona_mm  # first: its operators are what all below runs on
     else:
         from upstream import bare_mmcv_ext
 
@@ -597,6 +636,12 @@ def work(job: dict) -> None:
     from mmengine.logging import MMLogger
 
     torch.set_num_threads(1)
+    draw_cheaply()
+    if job['peft']:
+        import mona_mm.frozen.rules
+
+        # Which parameters reach the output, found when a backbone is built, is seen in the gradients here.
+        mona_mm.frozen.rules.unreached = lambda module: set()
     MMLogger.get_instance('shipped', log_level='ERROR')
     for library in LIBRARIES:
         # Configs of one library use another's models. Where one cannot be imported, those configs say so.
@@ -613,11 +658,17 @@ def work(job: dict) -> None:
                 return
             record.write(json.dumps(dict(event='start', config=path)) + '\n')
             entry = run_config(job['library'], path, bert, job['timeout'], job['peft'])
+            for method, found in entry.get('peft', {}).items():
+                if found['outcome'] == 'passed' or is_refused(found):
+                    job['peft'][method].append(entry['classes'])
             record.write(json.dumps(dict(event='end', config=path, **entry)) + '\n')
 
 
-def run_config(library: str, path: str, bert: str | None, timeout: float, peft: list[str]) -> dict:
-    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went."""
+def run_config(library: str, path: str, bert: str | None, timeout: float, peft: dict[str, list[str]]) -> dict:
+    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went.
+
+    ``peft`` has by method the classes of models that need not be run with it again.
+    """
     from mmengine.config import Config
 
     began = time.process_time()
@@ -634,7 +685,7 @@ def run_config(library: str, path: str, bert: str | None, timeout: float, peft: 
 
     tried = []
     for size in own_sizes(config):
-        entry = dict(attempt(lambda size=size: run_plain(size), timeout), size=size)
+        entry = dict(attempt(partial(run_plain, size), timeout), size=size)
         if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
             break
         if tried and tried[-1]['error'] == entry['error']:  # the size does not matter
@@ -644,11 +695,20 @@ def run_config(library: str, path: str, bert: str | None, timeout: float, peft: 
     if len(tried) > (entry in tried):
         entry['smaller'] = [[failed['size'][0], failed['error'][:200]] for failed in tried if failed is not entry]
     if peft:
-        run = {
-            method: lambda method=method: run_with_peft(scope, config, method, entry['size'], path) for method in peft
-        }
-        entry['peft'] = {method: attempt(run[method], timeout) for method in peft}
+        entry['classes'] = f'{config["type"]} {sorted({cls.__name__ for cls in backbone_classes(scope, config)})}'
+        entry['peft'] = {}
+    for method, known in peft.items():
+        if entry['classes'] in known:
+            entry['peft'][method] = dict(outcome='as another')
+            continue
+        run = partial(run_with_peft, scope, config, method, entry['size'], path)
+        entry['peft'][method] = attempt(run, timeout)
     return entry
+
+
+def is_refused(entry: dict) -> bool:
+    """Whether one of this package's errors has ended a run."""
+    return 'UserError' in entry.get('kinds', ())
 
 
 def attempt(run: Callable[[], dict], timeout: float) -> dict:
@@ -700,7 +760,7 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
             library=library,
             configs=left,
             ours=ours,
-            peft=arguments.peft if ours else [],
+            peft=arguments.known if ours else {},
             reference=arguments.reference,
             record=str(record),
             until=until,
@@ -732,23 +792,34 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
 
 
 def order(index: dict, done: Collection[str]) -> list[list[str]]:
-    """One config of each model that is not done: the first of each family, of each outline, and the others.
+    """One config of each model that is not done: the first of each folder, family and outline, and the others.
 
-    Each list is ordered by how many configs share the outline. The first of a family or outline is the one of the
-    smallest numbers, unless a config of it is done.
+    Each list is ordered by how many configs share the outline. The first of an outline is the one of the smallest
+    numbers, unless a config of it is done; the first of a folder is of the outline that most configs share.
     """
     models = {}
     for path in [*done, *index]:
         if 'model' in index.get(path, ()):
             models.setdefault(index[path]['model'], path)
     common = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
-    seen = {index[path][key] for path in done if path in index for key in ('family', 'outline')}
-    lists = [[], [], []]
-    for path in sorted(set(models.values()) - set(done), key=lambda path: (index[path]['magnitude'], path)):
-        keys = index[path]['family'], index[path]['outline']
-        lists[0 if keys[0] not in seen else 1 if keys[1] not in seen else 2].append(path)
-        seen.update(keys)
-    return [sorted(paths, key=lambda p: -common[index[p]['outline']]) for paths in lists]
+
+    def keys(path):
+        return Path(path).parts[:2], index[path]['family'], index[path]['outline']
+
+    seen = {key for path in done if path in index for key in keys(path)}
+    left = sorted(
+        set(models.values()) - set(done),
+        key=lambda path: (-common[index[path]['outline']], index[path]['magnitude'], path),
+    )
+    lists = []
+    for number in range(3):
+        lists.append([])
+        for path in left:
+            if keys(path)[number] not in seen:
+                lists[-1].append(path)
+                seen.update(keys(path))
+        left = [path for path in left if path not in lists[-1]]
+    return [*lists, left]
 
 
 def classify(entry: dict) -> tuple[str, str]:
@@ -764,7 +835,7 @@ def classify(entry: dict) -> tuple[str, str]:
         return 'too large', 'memory'
     if entry['error'].startswith('TimeoutError'):
         return 'too large', 'time'
-    if {'UserError'} & set(entry.get('kinds', ())):
+    if is_refused(entry):
         kind = 'not a host' if 'UnsupportedHostError' in entry['kinds'] else 'refused'
         return kind, normalised(re.sub(r"^\w+: |'[^']*'", '', entry['error']))
     stock = entry.get('stock')
@@ -777,7 +848,7 @@ def classify(entry: dict) -> tuple[str, str]:
 
 
 KINDS = ('passed', 'stock', 'too large', 'missing operator', 'ours')
-PEFT_KINDS = ('passed', 'refused', 'not a host', 'as without', 'too large', 'missing operator', 'ours')
+PEFT_KINDS = ('passed', 'refused', 'as another', 'not a host', 'as without', 'too large', 'missing operator', 'ours')
 
 
 def classify_peft(entry: dict, method: str) -> tuple[str, str]:
@@ -871,7 +942,7 @@ def main() -> int:
         for method in arguments.peft:
             for path in [p for p, kind in verdicts(part, method).items() if kind[0] == arguments.again]:
                 del part['results'][path]['peft'][method]
-    for rank in () if arguments.report else range(3):  # one of each family, then of each outline, then the others
+    for rank in () if arguments.report else range(4):  # one of each folder, family, outline; then the others
         for library in arguments.libraries:
             part = state[library]
             done = [p for p, entry in part['results'].items() if set(arguments.peft) <= set(entry.get('peft', ()))]
@@ -888,6 +959,13 @@ def main() -> int:
 def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Namespace, until: float) -> None:
     """Run configs, and those whose failure may be ours again without this package; the results go into ``part``."""
     results = part['results']
+    arguments.known = {
+        method: sorted(
+            {entry['classes'] for path, entry in results.items() if verdict.get(path) in ('passed', 'refused')}
+        )
+        for method in arguments.peft
+        for verdict in [{path: kind for path, (kind, _) in verdicts(part, method).items()}]
+    }
 
     def keep(path, entry):
         results[path] = entry

@@ -112,6 +112,13 @@ class PeftBlock(Mixin):
     peft: PeftModules
     hooked: frozenset[str]
     """The sites that are reached by hooks."""
+    num_hooks: int = 0
+    """The number of hooks on the modules of the block when it was built."""
+
+    def train(self, mode: bool = True) -> PeftBlock:
+        """Switch to training or evaluation, and hook the modules that have been replaced since the last time."""
+        _hook_replaced(self)
+        return super().train(mode)
 
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
         """The stock block's forward, with :meth:`apply_at` at its sites."""
@@ -127,7 +134,7 @@ class PeftBlock(Mixin):
 
     def _forward_in_call(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Run :meth:`forward_with_sites` as this thread's call, and check that the hooks reached their sites."""
-        grid = None
+        given, grid = args, None
         if args and isinstance(args[-1], PassedGrid):
             *args, passed = args
             grid = passed.hw
@@ -141,10 +148,12 @@ class PeftBlock(Mixin):
             _RUNNING.call = around
         missed = self.hooked - call.reached
         if missed and missed & set(self.peft):
+            if not self.training and _hook_replaced(self):  # in training, statistics would be updated a second time
+                return self._forward_in_call(given, kwargs)
             raise ConfigError(
                 f'A module within this {type(self).__name__} was replaced after the method had been attached, so the '
-                f'method at {", ".join(sorted(missed))} is not reached. Give the new module the _forward_hooks and '
-                '_forward_pre_hooks of the old one, or replace it before PeftBackbone is built.'
+                f'method at {", ".join(sorted(missed))} is not reached. Call the train() or eval() of the model after '
+                'modules have been replaced, or replace them before PeftBackbone is built.'
             )
         return x
 
@@ -262,14 +271,34 @@ def hook_sites(block: PeftBlock) -> None:
         linear.register_forward_hook(partial(_add_to_linear, block, tuple(sites), channel_axis))
         hooked += sites
     block.hooked = frozenset(hooked)
+    block.num_hooks = sum(1 for _ in _site_hooks(block))
 
 
 def unhook_sites(block: PeftBlock) -> None:
     """Remove the hooks that :func:`hook_sites` registered."""
+    for hooks, key in [*_site_hooks(block)]:
+        del hooks[key]
+    vars(block).pop('num_hooks', None)
+
+
+def _site_hooks(block: PeftBlock) -> Iterator[tuple[dict[int, Callable], int]]:
+    """Yield each hook of a site as the dict of hooks that it is in, and its key there."""
     for module in block.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_site_hook(hook)]:
-                del hooks[key]
+                yield hooks, key
+
+
+def _hook_replaced(block: PeftBlock) -> bool:
+    """Hook the sites anew if modules with hooks have been replaced, and return whether any were.
+
+    mmengine's and torch's converters between BatchNorm and SyncBatchNorm do that, for example.
+    """
+    if sum(1 for _ in _site_hooks(block)) >= block.num_hooks:
+        return False
+    unhook_sites(block)
+    hook_sites(block)
+    return True
 
 
 def _is_site_hook(hook: Any) -> bool:
