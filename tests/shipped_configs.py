@@ -6,8 +6,9 @@
 For each config: the model is built without its pretrained weights and with fewer boxes and queries, trained for one
 step (loss and backward) and asked for one prediction, on small images of noise. Configs that describe the same model
 are run once. One model of each outline (the config without its numbers) is run before the second of any, in all
-libraries: the one of the smallest numbers. One outline of each folder comes first, then the others, those that differ
-from another in the name of an ``arch`` only at last; among equals those that most configs share.
+libraries: the one of the smallest numbers. One outline of each type of model comes first, then one of each folder, then
+the others, those that differ from another in the name of an ``arch`` only at last; among equals those that most configs
+share.
 ``shipped_configs.json`` keeps what is finished, and the next call goes on from there.
 
 An image has 64 x 64 pixels; a model that cannot take that gets a larger one, last of all the config's own size. A BERT
@@ -792,10 +793,10 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
 
 
 def order(index: dict, done: Collection[str]) -> list[list[str]]:
-    """One config of each model that is not done: the first of each folder, family and outline, and the others.
+    """One config of each model that is not done: the first of each type, folder, family and outline; the others.
 
     Each list is ordered by how many configs share the outline. The first of an outline is the one of the smallest
-    numbers, unless a config of it is done; the first of a folder is of the outline that most configs share.
+    numbers, unless a config of it is done; the first of a type or folder is of the outline that most configs share.
     """
     models = {}
     for path in [*done, *index]:
@@ -804,7 +805,7 @@ def order(index: dict, done: Collection[str]) -> list[list[str]]:
     common = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
 
     def keys(path):
-        return Path(path).parts[:2], index[path]['family'], index[path]['outline']
+        return index[path]['type'], Path(path).parts[:2], index[path]['family'], index[path]['outline']
 
     seen = {key for path in done if path in index for key in keys(path)}
     left = sorted(
@@ -812,7 +813,7 @@ def order(index: dict, done: Collection[str]) -> list[list[str]]:
         key=lambda path: (-common[index[path]['outline']], index[path]['magnitude'], path),
     )
     lists = []
-    for number in range(3):
+    for number in range(4):
         lists.append([])
         for path in left:
             if keys(path)[number] not in seen:
@@ -942,7 +943,7 @@ def main() -> int:
         for method in arguments.peft:
             for path in [p for p, kind in verdicts(part, method).items() if kind[0] == arguments.again]:
                 del part['results'][path]['peft'][method]
-    for rank in () if arguments.report else range(4):  # one of each folder, family, outline; then the others
+    for rank in () if arguments.report else range(5):  # one of each type, folder, family, outline; then the others
         for library in arguments.libraries:
             part = state[library]
             done = [p for p, entry in part['results'].items() if set(arguments.peft) <= set(entry.get('peft', ()))]

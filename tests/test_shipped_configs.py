@@ -145,10 +145,10 @@ def test_a_model_is_given_its_own_size_at_last():
 
 
 def test_what_runs_first():
-    """One of each folder, of each family, of each outline, then the others; of an outline the smallest model."""
+    """One of each type, folder, family and outline, then the others; of an outline the smallest model."""
 
-    def entry(model, outline, family, magnitude):
-        return dict(model=model, outline=outline, family=family, magnitude=magnitude)
+    def entry(model, outline, family, magnitude, type='t'):
+        return dict(model=model, outline=outline, family=family, magnitude=magnitude, type=type)
 
     index = {
         'configs/a/large.py': entry('m1', 'o1', 'f1', 9),
@@ -157,12 +157,13 @@ def test_what_runs_first():
         'configs/a/arch.py': entry('m3', 'o2', 'f1', 1),
         'configs/a/other.py': entry('m4', 'o3', 'f3', 1),
         'configs/b/alone.py': entry('m5', 'o4', 'f4', 7),
+        'configs/a/type.py': entry('m6', 'o6', 'f6', 1, type='u'),
         'configs/b/broken.py': dict(error='no model in it'),
     }
     a = 'configs/a/'
-    first = [f'{a}small.py', 'configs/b/alone.py']
-    assert order(index, []) == [first, [f'{a}other.py'], [f'{a}arch.py'], [f'{a}large.py']]
-    assert order(index, [f'{a}large.py']) == [first[1:], [f'{a}other.py'], [f'{a}arch.py'], [f'{a}small.py']]
+    rest = [[f'{a}other.py'], [f'{a}arch.py']]
+    assert order(index, []) == [[f'{a}small.py', f'{a}type.py'], ['configs/b/alone.py'], *rest, [f'{a}large.py']]
+    assert order(index, [f'{a}large.py']) == [[f'{a}type.py'], ['configs/b/alone.py'], *rest, [f'{a}small.py']]
 
 
 SEGMENTOR = dict(
