@@ -90,7 +90,7 @@ def without_pretrained(config):
 
 
 # What costs time in proportion and calls nothing that less of it would not.
-PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'num_proposals', 'num')
+PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'sos_token_num', 'num_proposals', 'num')
 
 
 def scaled_down(config, most: int = 16):

@@ -27,16 +27,21 @@ from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
 
+_NOT_TOLD = (
+    'The grid of the tokens is not known here, so this method cannot run. Either a block was called without its '
+    'backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put the '
+    'checkpoint around the whole block (with_cp=True does, where the backbone has it).'
+)
+
 
 class _UnknownGrid:
-    """Stands for ``(H, W)`` where the grid is not known, and raises only if a method reads it."""
+    """Stands for ``(H, W)`` where the grid is not known, and raises, with the reason, only if a method reads it."""
+
+    def __init__(self, reason: str = _NOT_TOLD) -> None:
+        self._reason = reason
 
     def __getitem__(self, index: int) -> int:
-        raise ConfigError(
-            'The grid of the tokens is not known here, so this method cannot run. Either a block was called without '
-            'its backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put '
-            'the checkpoint around the whole block (with_cp=True does, where the backbone has it).'
-        )
+        raise ConfigError(self._reason)
 
     def __iter__(self) -> Iterator[int]:
         yield self[0]
@@ -168,12 +173,23 @@ class PeftBlock(Mixin):
         if site not in self.peft:
             return x
         if x.dim() == 3:
-            call = _call_of(self)
-            return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
+            return self.peft[site](x, self._grid_of(x))
         if (layout or self.spec.layout) == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
+
+    def _grid_of(self, tokens: Tensor) -> Grid | _UnknownGrid:
+        """The grid of tokens ``(B, N, C)``, the last ``H * W`` of which form it."""
+        call = _call_of(self)
+        grid = _UnknownGrid() if call is None else call.grid
+        if isinstance(grid, _UnknownGrid) or is_traced() or tokens.shape[1] >= grid[0] * grid[1]:
+            return grid
+        return _UnknownGrid(
+            f'There are {tokens.shape[1]} tokens here on a grid of {grid[0]} x {grid[1]}: the model has left some out, '
+            'as a masked autoencoder does, so a method that convolves over the grid cannot run. Choose one that maps '
+            'every token alone (Adapter, AdaptFormer, LoRA, LoRand).'
+        )
 
     def add_parallel_ffn(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add the output of the module at ``parallel_ffn`` on ``residual`` to ``x``, if there is such a module."""
