@@ -300,8 +300,11 @@ def segmentation_batch(config: dict, size: tuple[int, int], seed: int = 0) -> di
     return batch
 
 
+TEXTS = dict(gt_caption='cat', text='cat', question='cat ?', gt_answer=['cat'], gt_answer_weight=[1.0], is_matched=True)
+
+
 def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> dict:
-    """Two images, each with a class and, where the head wants several, a score for every class."""
+    """Two images, each with a class and, where the head wants several, a score for every class; a caption, a question."""
     from mmpretrain.structures import DataSample
 
     generator = torch.Generator().manual_seed(seed)
@@ -310,9 +313,10 @@ def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> 
     for number in range(2):
         sample = DataSample(metainfo=dict(img_shape=size, ori_shape=size, num_classes=classes))
         sample.set_gt_label([number] if 'MultiLabel' in json.dumps(plain(config)) else number)
+        sample.set_data(dict(TEXTS, image_id=number))
         batch['inputs'].append(_image(size, generator))
         batch['data_samples'].append(sample)
-    return batch
+    return dict(batch, inputs=torch.stack(batch['inputs']))  # as these libraries' loaders collate them
 
 
 def self_supervised_batch(path: str, seed: int = 0) -> dict:
@@ -337,7 +341,7 @@ def self_supervised_batch(path: str, seed: int = 0) -> dict:
 def without_hue(pipeline):
     """The transforms without a change of hue, for which mmcv casts negative numbers to uint8: numpy 2 refuses that."""
     if isinstance(pipeline, (list, tuple)):
-        return [without_hue(step) for step in pipeline]
+        return type(pipeline)(without_hue(step) for step in pipeline)
     if not isinstance(pipeline, dict):
         return pipeline
     return {key: 0.0 if key == 'hue' else without_hue(value) for key, value in pipeline.items()}
@@ -836,15 +840,15 @@ def classify(entry: dict) -> tuple[str, str]:
         return 'too large', 'memory'
     if entry['error'].startswith('TimeoutError'):
         return 'too large', 'time'
-    if is_refused(entry):
-        kind = 'not a host' if 'UnsupportedHostError' in entry['kinds'] else 'refused'
-        return kind, normalised(re.sub(r"^\w+: |'[^']*'", '', entry['error']))
     stock = entry.get('stock')
-    if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(entry['error']):
-        for reason, pattern in STOCK_REASONS.items():
-            if re.search(pattern, entry['error']):
-                return 'stock', reason
-        return 'stock', normalised(entry['error'])
+    if stock and stock['outcome'] == 'failed':
+        reasons = [
+            next((reason for reason, pattern in STOCK_REASONS.items() if re.search(pattern, error)), normalised(error))
+            for error in (entry['error'], stock['error'])
+        ]
+        same = normalised(stock['error']) == normalised(entry['error'])
+        if same or reasons == ['needs the network'] * 2:  # which this package says in other words
+            return 'stock', reasons[0]
     return 'ours', f'{entry["stage"]}: {entry["error"]}'
 
 
@@ -854,11 +858,15 @@ PEFT_KINDS = ('passed', 'refused', 'as another', 'not a host', 'as without', 'to
 
 def classify_peft(entry: dict, method: str) -> tuple[str, str]:
     """The same for the run with a method, which may fail as the run without one has failed."""
+    from upstream import normalised
+
     with_method = entry['peft'][method]
-    kind, reason = classify(with_method)
-    if kind == 'ours' and entry['outcome'] == 'failed' and with_method['error'] == entry['error']:
+    if with_method['outcome'] == entry['outcome'] == 'failed' and with_method['error'] == entry['error']:
         return 'as without', classify(entry)[0]
-    return kind, reason
+    if is_refused(with_method):
+        kind = 'not a host' if 'UnsupportedHostError' in with_method['kinds'] else 'refused'
+        return kind, normalised(re.sub(r"^\w+: |'[^']*'", '', with_method['error']))
+    return classify(with_method)
 
 
 def verdicts(part: dict, method: str | None = None) -> dict[str, tuple[str, str]]:
@@ -978,7 +986,7 @@ def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Na
         results[path]['stock'] = entry
 
     run_configs(library, batch, True, arguments, until, keep)
-    doubtful = [p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours']
+    doubtful = [p for p, entry in results.items() if 'stock' not in entry and classify(entry)[0] == 'ours']
     run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
 
 
