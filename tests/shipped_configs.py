@@ -304,7 +304,7 @@ TEXTS = dict(gt_caption='cat', text='cat', question='cat ?', gt_answer=['cat'], 
 
 
 def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> dict:
-    """Two images, each with a class and, where the head wants several, a score for every class; a caption, a question."""
+    """Two images, each with a class and, where the head wants several, a score for every class; and texts."""
     from mmpretrain.structures import DataSample
 
     generator = torch.Generator().manual_seed(seed)
@@ -705,6 +705,9 @@ def run_config(library: str, path: str, bert: str | None, timeout: float, peft: 
     for method, known in peft.items():
         if entry['classes'] in known:
             entry['peft'][method] = dict(outcome='as another')
+            continue
+        if entry['outcome'] == 'failed' and final(entry['error']):
+            entry['peft'][method] = {key: entry[key] for key in ('outcome', 'stage', 'error', 'kinds')}
             continue
         run = partial(run_with_peft, scope, config, method, entry['size'], path)
         entry['peft'][method] = attempt(run, timeout)
