@@ -693,7 +693,9 @@ def run_config(library: str, path: str, bert: str | None, timeout: float, peft: 
         entry = dict(attempt(partial(run_plain, size), timeout), size=size)
         if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
             break
-        if tried and tried[-1]['error'] == entry['error']:  # the size does not matter
+        if any(failed['error'] == entry['error'] for failed in tried):  # the size does not matter
+            break
+        if sum(failed['where'] == entry['where'] for failed in tried) > 1:
             break
         tried.append(entry)
     entry['seconds'] = round(time.process_time() - began, 1)
