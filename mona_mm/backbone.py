@@ -70,12 +70,14 @@ def PeftBackbone(
         ConfigError: if the base or method is unknown, this host lacks the sites or blocks of the method, two methods
             are at one site, the method is wider than the blocks, a rule selects nothing, a method's base has
             ``frozen_stages``, ``frozen_dtype`` is given where nothing is frozen, ``cache_features`` where the features
-            of an image change or with ``compile``, or ``deploy`` with a method that has no form for inference.
+            of an image change or with ``compile``, ``deploy`` with a method that has no form for inference, or the
+            ``init_cfg`` of the base is not one.
         UnknownOptionError: if the method does not have an option.
     """
     method = None if peft is None else build_method(peft)
     backbone = build_base(base)
     find_host(backbone)
+    pretrained_file(backbone)  # refuses what is no init_cfg, before anything is loaded
     if fast:  # before the method, whose classes must come in front of the fast ones
         for module in backbone.modules():
             make_fast(module)

@@ -318,9 +318,11 @@ def outcome(case: Case) -> tuple[str, str]:
         if isinstance(built, nn.Module):
             json.dumps(describe_methods(built))
         return BUILT, ''
-    except UserError:
-        return (REFUSED, '') if step == 'building' else (FAILED, f'{case.config}\n{traceback.format_exc()}')
     except Exception as error:
+        if isinstance(error, UserError) and step == 'building':
+            return REFUSED, ''
+        if isinstance(error, UserError) and error.__cause__ is not None:  # it says how the stock module failed
+            error = error.__cause__
         try:
             stock = case.stock()
             if step == 'using':

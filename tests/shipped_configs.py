@@ -1,23 +1,36 @@
 """Build and run every model config that mmdet, mmseg and mmpretrain ship, with the operators of this package.
 
     python tests/shipped_configs.py --minutes 30
+    python tests/shipped_configs.py --minutes 30 --peft Mona LoRA
 
 For each config: the model is built without its pretrained weights and with fewer boxes and queries, trained for one
 step (loss and backward) and asked for one prediction, on small images of noise. Configs that describe the same model
-are run once. The models are taken in the order of how many configs share their outline (the config without its
-numbers), one of each outline before the second of any. ``shipped_configs.json`` keeps what is finished, and the next
-call goes on from there.
+are run once. One model of each outline (the config without its numbers) is run before the second of any, in all
+libraries: the one of the smallest numbers. One outline of each type of model comes first, then one of each folder, then
+the others, those that differ from another in the name of an ``arch`` only at last; among equals those that most configs
+share.
+``shipped_configs.json`` keeps what is finished, and the next call goes on from there.
 
-An image has 128 x 128 pixels; a model that cannot take that gets a larger one, last of all the config's own size.
-A BERT of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run
-again without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
+An image has 64 x 64 pixels; a model that cannot take that gets a larger one, last of all the config's own size. A BERT
+of the hub is replaced by a small one of random weights, where transformers is installed. What fails then is run again
+without this package, where every operator of mmcv is missing or, with ``--reference DIR``, compiled (see
 ``upstream.py``). A config counts as
 
 * ``passed``;
 * ``stock``: it fails without this package too, and in the same way (with the reason);
-* ``too large``: the model and its gradients exceed ``--memory``;
+* ``in the library``: it fails in code of the library that nothing of this package is called by; without this package
+  it ends before that, where an operator is missing, so that nothing can be compared;
+* ``too large``: the model and its gradients exceed ``--memory``, or a step takes longer than ``--timeout``;
 * ``missing operator``: it needs an operator of mmcv for which there is no stand-in;
 * ``ours``: all others. There must be none, and the exit status is 1 if there is one.
+
+With ``--peft`` every backbone of the model is then put into a ``mona_mm.PeftBackbone`` with each of the methods named,
+of few channels, and the model is built anew and trained for a step: the method's parameters must get finite gradients
+and no other parameter of the backbone any. That counts as ``passed``; as ``refused``, with the reason, if one of our
+errors says that the backbone is a host that lacks what the method needs; as ``not a host``; as ``as without`` if it
+fails in the way in which the model fails without a method; as ``as another`` if the method has passed, or been refused,
+in a model of the same classes of model and backbone, which are run once (``--again 'as another'`` runs them too); or as
+above.
 """
 
 import argparse
@@ -30,6 +43,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -37,13 +51,16 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-SIZE = 128
+SIDE = 64  # of the smallest images, in pixels
+PEFT = dict(Mona=dict(bottleneck=8), LoRA=dict(rank=4))  # fit for narrow backbones
 
 
 # ---- the configs ----
@@ -75,11 +92,11 @@ def without_pretrained(config):
 
 
 # What costs time in proportion and calls nothing that less of it would not.
-PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'num_proposals', 'num')
+PLENTIFUL = ('nms_pre', 'max_per_img', 'max_num', 'num_queries', 'sos_token_num', 'num_proposals', 'num')
 
 
-def scaled_down(config, most: int = 100):
-    """The config with at most so many boxes, samples and queries, and without checkpointing of activations."""
+def scaled_down(config, most: int = 16):
+    """The config with at most so many boxes, samples and queries, for one process, without activation checkpoints."""
     if isinstance(config, (list, tuple)):
         return type(config)(scaled_down(item, most) for item in config)
     if not isinstance(config, dict):
@@ -90,6 +107,8 @@ def scaled_down(config, most: int = 100):
             value = min(value, most)
         elif key == 'num_cp':  # needs fairscale
             value = -1
+        elif key == 'type' and value == 'MMSyncBN':  # needs several processes
+            value = 'BN'
         else:
             value = scaled_down(value, most)
         result[key] = value
@@ -107,15 +126,28 @@ def plain(config):
     return getattr(config, '__name__', str(config))
 
 
-def outline(config):
-    """A plain config with each number replaced by 0: what says which parts a model has, but not of what size."""
+def outline(config, without: Collection[str] = ()):
+    """A plain config with each number replaced by 0: what says which parts a model has, but not of what size.
+
+    The keys of ``without`` are left out.
+    """
     if isinstance(config, dict):
-        return {key: outline(value) for key, value in config.items() if key != 'init_cfg'}
+        return {key: outline(value, without) for key, value in config.items() if key not in ('init_cfg', *without)}
     if isinstance(config, list):
-        return [outline(item) for item in config]
+        return [outline(item, without) for item in config]
     if isinstance(config, (int, float)) and not isinstance(config, bool):
         return 0
     return config
+
+
+def magnitude(config) -> float:
+    """The sum of the logarithms of a plain config's numbers, which is smaller for the smaller of two like models."""
+    if isinstance(config, dict):
+        return sum(magnitude(value) for key, value in config.items() if key != 'init_cfg')
+    if isinstance(config, list):
+        return sum(map(magnitude, config))
+    is_number = isinstance(config, (int, float)) and not isinstance(config, bool)
+    return math.log1p(abs(config)) if is_number else 0.0
 
 
 def digest(config) -> str:
@@ -123,7 +155,7 @@ def digest(config) -> str:
 
 
 def read_index(library: str, known: dict, extra: list[Path]) -> dict:
-    """``{config: dict(model, outline, type) or dict(error)}`` of every config of a library; ``known`` is kept."""
+    """``{config: dict(model, outline, family, magnitude, type) or dict(error)}`` of every config; ``known`` is kept."""
     from mmengine.config import Config
 
     index = dict(known)
@@ -143,7 +175,13 @@ def read_index(library: str, known: dict, extra: list[Path]) -> dict:
                 index[path] = dict(error='no model in it')
                 continue
             model = plain(without_pretrained(config.model.to_dict()))
-            index[path] = dict(model=digest(model), outline=digest(outline(model)), type=str(model['type']))
+            index[path] = dict(
+                model=digest(model),
+                outline=digest(outline(model)),
+                family=digest(outline(model, without=('arch',))),
+                magnitude=round(magnitude(model), 2),
+                type=str(model['type']),
+            )
     return index
 
 
@@ -171,12 +209,19 @@ def _numbers(config, key: str) -> list[int]:
     return []
 
 
+def has_key(config, key: str) -> bool:
+    """Whether ``key`` stands anywhere in a config."""
+    if isinstance(config, dict):
+        return key in config or any(has_key(value, key) for value in config.values())
+    return isinstance(config, (list, tuple)) and any(has_key(item, key) for item in config)
+
+
 def _image(size, generator) -> torch.Tensor:
     return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
 
 
 def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: int = 2) -> dict:
-    """Images with three objects each: boxes, masks, a semantic map, a caption, and proposals."""
+    """Images with three objects each: boxes, masks, a semantic map, a caption; proposals if nothing makes them."""
     import numpy as np
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -215,7 +260,8 @@ def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: 
         sample.ignored_instances = InstanceData(
             bboxes=boxes[:0], labels=labels[:0], masks=BitmapMasks(masks[:0], height, width)
         )
-        sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
+        if not has_key(config, 'rpn_head'):
+            sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
         total = (things + [classes])[0] + sum(stuff[:1])
         semantic = torch.full((1, height, width), total - 1)
         for label, (x1, y1, x2, y2) in zip(labels, boxes.int().tolist(), strict=True):
@@ -256,8 +302,11 @@ def segmentation_batch(config: dict, size: tuple[int, int], seed: int = 0) -> di
     return batch
 
 
+TEXTS = dict(gt_caption='cat', text='cat', question='cat ?', gt_answer=['cat'], gt_answer_weight=[1.0], is_matched=True)
+
+
 def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> dict:
-    """Two images, each with a class and, where the head wants several, a score for every class."""
+    """Two images, each with a class and, where the head wants several, a score for every class; and texts."""
     from mmpretrain.structures import DataSample
 
     generator = torch.Generator().manual_seed(seed)
@@ -266,9 +315,10 @@ def classification_batch(config: dict, size: tuple[int, int], seed: int = 0) -> 
     for number in range(2):
         sample = DataSample(metainfo=dict(img_shape=size, ori_shape=size, num_classes=classes))
         sample.set_gt_label([number] if 'MultiLabel' in json.dumps(plain(config)) else number)
+        sample.set_data(dict(TEXTS, image_id=number))
         batch['inputs'].append(_image(size, generator))
         batch['data_samples'].append(sample)
-    return batch
+    return dict(batch, inputs=torch.stack(batch['inputs']))  # as these libraries' loaders collate them
 
 
 def self_supervised_batch(path: str, seed: int = 0) -> dict:
@@ -293,7 +343,7 @@ def self_supervised_batch(path: str, seed: int = 0) -> dict:
 def without_hue(pipeline):
     """The transforms without a change of hue, for which mmcv casts negative numbers to uint8: numpy 2 refuses that."""
     if isinstance(pipeline, (list, tuple)):
-        return [without_hue(step) for step in pipeline]
+        return type(pipeline)(without_hue(step) for step in pipeline)
     if not isinstance(pipeline, dict):
         return pipeline
     return {key: 0.0 if key == 'hue' else without_hue(value) for key, value in pipeline.items()}
@@ -337,13 +387,13 @@ def stage(name: str):
         raise Stage(name) from error
 
 
-def own_sizes(config: dict) -> list[tuple[int, int]]:
-    """The sizes to try, the smallest first; the last is that of the config itself."""
+def own_sizes(config: dict, side: int = SIDE) -> list[tuple[int, int]]:
+    """The sizes to try, the smallest, ``side``, first; the last is that of the config itself."""
     own = []
     for key in ('size', 'img_size', 'crop_size', 'input_size', 'image_size'):
         own += _sizes(config.get('data_preprocessor') or {}, key) + _sizes(config, key)
-    own = [size for size in own if SIZE < max(size) <= 800]
-    return [(SIZE, SIZE), *own[:1], *([] if own else [(320, 320), (512, 512)])]
+    own = [size for size in own if side < max(size) <= 800]
+    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 320, 512) if s > side])]
 
 
 def _sizes(config, key: str) -> list[tuple[int, int]]:
@@ -360,15 +410,56 @@ def _sizes(config, key: str) -> list[tuple[int, int]]:
     return []
 
 
-def build_model(library: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
-    """The model of a shipped config, with random weights, fit for images of ``size`` and for one process."""
+def draw_cheaply() -> None:
+    """Draw the values of large tensors from a short sequence, over and over, and keep no log of the initialisation.
+
+    Random weights take a third of the time of a step on a small image otherwise.
+    """
+    import mmengine.model.base_module
+
+    length = 65537  # a prime, so that the rows of a matrix differ
+    uniform, normal = torch.Tensor.uniform_, torch.Tensor.normal_
+
+    def fill(tensor, short):
+        flat = tensor.detach().view(-1)
+        whole = len(flat) // length * length
+        flat[:whole].view(-1, length).copy_(short)
+        flat[whole:].copy_(short[: len(flat) - whole])
+        return tensor
+
+    def is_long(tensor):
+        return tensor.numel() > 4 * length and tensor.is_contiguous() and tensor.device.type == 'cpu'
+
+    def uniform_(self, low=0, high=1, *, generator=None):
+        if not is_long(self):
+            return uniform(self, low, high, generator=generator)
+        return fill(self, uniform(torch.empty(length), low, high, generator=generator))
+
+    def normal_(self, mean=0, std=1, *, generator=None):
+        if not is_long(self):
+            return normal(self, mean, std, generator=generator)
+        return fill(self, normal(torch.empty(length), mean, std, generator=generator))
+
+    torch.Tensor.uniform_, torch.Tensor.normal_ = uniform_, normal_
+    mmengine.model.base_module.update_init_info = lambda *args, **kwargs: None
+    mmengine.model.BaseModule._dump_init_info = lambda self: None
+
+
+def build_model(scope: str, config: dict, size: tuple[int, int]) -> torch.nn.Module:
+    """The model of a shipped config, with random weights, fit for images of ``size`` and for one process.
+
+    Args:
+        scope: the config's ``default_scope``, a library that need not be the one that ships it.
+        config: the model.
+        size: height and width in pixels.
+    """
     from mmengine.config import ConfigDict
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
-    init_default_scope(library)
+    init_default_scope(scope)
     config = ConfigDict(scaled_down(without_pretrained(config)))  # some detectors look options up as attributes
-    if library == 'mmseg':
+    if scope == 'mmseg':
         if (config.get('data_preprocessor') or {}).get('size') is not None:
             config['data_preprocessor']['size'] = size
         if (config.get('test_cfg') or {}).get('mode') == 'slide':
@@ -379,8 +470,13 @@ def build_model(library: str, config: dict, size: tuple[int, int]) -> torch.nn.M
     return model
 
 
-def run_model(model: torch.nn.Module, config: dict, size: tuple[int, int], path: str | None = None) -> dict:
-    """One step of training and one prediction; the loss, and how many of the trained parameters got a gradient."""
+def run_model(
+    model: torch.nn.Module, config: dict, size: tuple[int, int], path: str | None = None, predict: bool = True
+) -> dict:
+    """One step of training and one prediction; the loss, and how many of the trained parameters got a gradient.
+
+    Gradients stay on the parameters without the prediction.
+    """
     from mmengine.logging import MessageHub
 
     kind = {cls.__name__ for cls in type(model).__mro__}
@@ -401,15 +497,94 @@ def run_model(model: torch.nn.Module, config: dict, size: tuple[int, int], path:
             trained=sum(p.requires_grad for p in model.parameters()),
             with_gradient=sum(p.grad is not None for p in model.parameters()),
         )
-        finite = all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        result['finite'] = bool(finite and total.isfinite())
+        gradients = [p.grad.detach() for p in model.parameters() if p.grad is not None]
+        result['finite'] = bool(torch.stack([*torch._foreach_norm(gradients), total.detach()]).isfinite().all())
+    if test is not None and predict:
         model.zero_grad(set_to_none=True)
-    model.eval()
-    if test is not None:
+        model.eval()
         with stage('predict'), torch.no_grad():
             data = test if 'BaseReID' in kind else model.data_preprocessor(test, False)
             model(**data, mode='predict')
     return result
+
+
+# ---- the same model with a method in its backbones ----
+
+
+def with_peft(config, method: str):
+    """The config with every backbone in it in a PeftBackbone, which freezes all of it but for the method.
+
+    A PeftBackbone asks for a base that does not freeze stages by itself.
+    """
+    if isinstance(config, (list, tuple)):
+        return type(config)(with_peft(item, method) for item in config)
+    if not isinstance(config, dict):
+        return config
+    result = {key: with_peft(value, method) for key, value in config.items()}
+    base = result.get('backbone')
+    if isinstance(base, dict) and 'type' in base:
+        base = {key: -1 if key == 'frozen_stages' else value for key, value in base.items()}
+        peft = dict(type=f'mona_mm.{method}', **PEFT.get(method, {}))
+        result['backbone'] = dict(type='mona_mm.PeftBackbone', base=base, peft=peft)
+    return result
+
+
+def backbone_types(config) -> list:
+    """The ``type`` of every backbone in the config of a model."""
+    if isinstance(config, (list, tuple)):
+        return [type_ for item in config for type_ in backbone_types(item)]
+    if not isinstance(config, dict):
+        return []
+    base = config.get('backbone')
+    own = [base['type']] if isinstance(base, dict) and 'type' in base else []
+    return own + [type_ for value in config.values() for type_ in backbone_types(value)]
+
+
+def backbone_classes(scope: str, config) -> list[type]:
+    """The class of every backbone in the config of a model."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(scope)
+    with MODELS.switch_scope_and_registry(None) as registry:
+        types = backbone_types(config)
+        return [registry.get(type_) if isinstance(type_, str) else type_ for type_ in types]
+
+
+def may_be_host(cls: type) -> bool:
+    """Whether the class of a backbone, or one that it derives from, is declared as a host."""
+    from mona_mm.hosts import HOSTS
+
+    return any(f'{base.__module__}.{base.__qualname__}' in HOSTS for base in cls.__mro__)
+
+
+def run_with_peft(scope: str, config: dict, method: str, size: tuple[int, int], path: str) -> dict:
+    """Build the model with a method, train it for a step, and check which parameters of its backbones have gradients.
+
+    Raises:
+        Stage: if a part of that fails; the cause is chained.
+    """
+    from mona_mm.hosts import method_names
+
+    classes = backbone_classes(scope, config)
+    strange = sorted({cls.__name__ for cls in classes if not may_be_host(cls)})
+    if strange or not classes:
+        return dict(outcome='not a host', reason=', '.join(strange) or 'no backbone')
+    config = with_peft(config, method)
+    with stage('build'):
+        model = build_model(scope, config, size)
+    added = method_names(model)
+    result = run_model(model, config, size, path, predict=False)
+    if 'loss' not in result:
+        return dict(result, outcome='not a host', reason='the model has no loss of its own')
+    with stage('gradients'):
+        parameters = dict(model.named_parameters())
+        own = {name: p for name, p in parameters.items() if name in added and p.requires_grad}
+        reached = {name for name, p in own.items() if p.grad is not None}
+        frozen = [name for name, p in parameters.items() if not p.requires_grad and p.grad is not None]
+        assert reached, 'no parameter of the method has a gradient'
+        assert not frozen, f'frozen parameters have gradients: {frozen[:3]}'
+        assert all(own[name].grad.isfinite().all() for name in reached) or not result['finite'], 'not finite'
+    return dict(result, outcome='passed', method=len(own), method_with_gradient=len(reached))
 
 
 def _batches(kind: set[str], config: dict, size: tuple[int, int], path: str | None):
@@ -437,6 +612,8 @@ def _batches(kind: set[str], config: dict, size: tuple[int, int], path: str | No
         branches = ('sup', 'unsup_teacher', 'unsup_student')
         train = {key: {branch: copy.deepcopy(value) for branch in branches} for key, value in batch.items()}
         return train, detection_batch(config, size, images=1)
+    if 'GLIP' in kind and not has_key(config, 'loss_bbox'):  # its default loss does not take the head's weights
+        return None, detection_batch(config, size, seed=1, images=1)
     if 'BaseDetector' in kind:
         # Some heads take one image only when they predict, as mmdet's test loaders have it.
         return detection_batch(config, size), detection_batch(config, size, seed=1, images=1)
@@ -458,7 +635,7 @@ def work(job: dict) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (job['memory'], job['memory']))
     if job['ours']:
         sys.path.insert(0, str(ROOT))
-        import mona_mm  # noqa: F401  first: its operators are what all below runs on
+        import mona_mm  # first: its operators are what all below runs on
     else:
         from upstream import bare_mmcv_ext
 
@@ -468,6 +645,12 @@ def work(job: dict) -> None:
     from mmengine.logging import MMLogger
 
     torch.set_num_threads(1)
+    draw_cheaply()
+    if job['peft']:
+        import mona_mm.frozen.rules
+
+        # Which parameters reach the output, found when a backbone is built, is seen in the gradients here.
+        mona_mm.frozen.rules.unreached = lambda module: set()
     MMLogger.get_instance('shipped', log_level='ERROR')
     for library in LIBRARIES:
         # Configs of one library use another's models. Where one cannot be imported, those configs say so.
@@ -483,47 +666,93 @@ def work(job: dict) -> None:
             if time.time() > job['until']:
                 return
             record.write(json.dumps(dict(event='start', config=path)) + '\n')
-            entry = run_config(job['library'], path, bert, job['timeout'])
+            entry = run_config(job['library'], path, bert, job['timeout'], job['peft'])
+            for method, found in entry.get('peft', {}).items():
+                if found['outcome'] == 'passed' or is_refused(found):
+                    job['peft'][method].append(entry['classes'])
             record.write(json.dumps(dict(event='end', config=path, **entry)) + '\n')
 
 
-def run_config(library: str, path: str, bert: str | None, timeout: float) -> dict:
-    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went."""
-    import signal
+def run_config(library: str, path: str, bert: str | None, timeout: float, peft: dict[str, list[str]]) -> dict:
+    """Build and run the model of one config, on larger images where it fails on small ones, and say how it went.
 
+    ``peft`` has by method the classes of models that need not be run with it again.
+    """
     from mmengine.config import Config
+
+    began = time.process_time()
+    shipped = Config.fromfile(path)
+    scope, config = shipped.get('default_scope') or library, shipped.model.to_dict()
+    if bert:
+        config = with_bert(config, bert)
+
+    def run_plain(size):
+        with stage('build'):
+            model = build_model(scope, config, size)
+        parameters = sum(p.numel() for p in model.parameters())
+        return dict(run_model(model, config, size, path), outcome='passed', parameters=parameters)
+
+    tried = []
+    for size in own_sizes(config):
+        entry = dict(attempt(partial(run_plain, size), timeout), size=size)
+        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
+            break
+        if any(failed['error'] == entry['error'] for failed in tried):  # the size does not matter
+            break
+        if sum(failed['where'] == entry['where'] for failed in tried) > 1:
+            break
+        tried.append(entry)
+    entry['seconds'] = round(time.process_time() - began, 1)
+    if len(tried) > (entry in tried):
+        entry['smaller'] = [[failed['size'][0], failed['error'][:200]] for failed in tried if failed is not entry]
+    if peft:
+        entry['classes'] = f'{config["type"]} {sorted({cls.__name__ for cls in backbone_classes(scope, config)})}'
+        entry['peft'] = {}
+    for method, known in peft.items():
+        if entry['classes'] in known:
+            entry['peft'][method] = dict(outcome='as another')
+            continue
+        if entry['outcome'] == 'failed' and final(entry['error']):
+            entry['peft'][method] = {key: entry[key] for key in ('outcome', 'stage', 'error', 'kinds')}
+            continue
+        run = partial(run_with_peft, scope, config, method, entry['size'], path)
+        entry['peft'][method] = attempt(run, timeout)
+    return entry
+
+
+def is_refused(entry: dict) -> bool:
+    """Whether one of this package's errors has ended a run."""
+    return 'UserError' in entry.get('kinds', ())
+
+
+def attempt(run: Callable[[], dict], timeout: float) -> dict:
+    """What ``run`` returns, or how it failed: after so many seconds of the processor's time at the latest."""
+    import signal
 
     def stop(*_):
         raise TimeoutError(f'more than {timeout} seconds of the processor')
 
-    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
     began = time.process_time()
-    config = Config.fromfile(path).model.to_dict()
-    if bert:
-        config = with_bert(config, bert)
-    for size in own_sizes(config):
-        entry, model = dict(size=size), None
-        signal.setitimer(signal.ITIMER_PROF, timeout)
-        try:
-            with stage('build'):
-                model = build_model(library, config, size)
-            entry.update(parameters=sum(p.numel() for p in model.parameters()))
-            entry.update(run_model(model, config, size, path), outcome='passed')
-        except Exception as error:
-            cause = error.__cause__ if isinstance(error, Stage) else error
-            where = traceback.extract_tb(cause.__traceback__)[-1]
-            entry.update(
-                outcome='failed',
-                stage=str(error) if isinstance(error, Stage) else 'data',
-                error=f'{type(cause).__name__}: {cause}'[:600],
-                where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
-            )
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            del model
-            gc.collect()
-        if entry['outcome'] == 'passed' or entry['stage'] == 'build' or final(entry['error']):
-            break
+    signal.signal(signal.SIGPROF, stop)  # the processor's time: a busy machine is no fault of a model
+    signal.setitimer(signal.ITIMER_PROF, timeout)
+    try:
+        entry = run()
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, Stage) else error
+        frames = traceback.extract_tb(cause.__traceback__)
+        where = frames[-1]
+        entry = dict(
+            outcome='failed',
+            stage=str(error) if isinstance(error, Stage) else 'data',
+            error=f'{type(cause).__name__}: {cause}'[:600],
+            kinds=[cls.__name__ for cls in type(cause).__mro__],
+            in_our_code=any(str(ROOT / 'mona_mm') in frame.filename for frame in frames),
+            where=f'{where.filename.split("site-packages/")[-1]}:{where.lineno}',
+        )
+        del error, cause
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        gc.collect()
     return dict(entry, seconds=round(time.process_time() - began, 1))
 
 
@@ -547,6 +776,7 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
             library=library,
             configs=left,
             ours=ours,
+            peft=arguments.known if ours else {},
             reference=arguments.reference,
             record=str(record),
             until=until,
@@ -577,70 +807,124 @@ def run_configs(library: str, configs: list[str], ours: bool, arguments, until: 
     record.unlink(missing_ok=True)
 
 
-def order(index: dict) -> list[str]:
-    """One config of each model: by how many configs share its outline, and one of each outline first."""
+def order(index: dict, done: Collection[str]) -> list[list[str]]:
+    """One config of each model that is not done: the first of each type, folder, family and outline; the others.
+
+    Each list is ordered by how many configs share the outline. The first of an outline is the one of the smallest
+    numbers, unless a config of it is done; the first of a type or folder is of the outline that most configs share.
+    """
     models = {}
-    for path, entry in index.items():
-        if 'model' in entry:
-            models.setdefault(entry['model'], path)
-    sizes = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
-    seen, first, rest = set(), [], []
-    for path in models.values():
-        shape = index[path]['outline']
-        (rest if shape in seen else first).append(path)
-        seen.add(shape)
-    return [path for paths in (first, rest) for path in sorted(paths, key=lambda p: -sizes[index[p]['outline']])]
+    for path in [*done, *index]:
+        if 'model' in index.get(path, ()):
+            models.setdefault(index[path]['model'], path)
+    common = collections.Counter(entry['outline'] for entry in index.values() if 'model' in entry)
+
+    def keys(path):
+        return index[path]['type'], Path(path).parts[:2], index[path]['family'], index[path]['outline']
+
+    seen = {key for path in done if path in index for key in keys(path)}
+    left = sorted(
+        set(models.values()) - set(done),
+        key=lambda path: (-common[index[path]['outline']], index[path]['magnitude'], path),
+    )
+    lists = []
+    for number in range(4):
+        lists.append([])
+        for path in left:
+            if keys(path)[number] not in seen:
+                lists[-1].append(path)
+                seen.update(keys(path))
+        left = [path for path in left if path not in lists[-1]]
+    return [*lists, left]
 
 
 def classify(entry: dict) -> tuple[str, str]:
     """What the result of a config means, and the reason: see the head of this file."""
     from upstream import MISSING_OPERATOR, STOCK_REASONS, normalised
 
-    if entry['outcome'] == 'passed':
-        return 'passed', ''
+    if entry['outcome'] != 'failed':
+        return entry['outcome'], entry.get('reason', '')
     missing = MISSING_OPERATOR.search(entry['error'])
     if missing:
         return 'missing operator', missing[1] or missing[2]
     if re.search(r'MemoryError|allocate memory|alloc_cpu|died with -9', entry['error']):
-        return 'too large', ''
+        return 'too large', 'memory'
+    if entry['error'].startswith('TimeoutError'):
+        return 'too large', 'time'
     stock = entry.get('stock')
-    if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(entry['error']):
-        for reason, pattern in STOCK_REASONS.items():
-            if re.search(pattern, entry['error']):
-                return 'stock', reason
-        return 'stock', normalised(entry['error'])
+    if stock and stock['outcome'] == 'failed':
+        reasons = [
+            next((reason for reason, pattern in STOCK_REASONS.items() if re.search(pattern, error)), normalised(error))
+            for error in (entry['error'], stock['error'])
+        ]
+        same = normalised(stock['error']) == normalised(entry['error'])
+        if same or reasons == ['needs the network'] * 2:  # which this package says in other words
+            return 'stock', reasons[0]
+        if MISSING_OPERATOR.search(stock['error']) and not entry.get('in_our_code', True):
+            return 'in the library', f'{entry["where"]}: {normalised(entry["error"])}'
     return 'ours', f'{entry["stage"]}: {entry["error"]}'
 
 
-def summary(state: dict) -> tuple[str, int]:
-    """The Markdown summary and the number of configs whose failure is ours."""
-    kinds = ('passed', 'stock', 'too large', 'missing operator', 'ours', 'not run yet')
-    head = '| library | configs | with a model | distinct models | outlines | ' + ' | '.join(kinds) + ' |'
-    lines = [head, '|---|' + '---:|' * (head.count('|') - 2)]
-    reasons, bad, ours_models = collections.Counter(), [], 0
+KINDS = ('passed', 'stock', 'in the library', 'too large', 'missing operator', 'ours')
+PEFT_KINDS = ('passed', 'refused', 'as another', 'not a host', 'as without', 'too large', 'missing operator', 'ours')
+
+
+def classify_peft(entry: dict, method: str) -> tuple[str, str]:
+    """The same for the run with a method, which may fail as the run without one has failed."""
+    from upstream import normalised
+
+    with_method = entry['peft'][method]
+    if with_method['outcome'] == entry['outcome'] == 'failed' and with_method['error'] == entry['error']:
+        return 'as without', classify(entry)[0]
+    if is_refused(with_method):
+        kind = 'not a host' if 'UnsupportedHostError' in with_method['kinds'] else 'refused'
+        return kind, normalised(re.sub(r"^\w+: |'[^']*'", '', with_method['error']))
+    return classify(with_method)
+
+
+def verdicts(part: dict, method: str | None = None) -> dict[str, tuple[str, str]]:
+    """``{config: (kind, reason)}`` of the configs of a library that have been run, plainly or with a method."""
+    results = {path: entry for path, entry in part['results'].items() if path in part['index']}
+    if method is None:
+        return {path: classify(entry) for path, entry in results.items()}
+    return {path: classify_peft(entry, method) for path, entry in results.items() if method in entry.get('peft', ())}
+
+
+def summary(state: dict, peft: Collection[str] = ()) -> tuple[str, int]:
+    """The Markdown summary and the number of models that fail for a reason that is ours."""
+    lines, reasons, bad = [], collections.Counter(), []
+    for method in (None, *peft):
+        kinds = KINDS if method is None else PEFT_KINDS
+        lines.append(f'| {method or "library"} | configs | models | run | outlines | run | ' + ' | '.join(kinds) + ' |')
+        lines.append('|---|' + '---:|' * (lines[-1].count('|') - 2))
+        for library, part in state.items():
+            index, found = part['index'], verdicts(part, method)
+            counts = collections.Counter(kind for kind, _ in found.values())
+            models = [entry for entry in index.values() if 'model' in entry]
+            sizes = (
+                len(models),
+                len({entry['model'] for entry in models}),
+                len({index[path]['model'] for path in found}),
+                len({entry['outline'] for entry in models}),
+                len({index[path]['outline'] for path in found}),
+            )
+            lines.append(f'| {library} | ' + ' | '.join(map(str, (*sizes, *(counts[kind] for kind in kinds)))) + ' |')
+            for path, (kind, reason) in found.items():
+                if kind == 'ours':
+                    bad.append(f'- {library}{f", {method}" if method else ""}: `{path}`: {reason}')
+                elif reason:
+                    reasons[library, method or '', kind, reason] += 1
+        lines.append('')
+    lines += ['The columns after "run" count models.', '', '| library | method | kind | reason | models |']
+    lines += [
+        '|---|---|---|---|---:|',
+        *(f'| {" | ".join(key)} | {number} |' for key, number in sorted(reasons.items())),
+    ]
     for library, part in state.items():
-        index, results, counts = part['index'], part['results'], collections.Counter()
-        by_model = {index[path]['model']: classify(entry) for path, entry in results.items() if path in index}
-        for entry in index.values():
-            if 'model' not in entry:
-                if entry['error'] != 'no model in it':
-                    reasons[library, 'not a config', entry['error'][:100].split('\n')[0]] += 1
-                continue
-            kind, reason = by_model.get(entry['model'], ('not run yet', ''))
-            counts[kind] += 1
-            if reason and kind != 'ours':
-                reasons[library, kind, reason] += 1
-        for path, entry in results.items():
-            kind, reason = classify(entry)
-            ours_models += kind == 'ours'
-            if kind == 'ours':
-                bad.append(f'- {library}: `{path}`: {reason}')
-        models = [entry for entry in index.values() if 'model' in entry]
-        sizes = (len(index), len(models), len({e['model'] for e in models}), len({e['outline'] for e in models}))
-        lines.append(f'| {library} | ' + ' | '.join(map(str, (*sizes, *(counts[kind] for kind in kinds)))) + ' |')
-    lines += ['', '| library | kind | reason | configs |', '|---|---|---|---:|']
-    lines += [f'| {" | ".join(key)} | {number} |' for key, number in sorted(reasons.items())]
-    return '\n'.join([*lines, '', *bad]), ours_models
+        errors = [entry['error'] for entry in part['index'].values() if 'error' in entry]
+        read = collections.Counter(error[:100].split('\n')[0] for error in errors if error != 'no model in it')
+        lines += [f'| {library} | | not a config | {error} | {number} |' for error, number in sorted(read.items())]
+    return '\n'.join([*lines, '', *bad]), len(bad)
 
 
 def main() -> int:
@@ -650,6 +934,8 @@ def main() -> int:
     parser.add_argument('--only', metavar='REGEX', help='of the configs, those whose path matches')
     parser.add_argument('--new-style', nargs='+', type=Path, default=[], help='folders of more configs, of mmdet')
     parser.add_argument('--minutes', type=float, default=60, help='stop after so long; the next call goes on')
+    parser.add_argument('--peft', nargs='+', default=[], metavar='TYPE', help='train with these methods, too')
+    parser.add_argument('--batch', type=int, default=50, help='configs after which results are written')
     parser.add_argument('--again', metavar='KIND', help='forget the results of this kind first, such as "ours"')
     parser.add_argument('--reference', metavar='DIR', help='a folder with a compiled mmcv, for the run without us')
     parser.add_argument('--timeout', type=int, default=180, help='seconds of processor time a model may take')
@@ -673,31 +959,48 @@ def main() -> int:
             extra = [path.resolve() for path in arguments.new_style] if library == 'mmdet' else []
             part['index'] = read_index(library, part['index'], extra)
             arguments.out.write_text(json.dumps(state))
-        results = part['results']
-        for path in [p for p, entry in results.items() if arguments.again and classify(entry)[0] == arguments.again]:
-            del results[path]
-
-        def keep(path, entry, results=results):
-            results[path] = entry
-            kind, reason = classify(entry)
-            print(f'{time.strftime("%X")} {entry.get("seconds")}s {kind:8} {path} {reason}', flush=True)
-
-        def keep_stock(path, entry, results=results):
-            results[path]['stock'] = entry
-
-        todo = [path for path in order(part['index']) if path not in results]
-        todo = [path for path in todo if arguments.only is None or re.search(arguments.only, path)]
-        while todo and time.time() < until:
-            batch, todo = todo[:20], todo[20:]
-            run_configs(library, batch, True, arguments, until, keep)
-            doubtful = [
-                p for p in batch if p in results and 'stock' not in results[p] and classify(results[p])[0] == 'ours'
-            ]
-            run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
-            arguments.out.write_text(json.dumps(state))
-    text, ours = summary(state)
+        for path in [p for p, kind in verdicts(part).items() if kind[0] == arguments.again]:
+            del part['results'][path]
+        for method in arguments.peft:
+            for path in [p for p, kind in verdicts(part, method).items() if kind[0] == arguments.again]:
+                del part['results'][path]['peft'][method]
+    for rank in () if arguments.report else range(5):  # one of each type, folder, family, outline; then the others
+        for library in arguments.libraries:
+            part = state[library]
+            done = [p for p, entry in part['results'].items() if set(arguments.peft) <= set(entry.get('peft', ()))]
+            todo = [p for p in order(part['index'], done)[rank] if re.search(arguments.only or '', p)]
+            while todo and time.time() < until:
+                batch, todo = todo[: arguments.batch], todo[arguments.batch :]
+                run_batch(library, part, batch, arguments, until)
+                arguments.out.write_text(json.dumps(state))
+    text, ours = summary(state, arguments.peft)
     print(text)
     return 1 if ours else 0
+
+
+def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Namespace, until: float) -> None:
+    """Run configs, and those whose failure may be ours again without this package; the results go into ``part``."""
+    results = part['results']
+    arguments.known = {
+        method: sorted(
+            {entry['classes'] for path, entry in results.items() if verdict.get(path) in ('passed', 'refused')}
+        )
+        for method in arguments.peft
+        for verdict in [{path: kind for path, (kind, _) in verdicts(part, method).items()}]
+    }
+
+    def keep(path, entry):
+        results[path] = entry
+        found = [classify(entry), *(classify_peft(entry, method) for method in entry.get('peft', ()))]
+        text = '; '.join(' '.join(verdict).strip() for verdict in found)
+        print(f'{time.strftime("%X")} {entry.get("seconds")}s {path} {text}', flush=True)
+
+    def keep_stock(path, entry):
+        results[path]['stock'] = entry
+
+    run_configs(library, batch, True, arguments, until, keep)
+    doubtful = [p for p, entry in results.items() if 'stock' not in entry and classify(entry)[0] == 'ours']
+    run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
 
 
 if __name__ == '__main__':

@@ -456,16 +456,19 @@ def test_forms_of_init_cfg(host, form, files):
 def test_init_cfg_that_is_none(host, init_cfg):
     """Whatever else an init_cfg is: where the stock backbone takes it, so do we; where it fails, one error of ours."""
 
-    def init(model):
+    def failure(build):
         try:
-            model.init_weights()
+            build().init_weights()
         except Exception as error:
             return error
 
-    stock = init(MODELS.build(dict(HOSTS[host], init_cfg=copy.deepcopy(init_cfg))))
-    ours = init(backbone_of(host, copy.deepcopy(init_cfg)))
+    stock = failure(lambda: MODELS.build(dict(HOSTS[host], init_cfg=copy.deepcopy(init_cfg))))
+    ours = failure(lambda: backbone_of(host, copy.deepcopy(init_cfg)))
     assert (stock is None) == (ours is None), (stock, ours)
     assert ours is None or (isinstance(ours, UserError) and 'init_cfg' in str(ours)), repr(ours)
+    if init_cfg in ('x', 3):  # what no host takes is refused before anything is built
+        with pytest.raises(ConfigError, match='init_cfg'):
+            backbone_of(host, init_cfg)
 
 
 def test_a_stock_config_of_pvt():

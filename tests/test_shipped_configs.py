@@ -9,12 +9,16 @@ import logging
 import pytest
 from mmengine.config import Config
 from shipped_configs import (
+    attempt,
     build_model,
+    classify_peft,
     installed_configs,
+    order,
     outline,
     own_sizes,
     plain,
     run_model,
+    run_with_peft,
     scaled_down,
     without_pretrained,
 )
@@ -136,5 +140,66 @@ def test_what_makes_two_configs_one_model():
 
 
 def test_a_model_is_given_its_own_size_at_last():
-    assert own_sizes(dict(data_preprocessor=dict(size=(512, 1024)))) == [(128, 128), (320, 320), (512, 512)]
-    assert own_sizes(dict(backbone=dict(img_size=384))) == [(128, 128), (384, 384)]
+    assert own_sizes(dict(data_preprocessor=dict(size=(512, 1024)))) == [(64, 64), (128, 128), (320, 320), (512, 512)]
+    assert own_sizes(dict(backbone=dict(img_size=384))) == [(64, 64), (384, 384)]
+
+
+def test_what_runs_first():
+    """One of each type, folder, family and outline, then the others; of an outline the smallest model."""
+
+    def entry(model, outline, family, magnitude, type='t'):
+        return dict(model=model, outline=outline, family=family, magnitude=magnitude, type=type)
+
+    index = {
+        'configs/a/large.py': entry('m1', 'o1', 'f1', 9),
+        'configs/a/small.py': entry('m2', 'o1', 'f1', 3),
+        'configs/a/same.py': entry('m2', 'o1', 'f1', 3),
+        'configs/a/arch.py': entry('m3', 'o2', 'f1', 1),
+        'configs/a/other.py': entry('m4', 'o3', 'f3', 1),
+        'configs/b/alone.py': entry('m5', 'o4', 'f4', 7),
+        'configs/a/type.py': entry('m6', 'o6', 'f6', 1, type='u'),
+        'configs/b/broken.py': dict(error='no model in it'),
+    }
+    a = 'configs/a/'
+    rest = [[f'{a}other.py'], [f'{a}arch.py']]
+    assert order(index, []) == [[f'{a}small.py', f'{a}type.py'], ['configs/b/alone.py'], *rest, [f'{a}large.py']]
+    assert order(index, [f'{a}large.py']) == [[f'{a}type.py'], ['configs/b/alone.py'], *rest, [f'{a}small.py']]
+
+
+SEGMENTOR = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
+    backbone=dict(
+        type='SwinTransformer',
+        embed_dims=8,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 1, 2),
+        window_size=4,
+        frozen_stages=1,
+    ),
+    decode_head=dict(type='FCNHead', in_channels=64, channels=8, in_index=3, num_classes=3, num_convs=1),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)
+
+
+@pytest.mark.parametrize(
+    ('method', 'changes', 'kind'),
+    [
+        ('Mona', {}, 'passed'),
+        ('LoRA', {}, 'passed'),
+        ('LoRA', dict(type='ResNetV1c', depth=50, base_channels=2), 'refused'),
+        ('Mona', dict(type='BiSeNetV2', detail_channels=(8, 8, 8)), 'not a host'),
+    ],
+)
+def test_a_config_with_a_method(method, changes, kind):
+    """Every backbone is put into a PeftBackbone; what then fails is told apart."""
+    if changes:
+        config = dict(SEGMENTOR, backbone=changes, decode_head=dict(SEGMENTOR['decode_head'], in_channels=64))
+    else:
+        config = SEGMENTOR
+    logging.getLogger('mmengine').setLevel(logging.ERROR)
+    found = attempt(lambda: run_with_peft('mmseg', config, method, (64, 64), ''), timeout=60)
+    assert classify_peft(dict(outcome='passed', peft={method: found}), method)[0] == kind, found
+    if kind == 'passed':
+        assert found['method_with_gradient'] == found['method'] > 0 and found['finite']

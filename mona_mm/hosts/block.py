@@ -27,16 +27,21 @@ from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
 
+_NOT_TOLD = (
+    'The grid of the tokens is not known here, so this method cannot run. Either a block was called without its '
+    'backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put the '
+    'checkpoint around the whole block (with_cp=True does, where the backbone has it).'
+)
+
 
 class _UnknownGrid:
-    """Stands for ``(H, W)`` where the grid is not known, and raises only if a method reads it."""
+    """Stands for ``(H, W)`` where the grid is not known, and raises, with the reason, only if a method reads it."""
+
+    def __init__(self, reason: str = _NOT_TOLD) -> None:
+        self._reason = reason
 
     def __getitem__(self, index: int) -> int:
-        raise ConfigError(
-            'The grid of the tokens is not known here, so this method cannot run. Either a block was called without '
-            'its backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put '
-            'the checkpoint around the whole block (with_cp=True does, where the backbone has it).'
-        )
+        raise ConfigError(self._reason)
 
     def __iter__(self) -> Iterator[int]:
         yield self[0]
@@ -127,6 +132,13 @@ class PeftBlock(Mixin):
     peft: PeftModules
     hooked: frozenset[str]
     """The sites that are reached by hooks."""
+    num_hooks: int = 0
+    """The number of hooks on the modules of the block when it was built."""
+
+    def train(self, mode: bool = True) -> PeftBlock:
+        """Switch to training or evaluation, and hook the modules that have been replaced since the last time."""
+        _hook_replaced(self)
+        return super().train(mode)
 
     def forward_with_sites(self, *args: Any, **kwargs: Any) -> Tensor:
         """The stock block's forward, with :meth:`apply_at` at its sites."""
@@ -142,7 +154,7 @@ class PeftBlock(Mixin):
 
     def _forward_in_call(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Run :meth:`forward_with_sites` as this thread's call, and check that the hooks reached their sites."""
-        grid = None
+        given, grid = args, None
         if args and isinstance(args[-1], PassedGrid):
             *args, passed = args
             grid = passed.hw
@@ -160,10 +172,12 @@ class PeftBlock(Mixin):
             x = x.clone()
         missed = self.hooked - call.reached
         if missed and missed & set(self.peft):
+            if not self.training and _hook_replaced(self):  # in training, statistics would be updated a second time
+                return self._forward_in_call(given, kwargs)
             raise ConfigError(
                 f'A module within this {type(self).__name__} was replaced after the method had been attached, so the '
-                f'method at {", ".join(sorted(missed))} is not reached. Give the new module the _forward_hooks and '
-                '_forward_pre_hooks of the old one, or replace it before PeftBackbone is built.'
+                f'method at {", ".join(sorted(missed))} is not reached. Call the train() or eval() of the model after '
+                'modules have been replaced, or replace them before PeftBackbone is built.'
             )
         return x
 
@@ -178,12 +192,23 @@ class PeftBlock(Mixin):
         if site not in self.peft:
             return x
         if x.dim() == 3:
-            call = _call_of(self)
-            return self.peft[site](x, _UnknownGrid() if call is None else call.grid)
+            return self.peft[site](x, self._grid_of(x))
         if (layout or self.spec.layout) == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
+
+    def _grid_of(self, tokens: Tensor) -> Grid | _UnknownGrid:
+        """The grid of tokens ``(B, N, C)``, the last ``H * W`` of which form it."""
+        call = _call_of(self)
+        grid = _UnknownGrid() if call is None else call.grid
+        if isinstance(grid, _UnknownGrid) or is_traced() or tokens.shape[1] >= grid[0] * grid[1]:
+            return grid
+        return _UnknownGrid(
+            f'There are {tokens.shape[1]} tokens here on a grid of {grid[0]} x {grid[1]}: the model has left some out, '
+            'as a masked autoencoder does, so a method that convolves over the grid cannot run. Choose one that maps '
+            'every token alone (Adapter, AdaptFormer, LoRA, LoRand).'
+        )
 
     def add_parallel_ffn(self, x: Tensor, residual: Tensor) -> Tensor:
         """Add the output of the module at ``parallel_ffn`` on ``residual`` to ``x``, if there is such a module."""
@@ -292,14 +317,34 @@ def hook_sites(block: PeftBlock) -> None:
         linear.register_forward_hook(partial(_add_to_linear, block, tuple(sites), channel_axis))
         hooked += sites
     block.hooked = frozenset(hooked)
+    block.num_hooks = sum(1 for _ in _site_hooks(block))
 
 
 def unhook_sites(block: PeftBlock) -> None:
     """Remove the hooks that :func:`hook_sites` registered."""
+    for hooks, key in [*_site_hooks(block)]:
+        del hooks[key]
+    vars(block).pop('num_hooks', None)
+
+
+def _site_hooks(block: PeftBlock) -> Iterator[tuple[dict[int, Callable], int]]:
+    """Yield each hook of a site as the dict of hooks that it is in, and its key there."""
     for module in block.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if _is_site_hook(hook)]:
-                del hooks[key]
+                yield hooks, key
+
+
+def _hook_replaced(block: PeftBlock) -> bool:
+    """Hook the sites anew if modules with hooks have been replaced, and return whether any were.
+
+    mmengine's and torch's converters between BatchNorm and SyncBatchNorm do that, for example.
+    """
+    if sum(1 for _ in _site_hooks(block)) >= block.num_hooks:
+        return False
+    unhook_sites(block)
+    hook_sites(block)
+    return True
 
 
 def _is_site_hook(hook: Any) -> bool:

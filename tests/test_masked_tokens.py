@@ -1,0 +1,38 @@
+"""Masked autoencoders leave tokens out, so that those of a block are no grid."""
+
+import pytest
+import torch
+
+from mona_mm import PeftBackbone
+from mona_mm.errors import ConfigError
+
+ARCH = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
+MAE = dict(type='mmpretrain.MAEViT', arch=ARCH, img_size=32, patch_size=8, mask_ratio=0.75)
+
+
+def backbone(**peft):
+    torch.manual_seed(0)
+    return PeftBackbone(base=MAE, peft=peft)
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_a_convolution_over_a_part_of_the_grid_is_refused(fast):
+    torch.manual_seed(0)
+    model = PeftBackbone(base=MAE, peft=dict(type='Mona', bottleneck=4), fast=fast)
+    with pytest.raises(ConfigError, match=r'5 tokens here on a grid of 4 x 4: .*a masked autoencoder'):
+        model(torch.rand(2, 3, 32, 32), mask=True)
+    assert model(torch.rand(2, 3, 32, 32), mask=None)[0].shape == (2, 17, 16)
+
+
+@pytest.mark.parametrize(
+    'peft',
+    [dict(type='Adapter', bottleneck=4), dict(type='AdaptFormer', bottleneck=4), dict(type='LoRand', inner=4)],
+    ids=lambda peft: peft['type'],
+)
+def test_a_map_of_single_tokens_is_not(peft):
+    """They do not read the grid, so they train."""
+    model = backbone(**peft).eval()
+    tokens = model(torch.rand(2, 3, 32, 32), mask=True)[0]
+    assert tokens.shape == (2, 5, 16)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if '.peft.' in name)
