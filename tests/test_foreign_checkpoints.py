@@ -1,11 +1,13 @@
 """Checkpoints of timm, Hugging Face and Meta in the wrappers of timm's and transformers' models."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
 from foreign_hosts import (
+    FOREIGN,
     HUGGING_FACE,
     INSTALLED,
     TIMM,
@@ -58,6 +60,24 @@ def test_a_checkpoint_of_timm(name, tmp_path):
         maps = plain.forward_intermediates(image(), indices=list(indices), intermediates_only=True)
         outs = [out.permute(0, 3, 1, 2) if name == 'timm-swin-list' else out for out in backbone(image())]
     assert_near(outs, list(maps))
+
+
+@needs_timm
+def test_a_model_without_features_only(tmp_path):
+    """It returns tokens, as mmpretrain's TIMMBackbone does by default, and is the same host."""
+    plain = plain_timm('timm-vit')
+    torch.save(plain.state_dict(), tmp_path / 'timm.pth')
+    base = {key: value for key, value in TIMM['timm-vit'].items() if key not in ('features_only', 'out_indices')}
+    backbone = PeftBackbone(
+        base=dict(base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'timm.pth'))),
+        peft=dict(type='LoRA', rank=2),
+    )
+    backbone.init_weights()
+    backbone.eval()
+    with torch.no_grad():
+        assert_near(backbone(image())[0], plain.forward_features(image()))
+    model = PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=4))
+    assert model(image())[0].shape == (2, 17, 24)
 
 
 @needs_timm
@@ -241,3 +261,53 @@ def test_a_checkpoint_of_meta_gives_the_same_maps_in_every_library(kind, tmp_pat
     assert maps[0].abs().max() > 0.5
     for other in maps[1:]:
         assert_near(other, maps[0])
+
+
+@needs_timm
+def test_biases_that_timm_would_drop_are_refused(tmp_path):
+    """Of Meta's DINOv3, where the model was made without them; zeros may be dropped."""
+    tensors = meta('dinov3')
+    base = dict(backbones_for_meta('dinov3')[0], model_name='vit_small_patch16_dinov3')
+    torch.save(tensors, tmp_path / 'meta.pth')
+    with pytest.raises(CheckpointMismatchError, match='_qkvb'):
+        load_pretrained(build(base), str(tmp_path / 'meta.pth'))
+    for i in (0, 1):
+        tensors[f'blocks.{i}.attn.qkv.bias'].zero_()
+    torch.save(tensors, tmp_path / 'meta.pth')
+    load_pretrained(build(base), str(tmp_path / 'meta.pth'))
+
+
+def meta_convnext() -> dict[str, torch.Tensor]:
+    """A DINOv3 ConvNeXt of one block a stage with Meta's names and random values."""
+    generator, tensors = torch.Generator().manual_seed(3), {}
+
+    def add(name: str, *shape: int) -> None:
+        tensors[f'{name}.weight'] = torch.randn(shape, generator=generator) * 0.3
+        tensors[f'{name}.bias'] = torch.randn(shape[:1], generator=generator) * 0.3
+
+    widths = (3, 8, 16, 24, 32)
+    for i, (before, width) in enumerate(itertools.pairwise(widths)):
+        add(f'downsample_layers.{i}.{0 if i == 0 else 1}', width, before, *([4, 4] if i == 0 else [2, 2]))
+        add(f'downsample_layers.{i}.{1 if i == 0 else 0}', width if i == 0 else before)
+        block = f'stages.{i}.0'
+        add(f'{block}.dwconv', width, 1, 7, 7)
+        add(f'{block}.norm', width)
+        add(f'{block}.pwconv1', 4 * width, width)
+        add(f'{block}.pwconv2', width, 4 * width)
+        tensors[f'{block}.gamma'] = torch.randn(width, generator=generator)
+    add('norm', 32)
+    add('norms.3', 32)
+    return tensors
+
+
+@needs_timm
+@needs_transformers
+def test_metas_convnext_gives_the_same_maps_in_both_libraries(tmp_path):
+    """DINOv3's, whose maps are those of the stages, without norms."""
+    torch.save(meta_convnext(), tmp_path / 'meta.pth')
+    maps = []
+    for name in ('timm-convnext', 'hf-dinov3-convnext'):
+        model = build(FOREIGN[name])
+        load_pretrained(model, str(tmp_path / 'meta.pth'))
+        maps.append(list(model(image())))
+    assert_near(maps[1], maps[0])

@@ -164,6 +164,20 @@ def test_activation_checkpoints(name):
     assert_near(found[1], found[0])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', names(DISTINCT))
+def test_compiled(name):
+    """torch.compile, forward and backward."""
+    _, model = adapted(name, **methods_of(name)[0])
+    compiled = torch.compile(copy.deepcopy(model), backend='aot_eager')
+    found = []
+    for each in (model, compiled):
+        outs = outputs(each, image())
+        sum(out.square().mean() for out in outs).backward()
+        found.append([*outs, *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert_near(found[1], found[0], 1e-4)
+
+
 @pytest.mark.parametrize('name', names(FOREIGN, common=('timm-caformer', 'hf-dinov3')))
 def test_traced_and_exported(name):
     """torch.jit.trace and torch.export write down what is computed, hooks included."""

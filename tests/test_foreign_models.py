@@ -1,9 +1,11 @@
 """The wrapper of transformers' models, and detectors and segmentors around it and around timm's."""
 
 import copy
+import re
 
 import pytest
 import torch
+from conftest import ROOT
 from foreign_hosts import FOREIGN, HUGGING_FACE, INSTALLED, build, image, installed, names, register_small_models
 from helpers import assert_near
 from mmengine.config import ConfigDict
@@ -11,7 +13,10 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mona_mm import PeftBackbone
+from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError
+from mona_mm.hosts import find_host, method_modules
+from mona_mm.nn.meta import meta_device
 
 needs_transformers = installed('hf')
 
@@ -61,6 +66,22 @@ def test_with_cp_of_hfbackbone(name):
         model = PeftBackbone(base=dict(HUGGING_FACE[name], with_cp=with_cp), peft=dict(type='Mona', bottleneck=4))
         model.train()
         torch.manual_seed(1)
+        sum(out.square().mean() for out in model(image())).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_near(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize('name', names(('timm-dinov3', 'timm-caformer', 'timm-swin-list')))
+def test_checkpoints_of_timm(name):
+    """timm's own activation checkpoints, around blocks or stages, change no gradient of a method."""
+    gradients = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=copy.deepcopy(FOREIGN[name]), peft=dict(type='Mona', bottleneck=4))
+        for module in model.modules():
+            if checkpoints and hasattr(module, 'grad_checkpointing'):
+                module.grad_checkpointing = True
+        model.train()
         sum(out.square().mean() for out in model(image())).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert_near(gradients[1], gradients[0])
@@ -183,3 +204,33 @@ def test_in_a_segmentor(name):
     model.eval()
     with torch.no_grad():
         assert model.predict(image(), [sample, sample])[0].pred_sem_seg.data.shape == (1, 64, 64)
+
+
+PAGE = (ROOT / 'docs/backbones.md').read_text()
+CONFIGS = dict(re.findall(r'```python\n# (\S+\.py)\n(.*?)```', PAGE, re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ('name', 'block'),
+    [
+        pytest.param('retinanet_dinov3_s_voc.py', 'EvaBlock', marks=installed('timm')),
+        pytest.param('upernet_hf_swin_t_ade20k.py', 'SwinLayer', marks=installed('hf')),
+    ],
+)
+def test_the_configs_of_the_page(name, block, tmp_path, monkeypatch):
+    """They build, with Mona in every block."""
+    (tmp_path / 'mona').mkdir()
+    (tmp_path / '_base_').symlink_to(ROOT / 'configs/_base_')
+    (tmp_path / 'mona' / name).write_text(CONFIGS[name])
+    monkeypatch.chdir(tmp_path)
+    if 'hf' in name:
+        from transformers import SwinConfig
+
+        SwinConfig().save_pretrained(tmp_path / 'data/swin-tiny-patch4-window7-224')
+    config = load_config(str(tmp_path / 'mona' / name))
+    init_default_scope(config.default_scope)
+    with meta_device():
+        model = MODELS.build(config.model)
+    host = find_host(model.backbone)
+    assert host.specs[0].cls.endswith(f'.{block}') and len(host.blocks(model.backbone)) == 12
+    assert len(method_modules(model.backbone)) == 24

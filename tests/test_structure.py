@@ -31,6 +31,7 @@ LAZY = {
     ('hosts/pvt.py', 'mmdet'): 'only the conversion of official PVT checkpoints needs mmdet, which is slow to import',
     ('methods/lora.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
     ('models/dinov2.py', 'mona_mm'): 'the class derives from one of mmpretrain, which takes seconds to import',
+    ('models/hf_backbone.py', 'transformers'): 'an extra, which takes seconds to import',
     ('spt/sparse.py', 'mmcv'): 'importing mmcv takes a second, and importing spt must not',
     ('spt/structured.py', 'mmcv'): 'importing mmcv takes a second, and importing spt must not',
 }

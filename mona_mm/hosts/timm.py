@@ -150,7 +150,7 @@ def convert_timm(backbone: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
     """
     prefix, model, is_flat = _model_in(backbone.timm_model)
     block = next(iter(find_host(backbone).blocks(backbone).values()))
-    convert = getattr(sys.modules[stock_class(block).__module__], 'checkpoint_filter_fn', None)
+    given, convert = tensors, getattr(sys.modules[stock_class(block).__module__], 'checkpoint_filter_fn', None)
     if convert is not None:
         try:
             tensors = convert(dict(tensors), model)
@@ -159,9 +159,20 @@ def convert_timm(backbone: nn.Module, tensors: dict[str, Tensor]) -> dict[str, T
                 f'timm cannot read the checkpoint as one of this {type(model).__name__} ({type(error).__name__}: '
                 f'{error}). Use the checkpoint of the same model.'
             ) from error
+    _check_biases(given, tensors)
     current = model.state_dict()
     tensors = {name: tensor for name, tensor in tensors.items() if not _is_left_out(name, backbone.timm_model, current)}
     return {f'{prefix}{_flat(name) if is_flat else name}': tensor for name, tensor in tensors.items()}
+
+
+def _check_biases(given: dict[str, Tensor], converted: dict[str, Tensor]) -> None:
+    """Refuse what timm drops of DINOv3: biases of queries and values, for a model that was made without them."""
+    wide = [t.chunk(3) for name, t in given.items() if name.endswith('.attn.qkv.bias') and 'storage_tokens' in given]
+    if any(q.any() or v.any() for q, _, v in wide) and not any(name.endswith('.q_bias') for name in converted):
+        raise CheckpointMismatchError(
+            'The checkpoint has biases of queries and values, and this model has none. Use the model_name of timm that '
+            "ends in _qkvb, such as 'vit_small_patch16_dinov3_qkvb'."
+        )
 
 
 def _model_in(net: nn.Module) -> tuple[str, nn.Module, bool]:
