@@ -195,7 +195,6 @@ _OTHERS = {
         type='mmpretrain.MlpMixer',
         arch=dict(embed_dims=24, num_layers=2, tokens_mlp_dims=16, channels_mlp_dims=48),
         img_size=64,
-        out_indices=[-2, -1],
     ),
     'mmpretrain-conformer': dict(
         type='mmpretrain.Conformer',

@@ -71,6 +71,22 @@ def test_with_cp_of_hfbackbone(name):
     assert_near(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize('name', names(('timm-dinov3', 'timm-caformer', 'timm-swin-list')))
+def test_checkpoints_of_timm(name):
+    """timm's own activation checkpoints, around blocks or stages, change no gradient of a method."""
+    gradients = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        model = PeftBackbone(base=copy.deepcopy(FOREIGN[name]), peft=dict(type='Mona', bottleneck=4))
+        for module in model.modules():
+            if checkpoints and hasattr(module, 'grad_checkpointing'):
+                module.grad_checkpointing = True
+        model.train()
+        sum(out.square().mean() for out in model(image())).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert_near(gradients[1], gradients[0])
+
+
 def detector(backbone: dict, neck: dict | list, strides: list[int]) -> nn.Module:
     init_default_scope('mmdet')
     return MODELS.build(

@@ -160,7 +160,7 @@ class PeftBlock(Mixin):
             grid = passed.hw
         elif self.spec.grid is not None:
             grid = self.spec.grid.of_call(self, args, kwargs)
-        elif self.spec.layout != 'BNC':  # for sites within the block where its tokens are (B, N, C)
+        elif self.spec.layout != 'BNC' and args:  # for sites within the block where its tokens are (B, N, C)
             grid = tuple(args[0].shape[1:3] if self.spec.layout == 'BHWC' else args[0].shape[2:])
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
