@@ -311,3 +311,22 @@ def test_metas_convnext_gives_the_same_maps_in_both_libraries(tmp_path):
         load_pretrained(model, str(tmp_path / 'meta.pth'))
         maps.append(list(model(image())))
     assert_near(maps[1], maps[0])
+
+
+@needs_timm
+@needs_transformers
+@pytest.mark.parametrize('library', ['timm', 'transformers'])
+def test_the_converter_writes_the_names_of_a_config(library, tool, tmp_path):
+    """Of Meta's DINOv3, for the backbone of a config; without one it says that no OpenMMLab backbone has such names."""
+    torch.save(meta('dinov3'), tmp_path / 'meta.pth')
+    base = backbones_for_meta('dinov3')[library == 'transformers']
+    (tmp_path / 'config.py').write_text(f'default_scope = "mmseg"\nmodel = dict(backbone={base!r})\n')
+    arguments = str(tmp_path / 'meta.pth'), str(tmp_path / 'out.pth')
+    status, _, err = tool('convert_checkpoint.py', *arguments)
+    assert status == 2 and 'storage_tokens' in err
+    status, out, err = tool('convert_checkpoint.py', *arguments, '--config', str(tmp_path / 'config.py'))
+    assert status == 0, err
+    converted = torch.load(tmp_path / 'out.pth', weights_only=True)['state_dict']
+    expected = build(base)
+    load_pretrained(expected, str(tmp_path / 'meta.pth'))
+    assert_equal({name.removeprefix('backbone.'): t for name, t in converted.items()}, dict(expected.state_dict()))
