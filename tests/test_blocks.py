@@ -139,7 +139,8 @@ METHODS = {
 
 @pytest.mark.parametrize('fast', [True, False], ids=['fast', 'plain'])
 @pytest.mark.parametrize(
-    ('name', 'method'), [*((name, 'mona') for name in BACKBONES), *(('swin', name) for name in METHODS)][:-1]
+    ('name', 'method'),
+    [*((name, 'mona') for name in BACKBONES), *(('swin', name) for name in METHODS if name != 'mona')],
 )
 def test_nothing_is_kept_before_the_first_block(name, method, fast):
     """In training autograd has saved nothing and recorded nothing when the first tuned block begins; a gradient then
