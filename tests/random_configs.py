@@ -126,7 +126,7 @@ def cases(count: int, seed: int) -> Iterator[Case]:
         yield globals()[f'_{kind}'](rng)
 
 
-BLOCKS = ['last 1', '1:', ':-1', [0, -1], 'layers.1', ['stages.[01]', 'layers.*'], 'last 9', '9:', '*.1', '::2']
+BLOCKS = ['last 1', '1:', ':-1', [0, -1], 'layers.1', ['stages.{0,1}', 'layers.*'], 'last 9', '9:', '*.1', '::2']
 PATTERNS = ['stages', 'stages.0', 'layers.*', '*.1', '*', 'default', '', 'x', 3]
 
 

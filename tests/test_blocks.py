@@ -42,7 +42,7 @@ CHOICES = {
     'indices': ([-1, 0, 0], [0, 4]),
     'a-stage': ('stages.1', [2]),
     'a-pattern': ('stages.*.blocks.0', [0, 2, 3, 4]),
-    'mixed': (['stages.[12]', 1, 'last 1'], [1, 2, 4]),
+    'mixed': (['stages.{1,2}', 1, 'last 1'], [1, 2, 4]),
 }
 
 
@@ -56,7 +56,7 @@ WIDTHS = {
     'the-longest-counts': ({'stages.0': 1, 'stages': 2, 'stages.0.blocks.1': 3}, [1, 3, 2, 2, 2]),
     'a-stage-is-a-whole-name': ({'stages.1': 1, 'default': 2}, [2, 2, 1, 2, 2]),
     'a-pattern': ({'stages.*.blocks.0': 1, 'default': 2}, [1, 2, 1, 1, 1]),
-    'equal-length-and-width': ({'stages.?': 1, 'stages.0': 1, 'default': 3}, [1, 1, 1, 3, 1]),
+    'equal-length-and-width': ({'stages.*': 1, 'stages.0': 1}, [1, 1, 1, 1, 1]),
 }
 
 
@@ -78,7 +78,7 @@ WRONG = {
     'a-bool': (dict(blocks=[True]), 'must be'),
     'no-such-width': (dict(bottleneck={'stage.1': 4, 'default': 2}), r"'stage\.1' of bottleneck .* mean 'stages\.1'"),
     'no-default': (dict(bottleneck={'stages.1': 4}), r'no pattern .* matches the block stages\.0\.blocks\.0'),
-    'equally-long': (dict(bottleneck={'stages.?': 4, 'stages.1': 2, 'stages': 3}), 'equally long'),
+    'equally-long': (dict(bottleneck={'stages.*': 4, 'stages.1': 2, 'stages': 3}), 'equally long'),
     'not-a-width': (dict(bottleneck={'stages.1': 0, 'default': 2}), r"bottleneck\['stages\.1'\]=0 must be a whole"),
     'no-patterns': (dict(bottleneck={}), 'must have patterns of blocks as its keys'),
     'not-patterns': (dict(bottleneck={1: 2}), 'must have patterns of blocks as its keys'),
@@ -322,7 +322,7 @@ COUNTED = {
         2 * (2 * 2 * 2 * 24 + 4 * 2 * (48 + 96 + 192)),
     ),
     'adapter': (
-        dict(type='Adapter', bottleneck={'stages.[01]': 2, 'default': 3}),
+        dict(type='Adapter', bottleneck={'stages.{0,1}': 2, 'default': 3}),
         2 * sum(2 * m * n + m + n for m, n in ((24, 2), (24, 2), (48, 2), (96, 3), (192, 3))),
     ),
     'lorand': (

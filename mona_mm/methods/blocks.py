@@ -1,16 +1,17 @@
 """Choose the blocks that a method is in, and its width in each of them.
 
-A *pattern* is the path of a block or of a module around it (``'stages.3'`` matches every block in the fourth stage), in
-which ``*``, ``?`` and ``[...]`` stand for other characters as in names of files (``'stages.[23].blocks.0'``).
+A *pattern* is a :class:`mona_mm.nn.patterns.PathPattern` of the path of a block or of a module around it:
+``'stages.3'`` matches every block in the fourth stage, ``'stages.{2,3}.blocks.0'`` two blocks.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from mona_mm.errors import ConfigError
+from mona_mm.nn.patterns import PathPattern
 from mona_mm.options import show
 
 DEFAULT = 'default'
@@ -21,9 +22,16 @@ _SLICE = re.compile(r'(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([1-9][0-9]{0,8}))?')
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern is that of a block's path or of a module around the block."""
-    parts = path.split('.')
-    return any(fnmatchcase('.'.join(parts[:count]), pattern) for count in range(1, len(parts) + 1))
+    """Whether a pattern is that of a block's path or of a module around the block.
+
+    Raises:
+        ConfigError: if the pattern is malformed.
+    """
+    names, compiled = path.split('.'), _compiled(pattern)
+    return any(compiled.matches('.'.join(names[:count])) for count in range(1, len(names) + 1))
+
+
+_compiled = lru_cache(PathPattern)
 
 
 def choose_blocks(name: str, blocks: Any, paths: Sequence[str]) -> tuple[str, ...]:
