@@ -1,4 +1,4 @@
-# Aquarium: detection of seven kinds of animals, at 280 x 210.
+# Aquarium: detection of seven kinds of animals, at 224 x 168.
 _base_ = ['./mini_boxes.py']
 
 classes = ('fish', 'jellyfish', 'penguin', 'puffin', 'shark', 'starfish', 'stingray')

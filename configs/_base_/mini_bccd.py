@@ -1,4 +1,4 @@
-# BCCD: detection of three kinds of blood cells, in the layout of VOC, at 280 x 210.
+# BCCD: detection of three kinds of blood cells, in the layout of VOC, at 224 x 168.
 _base_ = ['./mini_boxes.py']
 
 classes = ('RBC', 'WBC', 'Platelets')

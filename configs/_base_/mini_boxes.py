@@ -5,7 +5,7 @@ _base_ = ['./mini_schedule.py', './dinov2_s.py']
 default_scope = 'mmdet'
 
 width = 128  # channels of the pyramid and the head
-scale = (280, 280)  # the longer side gets 280 pixels, 20 patches
+scale = (224, 224)  # the longer side gets 224 pixels, 16 patches
 
 model = dict(
     type='RetinaNet',
@@ -24,6 +24,7 @@ model = dict(
         in_channels=width,
         stacked_convs=1,
         feat_channels=width,
+        norm_cfg=dict(type='GN', num_groups=16),  # a head from scratch learns sooner with it
         anchor_generator=dict(
             type='AnchorGenerator',
             octave_base_scale=2,  # anchors from 14 pixels
@@ -66,6 +67,7 @@ test_pipeline = [
     ),
 ]
 train_dataloader = dict(
+    batch_size=2,
     dataset=dict(
         type='CocoDataset',
         ann_file='annotations/instances_train.json',
@@ -88,5 +90,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='CocoMetric', metric='bbox')
 test_evaluator = val_evaluator
 
+train_cfg = dict(max_iters=250, val_interval=250)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=25),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=25, end=250),
+]
 default_hooks = dict(visualization=dict(type='DetVisualizationHook'))
 visualizer = dict(type='DetLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')

@@ -1,5 +1,4 @@
-# Craters: detection of craters in grey images of Mars, at 280 x 280, where half of them are below 16 pixels.
-# 100 iterations of 2 images.
+# Craters: detection of craters in grey images of Mars, at 224 x 224, where half of them are below 13 pixels.
 _base_ = ['./mini_boxes.py']
 
 classes = ('crater',)
@@ -7,7 +6,7 @@ data_root = 'data/craters/'
 data = dict(data_root=data_root, metainfo=dict(classes=classes))
 
 model = dict(bbox_head=dict(num_classes=len(classes)))
-train_dataloader = dict(batch_size=2, dataset=data)
+train_dataloader = dict(dataset=data)
 val_dataloader = dict(dataset=data)
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_test.json')

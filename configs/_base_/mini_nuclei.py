@@ -1,5 +1,5 @@
 # Nuclei: instance segmentation in microscope images, at 252 x 252 with up to 120 objects in an image: DINOv2-S, Mask
-# R-CNN on the simple feature pyramid, 100 iterations of 2 images.
+# R-CNN on the simple feature pyramid, 250 iterations of 2 images.
 _base_ = ['./mini_boxes.py']
 
 classes = ('nucleus',)
@@ -118,7 +118,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 data = dict(data_root=data_root, metainfo=dict(classes=classes))
-train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline, **data))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline, **data))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline, **data))
 test_dataloader = val_dataloader
 val_evaluator = dict(metric='segm', ann_file=data_root + 'annotations/instances_test.json')
