@@ -393,7 +393,7 @@ def own_sizes(config: dict, side: int = SIDE) -> list[tuple[int, int]]:
     for key in ('size', 'img_size', 'crop_size', 'input_size', 'image_size'):
         own += _sizes(config.get('data_preprocessor') or {}, key) + _sizes(config, key)
     own = [size for size in own if side < max(size) <= 800]
-    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 320, 512) if s > side])]
+    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 224, 320, 512) if s > side])]
 
 
 def _sizes(config, key: str) -> list[tuple[int, int]]:
