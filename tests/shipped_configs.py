@@ -51,7 +51,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -393,7 +393,7 @@ def own_sizes(config: dict, side: int = SIDE) -> list[tuple[int, int]]:
     for key in ('size', 'img_size', 'crop_size', 'input_size', 'image_size'):
         own += _sizes(config.get('data_preprocessor') or {}, key) + _sizes(config, key)
     own = [size for size in own if side < max(size) <= 800]
-    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 320, 512) if s > side])]
+    return [(side, side), *own[:1], *([] if own else [(s, s) for s in (128, 224, 320, 512) if s > side])]
 
 
 def _sizes(config, key: str) -> list[tuple[int, int]]:
@@ -971,15 +971,20 @@ def main() -> int:
             todo = [p for p in order(part['index'], done)[rank] if re.search(arguments.only or '', p)]
             while todo and time.time() < until:
                 batch, todo = todo[: arguments.batch], todo[arguments.batch :]
-                run_batch(library, part, batch, arguments, until)
-                arguments.out.write_text(json.dumps(state))
+                for _ in run_batch(library, part, batch, arguments, until):
+                    arguments.out.write_text(json.dumps(state))
     text, ours = summary(state, arguments.peft)
     print(text)
     return 1 if ours else 0
 
 
-def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Namespace, until: float) -> None:
-    """Run configs, and those whose failure may be ours again without this package; the results go into ``part``."""
+def run_batch(
+    library: str, part: dict, batch: list[str], arguments: argparse.Namespace, until: float
+) -> Iterator[None]:
+    """Run configs, and those whose failure may be ours again without this package; the results go into ``part``.
+
+    Yields after each of the two, for the results to be written.
+    """
     results = part['results']
     arguments.known = {
         method: sorted(
@@ -999,8 +1004,10 @@ def run_batch(library: str, part: dict, batch: list[str], arguments: argparse.Na
         results[path]['stock'] = entry
 
     run_configs(library, batch, True, arguments, until, keep)
+    yield
     doubtful = [p for p, entry in results.items() if 'stock' not in entry and classify(entry)[0] == 'ours']
     run_configs(library, doubtful, False, arguments, until + 600, keep_stock)
+    yield
 
 
 if __name__ == '__main__':

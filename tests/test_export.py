@@ -180,18 +180,24 @@ def test_parametrized_classes():
 
 @pytest.mark.parametrize('method', ['LoRA', 'Adapter', 'LoRand'])
 def test_an_exchanged_module_is_no_silent_loss(method):
-    """Where what a hook is on has been exchanged, the method would be left out without a word."""
+    """Where what a hook is on has been exchanged, the method is not left out without a word."""
     path = dict(LoRA='attn.w_msa.qkv', Adapter='attn.drop', LoRand='ffn.dropout_layer')[method]
     model = adapted('Swin', method)
     expected = model(image(64, 64))
     block = model.stages[0].blocks[0]
-    old, new = block.get_submodule(path), copy.copy(block.get_submodule(path))
-    new._forward_hooks, new._forward_pre_hooks = type(old._forward_hooks)(), type(old._forward_pre_hooks)()
-    block.set_submodule(path, new)
-    with pytest.raises(ConfigError, match='_forward_hooks and _forward_pre_hooks'):
-        model(image(64, 64))
-    new._forward_hooks, new._forward_pre_hooks = old._forward_hooks, old._forward_pre_hooks
+
+    def exchange():
+        new = copy.copy(block.get_submodule(path))
+        new._forward_hooks, new._forward_pre_hooks = type(new._forward_hooks)(), type(new._forward_pre_hooks)()
+        block.set_submodule(path, new)
+
+    exchange()
     assert all(map(torch.equal, model(image(64, 64)), expected))
+    model.train()
+    exchange()
+    with pytest.raises(ConfigError, match=r'Call the train\(\) or eval\(\)'):
+        model(image(64, 64))
+    assert all(map(torch.equal, model.eval()(image(64, 64)), expected))
 
 
 @pytest.mark.slow

@@ -140,7 +140,13 @@ def test_what_makes_two_configs_one_model():
 
 
 def test_a_model_is_given_its_own_size_at_last():
-    assert own_sizes(dict(data_preprocessor=dict(size=(512, 1024)))) == [(64, 64), (128, 128), (320, 320), (512, 512)]
+    assert own_sizes(dict(data_preprocessor=dict(size=(512, 1024)))) == [
+        (64, 64),
+        (128, 128),
+        (224, 224),
+        (320, 320),
+        (512, 512),
+    ]
     assert own_sizes(dict(backbone=dict(img_size=384))) == [(64, 64), (384, 384)]
 
 
