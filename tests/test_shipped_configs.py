@@ -189,13 +189,18 @@ SEGMENTOR = dict(
 )
 
 
+STDC = dict(
+    stdc_type='STDCNet1', in_channels=3, channels=(8, 8, 8, 8, 64), bottleneck_type='cat', norm_cfg=dict(type='BN')
+)
+
+
 @pytest.mark.parametrize(
     ('method', 'changes', 'kind'),
     [
         ('Mona', {}, 'passed'),
         ('LoRA', {}, 'passed'),
         ('LoRA', dict(type='ResNetV1c', depth=50, base_channels=2), 'refused'),
-        ('Mona', dict(type='BiSeNetV2', detail_channels=(8, 8, 8)), 'not a host'),
+        ('Mona', dict(type='STDCNet', **STDC), 'not a host'),
     ],
 )
 def test_a_config_with_a_method(method, changes, kind):
