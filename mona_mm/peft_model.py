@@ -214,8 +214,9 @@ def _attach(module: nn.Module, target: Target, chosen: Mapping[str, list[Layer]]
     """Put the method of a target beside its layers, in place."""
     sites = {path: {layer.name: layer.site for layer in layers} for path, layers in chosen.items()}
     name = target.cls.__name__
-    check_widths(name, target.cls, target.options, sites)
-    check_size(name, sites, sites, lambda _, site: target.cls(*site.widths, **target.options))
+    check_widths(name, target.cls, [target.options], sites)
+    every_site = [site for sites_of_layers in sites.values() for site in sites_of_layers.values()]
+    check_size(name, sites, [(site, partial(target.cls, *site.widths, **target.options)) for site in every_site])
     added = []
     for path, layers in chosen.items():
         for layer in layers:
