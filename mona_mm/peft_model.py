@@ -9,6 +9,7 @@ from torch import nn
 
 from mona_mm.backbone import build_base, load_hosts_strictly
 from mona_mm.errors import ConfigError
+from mona_mm.frozen.copies import moving_copies
 from mona_mm.frozen.rules import Rules, as_rules, freeze
 from mona_mm.hosts import Layer, PeftLayer, PeftModules, attach_to_layer, find_layers, read_past, weights_with_method
 from mona_mm.methods import LinearModule
@@ -148,8 +149,13 @@ def choose_layers(module: nn.Module, targets: Sequence[Target]) -> list[dict[str
 
     Raises:
         ConfigError: if a pattern matches none, two targets match one, a layer has a method already, or it is one whose
-            weight is read by code that would not see an addition.
+            weight is read by code that would not see an addition, or a part of the module follows another part.
     """
+    for copy, followed in moving_copies(module).items():
+        raise ConfigError(
+            f'targets: {copy} in this {type(module).__name__} follows {followed}, and would not with other layers. Put '
+            'the PeftModel around the model of which the copy is made, in the config (detector=dict(...)).'
+        )
     layers = find_layers(module)
     taken: dict[tuple[int, str], tuple[str, Target]] = {}
     chosen: list[dict[str, list[Layer]]] = []

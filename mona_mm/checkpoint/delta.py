@@ -32,7 +32,7 @@ from mona_mm.registry import METHODS
 from mona_mm.version import __version__
 
 # Options of a method that may differ, since they change neither its weights nor its outputs in evaluation.
-# The names of its tensors tell in which blocks a method is, and `name` is for messages.
+# The names of its tensors tell in which blocks a method is, unless there are several; `name` is for messages.
 _FREE_OPTIONS = ('dropout', 'plan', 'blocks', 'name')
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
@@ -397,6 +397,9 @@ def _frozen_type(module: nn.Module) -> dict[str, str]:
 def _resolved(described: Mapping[str, Any]) -> Any:
     """A description with the method's defaults filled in, so that a default equals an option that is left out."""
     parts = [_resolved_part(type_, options) for type_, options in _parts(described)]
+    if len(parts) > 1:  # the names of the tensors do not tell which of the methods is in which blocks
+        given = [options.get('blocks') for _, options in _parts(described)]
+        parts = [(*part, _with_lists(blocks)) for part, blocks in zip(parts, given, strict=True)]
     return sorted(parts, key=repr), sorted(described.get('trainable', []))
 
 

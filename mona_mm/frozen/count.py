@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mona_mm.frozen.copies import is_under, moving_copies
 from mona_mm.frozen.rules import published_name
 from mona_mm.hosts import method_modules
 from mona_mm.nn.patterns import without_indices
@@ -98,7 +99,7 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     A parameter that several parts share counts for the first of them. Meta tensors count like any others.
     """
     backbone = model.get_submodule(backbone_path(model))
-    targets = list(_training_targets(model))
+    targets = list(_targets_of(model))
     beside_layers = {id(p) for _, parameters in targets for p in parameters}
     modules = [m for m in method_modules(backbone) if not any(id(p) in beside_layers for p in m.parameters())]
     method = {id(p): p for m in modules for p in m.parameters()}
@@ -141,12 +142,13 @@ def count_trainable(model: nn.Module) -> ParameterCount:
     )
 
 
-def _training_targets(model: nn.Module) -> Iterator[tuple[TargetRecord, list[nn.Parameter]]]:
-    """Yield the targets of PeftModels in ``model`` with the parameters of their methods, if any of them trains."""
-    for module in model.modules():
-        for target in record_of(module).targets:
-            parameters = {id(p): p for p in map(module.get_parameter, sorted(target.names))}
-            if any(p.requires_grad for p in parameters.values()):
+def _targets_of(model: nn.Module) -> Iterator[tuple[TargetRecord, list[nn.Parameter]]]:
+    """Yield the targets of PeftModels in ``model`` with the parameters of their methods, except in copies."""
+    copies = moving_copies(model)
+    for path, module in model.named_modules():
+        if not is_under(path, copies):
+            for target in record_of(module).targets:
+                parameters = {id(p): p for p in map(module.get_parameter, sorted(target.names))}
                 yield target, list(parameters.values())
 
 

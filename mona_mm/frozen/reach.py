@@ -57,6 +57,8 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
 def blank_image(backbone: nn.Module, device: str | torch.device, size: tuple[int, int] | None = None) -> Tensor:
     """An image ``(1, channels, height, width)`` of zeros, by default of the size of a backbone's configuration."""
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    if any(type(m).__name__ == 'Focus' for m in backbone.modules()):  # it puts 2 x 2 pixels into the channels
+        channels //= 4
     size = size or getattr(backbone, 'img_size', None) or _SIDE
     return torch.zeros(1, channels, *(size if isinstance(size, list | tuple) else (size, size)), device=device)
 

@@ -158,6 +158,9 @@ def freeze(module: nn.Module, rules: Rules) -> None:
             )
     module.train(training)
     frozen |= unreached_names
+    previous = record_of(module).freeze
+    if previous is not None:  # a FrozenModel around a PeftModel is the same module
+        frozen |= previous.frozen
     make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(unreached_names), frozenset(frozen))
 
 

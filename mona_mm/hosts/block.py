@@ -328,10 +328,13 @@ def unhook_sites(block: PeftBlock) -> None:
 
 
 def _site_hooks(block: PeftBlock) -> Iterator[tuple[dict[int, Callable], int]]:
-    """Yield each hook of a site as the dict of hooks that it is in, and its key there."""
+    """Yield each hook of the block's sites as the dict of hooks that it is in, and its key there.
+
+    Hooks of other blocks within the block, such as layers of a PeftModel, are theirs.
+    """
     for module in block.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if _is_site_hook(hook)]:
+            for key in [key for key, hook in hooks.items() if _is_hook_of(block, module, hook)]:
                 yield hooks, key
 
 
@@ -347,8 +350,11 @@ def _hook_replaced(block: PeftBlock) -> bool:
     return True
 
 
-def _is_site_hook(hook: Any) -> bool:
-    return (hook.func if isinstance(hook, partial) else hook) in _HOOKS
+def _is_hook_of(block: PeftBlock, module: nn.Module, hook: Any) -> bool:
+    """Whether a hook on a module is one of a block's; blocks are compared as :func:`_call_of` does."""
+    if isinstance(hook, partial):
+        return hook.func in _HOOKS and vars(hook.args[0]) is vars(block)
+    return hook is keep_calling and vars(module) is vars(block)
 
 
 # Hooks are partials of module-level functions: a closure would keep serving the source model after a deepcopy.
@@ -435,7 +441,7 @@ def keep_calling(module: nn.Module, args: tuple, out: Any) -> None:
     the layers' own forward, but not if a layer has a hook; this one keeps them from it."""
 
 
-_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear, keep_calling)
+_HOOKS = (_map_input, _map_output, _map_residual, _see_grid, _add_to_linear)
 
 
 class _AddToSlices(torch.autograd.Function):
