@@ -56,7 +56,8 @@ WIDTHS = {
     'the-longest-counts': ({'stages.0': 1, 'stages': 2, 'stages.0.blocks.1': 3}, [1, 3, 2, 2, 2]),
     'a-stage-is-a-whole-name': ({'stages.1': 1, 'default': 2}, [2, 2, 1, 2, 2]),
     'a-pattern': ({'stages.*.blocks.0': 1, 'default': 2}, [1, 2, 1, 1, 1]),
-    'equal-length-and-width': ({'stages.*': 1, 'stages.0': 1}, [1, 1, 1, 1, 1]),
+    'a-name-before-a-wildcard': ({'stages.{0,1,2}': 1, 'stages.1': 5, 're:stages.*': 3}, [1, 1, 5, 3, 1]),
+    'equally-specific-of-one-width': ({'*.0': 1, 'stages.*': 1}, [1, 1, 1, 1, 1]),
 }
 
 
@@ -78,7 +79,7 @@ WRONG = {
     'a-bool': (dict(blocks=[True]), 'must be'),
     'no-such-width': (dict(bottleneck={'stage.1': 4, 'default': 2}), r"'stage\.1' of bottleneck .* mean 'stages\.1'"),
     'no-default': (dict(bottleneck={'stages.1': 4}), r'no pattern .* matches the block stages\.0\.blocks\.0'),
-    'equally-long': (dict(bottleneck={'stages.*': 4, 'stages.1': 2, 'stages': 3}), 'equally long'),
+    'equally-specific': (dict(bottleneck={'stages.*0': 4, 'stages.0*': 2, 'default': 3}), 'equally specific'),
     'not-a-width': (dict(bottleneck={'stages.1': 0, 'default': 2}), r"bottleneck\['stages\.1'\]=0 must be a whole"),
     'no-patterns': (dict(bottleneck={}), 'must have patterns of blocks as its keys'),
     'not-patterns': (dict(bottleneck={1: 2}), 'must have patterns of blocks as its keys'),

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from mona_mm.errors import ConfigError
-from mona_mm.nn.patterns import PathPattern
+from mona_mm.nn.patterns import REGULAR_EXPRESSION, PathPattern
 from mona_mm.options import show
 
 DEFAULT = 'default'
@@ -107,12 +107,12 @@ def in_each_block(name: str, option: str, value: Any, paths: Sequence[str]) -> d
     Args:
         name: the name of the method, for messages.
         option: the name of the option.
-        value: the value in all blocks, or a mapping from patterns to values. The longest pattern that matches a block
-            counts; :data:`DEFAULT` is for blocks that none matches.
+        value: the value in all blocks, or a mapping from patterns to values. The most specific pattern that matches a
+            block counts, see :func:`specificity`; :data:`DEFAULT` is for blocks that none matches.
         paths: the paths of the blocks that the method is in.
 
     Raises:
-        ConfigError: if a pattern matches no block, two patterns of one length with different values match one, or
+        ConfigError: if a pattern matches no block, two equally specific patterns with different values match one, or
             none matches a block and there is no default.
     """
     if not isinstance(value, Mapping):
@@ -127,9 +127,18 @@ def in_each_block(name: str, option: str, value: Any, paths: Sequence[str]) -> d
     return {path: _in_block(name, option, value, patterns, path) for path in paths}
 
 
+def specificity(pattern: str) -> tuple[int, bool, int]:
+    """How narrow a pattern is, for comparison: one of more names comes first, then one without wildcards and
+    alternatives, then the longer one. Regular expressions come last."""
+    if pattern.startswith(REGULAR_EXPRESSION):
+        return 0, False, len(pattern)
+    names = [name for name in pattern.split('.') if name != '**']
+    return len(names), not any(sign in pattern for sign in '*{'), len(pattern.replace('*', ''))
+
+
 def _in_block(name: str, option: str, value: Mapping[str, Any], patterns: Sequence[str], path: str) -> Any:
     found = [pattern for pattern in patterns if matches(pattern, path)]
-    found = [pattern for pattern in found if len(pattern) == max(map(len, found))] or [DEFAULT]
+    found = [pattern for pattern in found if specificity(pattern) == max(map(specificity, found))] or [DEFAULT]
     if found[0] not in value:
         raise ConfigError(
             f'peft: {name}: no pattern of {option}={show(dict(value))} matches the block {path}. Add one, or '
@@ -138,6 +147,6 @@ def _in_block(name: str, option: str, value: Mapping[str, Any], patterns: Sequen
     if len({value[pattern] for pattern in found}) > 1:
         raise ConfigError(
             f'peft: {name}: the patterns {" and ".join(map(repr, found))} of {option} match the block {path} and are '
-            'equally long, so neither comes first. Write one of them out further.'
+            'equally specific, so neither comes first. Write one of them out further.'
         )
     return value[found[0]]
