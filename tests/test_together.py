@@ -1,14 +1,20 @@
 """Where two parts of the package meet: several methods and deltas, layers in blocks, freezing around freezing."""
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import HOSTS
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
 import mona_mm
 from mona_mm import FrozenModel, PeftBackbone, PeftModel, count_trainable
+from mona_mm.commands.planning import find_spt
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.reach import unreached
 
@@ -117,3 +123,51 @@ def test_a_target_of_which_nothing_trains_is_in_the_table():
     for path in paths:
         (row,) = [line for line in table.splitlines() if line.startswith(f'method (LoRA: {path})')]
         assert (row.split()[-3] == '0') == path.startswith('layer4')
+
+
+PLANNED = """
+default_scope = 'mmdet'
+model = dict(
+    type='mona_mm.PeftModel',
+    base=dict(
+        type='mmdet.RetinaNet',
+        backbone=dict(
+            type='mona_mm.PeftBackbone',
+            base=dict(type='mmdet.SwinTransformer', embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+            peft=[dict(type='LoRA', rank=2), dict(type='SPT', budget=500)],
+        ),
+        neck=dict(type='mmdet.FPN', in_channels=[16, 32, 64, 128], out_channels=16, num_outs=5),
+        bbox_head=dict(
+            type='mmdet.RetinaHead',
+            num_classes=2,
+            in_channels=16,
+            feat_channels=16,
+            anchor_generator=dict(
+                type='mmdet.AnchorGenerator',
+                octave_base_scale=4,
+                scales_per_octave=1,
+                ratios=[1.0],
+                strides=[4, 8, 16, 32, 64],
+            ),
+            bbox_coder=dict(type='mmdet.DeltaXYWHBBoxCoder'),
+        ),
+    ),
+    targets=[dict(path='neck.**.conv', type='LoRA', rank=2)],
+)
+"""
+
+
+def test_tools_on_a_backbone_within_a_peft_model(tmp_path, capsys, monkeypatch):
+    """SPT without a plan, in a list within a PeftModel: it is found with its path, and the rest is counted."""
+    file = tmp_path / 'planned.py'
+    file.write_text(PLANNED)
+    path, _, spt = find_spt(Config.fromfile(file))
+    assert path == 'model.base.backbone.peft.1' and spt['budget'] == 500
+    monkeypatch.setattr('sys.argv', ['count_params.py', str(file), '--json'])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(Path(__file__).parents[1] / 'tools/count_params.py'))['main']()
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row['method'] == 'LoRA+SPT' and row['budget'] == 500 and row['trainable'] is None
+    methods = 2 * 2 * (2 * 16 + 2 * 32 + 2 * 64 + 2 * 128)  # LoRA of rank 2 at q and v of each stage's one block
+    without = Config.fromfile(file).model.base.backbone.base
+    assert row['backbone_total'] == methods + sum(p.numel() for p in MODELS.build(without).parameters())

@@ -61,7 +61,10 @@ def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
     """Load the weights into the backbone of the config as training would, and print a report of every tensor."""
     cfg = load_config(args.config)
     enter_scope(cfg)
-    backbone = MODELS.build(cfg.model.backbone)
+    config = cfg.model
+    while 'backbone' not in config and 'base' in config:  # a PeftModel or FrozenModel around the model
+        config = config.base
+    backbone = MODELS.build(config.backbone)
     report = load_pretrained(backbone, args.src)
     print('\n'.join(report.lines(every=True)))
     method = method_names(backbone)

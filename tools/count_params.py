@@ -20,7 +20,7 @@ from mona_mm.commands.build import build_on_meta, freeze_by_hooks
 from mona_mm.commands.cli import add_cfg_options, run, work_dir
 from mona_mm.commands.config import load_config
 from mona_mm.commands.hosts import backbone_rows, render_hosts
-from mona_mm.commands.planning import PLAN_FILE, find_plan, spt_config
+from mona_mm.commands.planning import PLAN_FILE, find_plan, find_spt, spt_config
 from mona_mm.frozen.activations import KeptActivations, measure_activations, training_size
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.type_names import enter_scope
@@ -54,14 +54,18 @@ def measure(cfg: Config) -> KeptActivations | None:
 
 
 def count_without_plan(file: str, cfg: Config) -> tuple[dict[str, Any], str]:
-    """Count the base of an SPT config that has no plan, as :func:`count` does; what trains is not known yet."""
-    budget = spt_config(cfg).get('budget')
-    cfg.model.backbone.update(peft=None, trainable='none')
+    """Count an SPT config that has no plan without SPT, as :func:`count` does; what trains is not known yet."""
+    _, backbone, spt = find_spt(cfg)
+    budget, peft = spt.get('budget'), backbone['peft']
+    others = [method for method in peft if method is not spt] if isinstance(peft, list | tuple) else []
+    backbone.update(peft=others or None, trainable='none')
     row, _ = count(file, cfg)
-    row |= dict(method='SPT', trainable=None, backbone_trainable=None, budget=budget)
+    method = '+'.join([row['method'], 'SPT'] if others else ['SPT'])
+    row |= dict(method=method, trainable=None, backbone_trainable=None, budget=budget)
     line = (
-        f'SPT, budget {budget}: - trainable of {row["backbone_total"]:,} in the backbone base, - of {row["total"]:,} '
-        f'in the model; there is no {PLAN_FILE} yet (tools/train.py and tools/spt_sensitivity.py make it)'
+        f'{method}, budget {budget}: - trainable of {row["backbone_total"]:,} in the backbone base, '
+        f'- of {row["total"]:,} in the model; there is no {PLAN_FILE} yet (tools/train.py and '
+        'tools/spt_sensitivity.py make it)'
     )
     return row, line
 

@@ -110,17 +110,24 @@ def make_plan(cfg: Config) -> None:
 def spt_config(cfg: Mapping[str, Any]) -> dict | None:
     """The ``dict(type='SPT', ...)`` that a PeftBackbone anywhere in a config's model has as ``peft`` or in it, or
     None."""
-    pending = [cfg.get('model')]
+    place = find_spt(cfg)
+    return None if place is None else place[2]
+
+
+def find_spt(cfg: Mapping[str, Any]) -> tuple[str, dict, dict] | None:
+    """The path of SPT's options in a config, the config of the PeftBackbone around them, and themselves; or None."""
+    pending = [('model', cfg.get('model'))]
     while pending:
-        node = pending.pop()
+        path, node = pending.pop()
         if isinstance(node, dict):
             peft = node.get('peft')
-            for method in peft if isinstance(peft, list | tuple) else [peft]:
+            methods = enumerate(peft) if isinstance(peft, list | tuple) else [(None, peft)]
+            for index, method in methods:
                 if isinstance(method, dict) and is_type(method, 'mona_mm.SPT'):
-                    return method
-            pending += node.values()
+                    return f'{path}.peft' if index is None else f'{path}.peft.{index}', node, method
+            pending += [(f'{path}.{key}', value) for key, value in node.items()]
         elif isinstance(node, list | tuple):
-            pending += node
+            pending += [(f'{path}.{index}', value) for index, value in enumerate(node)]
     return None
 
 
@@ -181,10 +188,8 @@ def _check_same_request(cfg: Config, plan: Plan, file: str) -> None:
 
 def _path(cfg: Config) -> str:
     """The path of SPT's options in a config, for ``--cfg-options``."""
-    peft = (cfg.model.get('backbone') or {}).get('peft')
-    if not isinstance(peft, list | tuple):
-        return 'model.backbone.peft'
-    return f'model.backbone.peft.{next(i for i, method in enumerate(peft) if is_type(method, "mona_mm.SPT"))}'
+    place = find_spt(cfg)
+    return 'model.backbone.peft' if place is None else place[0]
 
 
 def _say(message: str) -> None:
