@@ -151,10 +151,11 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
         if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
+            stages = getattr(module, 'frozen_stages', None)
             raise ConfigError(
                 f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen, by '
-                f'frozen_stages={getattr(module, "frozen_stages", None)} or by a PeftBackbone within it that has its '
-                'own `trainable`. Select other parameters, or change those settings.'
+                f'{"" if stages is None else f"frozen_stages={stages} or by "}the `trainable` of a PeftBackbone, '
+                'PeftModel or FrozenModel that it is or holds. Select other parameters, or change those settings.'
             )
     module.train(training)
     frozen |= unreached_names

@@ -499,8 +499,8 @@ def check_widths(name: str, function: Callable, options: Iterable[Mapping[str, A
         for option, value in _widths_in(function, in_block):
             if value > widest:
                 raise ConfigError(
-                    f'{name}: {option}={value} must be at most {widest}, the width of the widest block of this '
-                    'backbone.'
+                    f'{name}: {option}={value} must be at most {widest}, the largest width of the blocks or layers '
+                    'that it may tune.'
                 )
 
 
