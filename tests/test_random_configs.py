@@ -42,7 +42,10 @@ def test_random_choices():
         (dict(type='SPT', plan={'a': 1}), r"plan=\{'a': 1\} must be"),
         (dict(type='SPT', plan={'a': ['q']}), 'no structured module'),
         (dict(type='SPT', plan={}, structured=dict(type='LoRA', rank=10**9)), None),
-        (dict(type='SPT', plan={'stages.0.blocks.0': ['q']}, structured=dict(type='LoRA', rank=10**9)), 'the largest width'),
+        (
+            dict(type='SPT', plan={'stages.0.blocks.0': ['q']}, structured=dict(type='LoRA', rank=10**9)),
+            'largest width',
+        ),
         (dict(type='SPT', plan={}, structured=dict(type='LoRA', rank=True)), 'rank=True'),
         (dict(type='SPT', plan={}, structured={'type': 'LoRA', 3: 4}), 'must be a dict with names as keys'),
         (dict(type='LoRand', branches=10**30), 'branches=10{30} must be a whole number'),
