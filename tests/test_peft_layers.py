@@ -308,7 +308,6 @@ def test_patterns(pattern, path, is_match):
     assert PathPattern(pattern).matches(path) == is_match
 
 
-@METHODS.register_module()
 class BesideOutput(LinearModule):
     """A method that adds to no weight."""
 
@@ -348,7 +347,8 @@ class BesideOutput(LinearModule):
         ([dict(path='**.conv', type='BesideOutput')], ConfigError, 'add to the weight of a Conv2d'),
     ],
 )  # fmt: skip
-def test_what_is_refused(targets, error, words):
+def test_what_is_refused(targets, error, words, methods):
+    methods.register_module(module=BesideOutput)
     with pytest.raises(error) as raised:
         PeftModel(base=dict(type='Parts'), targets=targets)
     assert words in str(raised.value) and '\n' not in str(raised.value)
