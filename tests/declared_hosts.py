@@ -310,7 +310,7 @@ IMAGE_SIZES = {'mmpretrain-efficientformer': 224, 'mmpretrain-vig': 224, 'mmpret
 
 _COMMON = (
     *('mmdet-cspnext', 'mmseg-cgnet', 'mmpretrain-convmixer', 'mmpretrain-edgenext', 'mmpretrain-repmlp'),
-    *('mmpretrain-replknet', 'mmpretrain-hivit', 'mmpretrain-mobilevit', 'mmpretrain-t2t', 'mmpretrain-tnt'),
+    *('mmpretrain-hivit', 'mmpretrain-mobilevit', 'mmpretrain-t2t'),
 )
 
 VARIANTS = (
