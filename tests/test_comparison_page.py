@@ -166,6 +166,8 @@ def test_classes_of_other_tasks():
     assert metric.classwise and metric.outfile_prefix == str(Path('folder/predictions'))
     values = {'coco/bbox_mAP': 0.3, 'coco/fish_precision': 0.25, 'coco/fish_iou-50_precision': 0.4}
     assert split_classes(values, ['fish']) == ({'coco/bbox_mAP': 0.3}, {'fish': 25.0})
+    values = {'coco/fish_precision': 0.25, 'coco/fish_big_precision': 0.5}  # one name is the start of the other
+    assert split_classes(values, ['fish', 'fish_big']) == ({}, {'fish': 25.0, 'fish_big': 50.0})
     values = {'accuracy/top1': 80.0, 'single-label/recall_classwise': [75.0, 85.0]}
     assert split_classes(values, ['a', 'b']) == ({'accuracy/top1': 80.0}, {'a': 75.0, 'b': 85.0})
 

@@ -49,6 +49,6 @@ def split_classes(scores: Mapping[str, Any], classes: Sequence[str]) -> tuple[di
                 by_class[cls] = whole.pop(name.format(cls)) * (100 if name == _NAMES[0] else 1)
         if 'single-label/recall_classwise' in scores:
             by_class[cls] = scores['single-label/recall_classwise'][index]
-        # CocoMetric's values at one IoU or size of objects
-        whole = {name: value for name, value in whole.items() if not name.startswith(f'coco/{cls}_')}
+    at_one_size_or_iou = tuple(f'coco/{cls}_' for cls in classes)  # other values of CocoMetric
+    whole = {name: value for name, value in whole.items() if not name.startswith(at_one_size_or_iou)}
     return whole, {cls: round(value, 2) for cls, value in by_class.items() if value == value}

@@ -138,15 +138,14 @@ class Comparison:
         """The learning rates of a method on a task, in the order in which they are tried: the middle one first."""
         rates = self.learning_rates
         if not rates:
-            configs, options = self.task(task).configs, self.task(task).options
-            return (_learning_rate(configs_folder() / configs[method], tuple(options.items())),)
+            return (_learning_rate(configs_folder() / self.task(task).configs[method]),)
         middle = rates[len(rates) // 2]
         return (middle, *(lr for lr in rates if lr != middle))
 
 
-@functools.cache
-def _learning_rate(file: Path, options: tuple[tuple[str, Any], ...]) -> float:
-    return float(load_config(str(file), dict(options)).optim_wrapper.optimizer.lr)
+@functools.cache  # a file is read once, though many tasks share it
+def _learning_rate(file: Path) -> float:
+    return float(load_config(str(file)).optim_wrapper.optimizer.lr)
 
 
 def _module(module: str, **options: Any) -> dict[str, Any]:

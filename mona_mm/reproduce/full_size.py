@@ -12,11 +12,7 @@ from mona_mm.reproduce.comparison import MINI, ComparedTask, Comparison
 from mona_mm.reproduce.tasks import TASKS, Task
 
 _SPT = ('spt_lora', 'spt_adapter', 'spt_mona')
-_TITLES = dict(
-    coco='COCO instance segmentation: Cascade Mask R-CNN, Swin-B',
-    voc='VOC07+12 detection: RetinaNet, Swin-L',
-    ade20k='ADE20K semantic segmentation: UperNet, Swin-L',
-    classification='Classification: Swin-L',
+_TITLES = {task.table.name: task.table.title for task in TASKS.values() if task.table is not None} | dict(
     ablation='Ablations on VOC: RetinaNet',
     vtab='VTAB-1k: 19 tasks, several backbones',
     fgvc='FGVC: 5 tasks, several backbones',

@@ -10,7 +10,7 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.reproduce.charts import class_chart, cost_chart, save_png, svg_of, training_chart
 from mona_mm.reproduce.comparison import Cell, ComparedTask, Comparison
 from mona_mm.reproduce.pictures import Picture, read_pictures
-from mona_mm.reproduce.records import Record, Row, rows_of, spread
+from mona_mm.reproduce.records import Record, Row, or_dash, rows_of, spread
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -122,19 +122,16 @@ def _rank(row: Row) -> tuple[bool, float]:
 
 
 def _cells(row: Row) -> list[str]:
-    def shown(value: float | None, form: str, unit: float = 1) -> str:
-        return '-' if value is None else format(value / unit if unit != 1 else value, form)
-
     return [
         row.method,
         spread(row.test),
         spread(row.validation),
-        shown(row.lr, 'g'),
-        shown(row.in_backbone, ',d'),
-        shown(row.trained, ',d'),
-        shown(row.seconds, '.0f'),
-        shown(row.memory, '.2f', 2**30),
-        shown(row.delta, '.1f', 2**20),
+        or_dash(row.lr, 'g'),
+        or_dash(row.in_backbone, ',d'),
+        or_dash(row.trained, ',d'),
+        or_dash(row.seconds, '.0f'),
+        or_dash(row.memory and row.memory / 2**30, '.2f'),
+        or_dash(row.delta and row.delta / 2**20, '.1f'),
         row.missing,
     ]
 

@@ -131,7 +131,7 @@ def f1(truth: Boxes, detections: Boxes) -> float:
     """The F1 of detections at an IoU of 0.5, each matched with the annotation of its class that overlaps it most."""
     left, hits = list(truth), 0
     for box, cls, _ in sorted(detections, key=lambda entry: -entry[2]):
-        overlaps = [(iou(box, own), entry) for entry in left if (own := entry[0]) and entry[1] == cls]
+        overlaps = [(iou(box, entry[0]), entry) for entry in left if entry[1] == cls]
         best = max(overlaps, key=lambda pair: pair[0], default=(0.0, None))
         if best[0] >= _IOU:
             left.remove(best[1])

@@ -174,12 +174,12 @@ def render_comparison(table: Comparison, records: dict[Cell, Record], tasks: Ite
                     row.method,
                     spread(row.test),
                     spread(row.validation),
-                    _or_dash(row.lr, 'g'),
-                    _or_dash(row.trained, ',d'),
-                    _or_dash(row.in_backbone, ',d'),
-                    _or_dash(row.seconds, '.0f'),
-                    _or_dash(row.memory and row.memory / 2**20, '.0f'),
-                    _or_dash(row.delta and row.delta / 2**20, '.1f'),
+                    or_dash(row.lr, 'g'),
+                    or_dash(row.trained, ',d'),
+                    or_dash(row.in_backbone, ',d'),
+                    or_dash(row.seconds, '.0f'),
+                    or_dash(row.memory and row.memory / 2**20, '.0f'),
+                    or_dash(row.delta and row.delta / 2**20, '.1f'),
                     row.missing,
                 )
             )
@@ -210,5 +210,6 @@ def spread(scores: list[float]) -> str:
     return text if len(scores) == 3 else f'{text} ({len(scores)})'
 
 
-def _or_dash(value: float | None, form: str) -> str:
+def or_dash(value: float | None, form: str) -> str:
+    """A value in a format, or a dash if it was not measured."""
     return '-' if value is None else format(value, form)
