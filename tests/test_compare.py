@@ -5,6 +5,7 @@ The queue is tried with a program in the place of a cell that takes milliseconds
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,9 @@ from mona_mm.reproduce import (
     read_records,
     render_comparison,
 )
+from mona_mm.reproduce.cell_run import CellHook
 from mona_mm.reproduce.cells import configs_folder
+from mona_mm.reproduce.comparison import STOPPED
 from mona_mm.spt.method import check_structured
 
 SIZE = 28
@@ -365,6 +368,22 @@ def real(material):
         return made
 
     return make
+
+
+def test_a_cell_that_is_told_to_stop_ends_behind_its_next_checkpoint():
+    """Not before, or what came since the last one would be lost."""
+    hook = CellHook(os.getppid())
+    hook.before_train_iter(None, 0)
+    hook.stopping = True
+    hook.before_train_iter(None, 1)
+    hook.before_save_checkpoint(None, {})
+    with pytest.raises(SystemExit) as ended:
+        hook.before_train_iter(None, 2)
+    assert ended.value.code == STOPPED
+    hook.stopping = False  # a checkpoint alone ends nothing
+    hook.before_train_iter(None, 2)
+    with pytest.raises(SystemExit):  # the queue is gone
+        CellHook(-1).before_train_iter(None, 0)
 
 
 KEYS = {
