@@ -1,5 +1,6 @@
 """Modules that share parameters: each is stored, counted, frozen and optimised once, and stays one."""
 
+import copy
 from collections import OrderedDict
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
+from safetensors import safe_open
 from torch import nn
 
 import mona_mm
@@ -17,7 +19,9 @@ from mona_mm.checkpoint.merge import merged_state_dict
 from mona_mm.commands.cli import build_runner
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.rules import freeze, select
+from mona_mm.methods import StreamModule
 from mona_mm.optim.constructor import PeftOptimWrapperConstructor
+from mona_mm.registry import METHODS
 
 SWIN = dict(
     type='mmdet.SwinTransformer', embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4), out_indices=(1, 2, 3)
@@ -276,3 +280,58 @@ def test_a_backbone_that_is_used_twice(tmp_path):
     for path in ('backbone', 'siamese.left'):
         assert all(torch.equal(state[f'{path}.{name}'], tensor) for name, tensor in alone.items())
     assert not any('.peft.' in name for name in state)
+
+
+class CommonScale(StreamModule):
+    """A factor of every block, times one that all blocks of a width have in common."""
+
+    sites = ('post_ffn',)
+    needs_grid = False
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.common = nn.Parameter(torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.ones_(self.common)
+
+    @classmethod
+    def share(cls, modules) -> None:
+        first = {}
+        for module in (module for of_block in modules.values() for module in of_block.values()):
+            module.common = first.setdefault(len(module.common), module.common)
+
+    def forward(self, x, hw):
+        return x * self.scale * self.common
+
+
+@pytest.fixture
+def common_scale():
+    METHODS.register_module(module=CommonScale)
+    yield
+    METHODS.module_dict.pop('CommonScale')
+
+
+def test_a_method_shares_parameters_between_its_blocks(tmp_path, common_scale):
+    """Counted, stored and trained once, and still one in a copy, after a delta, and after re-initialisation."""
+    base = dict(SWIN, depths=(1, 2, 1, 1))
+    cfg = dict(type='mona_mm.PeftBackbone', base=base, peft=dict(type='CommonScale'))
+    model = MODELS.build(cfg)
+    model.init_weights()
+    start = copy.deepcopy(model)
+    assert count_trainable(model).backbone_trainable == (16 + 2 * 32 + 64 + 128) + (16 + 32 + 64 + 128)
+
+    model(torch.randn(1, 3, 32, 32))[-1].square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 10.0).step()
+    save_delta(model, tmp_path / FILE)
+    with safe_open(tmp_path / FILE, 'pt') as file:
+        assert sum(name.endswith('.common') for name in file.keys()) == 4  # noqa: SIM118, it is no dict
+
+    load_delta(start, tmp_path / FILE)
+    for each in (start, copy.deepcopy(start)):
+        blocks = each.stages[1].blocks
+        assert blocks[0].peft.post_ffn.common is blocks[1].peft.post_ffn.common
+        assert torch.equal(blocks[1].peft.post_ffn.common, model.stages[1].blocks[0].peft.post_ffn.common)
+    assert not torch.equal(start.stages[1].blocks[0].peft.post_ffn.common, torch.ones(32))

@@ -66,6 +66,17 @@ class PeftModule(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def share(cls, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
+        """Give the modules of one backbone the parameters that they have in common, in place.
+
+        This is called once, when all of them are constructed. A parameter or module that is assigned to several of
+        them trains as one, is counted once, and is stored once in checkpoints and deltas, under all its names.
+
+        Args:
+            modules: the modules by path of a block and name of a site, in the order of the blocks.
+        """
+
     def to_deploy(self) -> nn.Module | None:
         """Make a module for inference that computes the same in fewer operations; None if the method has none."""
         return None
@@ -355,7 +366,9 @@ class ModuleMethod(Method):
         }
         alike = {(path, name): (chosen[path][name], _widths_in(self.cls, options[path])) for path, name in plans}
         check_size(self.name, chosen, [(alike[key], build) for key, build in plans.items()])
-        return {path: {name: plans[path, name]() for name in chosen[path]} for path in chosen}
+        modules = {path: {name: plans[path, name]() for name in chosen[path]} for path in chosen}
+        self.cls.share(modules)
+        return modules
 
     def _options_in(self, paths: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         """The options in each block, by path."""
