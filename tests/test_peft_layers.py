@@ -422,6 +422,32 @@ def test_the_fast_forms_of_a_backbone(host):
     assert_near(list(model(x)), [out.detach() for out in expected])
 
 
+def test_a_delta_fits_whatever_the_spelling(tmp_path):
+    """Layers are compared, not the patterns that match them."""
+
+    def build(*targets):
+        base = dict(type='OneLayer', cls=MODELS.build, cfg=HOSTS['mmdet-swin'])
+        torch.manual_seed(0)
+        return PeftModel(base=base, targets=list(targets)).eval()
+
+    narrow, wide = dict(LORA, alpha=3.0), dict(LORA, alpha=1.0)
+    qkv, ffn = 'layer.stages.**.qkv', 'layer.stages.**.layers.**'
+    file = tmp_path / 'a.delta.safetensors'
+    model = off_zero(build(dict(narrow, path=qkv), dict(wide, path=ffn)))
+    mona_mm.save_delta(model, file)
+    again = build(dict(wide, path=[r're:layer\.stages\..*\.ffn\.layers\..*']), dict(narrow, path='layer.**.qkv'))
+    mona_mm.load_delta(again, file)
+    x = torch.randn(1, 3, 64, 64)
+    assert_equal(list(again(x)), list(model(x)))
+    with pytest.raises(CheckpointMismatchError, match='another method'):
+        mona_mm.load_delta(build(dict(wide, path=qkv), dict(narrow, path=ffn)), file)
+
+    mona_mm.save_delta(off_zero(build(dict(LORA, path=qkv))), file)
+    mona_mm.load_delta(build(dict(LORA, path='layer.**.{qkv,no_such}')), file)
+    with pytest.raises(CheckpointMismatchError, match='does not fit'):
+        mona_mm.load_delta(build(dict(LORA, path=ffn)), file)
+
+
 def test_beside_frozen_weights_in_half_precision(tmp_path):
     """In a backbone with ``frozen_dtype`` LoRA trains in float32 beside weights in bfloat16; a delta comes back, and
     the merged weights are in float32."""

@@ -110,6 +110,38 @@ def test_a_delta_holds_all_of_them(base, tmp_path):
         mona_mm.load_delta(PeftBackbone(base=base, peft=[LORA, dict(MONA, blocks='last 2')]), file)
 
 
+@pytest.mark.parametrize(
+    'written, again, other',
+    [
+        pytest.param(
+            [dict(MONA, blocks=[0, 1]), dict(MONA, blocks='2:', kernel_sizes=[3, 5])],
+            [dict(MONA, blocks=['2:'], kernel_sizes=[3, 5]), dict(MONA, blocks=':2')],
+            [dict(MONA, blocks=[0, 1], kernel_sizes=[3, 5]), dict(MONA, blocks='2:')],
+            id='blocks',
+        ),
+        pytest.param(
+            dict(MONA, bottleneck=8),
+            dict(MONA, bottleneck={'*.0': 8, 'default': 8}),
+            dict(MONA, bottleneck={'*.0': 4, 'default': 8}),
+            id='widths',
+        ),
+    ],
+)
+def test_a_delta_fits_whatever_the_spelling(written, again, other, base, tmp_path):
+    """Blocks and widths by pattern are compared by what they select, not by how they are written."""
+    torch.save(MODELS.build(base).state_dict(), tmp_path / 'base.pth')
+    base = dict(base, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))
+    source = PeftBackbone(base=base, peft=written).eval()
+    source.init_weights()
+    mona_mm.save_delta(source, tmp_path / 'a.delta.safetensors')
+    target = PeftBackbone(base=base, peft=again).eval()
+    mona_mm.load_delta(target, tmp_path / 'a.delta.safetensors')
+    x = images()
+    assert_equal(list(target(x)), list(source(x)))
+    with pytest.raises(CheckpointMismatchError):
+        mona_mm.load_delta(PeftBackbone(base=base, peft=other), tmp_path / 'a.delta.safetensors')
+
+
 def test_a_list_of_one_is_that_method(tmp_path):
     torch.save(MODELS.build(HOSTS['mmdet-swin']).state_dict(), tmp_path / 'base.pth')
     base = dict(HOSTS['mmdet-swin'], init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'base.pth')))

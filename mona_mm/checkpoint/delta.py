@@ -27,13 +27,14 @@ from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
 from mona_mm.nn.digest import differing, digest, digests, fingerprint, resized, same_names
 from mona_mm.nn.wrappers import innermost
+from mona_mm.options import widths
 from mona_mm.record import freeze_records, make_record, record_of
 from mona_mm.registry import METHODS
 from mona_mm.version import __version__
 
 # Options of a method that may differ, since they change neither its weights nor its outputs in evaluation.
-# The names of its tensors tell in which blocks a method is, unless there are several; `name` is for messages.
-_FREE_OPTIONS = ('dropout', 'plan', 'blocks', 'name')
+# The names of its tensors tell in which blocks or beside which layers it is; `name` is for messages.
+_FREE_OPTIONS = ('dropout', 'plan', 'blocks', 'path', 'slices', 'name')
 _PACKAGES = ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
 
 
@@ -338,8 +339,9 @@ def _check_method(model: nn.Module, delta: Delta) -> None:
     in_model, in_file = describe_methods(model), delta.header.methods
     # The type that a file names is compared before it is looked up: a registry imports the module that a name starts
     # with.
-    has_same_types = _method_types(in_model) == _method_types(in_file)
-    if has_same_types and all(_resolved(method) == _resolved(in_file[path]) for path, method in in_model.items()):
+    if _method_types(in_model) == _method_types(in_file) and all(
+        _are_same_methods(method, in_file[path]) for path, method in in_model.items()
+    ):
         return
     raise CheckpointMismatchError(
         f'{delta.file} is a delta of another method than the model has: {_format_methods(in_file)} in the file, '
@@ -348,15 +350,16 @@ def _check_method(model: nn.Module, delta: Delta) -> None:
 
 
 def _method_types(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The types of the methods in every module of a description, and of their targets, in order of the alphabet."""
-    types: dict[str, list[str]] = {}
-    for path, method in methods.items():
-        parts = _parts(method)
-        targets = [options.get('targets') for _, options in parts]
-        targets = [target for given in targets if isinstance(given, list | tuple) for target in given]
-        names = [target.get('type') if isinstance(target, Mapping) else None for target in targets]
-        types[path] = sorted(str(name or '') for name in [*(type_ for type_, _ in parts), *names])
-    return types
+    """The types of the methods in every module of a description, in order of the alphabet; those of a PeftModel, which
+    stand beside layers, are told apart from those in blocks."""
+    return {
+        path: sorted([*(type_ for type_, _ in _parts(method)), *(['PeftModel'] if _has_targets(method) else [])])
+        for path, method in methods.items()
+    }
+
+
+def _has_targets(described: Mapping[str, Any]) -> bool:
+    return described.get('type') == 'PeftModel'
 
 
 def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -372,9 +375,12 @@ def _format_methods(methods: Mapping[str, Mapping[str, Any]]) -> str:
 
 def describe_methods(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Describe every module that PeftBackbone, PeftModel or FrozenModel has made, by path: its method (of a PeftModel
-    its targets), options and rules, and the dtype of its frozen weights if it is not float32."""
+    its targets), options and rules, the dtype of its frozen weights if it is not float32, and the places of each method
+    if there are several."""
     return {
-        path: dict(type=type_, options=options, trainable=list(record.rules), **_frozen_type(module))
+        path: dict(
+            type=type_, options=options, trainable=list(record.rules), **_frozen_type(module), **_places_of(module)
+        )
         for path, module, record in freeze_records(model)
         for type_, options in [_method_of(module)]
     }
@@ -394,26 +400,57 @@ def _frozen_type(module: nn.Module) -> dict[str, str]:
     return dict(frozen_dtype=dtype) if dtype else {}
 
 
-def _resolved(described: Mapping[str, Any]) -> Any:
-    """A description with the method's defaults filled in, so that a default equals an option that is left out."""
-    parts = [_resolved_part(type_, options) for type_, options in _parts(described)]
-    if len(parts) > 1:  # the names of the tensors do not tell which of the methods is in which blocks
-        given = [options.get('blocks') for _, options in _parts(described)]
-        parts = [(*part, _with_lists(blocks)) for part, blocks in zip(parts, given, strict=True)]
+def _places_of(module: nn.Module) -> dict[str, list[list[str]]]:
+    """The paths of the modules or layers of each of several methods, in the order of the config; of one method, the
+    names of its tensors tell them."""
+    record = record_of(module)
+    places = [target.layers for target in record.targets] or list(record.paths.values())
+    return dict(places=[sorted(paths) for paths in places]) if len(places) > 1 else {}
+
+
+def _are_same_methods(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two descriptions of methods of the same types say the same, in whatever way their configs say it."""
+    by_pattern = {
+        option
+        for described in (first, second)
+        for type_, options in _parts(described)
+        for option in _widths_by_pattern(type_, options)
+    }
+    return _resolved(first, by_pattern) == _resolved(second, by_pattern)
+
+
+def _widths_by_pattern(type_: str, options: Mapping[str, Any]) -> list[str]:
+    """The options that give a width by patterns of blocks; the shapes of the tensors tell the width in each."""
+    method = METHODS.get(type_) if type_ else None
+    return [] if method is None else [name for name in widths(method) if isinstance(options.get(name), Mapping)]
+
+
+def _resolved(described: Mapping[str, Any], free: Collection[str]) -> Any:
+    """A description with the method's defaults filled in, so that a default equals an option that is left out.
+
+    Args:
+        described: the description.
+        free: names of options that may differ.
+    """
+    parts = [(type_, _resolved_options(type_, options, free)) for type_, options in _parts(described)]
+    places = described.get('places')
+    if isinstance(places, list) and len(places) == len(parts):
+        parts = [(*part, paths) for part, paths in zip(parts, places, strict=True)]
     return sorted(parts, key=repr), sorted(described.get('trainable', []))
 
 
-def _parts(described: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any]]]:
-    """The type and options of every method of a description, which may come from a file."""
-    type_, options = described.get('type'), described.get('options', {})
-    methods = options.get('methods') if '+' in (type_ or '') else None
-    if not isinstance(methods, list) or not all(isinstance(each, dict) for each in methods):
-        return [(type_, options)]
-    return [(str(each.get('type')), {k: v for k, v in each.items() if k != 'type'}) for each in methods]
+def _parts(described: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The type and options of every method of a description, or target of a PeftModel; it may come from a file."""
+    type_, options = described.get('type'), described.get('options')
+    options = options if isinstance(options, Mapping) else {}
+    parts = options.get('targets' if _has_targets(described) else 'methods')
+    if not isinstance(parts, list | tuple) or not all(isinstance(each, Mapping) for each in parts):
+        return [(str(type_ or ''), options)]
+    return [(str(each.get('type')), {k: v for k, v in each.items() if k != 'type'}) for each in parts]
 
 
-def _resolved_part(type_: str | None, given: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The type and all options of one method that bear on its weights and outputs."""
+def _resolved_options(type_: str, given: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """All options of one method that bear on its weights and outputs."""
     method = METHODS.get(type_) if type_ else None
     defaults = {}
     if method is not None:
@@ -424,17 +461,7 @@ def _resolved_part(type_: str | None, given: Mapping[str, Any]) -> tuple[str | N
     options = {**defaults, **given}
     if isinstance(options.get('sites'), list | tuple):
         options['sites'] = sorted(options['sites'], key=str)
-    if isinstance(options.get('targets'), list | tuple):
-        options['targets'] = [_resolved_target(target) for target in options['targets']]
-    options = {name: _with_lists(value) for name, value in options.items() if name not in _FREE_OPTIONS}
-    return type_, options
-
-
-def _resolved_target(target: Any) -> Any:
-    """One of the targets of a PeftModel, which a file may describe in any way, as :func:`_resolved` describes it."""
-    if not isinstance(target, Mapping) or not isinstance(target.get('type'), str):
-        return target
-    return _resolved(dict(type=target['type'], options={key: v for key, v in target.items() if key != 'type'}))
+    return {name: _with_lists(value) for name, value in options.items() if name not in {*_FREE_OPTIONS, *free}}
 
 
 def _with_lists(value: Any) -> Any:
