@@ -200,8 +200,19 @@ def test_an_exchanged_module_is_no_silent_loss(method):
     assert all(map(torch.equal, model.eval()(image(64, 64)), expected))
 
 
+def test_stand_ins_are_whole_modules(monkeypatch):
+    """A backbone that does not pass the grid runs as a stand-in, whose parameters torch.compile reads."""
+    model, seen = adapted('ViT', 'Mona'), []
+    monkeypatch.setattr(type(model), 'forward', lambda self, x: seen.append(self))
+    model(image(64, 64))
+    assert {id(p) for p in seen[0].parameters()} == {id(p) for p in model.parameters()}
+    assert all(isinstance(child, nn.Module) for m in seen[0].modules() for child in m._modules.values() if child)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(('host', 'method'), [('SwinV2', 'LoRA'), ('PVTv2', 'Mona'), ('Swin', 'Mona in the branches')])
+@pytest.mark.parametrize(
+    ('host', 'method'), [('SwinV2', 'LoRA'), ('PVTv2', 'Mona'), ('Swin', 'Mona in the branches'), ('ViT', 'Mona')]
+)
 def test_compiled(host, method):
     """torch.compile, forward and backward."""
     torch._dynamo.reset()

@@ -77,6 +77,11 @@ def test_stock_modules():
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert 'backbone.layer2.0.conv1.weight' in trains and 'head.weight' in trains
     assert not any('layer3' in name or 'layer4' in name for name in trains)
+    model = nn.ModuleDict(dict(backbone=MODELS.build(dict(resnet)), head=nn.Linear(2, 2)))
+    with pytest.raises(ConfigError, match=r"'backbone\.layer3'.*last output of ResNet \(out_indices=\(0, 1\)\)"):
+        freeze(model, 'backbone.layer3')
+    with pytest.raises(ConfigError, match="'last_block'.*ModuleDict.*PeftBackbone.*begin with backbone, head"):
+        freeze(model, 'partial_1')
 
 
 def test_a_method_all_of_which_is_behind(tmp_path):

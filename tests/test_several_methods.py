@@ -62,6 +62,14 @@ def test_each_is_counted(base):
     assert count.parts[0].part == 'backbone base' and len(count.parts) == 5
 
 
+def test_a_name_may_be_the_default_of_another(base):
+    lines = lines_of(PeftBackbone(base=base, peft=[LORA, dict(FFN, name='LoRA')]))
+    assert lines == {
+        name: count_trainable(PeftBackbone(base=base, peft=[peft])).trainable
+        for name, peft in {'LoRA 2': LORA, 'LoRA': FFN}.items()
+    }
+
+
 def test_they_compute_what_each_computes(base):
     """With the last layer of one at zero, the other is left alone."""
     x = images()

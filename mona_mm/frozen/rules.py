@@ -28,7 +28,7 @@ from torch import nn
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.frozen.copies import is_under, moving_copies
 from mona_mm.frozen.reach import unreached
-from mona_mm.hosts import find_host, method_modules, method_names
+from mona_mm.hosts import find_host, is_host, method_modules, method_names
 from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
 from mona_mm.record import FreezeRecord, freeze_records, make_record, record_of
@@ -84,6 +84,12 @@ def _select(module: nn.Module, rule: str) -> set[str]:
     if rule == 'none':
         return set()
     if rule == 'last_block':
+        if not is_host(module):
+            raise ConfigError(
+                f"trainable='last_block' ('partial_1') is for backbones with blocks, and {type(module).__name__} is "
+                'none that is known. Name the modules that train by their paths, or give the rule to the backbone '
+                'within, by a PeftBackbone. ' + _suggest(module, rule)
+            )
         *_, last = find_host(module).blocks(module)
         return _names_under(module, [last])
     owners = {  # the module that directly has the parameter, and its name there, by path of the parameter
@@ -176,8 +182,12 @@ def _freeze_unreached(module: nn.Module, selected: Mapping[str, set[str]]) -> se
     if not found:
         return found
     trains = {name for name, p in module.named_parameters() if p.requires_grad}
-    indices = {tuple(m.out_indices) for m in module.modules() if hasattr(m, 'out_indices')}
-    place = f'after the last output of {type(module).__name__} (out_indices={" or ".join(map(str, indices))})'
+    backbones = {
+        f'{type(m).__name__} (out_indices={tuple(m.out_indices)})'
+        for path, m in module.named_modules()
+        if hasattr(m, 'out_indices') and (not path or any(is_under(name, [path]) for name in found))
+    }
+    place = f'after the last output of {" or ".join(sorted(backbones))}'
     for rule, names in selected.items():
         if names & found and not names & (trains - found):
             raise ConfigError(

@@ -218,13 +218,7 @@ def forward_on_grid(
     for path, find, blocks in sources:
         grid: list[Grid] = []
         parts[path] = _watched(backbone.get_submodule(path), find, grid)
-        for block in blocks:
-            parent, _, name = block.rpartition('.')
-            container, call = backbone.get_submodule(parent), partial(_on_grid, backbone.get_submodule(block), grid)
-            if isinstance(container, nn.ModuleList):  # which can be sliced only if it holds nothing but modules
-                parts.setdefault(parent, list(container))[int(name)] = call
-            else:
-                parts[block] = call
+        parts |= {block: _OnGrid(backbone.get_submodule(block), grid) for block in blocks}
     return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
 
 
@@ -241,5 +235,14 @@ def _remember_grid(child: nn.Module, find: Callable, grid: list[Grid], *args: An
     return output
 
 
-def _on_grid(block: nn.Module, grid: list[Grid], *args: Any, **kwargs: Any) -> Tensor:
-    return block(*args, *map(PassedGrid, grid), **kwargs)
+class _OnGrid(nn.Module):
+    """A stand-in for a block that gives it the grid in a list. It is a module, since a ``ModuleList`` can be sliced,
+    and ``torch.compile`` reads a module, only if all children are modules."""
+
+    def __init__(self, block: nn.Module, grid: list[Grid]) -> None:
+        super().__init__()
+        self.block = block
+        self.grid = grid
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.block(*args, *map(PassedGrid, self.grid), **kwargs)

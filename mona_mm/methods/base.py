@@ -386,9 +386,15 @@ class ModuleMethod(Method):
         if wrong or not sites:
             block = ' and '.join(dict.fromkeys(spec.cls.rpartition('.')[2] for spec in host.specs))
             possible = ', '.join(site for site in self.cls.possible_sites if site in host.sites)
+            fix = (
+                f"Choose among the sites that it has in peft=dict(type='{self.name}', sites=[...]): {possible}."
+                if possible
+                else f'It has {", ".join(host.sites)}: use a method for one of them, or mona_mm.PeftModel, which puts '
+                'a method beside single layers by their paths.'
+            )
             raise ConfigError(
                 f'peft: {self.name} cannot attach at {", ".join(wrong or self.cls.sites)}, since {block} has no such '
-                f"site. Choose among the sites that it has in peft=dict(type='{self.name}', sites=[...]): {possible}."
+                f'site. {fix}'
             )
         return sites
 
@@ -436,18 +442,17 @@ def build_method(cfg: dict[str, Any] | Sequence[dict[str, Any]]) -> Method:
 
 
 def _named_methods(configs: Sequence[dict[str, Any]]) -> dict[str, Method]:
-    """The methods of a list of configs, by name. A second one without a name gets a number behind its own."""
-    methods: dict[str, Method] = {}
-    for config in configs:
-        options = dict(config)
-        name = options.pop('name', None)
-        method = build_method(options)
-        if name is None:
-            names = (method.name, *(f'{method.name} {number}' for number in range(2, len(configs) + 1)))
-            name = next(each for each in names if each not in methods)
-        if not isinstance(name, str) or not name or name in methods:
+    """The methods of a list of configs, by name. One without a name has that of its class, and a number behind it if
+    another has that name."""
+    given = [config.get('name') for config in configs]
+    for name in given:
+        if name is not None and (not isinstance(name, str) or not name or given.count(name) > 1):
             raise ConfigError(f'peft: name={show(name)} must be a string that no other method in the list has.')
-        methods[name] = method
+    methods: dict[str, Method] = {}
+    for config, name in zip(configs, given, strict=True):
+        method = build_method({option: value for option, value in config.items() if option != 'name'})
+        names = (method.name, *(f'{method.name} {number}' for number in range(2, 2 * len(configs) + 1)))
+        methods[name or next(each for each in names if each not in {*methods, *given})] = method
     return methods
 
 

@@ -19,7 +19,7 @@ def substitute(module: nn.Module, parts: Mapping[str, Any]) -> nn.Module:
 
     Args:
         module: the module that has the parts. The caller runs the class's forward on its stand-in.
-        parts: tensors in place of parameters, and callables, or lists of them, in place of submodules, by path.
+        parts: tensors in place of parameters, and modules in place of submodules, by path.
 
     Raises:
         ConfigError: if a submodule around a part has a ``forward`` of its own (on the instance), which would not see
