@@ -307,9 +307,7 @@ def test_unsupported_pairs_are_refused():
         PeftBackbone(base=convnext, peft=dict(type='LoRA', rank=4))
     with pytest.raises(ConfigError, match='Mona cannot attach at post_attn.* ConvNeXtBlock.*: post_ffn, ffn_branch'):
         PeftBackbone(base=convnext, peft=dict(type='Mona', bottleneck=8, sites=['post_attn', 'post_ffn']))
-    with pytest.raises(
-        ConfigError, match=r'q, v, since BasicBlock .*It has post_ffn: .*mona_mm\.PeftModel'
-    ):
+    with pytest.raises(ConfigError, match=r'q, v, since BasicBlock .*It has post_ffn: .*mona_mm\.PeftModel'):
         PeftBackbone(base=dict(type='mmdet.ResNet', depth=18), peft=dict(type='LoRA', rank=4))
     model = PeftBackbone(base=convnext, peft=dict(type='Mona', bottleneck=8))
     assert len(method_modules(model)) == 5
