@@ -5,8 +5,8 @@
 ``shipped_configs.py --peft`` does this for whole models, a few hundred of them in some hours. A method sees nothing of
 a model but its backbone, so this script takes the backbones alone, every different one, in full depth and width: a
 forward and a backward pass of the sum of its outputs, on small images of noise, first without a method. With a method,
-its parameters must get finite gradients, and no other parameter any. ``--out`` keeps what is finished, and the next call
-goes on from there. A backbone counts as
+its parameters must get finite gradients, and no other parameter any. ``--out`` keeps what is finished, and the next
+call goes on from there. A backbone counts as
 
 * ``passed``: with the linear layers that were given, where a host has no ``q`` and ``v`` for LoRA;
 * ``refused``: one of our errors says why the method cannot be in it;
