@@ -8,15 +8,20 @@ import torch
 import torch.nn.functional as F
 from conftest import HOSTS
 from helpers import assert_equal, assert_near
+from metafiles import COUNT, listed
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from shipped import CONFIGS
 from suite import freeze_alike, load, outputs
 from torch import nn
 
 import mona_mm
-from mona_mm import PeftBackbone, count_trainable
+from mona_mm import PeftBackbone, PeftModel, count_trainable
 from mona_mm.checkpoint.merge import merged_state_dict
+from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.config import adapt_to_device, load_config
 from mona_mm.errors import ConfigError
-from mona_mm.hosts import method_modules
+from mona_mm.hosts import method_modules, method_names
 from mona_mm.hosts.block import StockLinear
 from mona_mm.methods import DoRA, LoRA
 from mona_mm.methods.base import start_from_base
@@ -309,3 +314,111 @@ def test_single_weights_beside_dora(tmp_path):
         x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
         expected = outputs(model, x)
         assert_near(outputs(mona_mm.merge(model), x), expected, 1e-12)
+
+
+# Beside any layer ----------------------------------------------------------------------------------------------------
+
+
+class OneLayer(nn.Module):
+    """A layer of any class, at ``layer``."""
+
+    def __init__(self, cls: type[nn.Module], **options) -> None:
+        super().__init__()
+        self.layer = cls(**options)
+
+    def forward(self, *inputs):
+        return self.layer(*inputs)
+
+
+LAYERS = {
+    '3x3 of stride 2': dict(cls=nn.Conv2d, kernel_size=3, stride=2, padding=1),
+    'grouped': dict(cls=nn.Conv2d, kernel_size=3, groups=2, bias=False),
+    'reflected': dict(cls=nn.Conv2d, kernel_size=3, padding=1, padding_mode='reflect'),
+    '1x1 of stride 2': dict(cls=nn.Conv2d, kernel_size=1, stride=2),
+    'attention': dict(cls=nn.MultiheadAttention, embed_dim=12, num_heads=2, batch_first=True),
+}
+
+
+@pytest.mark.parametrize('method', ['DoRA', 'LoRA'])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_beside_any_layer(kind, method):
+    """A convolution, and q and v of torch's attention: the layer with the changed weight, its gradients, the merged
+    layer."""
+    options, is_attention = dict(LAYERS[kind]), kind == 'attention'
+    if not is_attention:
+        options |= dict(in_channels=8, out_channels=12)
+    target = dict(path='layer.**' if is_attention else 'layer', type=method, rank=RANK, alpha=ALPHA, init='principal')
+    target |= dict(slices=['q', 'v']) if is_attention else {}
+    torch.manual_seed(6)
+    stock = OneLayer(**options)
+    model = PeftModel(base=dict(type=OneLayer, **options), targets=[target])
+    model.load_state_dict(stock.state_dict(), strict=False)
+    stock.double()
+    model.double()
+    start_from_base(model)
+    initial = {id(m): [b.clone() for b in m.buffers()] for m in method_modules(model)}
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    weights = {name: p.detach() for name, p in stock.layer.named_parameters()}
+    for holder in [m for m in model.modules() if isinstance(m, mona_mm.hosts.layers.PeftLayer)]:
+        for site, module in holder.peft.items():
+            name = {'out_proj': 'out_proj.weight', 'q': 'in_proj_weight', 'v': 'in_proj_weight'}.get(site, 'weight')
+            rows = slice(24, 36) if site == 'v' else slice(0, 12)
+            part = weights[name][rows]
+            changed = plain_weight(module, part.flatten(1), ALPHA / RANK, initial[id(module)]).view_as(part)
+            before, after = weights[name][: rows.start], weights[name][rows.stop :]
+            weights[name] = torch.cat((before, changed, after))
+    x = torch.randn(2, 5, 12) if is_attention else torch.randn(2, 8, 9, 11)
+    inputs = (x.double(),) * (3 if is_attention else 1)
+    actual, expected = model(*inputs), torch.func.functional_call(stock.layer, weights, inputs)
+    actual, expected = (out[0] if is_attention else out for out in (actual, expected))
+    assert_near(actual, expected, 1e-12)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert len(parameters) == (3 if is_attention else 1) * (3 if method == 'DoRA' else 2)
+    gradients = [torch.autograd.grad(out.cos().sum(), parameters) for out in (actual, expected)]
+    assert_near(*gradients, 1e-11)
+    merged = mona_mm.merge(model)(*inputs)
+    assert_near(merged[0] if is_attention else merged, expected, 1e-12)
+
+
+# Configs -------------------------------------------------------------------------------------------------------------
+
+WIDTHS = {  # of the blocks of each backbone
+    'swin_b': [128] * 2 + [256] * 2 + [512] * 18 + [1024] * 2,
+    'swin_l': [192] * 2 + [384] * 2 + [768] * 18 + [1536] * 2,
+    'dinov2_s': [384] * 12,
+    'dinov2_b': [768] * 12,
+}
+OURS = sorted(
+    name for name, path in CONFIGS.items() if path.parent.name == 'dora' or name.endswith(('_principal', '_minor'))
+)
+QUICK = ('dora_retinanet_dinov2_s_voc', 'lora_retinanet_swin_l_voc_minor')
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in OURS])
+def test_configs(name, monkeypatch):
+    """At full size: what trains, also by the model index, and no weight decay on what stands for a weight itself."""
+    monkeypatch.setattr('torch.accelerator.is_available', lambda: False)
+    cfg = load_config(str(CONFIGS[name]))
+    adapt_to_device(cfg)
+    model = build_on_meta(cfg)
+    widths = next(widths for key, widths in WIDTHS.items() if key in name)
+    of_width = (lambda m: 3 * (16 * 2 * m + m)) if 'dora' in name else (lambda m: 2 * 64 * 2 * m)
+    count = count_trainable(model).backbone_trainable
+    assert count == listed()[name]['Metadata'][COUNT] == sum(map(of_width, widths))
+    names = {id(p): n for n, p in model.named_parameters()}
+    free = set()
+    for group in build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups:
+        free |= {names[id(p)] for p in group['params'] if group['weight_decay'] == 0}
+    ending = '.magnitude' if 'dora' in name else '.weight'
+    assert {n for n in free if '.peft.' in n} == {n for n in method_names(model) if n.endswith(ending)}
+    assert len(CONFIGS[name].read_text().splitlines()) <= 15
+
+
+def test_all_configs_are_there():
+    assert {name.removeprefix('dora_') for name in OURS if name.startswith('dora_')} == {
+        *('cascade_swin_b_coco', 'retinanet_swin_l_voc', 'upernet_swin_l_ade20k'),
+        *('cascade_dinov2_b_coco', 'upernet_dinov2_b_ade20k', 'retinanet_dinov2_s_voc'),
+    }

@@ -40,7 +40,6 @@ from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
-
 on_every_host = pytest.mark.parametrize(
     ('host', 'kind'),
     pairwise(HOSTS, list(STRUCTURED), common=lambda host, kind: kind != 'dora' or is_common(host, kind)),

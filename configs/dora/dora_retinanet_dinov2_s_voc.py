@@ -8,3 +8,4 @@ model = dict(
         peft=dict(type='DoRA', rank=16, alpha=16),
     )
 )
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.magnitude': dict(decay_mult=0.0)}))

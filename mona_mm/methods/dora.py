@@ -24,6 +24,9 @@ class DoRA(LoRA):
     as in section 4.3 of the paper, unless ``detach_norm=False``. The norm is computed anew in every call, in float32
     under autocast too, which takes a product of the size of the weight; merging saves it.
 
+    Weight decay pulls the magnitude to zero, and with it the whole weight; the configs here exempt it, as the published
+    runs have none.
+
     Dropout acts on the input of the whole change: in training the layer then computes
     :math:`W x + b + (W' - W)\,\mathrm{Dropout}(x)`. A row of the base that is zero has no direction, and is one of LoRA
     until its addition gives it one. Beside a convolution a row is the filter of an output channel.
