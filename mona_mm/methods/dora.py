@@ -22,14 +22,14 @@ class DoRA(LoRA):
     The norm is that of each row, :math:`m` begins as the norm of the base's rows, and the bias stays as it is. A module
     has :math:`r (m_\mathrm{in} + m_\mathrm{out}) + m_\mathrm{out}` parameters. In the gradient the norm is a constant,
     as in section 4.3 of the paper, unless ``detach_norm=False``. The norm is computed anew in every call, in float32
-    under autocast too, which takes a product of the size of the weight; merging saves it.
-
-    Weight decay pulls the magnitude to zero, and with it the whole weight; the configs here exempt it, as the published
-    runs have none.
+    under autocast too, which takes a product of the size of the weight; merging saves it. Training keeps the output of
+    the layer, which LoRA does not need, for the gradient of the magnitude. Weight decay pulls the magnitude to zero,
+    and with it the whole weight; the configs here exempt it.
 
     Dropout acts on the input of the whole change: in training the layer then computes
-    :math:`W x + b + (W' - W)\,\mathrm{Dropout}(x)`. A row of the base that is zero has no direction, and is one of LoRA
-    until its addition gives it one. Beside a convolution a row is the filter of an output channel.
+    :math:`W x + b + (W' - W)\,\mathrm{Dropout}(x)`. A row of the base that is zero has no direction: until the addition
+    gives it one, the row is the addition itself, as in LoRA. Beside a convolution a row is the filter of an output
+    channel.
 
     Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, sections 4.1 and 4.3. The paper's norm
     is that of the columns of a weight whose columns are the outputs, which are the rows here, as in Hugging Face's
