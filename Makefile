@@ -1,6 +1,6 @@
 # make demo       train, evaluate and picture a small model on the CPU
 # make test       lint and the tests: every pair of options, nothing slow;  make test-all: every combination, everything,
-#                 and the models of timm and transformers, which it installs into the environment
+#                 and what needs timm, transformers and peft, which it installs into the environment
 # make env        only the environment: .venv, made when missing, brought up to date when its files have changed
 # make lint
 #

@@ -46,6 +46,7 @@ METHODS = {
     'Mona': dict(type='Mona', bottleneck=4),
     'Mona in the branches': dict(type='Mona', bottleneck=4, sites=['ffn_branch', 'ffn_out', 'parallel_ffn']),
     'LoRA': dict(type='LoRA', rank=4),
+    'DoRA': dict(type='DoRA', rank=4, init='minor'),
     'Adapter': dict(type='Adapter', bottleneck=4),
     'AdaptFormer': dict(type='AdaptFormer', bottleneck=4),
     'LoRand': dict(type='LoRand', inner=4),
@@ -65,7 +66,7 @@ COVER = [
 def adapted(host: str, method: str, **options) -> nn.Module:
     """A backbone with a method whose values are not those it begins with, in evaluation."""
     peft = dict(METHODS[method])
-    if host == 'ConvNeXt' and method == 'LoRA':
+    if host == 'ConvNeXt' and method in ('LoRA', 'DoRA'):
         peft['sites'] = ['fc1', 'fc2']
     with DefaultScope.overwrite_default_scope(HOSTS[host]['type'].split('.')[0]):
         init_default_scope(HOSTS[host]['type'].split('.')[0])

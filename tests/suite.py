@@ -38,7 +38,8 @@ METHOD_CONFIGS = {
     'lorand': dict(type='LoRand', inner=4),
     'lora': dict(type='LoRA', rank=4),
     'lora-everywhere': dict(type='LoRA', rank=4, sites=['q', 'k', 'v', 'proj', 'fc1', 'fc2']),
-    'lora-ffn': dict(type='LoRA', rank=4, sites=['fc1', 'fc2']),
+    'lora-ffn': dict(type='LoRA', rank=4, sites=['fc1', 'fc2'], init='principal'),
+    'dora': dict(type='DoRA', rank=4),
     'mona-late': dict(type='Mona', bottleneck={'*.2': 4, 'default': 8}, blocks='last 2'),
     'lora-and-mona': [dict(type='LoRA', rank=4), dict(type='Mona', bottleneck=8)],
 }
@@ -50,6 +51,7 @@ STARTS = ('random', 'pretrained', 'model-level')
 PRECISIONS = {torch.bfloat16: (0.05, 0.25), torch.float16: (0.01, 0.05)}
 STRUCTURED = {
     'lora': dict(type='LoRA', rank=2),
+    'dora': dict(type='DoRA', rank=2),
     'adapter': dict(type='Adapter', bottleneck=2),
     'mona': dict(type='Mona', bottleneck=4),
 }
@@ -57,7 +59,7 @@ STRUCTURED = {
 
 def supports(host: str, method: str) -> bool:
     """ConvNeXt has no q, k, v, proj."""
-    return not ('convnext' in host and method in ('lora', 'lora-everywhere', 'lora-and-mona'))
+    return not ('convnext' in host and method in ('lora', 'lora-everywhere', 'lora-and-mona', 'dora'))
 
 
 def types(method: dict | list[dict]) -> list[str]:
@@ -71,7 +73,7 @@ COMMON = {
     'mmpretrain-swin': ('adapter', 'lora-everywhere'),
     'mmpretrain-vit': tuple(METHOD_CONFIGS),
     'mmpretrain-vit-no-cls': ('mona', 'lora-ffn'),
-    'mmpretrain-swinv2': ('mona', 'adapter', 'adaptformer', 'lora-everywhere'),
+    'mmpretrain-swinv2': ('mona', 'adapter', 'adaptformer', 'lora-everywhere', 'dora'),
     'mmpretrain-convnext': ('mona', 'adaptformer', 'lora-ffn'),
     'mmpretrain-convnextv2': ('mona', 'lorand'),
     'mmdet-pvtv2': ('mona', 'adapter', 'lorand', 'lora-everywhere'),
@@ -201,7 +203,8 @@ def check_gradients(model, size=64) -> None:
     sum(out.square().sum() for out in outputs(model, images(size=size))).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     required = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert with_gradient == required == method_names(model)
+    buffers = {name for name, _ in model.named_buffers()}
+    assert with_gradient == required == method_names(model) - buffers
 
 
 def off_initial_values(model) -> None:

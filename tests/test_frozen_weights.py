@@ -97,7 +97,10 @@ def check_against_autocast(host, tuning, dtype, device='cpu') -> None:
         each.init_weights()
     state = model.state_dict()
     for name, tensor in single.state_dict().items():  # the same random numbers, rounded where they are kept so
-        assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+        if name.endswith('.magnitude'):  # DoRA's, the norms of the weights that the model has
+            assert_near(state[name], tensor, torch.finfo(of).eps)
+        else:
+            assert torch.equal(state[name], tensor.to(state[name].dtype)), name
     for each in (model, single):
         torch.manual_seed(2)
         disturb(each)

@@ -63,7 +63,7 @@ def test_random_choices():
         (dict(type='AdaptFormer', scale=10**400), 'scale=1.* must be a number'),
         (dict(type='AdaptFormer', scale=10**5000), 'scale=<int> must be a number'),
         (dict(type='LoRA', alpha=float('inf')), 'alpha=inf'),
-        (dict(type='LoRA', init=['zero']), r"init=\['zero'\] must be 'zero' or 'trunc_normal'"),
+        (dict(type='LoRA', init=['zero']), r"init=\['zero'\] must be 'zero', 'trunc_normal', 'principal' or 'minor'"),
         (dict(type='LoRA', sites=[['q']]), 'cannot attach at sites='),
         (dict(type='LoRA', sites={'q': 1}), 'cannot attach at sites='),
         ({'type': 'LoRA', 1: 2}, 'must be a dict with names as keys'),

@@ -34,15 +34,17 @@ from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import ConfigError, MissingFileError, PlanError, UserError
 from mona_mm.hosts import find_host, method_modules
+from mona_mm.methods.base import start_from_base
 from mona_mm.nn.meta import meta_device
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
-
-@pytest.fixture(params=STRUCTURED)
-def kind(request) -> str:
-    return request.param
+on_every_host = pytest.mark.parametrize(
+    ('host', 'kind'),
+    pairwise(HOSTS, list(STRUCTURED), common=lambda host, kind: kind != 'dora' or is_common(host, kind)),
+)
+"""Every kind of structured module; DoRA, which is LoRA in all but its formula, where the suite has it."""
 
 
 @pytest.fixture
@@ -53,6 +55,7 @@ def spt(host, kind, tmp_path) -> dict:
     return dict(type='SPT', plan=str(tmp_path / 'plan.safetensors'), structured=STRUCTURED[kind])
 
 
+@on_every_host
 def test_what_the_plan_says_trains(host, spt):
     """Exactly the plan's count, by the plan's own parts; all of them get a gradient and nothing else does."""
     plan = Plan.load(spt['plan'])
@@ -97,8 +100,9 @@ def test_the_suite(host, spt, clone, dtype):
     trains_in_mixed_precision(host, dict(peft=spt), dtype)
 
 
+@on_every_host
 def test_begins_as_the_stock_model(host, spt):
-    """LoRA, Adapter and single weights begin as the identity; Mona's own initial values do not, as published."""
+    """LoRA, DoRA, Adapter and single weights begin as the identity; Mona's own initial values do not, as published."""
     if spt['structured']['type'] == 'Mona':
         return
     stock = MODELS.build(host)
@@ -106,6 +110,7 @@ def test_begins_as_the_stock_model(host, spt):
     model = PeftBackbone(base=host, peft=spt)
     model.init_weights()
     load(model, stock.state_dict())
+    start_from_base(model)
     freeze_alike(stock, model)
     stock.eval()
     model.eval()

@@ -84,6 +84,11 @@ METHODS = {
     'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
+    'dora': (
+        'DoRA',
+        'mona_mm/methods/dora.py',
+        ('DoRA: Weight-Decomposed Low-Rank Adaptation', 'https://arxiv.org/abs/2402.09353'),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

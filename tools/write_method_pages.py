@@ -54,9 +54,10 @@ IN_A_LINE = {
     'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
     'LoRA': 'Wx + (α/r)·BAx',
     'LoRand': 'an adapter whose matrices are sums of low-rank products',
-    'SPT': 'LoRA, Adapter or Mona and single weights where the task is sensitive, within a budget',
+    'SPT': 'LoRA, DoRA, Adapter or Mona and single weights where the task is sensitive, within a budget',
+    'DoRA': 'W′x, W′ = m·(W + (α/r)·BA) / ‖W + (α/r)·BA‖ for each row',
 }
-SPT_MERGES = 'LoRA, weights'
+SPT_MERGES = 'LoRA, DoRA, weights'
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def render(page: Page) -> str:
         'folds': 'It does not merge into the base. `mona_mm.methods.deploy` puts a form with fewer operations in its '
         'place, for inference.',
         'no': 'It does not merge: its modules stay in the backbone.',
-        SPT_MERGES: 'LoRA and single weights merge into the base; Adapter and Mona modules stay in the backbone.',
+        SPT_MERGES: 'LoRA, DoRA and single weights merge into the base; Adapter and Mona modules stay in the backbone.',
     }
     parts += ['## Merging', merging[page.merges], '## Published scores', _scores(page), '## Configs', _configs(page)]
     return '\n\n'.join(parts) + '\n'

@@ -121,7 +121,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged separately.
 
     Args:
-        model: a model, or a backbone alone, whose methods add to weights (LoRA, SPT with LoRA modules and single
+        model: a model, or a backbone alone, whose methods add to weights (LoRA, DoRA, SPT with these and single
             weights) or only choose which parameters train (BitFit, ...). For inference with a Mona see
             :func:`mona_mm.methods.deploy`.
 

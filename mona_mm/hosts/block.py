@@ -92,13 +92,22 @@ class StockLinear:
     def weight(self) -> Tensor:
         """The weight, ``(out_channels, in_channels)``. That of a convolution is flattened, so that ``in_channels`` are
         those of a patch, ``channels * height * width``."""
-        return self._module.weight[self._channels].flatten(1)
+        return self._effective('weight')[self._channels].flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
         """The bias, ``(out_channels,)``; None if the layer has none."""
-        bias = self._module.bias
+        bias = self._effective('bias')
         return None if bias is None else bias[self._channels]
+
+    def _effective(self, name: str) -> Tensor | None:
+        """The parameter that enters the layer's output: with its single weights (SPT), or of a quantized layer."""
+        tensor = getattr(self._module, name)
+        if callable(tensor):
+            tensor = tensor()
+            return tensor.dequantize() if tensor is not None and tensor.is_quantized else tensor
+        changes = {} if isinstance(self._module, PeftBlock) else getattr(self._module, 'peft', {})
+        return changes[name](tensor) if name in changes else tensor
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply another weight ``(c, in_channels)`` at the places where the layer, a convolution, applies its own.
@@ -217,7 +226,11 @@ class PeftBlock(Mixin):
     def weights(self) -> dict[str, Tensor]:
         """The weights that the stock block reads directly, with the method's additions, by path."""
         weights: dict[str, Tensor] = {}
-        for site, linear in self.spec.linears.items():
+        for path in self.spec.uncalled:
+            module = self.get_submodule(path)
+            for parameter, delta in getattr(module, 'peft', {}).items():
+                weights[f'{path}.{parameter}'] = delta(getattr(module, parameter))
+        for site, linear in self.spec.linears.items():  # which may depend on the weight, single weights included
             if site in self.peft and not linear.is_called:
                 weight = weights.get(linear.weight)
                 weight = _tensor(self, linear.weight) if weight is None else weight
@@ -226,11 +239,6 @@ class PeftBlock(Mixin):
                 delta = self.peft[site].delta_weight(part.flatten(1)).view_as(part)
                 before_rows = (0, 0) * (delta.dim() - 1)
                 weights[linear.weight] = weight + F.pad(delta, (*before_rows, rows.start, len(weight) - rows.stop))
-        for path in self.spec.uncalled:
-            module = self.get_submodule(path)
-            for parameter, delta in getattr(module, 'peft', {}).items():
-                weight = weights.get(f'{path}.{parameter}')
-                weights[f'{path}.{parameter}'] = delta(getattr(module, parameter) if weight is None else weight)
         return weights
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from mona_mm.methods.adapter import Adapter
 from mona_mm.methods.adaptformer import AdaptFormer
 from mona_mm.methods.base import LinearModule, Method, MethodGroup, StreamModule, build_method, deploy
+from mona_mm.methods.dora import DoRA
 from mona_mm.methods.lora import LoRA
 from mona_mm.methods.lorand import LoRand
 from mona_mm.methods.mona import Mona
@@ -10,6 +11,7 @@ from mona_mm.methods.mona import Mona
 __all__ = [
     'AdaptFormer',
     'Adapter',
+    'DoRA',
     'LinearModule',
     'LoRA',
     'LoRand',

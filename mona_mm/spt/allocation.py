@@ -97,7 +97,7 @@ def allocate(
     Args:
         sensitivity: the sensitivity of the weights of a base.
         budget: the budget, in a form that :func:`parse_budget` accepts.
-        structured: ``dict(type='LoRA', rank=8)`` (the default), ``dict(type='Adapter', bottleneck=8)`` or
+        structured: ``dict(type='LoRA', rank=8)`` (the default), or with another type: ``'DoRA'``, ``'Adapter'``, or
             ``dict(type='Mona', bottleneck=64)``; None to train only single weights and vectors.
         rule: ``'budget'`` or ``'published'``.
         alpha: the divisor of the threshold of structured modules, above 0.

@@ -225,12 +225,12 @@ def widths(architecture: Architecture, block: str, site: str) -> tuple[int, int]
     return torch.Size(in_shape).numel(), out_channels
 
 
-_WIDTH = {'LoRA': 'rank', 'Adapter': 'bottleneck', 'Mona': 'bottleneck'}
-_DEFAULT_WIDTH = {'LoRA': 8, 'Adapter': 8, 'Mona': 64}
+_WIDTH = {'LoRA': 'rank', 'DoRA': 'rank', 'Adapter': 'bottleneck', 'Mona': 'bottleneck'}
+_DEFAULT_WIDTH = {'LoRA': 8, 'DoRA': 8, 'Adapter': 8, 'Mona': 64}
 
 
 def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config of a structured module with its width filled in: ``rank`` for LoRA, ``bottleneck`` for the others.
+    """The config of a structured module with its width filled in: ``rank`` for LoRA and DoRA, else ``bottleneck``.
 
     Raises:
         ConfigError: if there is no such module, or its width is not a whole number of at least 1.
@@ -241,8 +241,8 @@ def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None
     type_ = type_.removeprefix('Structured')
     if type_ not in _WIDTH:
         raise ConfigError(
-            f"structured={show(config)} must be dict(type='LoRA', rank=8), dict(type='Adapter', bottleneck=8), "
-            "dict(type='Mona', bottleneck=64), or None."
+            f"structured={show(config)} must be dict(type='LoRA', rank=8), dict(type='DoRA', rank=8), "
+            "dict(type='Adapter', bottleneck=8), dict(type='Mona', bottleneck=64), or None."
         )
     width = config.get(_WIDTH[type_], _DEFAULT_WIDTH[type_])
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= LARGEST:

@@ -23,7 +23,6 @@ Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", I
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -35,6 +34,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import PeftModules
+from mona_mm.nn.autocast import no_autocast
 from mona_mm.nn.mixin import Mixin, mix_in, mix_out, stock_class
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
@@ -220,10 +220,6 @@ def merge_sparse(model: nn.Module) -> list[str]:
     return names
 
 
-def _no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
-
-
 class _SparseLinear(torch.autograd.Function):
     """``F.linear`` with single weights that train. It can be differentiated once."""
 
@@ -240,7 +236,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, values)
         # Not by save_for_backward: DDP writes the same buffers again at every forward, which would count as a change.
         ctx.indices = indices
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             return F.linear(x, _add(weight, values, indices).to(dtype), bias)
 
     @staticmethod
@@ -248,7 +244,7 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, values = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = grad_values = None
-        with _no_autocast(grad.device.type):
+        with no_autocast(grad.device.type):
             if ctx.needs_input_grad[0]:
                 grad_x = grad @ _add(weight, values, ctx.indices).to(grad.dtype)
             grad, x = grad.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])  # (N, out), (N, in)

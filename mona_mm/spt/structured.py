@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from mona_mm.hosts import LINEAR_SITES, StockLinear
 from mona_mm.methods.base import NOT_OPTIONS, LinearModule
-from mona_mm.methods.lora import Init, LoRA, reset_projections
+from mona_mm.methods.dora import DoRA
+from mona_mm.methods.lora import Init, InitOrPart, LoRA, reset_projections
 from mona_mm.methods.mona import Mona
 from mona_mm.options import Probability, Width, check_options, checked
 
 
 class StructuredLoRA(LoRA):
-    r"""A LoRA of scale 1 in parallel to a linear layer.
+    r"""A LoRA of scale 1, or with ``use_rslora`` of scale :math:`\sqrt{r}`, in parallel to a linear layer.
 
     .. math:: y + \mathrm{DropPath}(W_\mathrm{up} W_\mathrm{down}\,\mathrm{Dropout}(x))
 
@@ -34,7 +35,9 @@ class StructuredLoRA(LoRA):
         dropout: the dropout probability of the branch's input.
         drop_path: the probability of dropping the branch for an element of the first dimension, which is an image, or
             a window in the attention of a Swin.
-        init: ``'zero'``, with which the layer starts unchanged, or ``'trunc_normal'`` of std 0.02, as published.
+        init: ``'zero'``, ``'principal'`` or ``'minor'``, with which the layer starts unchanged, or ``'trunc_normal'``
+            of std 0.02, as published; see :class:`mona_mm.methods.LoRA`.
+        use_rslora: divide by the square root of the rank, as in rsLoRA, in place of the rank.
 
     Raises:
         ConfigError: if :class:`mona_mm.methods.LoRA` does not accept a value.
@@ -51,9 +54,52 @@ class StructuredLoRA(LoRA):
         rank: Width = 8,
         dropout: Probability = 0.1,
         drop_path: Probability = 0.1,
-        init: Init = 'zero',
+        init: InitOrPart = 'zero',
+        use_rslora: bool = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, rank, rank, 0.0 if site == 'proj' else dropout, drop_path, init)
+        dropout = 0.0 if site == 'proj' else dropout
+        super().__init__(in_channels, out_channels, rank, rank, dropout, drop_path, init, use_rslora)
+
+
+class StructuredDoRA(DoRA):
+    r"""A DoRA with the addition of :class:`StructuredLoRA` on a linear layer.
+
+    A module has :math:`r (m_\mathrm{in} + m_\mathrm{out}) + m_\mathrm{out}` parameters. Its ``delta_weight`` merges it
+    into the layer.
+
+    Args:
+        in_channels: the width of the layer's input.
+        out_channels: the width of its output, or of the slice.
+        site: the site of the layer, one of :data:`mona_mm.hosts.LINEAR_SITES`; at ``proj`` there is no dropout.
+        rank: :math:`r`, the rank.
+        dropout: the dropout probability of the input of the change.
+        drop_path: the probability of dropping the change for an element of the first dimension, which is an image, or
+            a window in the attention of a Swin.
+        init: as in :class:`StructuredLoRA`.
+        use_rslora: divide by the square root of the rank in place of the rank.
+        detach_norm: treat the norm as a constant in the gradient, as :class:`mona_mm.methods.DoRA` does.
+
+    Raises:
+        ConfigError: if :class:`mona_mm.methods.DoRA` does not accept a value.
+    """
+
+    sites = LINEAR_SITES
+
+    @checked
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        site: str,
+        rank: Width = 8,
+        dropout: Probability = 0.1,
+        drop_path: Probability = 0.1,
+        init: InitOrPart = 'zero',
+        use_rslora: bool = False,
+        detach_norm: bool = True,
+    ) -> None:
+        dropout = 0.0 if site == 'proj' else dropout
+        super().__init__(in_channels, out_channels, rank, rank, dropout, drop_path, init, use_rslora, detach_norm)
 
 
 class StructuredAdapter(LinearModule):
@@ -117,7 +163,7 @@ class StructuredAdapter(LinearModule):
         return self.drop_path(self.up(self.act(self.down(self.dropout(z)))))
 
 
-STRUCTURED = {'LoRA': StructuredLoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+STRUCTURED = {'LoRA': StructuredLoRA, 'DoRA': StructuredDoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
 """The classes of the structured modules, by the ``type`` in a config."""
 
 
@@ -127,7 +173,7 @@ def build_structured(
     """Build the structured module of a site.
 
     Args:
-        config: the config of the module; its ``type`` is ``'LoRA'``, ``'Adapter'``, or ``'Mona'`` at a stream site.
+        config: the config of the module; its ``type`` is a key of :data:`STRUCTURED`, ``'Mona'`` at a stream site.
         widths: ``(channels,)`` at a stream site, ``(in_channels, out_channels)`` at a linear site.
         site: the name of the site, as in :mod:`mona_mm.hosts`.
         is_called: whether the host calls the linear layer of the site as a module.
