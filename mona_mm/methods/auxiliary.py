@@ -95,7 +95,7 @@ def _warn_of_unused(optimizer: Optimizer, args: tuple, kwargs: Mapping[str, Any]
     if not _UNUSED:
         return
     trained = {id(p) for group in optimizer.param_groups for p in group['params']}
-    left = [module for module in _UNUSED if any(id(p) in trained for p in module.parameters())]
+    left = [module for module in _UNUSED if any(p.requires_grad and id(p) in trained for p in module.parameters())]
     _UNUSED.difference_update(left)
     with torch.no_grad():
         names = sorted({name for module in left for name in module.auxiliary_losses()})
