@@ -84,6 +84,19 @@ METHODS = {
     'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
+    'colin': (
+        'CoLin',
+        'mona_mm/methods/colin.py',
+        (
+            '1% > 100%: High-Efficiency Visual Adapter with Complex Linear Projection Optimization',
+            'https://arxiv.org/abs/2602.10513',
+        ),
+    ),
+    'adapter_plus': (
+        'Adapter+',
+        'mona_mm/methods/adapter_plus.py',
+        ('Adapters Strike Back', 'https://arxiv.org/abs/2406.06820'),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

@@ -19,6 +19,7 @@ from mona_mm.type_names import look_up, type_name
 METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
     *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
+    *('colin', 'adapter_plus'),
 )
 
 SIZES = {  # embed_dims, depths, num_heads
@@ -105,6 +106,7 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             method = _type(peft).lower()
             if method == 'spt':
                 method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
+            method = next((known for known in METHODS if known.replace('_', '') == method), method)
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
