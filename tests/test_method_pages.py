@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from mona_mm.frozen.rules import METHOD_RULES
 from mona_mm.registry import METHODS
+from mona_mm.reproduce.cells import method_name
 
 TOOL = str(ROOT / 'tools/write_method_pages.py')
 
@@ -43,7 +44,7 @@ def test_every_method_has_a_page():
     """Registered methods and rules, and no others."""
     METHODS.import_from_location()
     pages = {path.stem for path in (ROOT / 'docs/methods').glob('*.md')}
-    own = {name.lower() for name, cls in METHODS.module_dict.items() if cls.__module__.startswith('mona_mm.')}
+    own = {method_name(name) for name, cls in METHODS.module_dict.items() if cls.__module__.startswith('mona_mm.')}
     assert pages == {*own, *METHOD_RULES}
 
 

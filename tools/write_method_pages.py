@@ -28,6 +28,7 @@ from mona_mm.nn.meta import meta_device
 from mona_mm.options import accepted_values, widths
 from mona_mm.registry import METHODS
 from mona_mm.reproduce import build_tables
+from mona_mm.reproduce.cells import method_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing this. -->'
@@ -163,7 +164,8 @@ def page_of_method(name: str, cls: type) -> Page:
     sites = (cls.sites, cls.possible_sites)
     trained = count(peft=dict(type=name))
     setting = f"peft=dict(type='{name}')"
-    return Page(name.lower(), setting, text, arguments, cls, sites, merges, (name.lower(),), trained)
+    own = method_name(name)
+    return Page(own, setting, text, arguments, cls, sites, merges, (own,), trained)
 
 
 def page_of_rule(name: str, text: str) -> Page:

@@ -30,6 +30,13 @@ SIZES = {  # embed_dims, depths, num_heads
 _ARCHS = dict(tiny='swin_t', t='swin_t', base='swin_b', b='swin_b', large='swin_l', l='swin_l')
 
 
+def method_name(cls: str) -> str:
+    """The name in tables and of the folder of configs for a method, by the name of its class: ``'adapter_plus'`` for
+    ``'AdapterPlus'``."""
+    name = cls.lower()
+    return next((method for method in METHODS if method.replace('_', '') == name), name)
+
+
 def config_name(method: str, task: str) -> str:
     """The basename of the shipped config of a cell, without ``.py``."""
     return TASKS[task].config if method == 'mona' else f'{method}_{TASKS[task].config}'
@@ -103,10 +110,9 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             peft = backbone['peft']
             if isinstance(peft, list | tuple):  # several together are none of the published methods
                 return None
-            method = _type(peft).lower()
+            method = method_name(_type(peft))
             if method == 'spt':
                 method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
-            method = next((known for known in METHODS if known.replace('_', '') == method), method)
             return method if backbone.get('trainable') in (None, 'none') else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
