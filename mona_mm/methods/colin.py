@@ -67,6 +67,7 @@ class GatedDepthwise(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.weight = nn.Parameter(torch.empty(channels, 1, 3, 3))
         self.bias = nn.Parameter(torch.empty(channels))
         self.gate = nn.Parameter(torch.empty(channels))
@@ -82,7 +83,7 @@ class GatedDepthwise(nn.Module):
         share = self.gate.sigmoid()
         identity = F.pad((1 - share)[:, None, None, None], (1, 1, 1, 1))
         kernel = share[:, None, None, None] * self.weight + identity
-        return F.conv2d(grid, kernel, share * self.bias, padding=1, groups=len(share))
+        return F.conv2d(grid, kernel, share * self.bias, padding=1, groups=self.channels)
 
 
 @METHODS.register_module()
