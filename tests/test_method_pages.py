@@ -24,7 +24,7 @@ def test_up_to_date_but_for_the_counts(tool, monkeypatch):
     taken from the pages: counting them takes a while (see the next test)."""
 
     def listed(peft=None, trainable=None):
-        page = (ROOT / f'docs/methods/{(peft["type"] if peft else trainable).lower()}.md').read_text()
+        page = (ROOT / f'docs/methods/{method_name(peft["type"]) if peft else trainable}.md').read_text()
         rows = re.findall(r'^\| (\S+) \| ([\d,]+) \|$', page, re.MULTILINE)
         return {name: int(number.replace(',', '')) for name, number in rows}
 
