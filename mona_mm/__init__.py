@@ -16,6 +16,7 @@ from mona_mm.checkpoint.merge import merge  # noqa: E402
 from mona_mm.frozen import averages  # noqa: E402, F401  lets averages keep the frozen part
 from mona_mm.frozen.count import count_trainable  # noqa: E402
 from mona_mm.hosts import register_host  # noqa: E402
+from mona_mm.methods.auxiliary import auxiliary_loss  # noqa: E402
 from mona_mm.peft_model import PeftModel  # noqa: E402
 from mona_mm.version import __version__  # noqa: E402
 
@@ -24,6 +25,7 @@ __all__ = [
     'PeftBackbone',
     'PeftModel',
     '__version__',
+    'auxiliary_loss',
     'count_trainable',
     'load_delta',
     'merge',

@@ -15,6 +15,7 @@ from mona_mm.frozen.rules import Rules, as_rules, freeze
 from mona_mm.hosts import find_host, is_host, make_fast, method_modules
 from mona_mm.methods import Method, build_method
 from mona_mm.methods import deploy as put_in_deploy_forms
+from mona_mm.methods.auxiliary import expect_auxiliary_losses
 from mona_mm.methods.base import start_from_base
 from mona_mm.options import Positive, checked, show
 from mona_mm.record import make_record
@@ -83,6 +84,7 @@ def PeftBackbone(
             make_fast(module)
     if method is not None:
         method.attach(backbone)
+        expect_auxiliary_losses(backbone)
     if deploy and not put_in_deploy_forms(backbone):
         raise ConfigError(
             f'deploy=True: {"a backbone without method" if method is None else method.name} has no form for inference '

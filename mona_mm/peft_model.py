@@ -13,6 +13,7 @@ from mona_mm.frozen.copies import moving_copies
 from mona_mm.frozen.rules import Rules, as_rules, freeze
 from mona_mm.hosts import Layer, PeftLayer, PeftModules, attach_to_layer, find_layers, read_past, weights_with_method
 from mona_mm.methods import LinearModule
+from mona_mm.methods.auxiliary import expect_auxiliary_losses
 from mona_mm.methods.base import NOT_OPTIONS, check_size, check_widths, start_from_base
 from mona_mm.nn.patterns import PathPattern
 from mona_mm.options import check_options, checked, show
@@ -65,6 +66,7 @@ def PeftModel(base: dict[str, Any], targets: Sequence[Mapping[str, Any]], traina
     load_hosts_strictly(module)
     chosen = choose_layers(module, methods)
     records = tuple(_attach(module, method, layers) for method, layers in zip(methods, chosen, strict=True))
+    expect_auxiliary_losses(module)
     record = make_record(module)
     record.targets, record.method = records, '+'.join(dict.fromkeys(r.method for r in records))
     record.config = dict(type='PeftModel', targets=[_plain(target) for target in targets])

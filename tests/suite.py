@@ -42,6 +42,8 @@ METHOD_CONFIGS = {
     'dora': dict(type='DoRA', rank=4),
     'mona-late': dict(type='Mona', bottleneck={'*.2': 4, 'default': 8}, blocks='last 2'),
     'lora-and-mona': [dict(type='LoRA', rank=4), dict(type='Mona', bottleneck=8)],
+    'adapter-plus': dict(type='AdapterPlus', bottleneck=8),
+    'colin': dict(type='CoLin', bottleneck=12, rank=4),
 }
 CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda m: pickle.loads(pickle.dumps(m))}
 SIZES = {'64x96': (64, 96), '96x64': (96, 64), '50x70': (50, 70)}

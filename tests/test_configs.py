@@ -10,6 +10,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import mmcv
@@ -55,11 +56,11 @@ TASKS = (
 # Trainable backbone parameters with out_indices (0, 1, 2, 3).
 TRAINABLE = {
     't': dict(full=27520698, bitfit=76218, norm_tuning=26112, partial_1=7091928, adapter=1140864, lora=1130496,
-              adaptformer=570432, mona=1408128, lorand=1758144, fixed=0),
+              adaptformer=570432, mona=1408128, lorand=1758144, fixed=0, colin=669312),
     'b': dict(full=86745016, bitfit=201656, norm_tuning=59392, partial_1=12601632, adapter=3107328, lora=3080192,
-              adaptformer=1553664, mona=3667456, lorand=4754688, fixed=0),
+              adaptformer=1553664, mona=3667456, lorand=4754688, fixed=0, colin=1703424),
     'l': dict(full=194998164, bitfit=302484, norm_tuning=89088, partial_1=28339632, adapter=4659456, lora=4620288,
-              adaptformer=2329728, mona=5267712, lorand=7082880, fixed=0),
+              adaptformer=2329728, mona=5267712, lorand=7082880, fixed=0, colin=2389248),
 }  # fmt: skip
 # Where a task changes them: VOC has out_indices (1, 2, 3) and a frozen patch embedding, classification (3,).
 TRAINABLE_ELSEWHERE = {
@@ -251,6 +252,50 @@ def test_what_trains(config):
     assert max(m.drop_prob for m in model.backbone.modules() if type(m).__name__ == 'DropPath') == pytest.approx(
         0.2 if name == 'upernet_swin_l_ade20k' else drop_path
     )
+
+
+def each_block(parameters: Callable[[int], int]) -> dict[str, int]:
+    """The sum of a number of parameters, a function of the width, over the blocks of the backbone of every task."""
+    stages = [stage for stage, depth in enumerate((2, 2, 18, 2)) for _ in range(depth)]
+    widths = {'dinov2_b': [768] * 12, 'dinov2_s': [384] * 12}
+    widths |= {size: [width << stage for stage in stages] for size, width in (('swin_b', 128), ('swin_l', 192))}
+    return {size: sum(map(parameters, blocks)) for size, blocks in widths.items()}
+
+
+LATER_TASKS = (*TASKS[:3], 'cascade_dinov2_b_coco', 'retinanet_dinov2_s_voc', 'upernet_dinov2_b_ade20k')
+LATER = {
+    'colin': each_block(lambda m: 2 * (57 * m + 6912)),
+    'adapter_plus': each_block(lambda m: 2 * m * 8 + 8 + 2 * m),
+}
+"""Methods of later papers, which have configs of some tasks: their numbers of parameters in each backbone."""
+
+
+@pytest.mark.parametrize('method', LATER)
+def test_later_methods_have_the_settings_of_the_others(method):
+    """A config differs from LoRA's of the same task in nothing but the method."""
+    for task in LATER_TASKS:
+        ours, lora = (CONFIGS[f'{name}_{task}'].read_text().splitlines() for name in (method, 'lora'))
+        (line,) = [line for line in ours if line not in lora]
+        assert line.strip().startswith('peft=dict(') and len(ours) == len(lora) <= 15
+    assert len([path for path in CONFIGS.values() if path.parent.name == method]) == len(LATER_TASKS)
+
+
+@pytest.mark.parametrize(
+    ('method', 'task'),
+    [
+        pytest.param(method, task, marks=[pytest.mark.slow] * (task != 'retinanet_dinov2_s_voc'))
+        for method in LATER
+        for task in LATER_TASKS
+    ],
+)
+def test_what_trains_with_later_methods(method, task):
+    """At full size: the number of parameters by the formula, and what `mim search` says."""
+    name = f'{method}_{task}'
+    cfg = load_config(str(CONFIGS[name]))
+    adapt_to_device(cfg)
+    count = count_trainable(build_on_meta(cfg))
+    size = re.search('(swin|dinov2)_[bsl]', task)[0]
+    assert count.backbone_trainable == LATER[method][size] == listed()[name]['Metadata'][COUNT]
 
 
 def published_number(method: str, name: str) -> int:

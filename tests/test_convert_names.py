@@ -78,6 +78,66 @@ def test_the_published_module_under_the_names_of_the_colin_release():
     torch.testing.assert_close(out, output, atol=1e-5 * float(output.abs().max()), rtol=0)
 
 
+COLIN = dict(type='CoLin', bottleneck=12, rank=4, branches=3)
+
+
+def released_colin(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A Swin with CoLin as its release names it, written independently of the converter: scales are columns, the gate
+    is of a map's shape, and the second projection holds the first one."""
+    released = {}
+    for name, tensor in state.items():
+        block, _, rest = name.partition('.peft.')
+        if not rest:
+            released[name] = tensor
+            continue
+        site, _, rest = rest.partition('.')
+        place = f'{block}.colin{1 if site == "post_attn" else 2}.'
+        first = {'down.a': 'param_dict.A', 'down.b': 'param_dict.B', 'down.bias': 'bias'}
+        others = {
+            'up.a': 'project2.param_dict.A', 'up.b': 'project2.param_dict.B', 'up.bias': 'project2.bias',
+            'depthwise.weight': 'inner_op.weight', 'depthwise.bias': 'inner_op.bias',
+        }  # fmt: skip
+        for copy in ('project1.', 'project2.upProjection.'):
+            if rest in first:
+                released[f'{place}{copy}{first[rest]}'] = tensor.clone()
+            elif rest == 'g':
+                released |= {f'{place}{copy}param_dict.g{i}': tensor[i].reshape(4, 1) for i in range(3)}
+        if rest in others:
+            released[place + others[rest]] = tensor
+        elif rest == 'depthwise.gate':
+            released[f'{place}inner_scale'] = tensor.reshape(1, 12, 1, 1)
+    return released
+
+
+def test_colin_of_its_release_and_back():
+    """It loads strictly into a Swin with CoLin, which computes what it did; the way back is exact, the copies of the
+    first projection included."""
+    source = with_method(COLIN)
+    released = released_colin(source.state_dict())
+    assert 'stages.0.blocks.0.colin1.project2.upProjection.param_dict.g2' in released
+    assert recognise(released) == 'colin'
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=COLIN).eval()
+    model.load_state_dict(convert_state_dict(released), strict=True)
+    x = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(model(x), source(x), strict=True))
+    whole = {f'backbone.{name}': tensor for name, tensor in released.items()}
+    again = to_colin(convert_model(dict(state_dict=whole)))
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize('change', ['other values', 'absent'])
+def test_copies_of_a_projection_that_differ(change):
+    released = released_colin(with_method(COLIN).state_dict())
+    name = 'stages.1.blocks.0.colin2.project1.param_dict.g1'
+    if change == 'absent':
+        released.pop(name)
+    else:
+        released[name] = released[name] + 1
+    with pytest.raises(CheckpointMismatchError, match=r'colin2\.project2\.upProjection\.param_dict\.g1 differs'):
+        convert_state_dict(released)
+
+
 def test_adapters_of_the_colin_release():
     source = with_method(dict(type='Adapter', bottleneck=8))
     names = dict(attn_branch='adapter1', ffn_branch='adapter2', down='project1', up='project2')
@@ -96,6 +156,8 @@ def test_no_way_to_the_colin_release():
     for peft in (dict(type='Mona', bottleneck=4), dict(type='LoRA', rank=2)):
         with pytest.raises(ConfigError, match='the CoLin release has no such module'):
             to_colin(with_method(peft).state_dict())
+    with pytest.raises(ConfigError, match='the published code has no such module'):
+        to_published(with_method(COLIN).state_dict())
     with pytest.raises(ConfigError, match='Swin'):
         to_colin(MODELS.build(HOSTS['mmpretrain-vit']).state_dict())
 
@@ -140,7 +202,7 @@ def checkpoints() -> dict[str, dict[str, torch.Tensor]]:
 
 UNKNOWN = {
     'swin': ['layers.0.blocks.0.prompt', 'layers.0.blocks.1.my_module_1.extra.weight', 'tokens'],
-    'colin': ['stages.0.blocks.0.colin1.project1.param_dict.A', 'stages.0.blocks.0.lorand1.project1.param_dict.A'],
+    'colin': ['stages.0.blocks.0.colin1.project1.param_dict.C', 'stages.0.blocks.0.lorand1.project1.param_dict.A'],
     'vit': ['prompt_tokens', 'blocks.0.attn.q_bias', 'blocks.0.adapter.down.weight'],
     'convnext': ['stages.0.0.adapter.weight', 'scale'],
     'pvt': ['block1.0.adapter.weight', 'prompt'],

@@ -75,12 +75,32 @@ def check_method(peft, host, tmp_path):
     trains_in_mixed_precision(host, dict(peft=peft), torch.bfloat16)
 
 
-@pytest.mark.parametrize('name', ['scale_shift.py', 'output_scale.py'])
+@pytest.mark.parametrize('name', ['scale_shift.py', 'held_shift.py', 'output_scale.py'])
 def test_a_method(name, load_file, tmp_path):
     """The file alone makes a method, which is built by its name and behaves as one of this package."""
     load_file(name)
     peft = dict(type=''.join(word.title() for word in name.removesuffix('.py').split('_')))
     check_method(peft, HOSTS['mmdet-swin'], tmp_path)
+
+
+def test_a_term_in_the_loss(load_file):
+    """It is in the losses of a model around the backbone, by its name, and in the gradients."""
+    load_file('held_shift.py')
+
+    class Model(BaseModel):
+        def __init__(self):
+            super().__init__()
+            self.backbone = PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='HeldShift', weight=2.0))
+
+        def forward(self, inputs, mode='loss'):
+            return dict(loss_task=0 * self.backbone(inputs)[-1].sum())
+
+    model = Model()
+    loss, log = model.parse_losses(model(images()))
+    loss.backward()
+    shifts = [module.shift for module in method_modules(model)]
+    assert_near(log['loss_shift'], 2 * torch.cat(shifts).square().sum())
+    assert_near([shift.grad for shift in shifts], [4 * shift.detach() for shift in shifts])
 
 
 def test_a_linear_method_merges(load_file):

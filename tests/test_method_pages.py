@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from mona_mm.frozen.rules import METHOD_RULES
 from mona_mm.registry import METHODS
+from mona_mm.reproduce.cells import method_name
 
 TOOL = str(ROOT / 'tools/write_method_pages.py')
 
@@ -23,7 +24,7 @@ def test_up_to_date_but_for_the_counts(tool, monkeypatch):
     taken from the pages: counting them takes a while (see the next test)."""
 
     def listed(peft=None, trainable=None):
-        page = (ROOT / f'docs/methods/{(peft["type"] if peft else trainable).lower()}.md').read_text()
+        page = (ROOT / f'docs/methods/{method_name(peft["type"]) if peft else trainable}.md').read_text()
         rows = re.findall(r'^\| (\S+) \| ([\d,]+) \|$', page, re.MULTILINE)
         return {name: int(number.replace(',', '')) for name, number in rows}
 
@@ -43,7 +44,7 @@ def test_every_method_has_a_page():
     """Registered methods and rules, and no others."""
     METHODS.import_from_location()
     pages = {path.stem for path in (ROOT / 'docs/methods').glob('*.md')}
-    own = {name.lower() for name, cls in METHODS.module_dict.items() if cls.__module__.startswith('mona_mm.')}
+    own = {method_name(name) for name, cls in METHODS.module_dict.items() if cls.__module__.startswith('mona_mm.')}
     assert pages == {*own, *METHOD_RULES}
 
 

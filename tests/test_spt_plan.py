@@ -27,7 +27,15 @@ from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.published import _read, published_names
 
 SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
-KINDS = [dict(type='LoRA', rank=2), dict(type='Adapter', bottleneck=2), dict(type='Mona', bottleneck=4), None]
+KINDS = [
+    *(dict(type='LoRA', rank=2), dict(type='Adapter', bottleneck=2), dict(type='Mona', bottleneck=4)),
+    *(dict(type='AdapterPlus', bottleneck=2), None),
+]
+GROUPS = {
+    'Mona': {'post_attn': SITES[:4], 'post_ffn': SITES[4:]},
+    'AdapterPlus': {'post_ffn': SITES[4:]},
+}
+"""The matrices before a module in the stream, by its site."""
 TINY = {
     'vit': dict(
         type='mmpretrain.VisionTransformer',
@@ -287,12 +295,12 @@ def test_reading_a_published_plan_leaves_no_trace(vit_b):
 def walk(sensitivity, budget, kind, alpha, beta):
     """The rule of allocate's docstring, weight by weight."""
     architecture = sensitivity.architecture
-    groups = {'post_attn': SITES[:4], 'post_ffn': SITES[4:]} if (kind or {}).get('type') == 'Mona' else None
+    groups = GROUPS.get((kind or {}).get('type'), {site: (site,) for site in SITES})
     key, cost, need, values = [], {}, {}, []
     for part in architecture.parts:
         own = None
-        if part.kind == 'matrix' and kind:
-            site = part.op if groups is None else next(s for s, members in groups.items() if part.op in members)
+        site = next((site for site, members in groups.items() if part.op in members), None)
+        if part.kind == 'matrix' and kind and site:
             own = (part.block, site)
             cost[own] = module_cost(kind, architecture, *own)
             need[own] = cost[own] / alpha
@@ -418,6 +426,18 @@ def test_mona_goes_where_the_sensitivity_is():
     assert plan.counts.structured == cost and plan.counts.weights == 5
 
 
+def test_adapter_plus_alone_is_a_plan_of_its_own_budget():
+    """As many parameters as Adapter+ trains alone put one module into every block, and nothing at the attention."""
+    kind = dict(type='AdapterPlus', bottleneck=4)
+    sensitivity = random_sensitivity('vit')
+    alone = 3 * (2 * 32 * 4 + 4 + 2 * 32)
+    plan = allocate(sensitivity, alone + 32, kind, alpha=1e6, structured_only=True, structured_vectors=False)
+    assert plan.structured == {f'layers.{i}': ('post_ffn',) for i in range(3)}
+    assert plan.counts.structured == alone and plan.counts.weights == 0
+    with pytest.raises(PlanError, match="AdapterPlus has no site 'post_attn'"):
+        replace(plan, structured={'layers.0': ('post_attn',)})
+
+
 STRUCTURED = {
     'lora': dict(type='LoRA', rank=3, dropout=0.0),
     'adapter': dict(type='Adapter', bottleneck=3, init='trunc_normal'),
@@ -425,6 +445,7 @@ STRUCTURED = {
     'mona-kernels': dict(type='Mona', bottleneck=3, kernel_sizes=[3, 9], scaled_norm=['down', 'pointwise']),
     'mona-plain': dict(type='Mona', bottleneck=3, kernel_sizes=[5], scaled_norm=[], average=False),
     'mona-all-norms': dict(type='Mona', bottleneck=2, scaled_norm=['pointwise']),
+    'adapter-plus': dict(type='AdapterPlus', bottleneck=3, drop_path=0.0),
 }
 
 

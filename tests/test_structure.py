@@ -29,6 +29,7 @@ LAZY = {
     ('compat/mmcv_ops.py', 'torchvision'): 'only some operators need torchvision, which is slow to import',
     ('compat/safe_globals.py', 'numpy'): 'a later numpy may lack these names, which are used only for saving',
     ('hosts/pvt.py', 'mmdet'): 'only the conversion of official PVT checkpoints needs mmdet, which is slow to import',
+    ('methods/adapter_plus.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
     ('methods/lora.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
     ('models/dinov2.py', 'mona_mm'): 'the class derives from one of mmpretrain, which takes seconds to import',
     ('models/hf_backbone.py', 'transformers'): 'an extra, which takes seconds to import',

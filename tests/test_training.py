@@ -105,8 +105,19 @@ def with_frozen_bfloat16(cfg, iterations):
     epoch_based(cfg, iterations)
 
 
+def with_a_term_in_the_loss(cfg, iterations):
+    cfg.model.backbone.peft = dict(type='CoLin', bottleneck=12, rank=4)
+    epoch_based(cfg, iterations)
+
+
 @pytest.mark.parametrize(
-    'loop', [epoch_based, iteration_based, pytest.param(with_frozen_bfloat16, marks=pytest.mark.slow)]
+    'loop',
+    [
+        epoch_based,
+        iteration_based,
+        pytest.param(with_frozen_bfloat16, marks=pytest.mark.slow),
+        pytest.param(with_a_term_in_the_loss, marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bit_for_bit(detector_config, tmp_path, loop):
     """Two iterations, stop, two more after --resume: the losses of four straight ones, and every tensor of the model

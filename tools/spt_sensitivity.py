@@ -17,7 +17,7 @@ from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.sensitivity import Sensitivity
 
-STRUCTURED = ('LoRA', 'DoRA', 'Adapter', 'Mona', 'none')
+STRUCTURED = ('LoRA', 'DoRA', 'Adapter', 'Mona', 'AdapterPlus', 'none')
 
 
 def main() -> None:

@@ -89,6 +89,19 @@ METHODS = {
         'mona_mm/methods/dora.py',
         ('DoRA: Weight-Decomposed Low-Rank Adaptation', 'https://arxiv.org/abs/2402.09353'),
     ),
+    'colin': (
+        'CoLin',
+        'mona_mm/methods/colin.py',
+        (
+            '1% > 100%: High-Efficiency Visual Adapter with Complex Linear Projection Optimization',
+            'https://arxiv.org/abs/2602.10513',
+        ),
+    ),
+    'adapter_plus': (
+        'Adapter+',
+        'mona_mm/methods/adapter_plus.py',
+        ('Adapters Strike Back', 'https://arxiv.org/abs/2406.06820'),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

@@ -28,6 +28,7 @@ from mona_mm.nn.meta import meta_device
 from mona_mm.options import accepted_values, widths
 from mona_mm.registry import METHODS
 from mona_mm.reproduce import build_tables
+from mona_mm.reproduce.cells import method_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing this. -->'
@@ -54,7 +55,10 @@ IN_A_LINE = {
     'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
     'LoRA': 'Wx + (α/r)·BAx',
     'LoRand': 'an adapter whose matrices are sums of low-rank products',
-    'SPT': 'LoRA, DoRA, Adapter or Mona and single weights where the task is sensitive, within a budget',
+    'CoLin': 'x + up(gelu(a·dw3x3(p) + (1 - a)·p)), p = down(x), of low-rank matrices that a term in the loss keeps '
+    'close to orthogonal',
+    'AdapterPlus': 'x + s·up(gelu(down(x))), s a learned scale of every channel',
+    'SPT': 'LoRA, DoRA, Adapter, Adapter+ or Mona and single weights where the task is sensitive, within a budget',
     'DoRA': 'W′x, W′ = m·(W + (α/r)·BA) / ‖W + (α/r)·BA‖ for each row',
 }
 SPT_MERGES = 'LoRA, DoRA, weights'
@@ -161,7 +165,8 @@ def page_of_method(name: str, cls: type) -> Page:
     sites = (cls.sites, cls.possible_sites)
     trained = count(peft=dict(type=name))
     setting = f"peft=dict(type='{name}')"
-    return Page(name.lower(), setting, text, arguments, cls, sites, merges, (name.lower(),), trained)
+    own = method_name(name)
+    return Page(own, setting, text, arguments, cls, sites, merges, (own,), trained)
 
 
 def page_of_rule(name: str, text: str) -> Page:

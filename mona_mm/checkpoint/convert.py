@@ -9,8 +9,8 @@
 ``'pvt'``             the official PVT and PVTv2: ``block1.0.attn.q``
 ``'convnext'``        the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
 ``'convnext-timm'``   timm's ConvNeXt and ConvNeXt V2: ``stages.I.blocks.J.conv_dw``
-``'colin'``           the authors' LoRand and Adapter in mmdet's Swin, of the CoLin release:
-                      ``stages.I.blocks.J.lorand1``
+``'colin'``           the authors' CoLin, LoRand and Adapter in mmdet's Swin, of the CoLin release:
+                      ``stages.I.blocks.J.colin1``
 ``'mm'``              mmdet's, mmseg's, mmpretrain's and mona_mm's own, which need no conversion
 ====================  ================================================================================================
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mona_mm.checkpoint.published import (
     COLIN,
+    COLIN_NAMES,
     MODULE_NAMES,
     convert_colin_back,
     convert_modules,
@@ -74,7 +75,7 @@ def check_names(form: str | None, converted: Iterable[str]) -> None:
     if form == 'mm':
         patterns = [host.own_names.pattern for host in hosts] + [r'(.*\.)?peft\..*']
     elif form == COLIN.name:
-        patterns = [SWIN_NAMES.pattern, MODULE_NAMES]
+        patterns = [SWIN_NAMES.pattern, COLIN_NAMES]
     else:
         patterns = [host.own_names.pattern for host in hosts if form in [known.name for known in host.formats]]
         patterns += [MODULE_NAMES] if form == MICROSOFT.name else []
@@ -93,11 +94,11 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known
     """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
     The format is recognised from the names. Supported formats include Microsoft's Swin and the published Mona code
-    (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and LoRand and Adapter of the CoLin release. A
-    checkpoint of an unknown format is returned with its names unchanged. A checkpoint may be the whole file
-    (``{'model': ...}``, ``{'state_dict': ...}``) or only the tensors, of a backbone or of a detector (of which only
-    ``backbone.*`` is returned). Tensors that no backbone uses are left out, and so are those of MoCo v3 outside of its
-    base encoder.
+    (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and the CoLin release (with those of CoLin, LoRand
+    or Adapter). A checkpoint of an unknown format is returned with its names unchanged. A checkpoint may be the whole
+    file (``{'model': ...}``, ``{'state_dict': ...}``) or only the tensors, of a backbone or of a detector (of which
+    only ``backbone.*`` is returned). Tensors that no backbone uses are left out, and so are those of MoCo v3 outside of
+    its base encoder.
 
     Args:
         state_dict: the tensors by the checkpoint's own names.
@@ -146,7 +147,7 @@ def to_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_colin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert LoRand or Adapter in an mmdet Swin, or in a model with one at ``backbone.``, to the CoLin names.
+    """Convert CoLin, LoRand or Adapter in an mmdet Swin, or in a model with one at ``backbone.``, to the CoLin names.
 
     Raises:
         ConfigError: if there is no such Swin, or it has a module that is not in that release.

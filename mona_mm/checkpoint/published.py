@@ -1,7 +1,7 @@
 """Convert the names of the modules of the published Mona and CoLin repositories in a Swin to those of this package.
 
-The published Mona code has its modules in a Swin with Microsoft's names; the CoLin release has LoRand and Adapter in
-mmdet's Swin. All other names of such a checkpoint belong to the host, see :mod:`mona_mm.hosts.swin`.
+The published Mona code has its modules in a Swin with Microsoft's names; the CoLin release has CoLin, LoRand and
+Adapter in mmdet's Swin. All other names of such a checkpoint belong to the host, see :mod:`mona_mm.hosts.swin`.
 """
 
 import re
@@ -20,8 +20,16 @@ MODULE_NAMES = (
     r'|(attn|ffn)_out\.(down|up)\.(a|g|b|bias)'
     r'|[qv]\.(down|up)\.weight)'
 )
-"""A regular expression for the names, in this package, of the tensors of the modules that were published for a Swin:
-Mona, Adapter, AdaptFormer, LoRand and LoRA."""
+"""A regular expression for the names, in this package, of the tensors of the modules in the published Mona code: Mona,
+Adapter, AdaptFormer, LoRand and LoRA."""
+
+COLIN_NAMES = (
+    r'.*\.peft\.('
+    r'post_(attn|ffn)\.((down|up)\.(a|b|bias)|depthwise\.(weight|bias|gate)|g)'
+    r'|(attn|ffn)_out\.(down|up)\.(a|g|b|bias)'
+    rf'|(attn|ffn)_branch\.(down|up)\.{END})'
+)
+"""A regular expression for those of the modules in the CoLin release: CoLin, LoRand and Adapter."""
 
 _RENAMES = (
     (r'(\.peft\.\w+)\.(norm\.|gamma)', r'\1.entrance.\2'),
@@ -43,21 +51,36 @@ _RENAMES_BACK = (
     (r'(\.my_module_\d)\.depthwise\.2\.', r'\1.adapter_conv.conv3.'),
     (r'(\.my_module_\d)\.pointwise\.', r'\1.adapter_conv.projector.'),
 )
-# In the CoLin release, at the ends of the attention and FFN branches: LoRand after DropPath, Adapter before it.
+# In the CoLin release, after the residual additions CoLin, at the ends of the attention and FFN branches the others:
+# LoRand after DropPath, Adapter before it.
 _COLIN_SITES = (
     (r'\.lorand1\.', '.peft.attn_out.'),
     (r'\.lorand2\.', '.peft.ffn_out.'),
     (r'\.adapter1\.', '.peft.attn_branch.'),
     (r'\.adapter2\.', '.peft.ffn_branch.'),
+    (r'\.colin1\.', '.peft.post_attn.'),
+    (r'\.colin2\.', '.peft.post_ffn.'),
+    (r'(\.peft\.post_\w+)\.inner_op\.', r'\1.depthwise.'),
+    (r'(\.peft\.post_\w+)\.inner_scale$', r'\1.depthwise.gate'),
+    (r'(\.peft\.post_\w+\.project\d)\.param_dict\.A$', r'\1.a'),
+    (r'(\.peft\.post_\w+\.project\d)\.param_dict\.B$', r'\1.b'),
 )
 _COLIN_SITES_BACK = (
     (r'\.peft\.attn_out\.', '.lorand1.'),
     (r'\.peft\.ffn_out\.', '.lorand2.'),
     (r'\.peft\.attn_branch\.', '.adapter1.'),
     (r'\.peft\.ffn_branch\.', '.adapter2.'),
-    (r'(\.(?:lorand|adapter)\d)\.down\.', r'\1.project1.'),
-    (r'(\.(?:lorand|adapter)\d)\.up\.', r'\1.project2.'),
+    (r'\.peft\.post_attn\.', '.colin1.'),
+    (r'\.peft\.post_ffn\.', '.colin2.'),
+    (r'(\.(?:lorand|adapter|colin)\d)\.down\.', r'\1.project1.'),
+    (r'(\.(?:lorand|adapter|colin)\d)\.up\.', r'\1.project2.'),
+    (r'(\.colin\d\.project\d)\.a$', r'\1.param_dict.A'),
+    (r'(\.colin\d\.project\d)\.b$', r'\1.param_dict.B'),
+    (r'(\.colin\d)\.depthwise\.gate$', r'\1.inner_scale'),
+    (r'(\.colin\d)\.depthwise\.', r'\1.inner_op.'),
 )
+# The release's second projection holds the first one, whose scales it uses, so a checkpoint has the first one twice.
+_HELD_TWICE = re.compile(r'(.*\.colin\d\.)project2\.upProjection\.(.+)$')
 
 
 def convert_modules(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,13 +102,38 @@ def convert_modules_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: if a module was never published for a Swin.
     """
-    _check_modules(tensors)
+    _check_modules(tensors, MODULE_NAMES, 'the published code has no such module')
     return rename(_join_lora(_unstack_factors(dict(tensors))), _RENAMES_BACK)
 
 
 def convert_colin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the modules of the CoLin release to the names of this package; all others have mmdet's names already."""
-    return _stack_factors(rename(tensors, (*_COLIN_SITES, *_RENAMES)))
+    """Rename the modules of the CoLin release to the names of this package; all others have mmdet's names already.
+
+    Raises:
+        CheckpointMismatchError: if the two copies of a projection that a checkpoint of CoLin holds differ.
+    """
+    once = {}
+    for name, tensor in tensors.items():
+        held = _HELD_TWICE.match(name)
+        if held is None:
+            once[name] = tensor
+            continue
+        other = f'{held[1]}project1.{held[2]}'
+        if other not in tensors or not torch.equal(tensor, tensors[other]):
+            raise CheckpointMismatchError(
+                f'{name} differs from {other}, or that one is absent. They are one tensor in the CoLin release, so the '
+                'file is damaged or was changed.'
+            )
+    converted = _stack_factors(rename(once, (*_COLIN_SITES, *_RENAMES)))
+    return dict(_shaped_as_colin(name, tensor) for name, tensor in converted.items())
+
+
+def _shaped_as_colin(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Give the gate and the scales of a CoLin, as stacked by :func:`_stack_factors`, their names and shapes here."""
+    scales = re.match(r'(.*\.peft\.post_\w+)\.down\.g$', name)
+    if scales:
+        return f'{scales[1]}.g', tensor.flatten(1)
+    return name, tensor.flatten() if re.search(r'\.peft\.post_\w+\.depthwise\.gate$', name) else tensor
 
 
 def convert_colin_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,12 +142,17 @@ def convert_colin_back(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConfigError: if the release has no such module.
     """
-    _check_modules(tensors)
+    _check_modules(tensors, COLIN_NAMES, 'the CoLin release has no such module; it has only CoLin, LoRand and Adapter')
     renamed = rename(_unstack_factors(dict(tensors)), _COLIN_SITES_BACK)
-    left = next((name for name in renamed if '.peft.' in name), None)
-    if left is not None:
-        raise ConfigError(f'{left}: the CoLin release has no such module; it has only LoRand and Adapter.')
-    return renamed
+    released = {}
+    for name, tensor in renamed.items():
+        scales = re.match(r'(.*\.colin\d)\.g$', name)
+        if scales:
+            released |= {f'{scales[1]}.project1.param_dict.g{i}': g[:, None] for i, g in enumerate(tensor)}
+        else:
+            released[name] = tensor.view(1, -1, 1, 1) if name.endswith('.inner_scale') else tensor
+    twice = {re.sub(r'(\.colin\d)\.project1\.', r'\1.project2.upProjection.', name): t for name, t in released.items()}
+    return twice | released
 
 
 COLIN = CheckpointFormat(
@@ -108,13 +161,13 @@ COLIN = CheckpointFormat(
     convert=convert_colin,
     left_out=r'.*\.attn_mask$',
 )
-"""The checkpoints of the CoLin release, which has the authors' LoRand and Adapter in mmdet's Swin."""
+"""The checkpoints of the CoLin release, which has the authors' CoLin, LoRand and Adapter in mmdet's Swin."""
 
 
-def _check_modules(tensors: Mapping[str, Tensor]) -> None:
+def _check_modules(tensors: Mapping[str, Tensor], known: str, otherwise: str) -> None:
     for name in tensors:
-        if '.peft.' in name and not re.fullmatch(MODULE_NAMES, name):
-            raise ConfigError(f'{name}: the published code has no such module.')
+        if '.peft.' in name and not re.fullmatch(known, name):
+            raise ConfigError(f'{name}: {otherwise}.')
 
 
 def _site_renames(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:

@@ -15,6 +15,8 @@ METHOD_COLOURS = dict(
     bitfit='#332288',
     norm_tuning='#44bbaa',
     partial_1='#885533',
+    colin='#ee3377',
+    adapter_plus='#0077bb',
 )
 """The colour of each method, by its name in tables."""
 

@@ -77,6 +77,15 @@ class PeftModule(nn.Module):
             modules: the modules by path of a block and name of a site, in the order of the blocks.
         """
 
+    def auxiliary_losses(self) -> Mapping[str, Tensor]:
+        """Compute the terms that this module adds to the loss of the model, as scalars by name; by default none.
+
+        A term depends on the module's own parameters alone, not on a forward pass, and is in the unit of the loss. Its
+        name, under which it is logged, contains ``loss``; terms of one name are summed over the modules. See
+        :mod:`mona_mm.methods.auxiliary`.
+        """
+        return {}
+
     def to_deploy(self) -> nn.Module | None:
         """Make a module for inference that computes the same in fewer operations; None if the method has none."""
         return None

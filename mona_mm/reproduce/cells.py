@@ -19,6 +19,7 @@ from mona_mm.type_names import look_up, type_name
 METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
     *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
+    *('colin', 'adapter_plus'),
 )
 
 SIZES = {  # embed_dims, depths, num_heads
@@ -27,6 +28,13 @@ SIZES = {  # embed_dims, depths, num_heads
     'swin_l': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 _ARCHS = dict(tiny='swin_t', t='swin_t', base='swin_b', b='swin_b', large='swin_l', l='swin_l')
+
+
+def method_name(cls: str) -> str:
+    """The name in tables and of the folder of configs for a method, by the name of its class: ``'adapter_plus'`` for
+    ``'AdapterPlus'``."""
+    name = cls.lower()
+    return next((method for method in METHODS if method.replace('_', '') == name), name)
 
 
 def config_name(method: str, task: str) -> str:
@@ -102,7 +110,7 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             peft = backbone['peft']
             if isinstance(peft, list | tuple):  # several together are none of the published methods
                 return None
-            method = _type(peft).lower()
+            method = method_name(_type(peft))
             if method == 'spt':
                 method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
             return method if backbone.get('trainable') in (None, 'none') else None

@@ -209,6 +209,8 @@ MINI = Comparison(
         'dora': _module('DoRA', rank=16, alpha=16),
         'pissa': _module('LoRA', rank=16, alpha=16, init='principal'),
         'milora': _module('LoRA', rank=16, alpha=16, init='minor'),
+        'colin': _module('CoLin', bottleneck=100, rank=28),
+        'adapter_plus': _module('AdapterPlus', bottleneck=8, drop_path=0.0),
     },
     learning_rates=(1e-4, 5e-4, 2.5e-3),
     seeds=(0, 1, 2),

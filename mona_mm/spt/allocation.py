@@ -14,6 +14,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.plan import STREAM_GROUPS, Plan, module_cost, structured_module
 from mona_mm.spt.sensitivity import Sensitivity
+from mona_mm.spt.structured import stream_sites
 
 RULES = ('budget', 'published')
 LORA = MappingProxyType({'type': 'LoRA', 'rank': 8})
@@ -79,8 +80,9 @@ def allocate(
     weights as soon as the number of its weights that are taken reaches (parameters of the module) / ``alpha``. A vector
     trains as a whole as soon as 1 / ``beta`` of its values are taken. If the structured module is Mona, the attention's
     matrices of a block (q, k, v, proj) count as one group, for a module at ``post_attn``, and the FFN's (fc1, fc2) as
-    another, for ``post_ffn``. A linear layer that the host does not call, because it only reads the weight, gets no
-    Adapter; its weights train singly.
+    another, for ``post_ffn``. Adapter+ is at ``post_ffn`` alone, once in a block: the FFN's matrices are its group, and
+    the weights of the attention train singly. A linear layer that the host does not call, because it only reads the
+    weight, gets no Adapter; its weights train singly.
 
     ``rule='budget'`` takes weights until the budget is used up. A module or vector that does not fit in the rest of the
     budget when its turn comes is left as single weights, and weights that never had a gradient are not taken. The
@@ -97,8 +99,9 @@ def allocate(
     Args:
         sensitivity: the sensitivity of the weights of a base.
         budget: the budget, in a form that :func:`parse_budget` accepts.
-        structured: ``dict(type='LoRA', rank=8)`` (the default), or with another type: ``'DoRA'``, ``'Adapter'``, or
-            ``dict(type='Mona', bottleneck=64)``; None to train only single weights and vectors.
+        structured: ``dict(type='LoRA', rank=8)`` (the default), or with another type: ``'DoRA'``, ``'Adapter'``,
+            ``dict(type='Mona', bottleneck=64)`` or ``dict(type='AdapterPlus', bottleneck=8)``; None to train only
+            single weights and vectors.
         rule: ``'budget'`` or ``'published'``.
         alpha: the divisor of the threshold of structured modules, above 0.
         beta: the divisor of the threshold of vectors, above 0.
@@ -162,7 +165,8 @@ def _candidates(
     index = {(part.block, part.op): i for i, part in enumerate(architecture.parts) if part.kind == 'matrix'}
     found = []
     if config is not None:
-        groups = STREAM_GROUPS if config['type'] == 'Mona' else {site: (site,) for _, site in index}
+        in_stream = stream_sites(config)
+        groups = {site: STREAM_GROUPS[site] for site in in_stream} or {site: (site,) for _, site in index}
         for block in architecture.blocks:
             for site, members in groups.items():
                 if any((block, s) not in index for s in members):

@@ -24,8 +24,8 @@ class SPT(Method):
     """Sensitivity-aware tuning, which trains what a plan lists.
 
     A plan lists the sites that get a structured module, all of one type (LoRA in parallel to a linear layer, DoRA on
-    its weight, Adapter on its output, or Mona behind a residual add), whole vectors, single weights, and the class
-    token if the host has one.
+    its weight, Adapter on its output, Mona behind a residual add, or Adapter+ behind the FFN's), whole vectors, single
+    weights, and the class token if the host has one.
 
     Source: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, section 3.2, and its
     published code.
@@ -35,11 +35,13 @@ class SPT(Method):
             structured modules on any architecture, it is instead a dict of their sites by path of a block, which
             needs ``structured``.
         structured: the structured module, ``dict(type='LoRA', rank=8)``, ``dict(type='DoRA', rank=8)``,
-            ``dict(type='Adapter', bottleneck=8)``, ``dict(type='Mona', bottleneck=64)`` or None. The other options of
-            those beside linear layers are ``dropout=0.1`` (never applied at ``proj``), ``drop_path=0.1`` and
-            ``init='zero'`` (``'trunc_normal'`` as published; LoRA and DoRA also take ``'principal'``, ``'minor'`` and
-            ``use_rslora``); neither dropout nor drop path applies to a linear layer that the host does not call because
-            it only reads the weight. The other options of Mona are those of :class:`mona_mm.methods.Mona`.
+            ``dict(type='Adapter', bottleneck=8)``, ``dict(type='Mona', bottleneck=64)``,
+            ``dict(type='AdapterPlus', bottleneck=8)`` or None. The other options of those beside linear layers are
+            ``dropout=0.1`` (never applied at ``proj``), ``drop_path=0.1`` and ``init='zero'`` (``'trunc_normal'`` as
+            published; LoRA and DoRA also take ``'principal'``, ``'minor'`` and ``use_rslora``); neither dropout nor
+            drop path applies to a linear layer that the host does not call because it only reads the weight. The other
+            options of Mona and Adapter+ are those of :class:`mona_mm.methods.Mona` and
+            :class:`mona_mm.methods.AdapterPlus`.
         budget: the budget for which ``tools/train.py`` makes the plan. The arguments below it are also for making the
             plan: :func:`mona_mm.spt.compute_sensitivity` describes ``num_batches`` and ``per_sample``, and
             :func:`mona_mm.spt.allocate` the others.

@@ -17,7 +17,7 @@ from mona_mm.nn.digest import fingerprint
 from mona_mm.nn.meta import meta_device
 from mona_mm.options import LARGEST, show
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.structured import build_structured
+from mona_mm.spt.structured import build_structured, stream_sites
 from mona_mm.type_names import type_name
 
 KIND = Kind(
@@ -27,7 +27,7 @@ KIND = Kind(
     renewal='Make it anew with tools/spt_sensitivity.py.',
     hint='Published plans (.pth) are read by mona_mm.spt.load_published_plan.',
 )
-# The matrices of the branch before a Mona module, which the module replaces in the selection.
+# The matrices of the branch before a module in the stream, which the module replaces in the selection.
 STREAM_GROUPS = {'post_attn': ('q', 'k', 'v', 'proj'), 'post_ffn': ('fc1', 'fc2')}
 
 VectorName = tuple[str, tuple[int, int] | None]
@@ -85,10 +85,11 @@ class Plan:
             return 'a vector is named twice'
         if self.structured and self.structured_config is None:
             return 'it has sites but no structured module'
+        in_stream = self.structured_config and stream_sites(self.structured_config)
         for block, sites in self.structured.items():
             for site in sites:
-                is_stream = self.structured_config['type'] == 'Mona'
-                if (site in STREAM_GROUPS) != is_stream or not self._members(block, site):
+                is_possible = site in in_stream if in_stream else site not in STREAM_GROUPS
+                if not is_possible or not self._members(block, site):
                     return f'{self.structured_config["type"]} has no site {site!r} in a block {block!r}'
             if len(set(sites)) < len(sites):
                 return f'a site of {block} is named twice'
@@ -225,8 +226,14 @@ def widths(architecture: Architecture, block: str, site: str) -> tuple[int, int]
     return torch.Size(in_shape).numel(), out_channels
 
 
-_WIDTH = {'LoRA': 'rank', 'DoRA': 'rank', 'Adapter': 'bottleneck', 'Mona': 'bottleneck'}
-_DEFAULT_WIDTH = {'LoRA': 8, 'DoRA': 8, 'Adapter': 8, 'Mona': 64}
+_WIDTH = {
+    'LoRA': 'rank',
+    'DoRA': 'rank',
+    'Adapter': 'bottleneck',
+    'Mona': 'bottleneck',
+    'AdapterPlus': 'bottleneck',
+}
+_DEFAULT_WIDTH = {'LoRA': 8, 'DoRA': 8, 'Adapter': 8, 'Mona': 64, 'AdapterPlus': 8}
 
 
 def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -242,7 +249,8 @@ def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None
     if type_ not in _WIDTH:
         raise ConfigError(
             f"structured={show(config)} must be dict(type='LoRA', rank=8), dict(type='DoRA', rank=8), "
-            "dict(type='Adapter', bottleneck=8), dict(type='Mona', bottleneck=64), or None."
+            "dict(type='Adapter', bottleneck=8), dict(type='Mona', bottleneck=64), "
+            "dict(type='AdapterPlus', bottleneck=8), or None."
         )
     width = config.get(_WIDTH[type_], _DEFAULT_WIDTH[type_])
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= LARGEST:

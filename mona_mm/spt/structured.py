@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mona_mm.hosts import LINEAR_SITES, StockLinear
-from mona_mm.methods.base import NOT_OPTIONS, LinearModule
+from mona_mm.methods.adapter_plus import AdapterPlus
+from mona_mm.methods.base import NOT_OPTIONS, LinearModule, StreamModule
 from mona_mm.methods.dora import DoRA
 from mona_mm.methods.lora import Init, InitOrPart, LoRA, reset_projections
 from mona_mm.methods.mona import Mona
@@ -163,8 +164,21 @@ class StructuredAdapter(LinearModule):
         return self.drop_path(self.up(self.act(self.down(self.dropout(z)))))
 
 
-STRUCTURED = {'LoRA': StructuredLoRA, 'DoRA': StructuredDoRA, 'Adapter': StructuredAdapter, 'Mona': Mona}
+STRUCTURED = {
+    'LoRA': StructuredLoRA,
+    'DoRA': StructuredDoRA,
+    'Adapter': StructuredAdapter,
+    'Mona': Mona,
+    'AdapterPlus': AdapterPlus,
+}
 """The classes of the structured modules, by the ``type`` in a config."""
+
+
+def stream_sites(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sites in the token stream at which a structured module can be, behind the matrices of a branch; empty for one
+    beside single linear layers."""
+    cls = STRUCTURED[config['type']]
+    return cls.sites if issubclass(cls, StreamModule) else ()
 
 
 def build_structured(
@@ -173,7 +187,8 @@ def build_structured(
     """Build the structured module of a site.
 
     Args:
-        config: the config of the module; its ``type`` is a key of :data:`STRUCTURED`, ``'Mona'`` at a stream site.
+        config: the config of the module; its ``type`` is a key of :data:`STRUCTURED`, at a stream site ``'Mona'`` or
+            ``'AdapterPlus'``.
         widths: ``(channels,)`` at a stream site, ``(in_channels, out_channels)`` at a linear site.
         site: the name of the site, as in :mod:`mona_mm.hosts`.
         is_called: whether the host calls the linear layer of the site as a module.
