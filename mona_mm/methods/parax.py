@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
 from mona_mm.methods.mona import LARGEST_KERNEL, KernelSize
-from mona_mm.nn.tracing import is_hooked
+from mona_mm.nn.depthwise import convolve
+from mona_mm.nn.tracing import is_hooked, is_traced
 from mona_mm.options import Ratio, Rule, Width, checked
 from mona_mm.registry import METHODS
 
@@ -184,7 +185,7 @@ class ParaX(StreamModule):
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, stay as they are."""
         extra = x.shape[1] - hw[0] * hw[1]
-        adapt = self._adapt_fast if self.fast and self._fits_fast() else self._adapt
+        adapt = self._adapt_fast if self.fast and not is_traced() and self._fits_fast() else self._adapt
         return torch.cat((x[:, :extra], adapt(x[:, extra:], hw)), dim=1) if extra else adapt(x, hw)
 
     def _adapt(self, x: Tensor, hw: Grid) -> Tensor:
@@ -192,7 +193,7 @@ class ParaX(StreamModule):
         t = s + _tokens(self.opening(_grid(s, hw)))
         down, up, filters = self.pool(self._gates(t))
         z = t @ down.mT
-        steps = [_tokens(step) for step in self._convolved(_grid(z, hw), filters)]
+        steps = [_tokens(step) for step in self._convolved(_grid(z, hw), filters, fast=False)]
         shares = self.mixing(sum(steps)).softmax(-1).unsqueeze(-2).unbind(-1)
         u = z + sum(share * step for share, step in zip(shares, steps, strict=True))
         w = F.gelu(u + self.project(u)) @ up.mT
@@ -204,12 +205,12 @@ class ParaX(StreamModule):
         """The shares ``(B, kinds, M)`` of the experts for the tokens ``(B, H*W, C)`` of each image."""
         return self.router(t.mean(1)).unflatten(-1, (-1, len(self.pool.down))).softmax(-1)
 
-    def _convolved(self, z: Tensor, filters: Sequence[Tensor]) -> list[Tensor]:
+    def _convolved(self, z: Tensor, filters: Sequence[Tensor], fast: bool) -> list[Tensor]:
         """Convolve ``(B, r, H, W)`` with the filters of each image, one after another; each step is kept."""
         steps: list[Tensor] = []
         for i, kernel in enumerate(filters):
             given = self.chain[2 * i - 2] * z + self.chain[2 * i - 1] * steps[-1] if steps else z
-            steps.append(_convolve_each(given, kernel))
+            steps.append(_convolve_each(given, kernel, fast))
         return steps
 
     def _fits_fast(self) -> bool:
@@ -228,13 +229,13 @@ class ParaX(StreamModule):
         t = _tokens(F.conv2d(_grid(s, hw), _with_residual(self.opening.weight), self.opening.bias, 1, 1, 1, s.shape[-1]))
         down, up, filters = self.pool(self._gates(t))
         z = (down @ t.mT).unflatten(-1, hw)
-        steps = self._convolved(z, filters)
-        shares = F.conv2d(sum(steps), self.mixing.weight[..., None, None], self.mixing.bias).softmax(1)
+        steps = self._convolved(z, filters, fast=True)
+        shares = (self.mixing.weight @ sum(steps).flatten(2) + self.mixing.bias[:, None]).softmax(1).unflatten(-1, hw)
         u = z
         for share, step in zip(shares.split(1, 1), steps, strict=True):
             u = torch.addcmul(u, share, step)
-        projected = F.conv2d(u, _with_residual(self.project.weight)[..., None, None], self.project.bias)
-        w = F.gelu(projected).flatten(2).mT @ up.mT
+        projected = _with_residual(self.project.weight) @ u.flatten(2) + self.project.bias[:, None]
+        w = F.gelu(projected).mT @ up.mT
         bias = self.scale * self.closing.bias + self.bias
         if self.residual_scale is not None:
             bias = bias + self.residual_bias
@@ -257,11 +258,10 @@ def _tokens(grid: Tensor) -> Tensor:
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _convolve_each(grid: Tensor, kernels: Tensor) -> Tensor:
+def _convolve_each(grid: Tensor, kernels: Tensor, fast: bool) -> Tensor:
     """Convolve ``(B, n, H, W)`` depthwise with the kernels ``(B, n, k, k)`` of each image."""
     one = grid.reshape(1, -1, *grid.shape[2:])
-    kernels = kernels.flatten(0, 1).unsqueeze(1)
-    return F.conv2d(one, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels)).reshape(grid.shape)
+    return convolve(one, kernels.flatten(0, 1).unsqueeze(1), fast).reshape(grid.shape)
 
 
 def _with_residual(weight: Tensor) -> Tensor:
