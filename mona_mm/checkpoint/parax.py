@@ -1,7 +1,7 @@
 """Convert the names of the published ParaX code, in its Swin and its ConvNeXt, to those of this package.
 
-Its Swin has Microsoft's names and its ConvNeXt the official ones. All names of a host are converted beside the host, see
-:mod:`mona_mm.hosts.swin` and :mod:`mona_mm.hosts.convnext`.
+Its Swin has Microsoft's names and its ConvNeXt the official ones. The names of a host are converted beside the host,
+see :mod:`mona_mm.hosts.swin` and :mod:`mona_mm.hosts.convnext`.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""ParaX: an adapter whose matrices and filters are mixed for every image from pools that the blocks of a stage share."""
+"""ParaX: an adapter whose weights are mixed for every image, from a pool that the blocks of a stage share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated
@@ -56,46 +56,48 @@ class ExpertPool(nn.Module):
             The matrices down ``(B, r, C)`` and up ``(B, C, r)``, and the filters ``(B, r, k, k)``.
         """
         kinds = zip(gates.unbind(1), (self.down, self.up, *self.filters), strict=True)
-        down, up, *filters = ((shares @ experts.flatten(1)).unflatten(1, experts.shape[1:]) for shares, experts in kinds)
+        down, up, *filters = (
+            (shares @ experts.flatten(1)).unflatten(1, experts.shape[1:]) for shares, experts in kinds
+        )
         return down, up, filters
 
 
 @METHODS.register_module()
 class ParaX(StreamModule):
-    r"""Adapter with per-image weights: a router mixes them from a pool of experts that the blocks of a stage share.
+    r"""Adapter with weights of its own for every image, which a router mixes from a pool that a stage's blocks share.
 
-    For the ``H*W`` tokens :math:`x` of one image, and the :math:`M` experts :math:`A_i`, :math:`B_i`, :math:`K^k_i` of
-    its stage,
+    For the tokens :math:`x` of the grid of one image, and the :math:`M` experts :math:`A_i`, :math:`B_i`,
+    :math:`K^k_i` of its stage,
 
     .. math::
         s &= \gamma \odot \mathrm{LN}(x) + x, \qquad t = s + \mathrm{DWConv}_3(s) \\
-        g^A, g^B, g^3, g^5, g^7 &= \mathrm{softmax}_M(R(\mathrm{mean}\,t)),
-        \qquad A = \textstyle\sum_i g^A_i A_i, \quad B = \sum_i g^B_i B_i, \quad K^k = \sum_i g^k_i K^k_i \\
-        z &= A t, \qquad c_3 = K^3 * z, \quad c_5 = K^5 * (a_1 z + a_2 c_3), \quad c_7 = K^7 * (a_3 z + a_4 c_5) \\
-        u &= z + \textstyle\sum_k \pi_k \odot c_k, \qquad \pi = \mathrm{softmax}_k(W_\pi (c_3 + c_5 + c_7) + b_\pi) \\
-        w &= B\,\mathrm{GELU}(u + P u + b), \qquad v = w + \mathrm{DWConv}'_3(w) \\
+        (g^A, g^B, g^3, g^5, g^7) &= \mathrm{softmax}_M\,R(\mathrm{mean}\,t) \\
+        A &= \textstyle\sum_i g^A_i A_i, \quad B = \sum_i g^B_i B_i, \quad K^k = \sum_i g^k_i K^k_i \\
+        z &= A t, \quad c_3 = K^3 * z, \quad c_5 = K^5 * (a_1 z + a_2 c_3), \quad c_7 = K^7 * (a_3 z + a_4 c_5) \\
+        u &= z + \textstyle\sum_k \pi_k c_k, \qquad \pi = \mathrm{softmax}_k(W_\pi (c_3 + c_5 + c_7) + b_\pi) \\
+        w &= B\,\mathrm{GELU}(u + W u + b), \qquad v = w + \mathrm{DWConv}'_3(w) \\
         y &= \lambda \odot v + \beta + \rho \odot x + \delta
 
-    where :math:`*` is a depthwise convolution, :math:`\pi` has one share of every kernel size for each token, and the
-    router :math:`R` has one hidden layer of width 16 with a GELU. A stage is all blocks with the method whose token
-    streams have the same width (all blocks of a plain ViT), and :math:`M` is the number of these blocks. The
-    pool belongs to all their modules: it is counted, trained and stored once.
+    where :math:`*` is a depthwise convolution, :math:`\pi` has a share of every kernel size for each token, and the
+    router :math:`R` has one hidden layer with a GELU. A stage is all blocks with the method whose token streams are
+    equally wide (in a plain ViT all of them), and :math:`M` is the number of these blocks. All modules of a stage mix
+    the same pool, which is counted, trained and stored once.
 
-    With two modules in each block, a stage of :math:`M` blocks of width :math:`C` has
-    :math:`2M(43C + r^2 + 4r + 23 + 85M) + M(2rC + 83r)` parameters at rank :math:`r`, the second term for the pool:
-    5,239,152 in Swin-B and 7,296,624 in Swin-L.
+    With both sites a stage of :math:`M` blocks of width :math:`C` has :math:`2M(43C + r^2 + 4r + 23 + 85M)` parameters
+    in its modules and :math:`M(2rC + 83r)` in its pool, for rank :math:`r` and the other defaults: 5,239,152 in all of
+    Swin-B and 7,296,624 in Swin-L.
 
-    The published code also trains the norms of the backbone's outputs, which start anew: in a config that is
-    ``trainable='output_norms'`` beside ``peft``, and 3,840 parameters more in Swin-B. The learning curve of its
-    Swin-B detectors starts from ``layer_scale=1e-5, residual_scale=False``. In ConvNeXt the one site is ``post_ffn``.
+    The published code also trains the norms at the outputs of its backbones, which begin anew. In a config that is
+    ``trainable='output_norms'`` beside ``peft``; they are 3,840 parameters more in Swin-B and 5,760 in Swin-L. Its Mask
+    R-CNN with Swin-B has ``layer_scale=1e-5, residual_scale=False``. Its ConvNeXt and its ViT have ``post_ffn`` alone.
 
-    Class and register tokens pass unchanged, and the mean that the router reads is that of the grid's tokens, as in the
-    published ViT, which has only ``post_ffn``. What differs from the published code: its router can have a temperature
-    for each kind of expert, which is a factor on the last layer and is read as one from checkpoints; it can
-    convert everything within the module to float16, which is left to the autocast of the training loop here.
+    Class and register tokens pass unchanged, and the router reads the mean of the grid's tokens, as in the published
+    ViT. Two options of the published code are left out: a trained temperature for each :math:`g`, which is a factor on
+    the router's output and becomes one when a checkpoint is converted, and float16 within the module alone, which is
+    the autocast of the training loop here.
 
-    Source: Lou, Yu, Yu, "Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing", ICML 2026, and
-    the shapes, order of operations and initial values of its published code.
+    Source: Lou, Yu and Yu, "Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing", ICML 2026,
+    and the shapes, the order of operations and the initial values of its published code.
 
     Args:
         channels: width ``C`` of the token stream.
@@ -203,7 +205,7 @@ class ParaX(StreamModule):
 
     def _gates(self, t: Tensor) -> Tensor:
         """The shares ``(B, kinds, M)`` of the experts for the tokens ``(B, H*W, C)`` of each image."""
-        return self.router(t.mean(1)).unflatten(-1, (-1, len(self.pool.down))).softmax(-1)
+        return self.router(t.mean(1)).unflatten(-1, (-1, self.pool.down.shape[0])).softmax(-1)
 
     def _convolved(self, z: Tensor, filters: Sequence[Tensor], fast: bool) -> list[Tensor]:
         """Convolve ``(B, r, H, W)`` with the filters of each image, one after another; each step is kept."""
@@ -226,7 +228,9 @@ class ParaX(StreamModule):
         """
         entrance = self.norm_scale * self.norm.weight, self.norm_scale * self.norm.bias
         s = F.layer_norm(x, x.shape[-1:], *entrance, self.norm.eps) + x
-        t = _tokens(F.conv2d(_grid(s, hw), _with_residual(self.opening.weight), self.opening.bias, 1, 1, 1, s.shape[-1]))
+        t = _tokens(
+            F.conv2d(_grid(s, hw), _with_residual(self.opening.weight), self.opening.bias, 1, 1, 1, s.shape[-1])
+        )
         down, up, filters = self.pool(self._gates(t))
         z = (down @ t.mT).unflatten(-1, hw)
         steps = self._convolved(z, filters, fast=True)
@@ -240,7 +244,7 @@ class ParaX(StreamModule):
         if self.residual_scale is not None:
             bias = bias + self.residual_bias
         kernel = self.scale[:, None, None, None] * _with_residual(self.closing.weight)
-        y = _tokens(F.conv2d(_grid(w, hw), kernel, bias, 1, 1, 1, len(kernel)))
+        y = _tokens(convolve(_grid(w, hw), kernel, bias))
         return y + x if self.residual_scale is None else torch.addcmul(y, self.residual_scale, x)
 
 
@@ -261,7 +265,7 @@ def _tokens(grid: Tensor) -> Tensor:
 def _convolve_each(grid: Tensor, kernels: Tensor, fast: bool) -> Tensor:
     """Convolve ``(B, n, H, W)`` depthwise with the kernels ``(B, n, k, k)`` of each image."""
     one = grid.reshape(1, -1, *grid.shape[2:])
-    return convolve(one, kernels.flatten(0, 1).unsqueeze(1), fast).reshape(grid.shape)
+    return convolve(one, kernels.flatten(0, 1).unsqueeze(1), fast=fast).reshape(grid.shape)
 
 
 def _with_residual(weight: Tensor) -> Tensor:

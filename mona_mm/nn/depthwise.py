@@ -45,17 +45,23 @@ def kernel_gradient(grad: Tensor, grid: Tensor, size: int) -> Tensor:
     return out.view(batch, n, strips, 1, size, size).sum((0, 2))
 
 
-def convolve(grid: Tensor, kernel: Tensor, fast: bool = True) -> Tensor:
-    """Convolve a grid ``(B, n, H, W)`` depthwise with a kernel ``(n, 1, k, k)``, ``k`` odd, that keeps its size.
+def convolve(grid: Tensor, kernel: Tensor, bias: Tensor | None = None, fast: bool = True) -> Tensor:
+    """Convolve a grid depthwise, with padding that keeps its size.
 
     Args:
-        grid: the grid.
-        kernel: the kernel, of the same dtype.
-        fast: use :func:`kernel_gradient` in the backward pass where it is faster. Tracers cannot record that.
+        grid: the grid, ``(B, n, H, W)``.
+        kernel: the kernel, ``(n, 1, k, k)``, ``k`` odd, of the same dtype, except within autocast.
+        bias: the bias, ``(n,)``.
+        fast: whether the backward pass may use :func:`kernel_gradient` where that is faster. Tracers cannot record it.
+
+    Returns:
+        The convolved grid, ``(B, n, H, W)``.
     """
-    if fast and grid.device.type == 'cpu' and kernel.shape[-1] >= _SMALLEST and kernel.requires_grad:
+    size, groups = kernel.shape[-1], kernel.shape[0]
+    is_faster = grid.device.type == 'cpu' and size >= _SMALLEST and kernel.requires_grad and grid.dtype == kernel.dtype
+    if fast and is_faster and bias is None:
         return _Convolution.apply(grid, kernel)
-    return F.conv2d(grid, kernel, padding=kernel.shape[-1] // 2, groups=len(kernel))
+    return F.conv2d(grid, kernel, bias, padding=size // 2, groups=groups)
 
 
 class _Convolution(torch.autograd.Function):
@@ -70,8 +76,8 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         grid, kernel = ctx.saved_tensors
+        needs_grid, needs_kernel = ctx.needs_input_grad
         size = kernel.shape[-1]
         with torch.autocast(grad.device.type, enabled=False):
-            needs_grid, needs_kernel = ctx.needs_input_grad
             of_grid = F.conv2d(grad, kernel.flip(2, 3), padding=size // 2, groups=len(kernel)) if needs_grid else None
             return of_grid, kernel_gradient(grad, grid, size) if needs_kernel else None
