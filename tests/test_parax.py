@@ -5,12 +5,13 @@ import math
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS
-from helpers import assert_equal, assert_near
+from helpers import assert_equal, assert_near, in_processes
 from safetensors import safe_open
 from suite import images, off_initial_values, outputs
 from torch import nn
@@ -144,7 +145,7 @@ def test_each_image_has_its_own_weights():
 
 @pytest.mark.parametrize('host', [SWIN, VIT, HOSTS['mmpretrain-convnext']], ids=['swin', 'vit', 'convnext'])
 def test_fast_form_in_a_backbone(host, monkeypatch):
-    """A backbone computes the same with and without it, to 1e-12 in float64, gradients included; and it is what runs."""
+    """A backbone computes the same with and without it, to 1e-12 in float64, gradients too; and it is what runs."""
     runs = []
     for name in ('_adapt', '_adapt_fast'):
         form = getattr(ParaX, name)
@@ -228,22 +229,28 @@ def test_gradient_of_a_depthwise_kernel(size):
         assert (near - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize('host', [pytest.param(SWIN, id='swin', marks=pytest.mark.slow), pytest.param(VIT, id='vit')])
-def test_traced_and_exported(host):
+@pytest.mark.parametrize(
+    ('host', 'tool'),
+    [
+        pytest.param(VIT, 'trace', id='vit-trace'),
+        pytest.param(SWIN, 'trace', id='swin-trace', marks=pytest.mark.slow),
+        pytest.param(VIT, 'export', id='vit-export', marks=pytest.mark.slow),
+    ],
+)
+def test_traced_and_exported(host, tool):
     """Tracers record the plain form, for other images."""
     model = PeftBackbone(base=host, peft=dict(type='ParaX', rank=8))
     model.init_weights()
     off_initial_values(model)
     model.eval()
     x, other = images(), images()
-    with torch.no_grad():
-        expected = outputs(model, other)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # sizes are constants of what is traced
-            traced = torch.jit.trace(model, x, check_trace=False)
-        assert_near(outputs(traced, other), expected)
-        exported = torch.export.export(model, (x,), strict=False).module()
-        assert_near(outputs(exported, other), expected)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # sizes are constants of what is traced
+        if tool == 'trace':
+            recorded = torch.jit.trace(model, x, check_trace=False)
+        else:
+            recorded = torch.export.export(model, (x,), strict=False).module()
+        assert_near(outputs(recorded, other), outputs(model, other))
 
 
 # Counts and pools ----------------------------------------------------------------------------------------------------
@@ -422,35 +429,37 @@ def test_activation_checkpoints_give_the_same_gradients():
     assert_near(found[1], found[0], 1e-6, least=1e-4)
 
 
-def _train_on(rank: int, world: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world)
+def train_on(x: torch.Tensor, wrap=lambda model: model) -> dict[str, torch.Tensor]:
+    """Two steps of the same small backbone; what it has then trained."""
     torch.manual_seed(0)
     base = dict(SWIN, depths=(1, 2, 1, 1), drop_path_rate=0.0)
     model = PeftBackbone(base=base, peft=dict(type='ParaX', rank=4)).double()
     model.init_weights()
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    wrapped = DistributedDataParallel(model)
+    wrapped = wrap(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        sum(out.square().mean() for out in wrapped(x[rank::world])).backward()
+        sum(out.square().mean() for out in wrapped(x)).backward()
         optimizer.step()
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    torch.save((tensors, sharing(model)), f'{results}/{world}_{rank}.pt')
+    assert len(sharing(model)) == 4 * 5
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train_on_a_half(batch: torch.Tensor, folder: Path) -> None:
+    """The same in one of two processes, on its half of a batch."""
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
+    torch.save(train_on(batch[rank::2], DistributedDataParallel), folder / f'{rank}.pt')
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     """Two gloo processes on halves of a batch end with the parameters of one process on all of it, the pools too."""
-    for world in (1, 2):
-        torch.multiprocessing.start_processes(
-            _train_on, (world, str(tmp_path / f'store{world}'), str(tmp_path)), nprocs=world, start_method='fork'
-        )
-    one, first, second = (torch.load(tmp_path / name) for name in ('1_0.pt', '2_0.pt', '2_1.pt'))
-    assert_near(first[0], one[0], 1e-12, least=1e-3)
-    assert_equal(second[0], first[0])
-    assert first[1] == one[1] and len(one[1]) == 4 * 5
+    batch = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    in_processes(2, tmp_path, train_on_a_half, batch, tmp_path)
+    first, second = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
+    assert_near(first, train_on(batch), 1e-12, least=1e-3)
+    assert_equal(second, first)
 
 
 # Published checkpoints -----------------------------------------------------------------------------------------------
