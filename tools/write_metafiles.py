@@ -84,6 +84,14 @@ METHODS = {
     'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
+    'parax': (
+        'ParaX',
+        'mona_mm/methods/parax.py',
+        (
+            'Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing',
+            'https://arxiv.org/abs/2602.06862',
+        ),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

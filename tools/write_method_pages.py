@@ -54,6 +54,7 @@ IN_A_LINE = {
     'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
     'LoRA': 'Wx + (α/r)·BAx',
     'LoRand': 'an adapter whose matrices are sums of low-rank products',
+    'ParaX': 'an adapter with filters whose weights are mixed for every image, from a pool that a stage shares',
     'SPT': 'LoRA, Adapter or Mona and single weights where the task is sensitive, within a budget',
 }
 SPT_MERGES = 'LoRA, weights'

@@ -135,6 +135,7 @@ def _comparable(runs: list[Run]) -> Iterator[Table]:
             row
             for task in tasks
             for method in METHODS
+            if _has_row(task, method)
             for row in cells.rows(
                 task,
                 method,
@@ -147,6 +148,12 @@ def _comparable(runs: list[Run]) -> Iterator[Table]:
         yield Table(heading.name, heading.title, rows, notes)
     yield Table('ablation', 'Ablations on VOC: RetinaNet AP50', _ablations(cells))
     yield Table('other', 'Runs of configs without a published number', list(cells.others()))
+
+
+def _has_row(task: Task, method: str) -> bool:
+    """Whether a method has a config for a task, or an entry among its published numbers, be it an unknown one."""
+    published = published_results()[task.published] if isinstance(task.published, str) else task.published or {}
+    return method in published or (task_configs(task) / method / f'{config_name(method, task.name)}.py').is_file()
 
 
 def _ablations(cells: _Cells) -> list[Row]:
@@ -169,8 +176,10 @@ def _published_only() -> Iterator[Table]:
     rows = []
     for method in METHODS:
         for size in ('swin_t', 'swin_b', 'swin_l'):
-            source = data['trainable_params_backbone'][size][method][1]
-            for task, label in (('coco', size), ('voc', f'{size} voc'), ('flowers102', f'{size} classification')):
+            counted = data['trainable_params_backbone'][size]
+            source = counted[method][1] if method in counted else None
+            labels = (('coco', size), ('voc', f'{size} voc'), ('flowers102', f'{size} classification'))
+            for task, label in labels if source else ():
                 number = published_trainable(method, task, size)
                 rows.append(Row(method, '', label, 'trained', published=number, grade=source))
     yield Table(
