@@ -153,8 +153,8 @@ _LOGGED = (
     '{ade20k_log_last_and_best[%s][best]} best, at iteration {ade20k_log_last_and_best[%s][best_iter]}.'
 )
 _PARAX_COCO = (
-    'parax was published with Mask R-CNN (1x), without a config here: box AP {parax_elsewhere[mask_rcnn_swin_b][0]} and '
-    'mask AP {parax_elsewhere[mask_rcnn_swin_b][1]} with Swin-B, {parax_elsewhere[mask_rcnn_swin_l][0]} and '
+    'parax was published with Mask R-CNN (1x), without a config here: box AP {parax_elsewhere[mask_rcnn_swin_b][0]} '
+    'and mask AP {parax_elsewhere[mask_rcnn_swin_b][1]} with Swin-B, {parax_elsewhere[mask_rcnn_swin_l][0]} and '
     '{parax_elsewhere[mask_rcnn_swin_l][1]} with Swin-L (grade {parax_elsewhere[grade]}).'
 )
 _PARAX_ADE20K = (
