@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HOSTS
+from conftest import HOSTS, ROOT
 from helpers import assert_equal, assert_near, in_processes
+from metafiles import COUNT, listed
+from mmengine.registry import MODELS, init_default_scope
 from safetensors import safe_open
 from suite import images, off_initial_values, outputs
 from torch import nn
@@ -20,11 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 import mona_mm
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict
+from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import method_modules
 from mona_mm.methods import ParaX
 from mona_mm.nn.depthwise import convolve
 from mona_mm.nn.meta import meta_device
+from mona_mm.reproduce.cells import config_name, method_of
+from mona_mm.reproduce.logs import Log
+from mona_mm.reproduce.published import published_trainable
+from mona_mm.reproduce.tasks import TASKS
 
 SIZES = {
     'swin_b': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
@@ -351,6 +358,51 @@ def test_initial_values():
 def test_options(options, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         PeftBackbone(base=SWIN, peft=dict(dict(type='ParaX', rank=8), **options))
+
+
+# Parameters that train in the backbone: the modules and pools, and the output norms of Swins.
+TRAINED = {
+    'parax_cascade_swin_b_coco': 5_239_152 + 3_840,
+    'parax_retinanet_swin_l_voc': 7_296_624 + 5_760 - 2 * 192,  # the first stage has no output
+    'parax_upernet_swin_l_ade20k': 7_296_624 + 5_760,
+    'parax_cascade_dinov2_b_coco': formula(768, 12, rank=64),
+    'parax_upernet_dinov2_b_ade20k': formula(768, 12, rank=64),
+    'parax_retinanet_dinov2_s_voc': formula(384, 12, rank=64),
+}
+
+
+@pytest.mark.parametrize('name', TRAINED)
+def test_configs(name):
+    """What trains in the backbone of each shipped config, what the model index and the tables say of it, and that it is
+    the config of LoRA but for the method and the published settings."""
+    file = ROOT / f'configs/parax/{name}.py'
+    assert len(file.read_text().splitlines()) <= 15
+    cfg = load_config(str(file))
+    init_default_scope(cfg.default_scope)
+    with meta_device():
+        backbone = MODELS.build(cfg.model.backbone)
+    assert count_trainable(backbone).backbone_trainable == TRAINED[name] == listed()[name]['Metadata'][COUNT]
+    task = next((task for task in TASKS.values() if config_name('parax', task.name) == name), None)
+    assert task is None or published_trainable('parax', task.name) == TRAINED[name]
+    other = load_config(str(ROOT / f'configs/lora/{name.replace("parax", "lora")}.py'))
+    if 'ade20k' in name and 'swin' in name:
+        assert cfg.optim_wrapper.optimizer.pop('lr') == 3e-4 and other.optim_wrapper.optimizer.pop('lr') == 6e-5
+        assert cfg.optim_wrapper.paramwise_cfg.custom_keys.pop('backbone') == dict(decay_mult=1.0)
+    for each in (cfg, other):
+        each.model.backbone.pop('peft')
+        assert each.model.backbone.pop('trainable', None) == (
+            'output_norms' if each is cfg and 'swin' in name else None
+        )
+    assert cfg.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize('trainable', ['output_norms', 'norm'])
+def test_a_run_is_recognised(trainable):
+    """With the output norms, as published, and without a rule; with another rule it is no published method."""
+    backbone = dict(type='mona_mm.PeftBackbone', peft=dict(type='ParaX'))
+    runs = [dict(model=dict(backbone=backbone | more)) for more in ({}, dict(trainable=trainable))]
+    expected = ['parax', 'parax' if trainable == 'output_norms' else None]
+    assert [method_of(run, Log(), {}) for run in runs] == expected
 
 
 # Sharing -------------------------------------------------------------------------------------------------------------
