@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import HOSTS, ROOT
 from helpers import assert_equal, assert_near, in_processes
 from metafiles import COUNT, listed
+from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS, init_default_scope
 from safetensors import safe_open
 from suite import images, off_initial_values, outputs
@@ -438,6 +439,21 @@ def test_copies_keep_the_sharing():
         assert sharing(twin) == sharing(model) and len(sharing(twin)) == 4 * 5
         assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
         assert_equal(outputs(twin.eval(), x := images()), outputs(model.eval(), x))
+
+
+@pytest.mark.parametrize('update_buffers', [False, True], ids=['parameters', 'buffers too'])
+def test_an_average_follows_a_pool_as_it_does_the_rest(update_buffers):
+    """What has several names is averaged once an update."""
+    model, optimizer = trained(steps=0)
+    average = ExponentialMovingAverage(model, momentum=0.25, update_buffers=update_buffers)
+    average.update_parameters(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_step(model, optimizer, 0)
+    average.update_parameters(model)
+    after = dict(model.named_parameters())
+    expected = {name: 0.75 * p + 0.25 * after[name].detach() for name, p in before.items()}
+    assert_near(dict(average.module.named_parameters()), expected, 1e-6)
+    assert sharing(average.module) == sharing(model)
 
 
 def test_a_delta_stores_a_pool_once(tmp_path):
