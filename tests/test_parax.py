@@ -217,6 +217,24 @@ def test_a_hook_or_a_replaced_part_is_called():
     assert_equal(out, module(x, (4, 5)))
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_small_layer_scale_in_half_precision(dtype):
+    """A branch times 1e-5 is not lost beside larger biases; it is rounded a few times more than in the plain form."""
+    module = build()
+    nn.init.constant_(module.scale, 1e-5)
+    x, found = torch.randn(1, 48, 12), []
+    with torch.no_grad():
+        for fast, enabled in ((False, False), (False, True), (True, True)):
+            module.fast = fast
+            with torch.autocast('cpu', dtype, enabled=enabled):
+                scaled = module(x, (6, 8)).double()
+                module.scale.zero_()
+                found.append(scaled - module(x, (6, 8)).double())
+            nn.init.constant_(module.scale, 1e-5)
+    errors = [(low - found[0]).norm() / found[0].norm() for low in found[1:]]
+    assert errors[1] <= 3 * errors[0]
+
+
 @pytest.mark.parametrize('size', [3, 5, 7])
 def test_gradient_of_a_depthwise_kernel(size):
     """By torch and by correlation: the same, also of the second order, and in bfloat16 as close as torch's."""

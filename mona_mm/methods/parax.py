@@ -92,9 +92,11 @@ class ParaX(StreamModule):
     R-CNN with Swin-B has ``layer_scale=1e-5, residual_scale=False``. Its ConvNeXt and its ViT have ``post_ffn`` alone.
 
     Class and register tokens pass unchanged, and the router reads the mean of the grid's tokens, as in the published
-    ViT. Two options of the published code are left out: a trained temperature for each :math:`g`, which is a factor on
-    the router's output and becomes one when a checkpoint is converted, and float16 within the module alone, which is
-    the autocast of the training loop here.
+    ViT. A head that reads the class token alone sees nothing of the module behind the last block.
+
+    Two options of the published code are left out: a trained temperature for each :math:`g`, which is a factor on the
+    router's output and becomes one when a checkpoint is converted, and float16 within the module alone, in whose place
+    there is the autocast of the training loop.
 
     Source: Lou, Yu and Yu, "Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing", ICML 2026,
     and the shapes, the order of operations and the initial values of its published code.
@@ -228,9 +230,7 @@ class ParaX(StreamModule):
         """
         entrance = self.norm_scale * self.norm.weight, self.norm_scale * self.norm.bias
         s = F.layer_norm(x, x.shape[-1:], *entrance, self.norm.eps) + x
-        t = _tokens(
-            F.conv2d(_grid(s, hw), _with_residual(self.opening.weight), self.opening.bias, 1, 1, 1, s.shape[-1])
-        )
+        t = _tokens(convolve(_grid(s, hw), _with_residual(self.opening.weight), self.opening.bias))
         down, up, filters = self.pool(self._gates(t))
         z = (down @ t.mT).unflatten(-1, hw)
         steps = self._convolved(z, filters, fast=True)
@@ -240,11 +240,13 @@ class ParaX(StreamModule):
             u = torch.addcmul(u, share, step)
         projected = _with_residual(self.project.weight) @ u.flatten(2) + self.project.bias[:, None]
         w = F.gelu(projected).mT @ up.mT
-        bias = self.scale * self.closing.bias + self.bias
-        if self.residual_scale is not None:
-            bias = bias + self.residual_bias
-        kernel = self.scale[:, None, None, None] * _with_residual(self.closing.weight)
-        y = _tokens(convolve(_grid(w, hw), kernel, bias))
+        kernel, bias = _with_residual(self.closing.weight), self.closing.bias
+        offset = self.bias if self.residual_bias is None else self.bias + self.residual_bias
+        if w.dtype.itemsize < 4:  # a small branch would be lost in the rounding of its sum with a larger bias
+            y = self.scale * _tokens(convolve(_grid(w, hw), kernel, bias)) + offset
+        else:
+            kernel, bias = self.scale[:, None, None, None] * kernel, self.scale * bias + offset
+            y = _tokens(convolve(_grid(w, hw), kernel, bias))
         return y + x if self.residual_scale is None else torch.addcmul(y, self.residual_scale, x)
 
 
@@ -263,7 +265,10 @@ def _tokens(grid: Tensor) -> Tensor:
 
 
 def _convolve_each(grid: Tensor, kernels: Tensor, fast: bool) -> Tensor:
-    """Convolve ``(B, n, H, W)`` depthwise with the kernels ``(B, n, k, k)`` of each image."""
+    """Convolve ``(B, n, H, W)`` depthwise with the kernels ``(B, n, k, k)`` of each image.
+
+    All channels of all images are groups of one convolution: what is traced or exported is for one size of the batch.
+    """
     one = grid.reshape(1, -1, *grid.shape[2:])
     return convolve(one, kernels.flatten(0, 1).unsqueeze(1), fast=fast).reshape(grid.shape)
 
