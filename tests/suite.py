@@ -44,6 +44,7 @@ METHOD_CONFIGS = {
     'lora-and-mona': [dict(type='LoRA', rank=4), dict(type='Mona', bottleneck=8)],
     'adapter-plus': dict(type='AdapterPlus', bottleneck=8),
     'colin': dict(type='CoLin', bottleneck=12, rank=4),
+    'parax': dict(type='ParaX', rank=8),
 }
 CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda m: pickle.loads(pickle.dumps(m))}
 SIZES = {'64x96': (64, 96), '96x64': (96, 64), '50x70': (50, 70)}
@@ -203,8 +204,9 @@ def check_gradients(model, size=64) -> None:
     model.init_weights()
     model.train()
     sum(out.square().sum() for out in outputs(model, images(size=size))).backward()
-    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    required = {name for name, p in model.named_parameters() if p.requires_grad}
+    named = list(model.named_parameters(remove_duplicate=False))  # a shared parameter has several names
+    with_gradient = {name for name, p in named if p.grad is not None}
+    required = {name for name, p in named if p.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
     assert with_gradient == required == method_names(model) - buffers
 

@@ -74,8 +74,8 @@ def for_config(args: argparse.Namespace) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description='Bring a checkpoint into the names and layouts of mmdet, mmseg and mmpretrain, or back. The format '
-        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona code, CoLin and LoRand in the CoLin '
-        'release, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt (official, timm), PVT'
+        'is recognised: Swin and SwinV2 (Microsoft, timm), the published Mona and ParaX code, CoLin and LoRand in the '
+        'CoLin release, ViT (timm, MAE, MoCo v3, .npz), ConvNeXt (official, timm), PVT'
     )
     parser.add_argument('src', help='checkpoint (.pth, .safetensors or .npz)')
     parser.add_argument('dst', type=new_file, help='file to write (.pth or .safetensors)')

@@ -102,6 +102,14 @@ METHODS = {
         'mona_mm/methods/adapter_plus.py',
         ('Adapters Strike Back', 'https://arxiv.org/abs/2406.06820'),
     ),
+    'parax': (
+        'ParaX',
+        'mona_mm/methods/parax.py',
+        (
+            'Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing',
+            'https://arxiv.org/abs/2602.06862',
+        ),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

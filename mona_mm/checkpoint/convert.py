@@ -1,13 +1,14 @@
 """Convert the names and layouts of published checkpoints to those of the OpenMMLab backbones.
 
 ====================  ================================================================================================
-``'swin'``            Microsoft's Swin and SwinV2, timm's, and the published Mona code: ``layers.I.blocks.J.attn.qkv``
+``'swin'``            Microsoft's Swin and SwinV2, timm's, and the published code of Mona and ParaX:
+                      ``layers.I.blocks.J.attn.qkv``
 ``'vit'``             timm's ViT and DINOv2, Meta's DINOv2, MAE, MoCo v3 and others of the same names:
                       ``blocks.I.attn.qkv``
 ``'vit-huggingface'`` Hugging Face's DINOv2: ``encoder.layer.I.attention.attention.query``
 ``'vit-npz'``         Google's ViT, ``.npz``: ``Transformer/encoderblock_I/...``
 ``'pvt'``             the official PVT and PVTv2: ``block1.0.attn.q``
-``'convnext'``        the official ConvNeXt and ConvNeXt V2: ``stages.I.J.dwconv``
+``'convnext'``        the official ConvNeXt and ConvNeXt V2, and the published ParaX: ``stages.I.J.dwconv``
 ``'convnext-timm'``   timm's ConvNeXt and ConvNeXt V2: ``stages.I.blocks.J.conv_dw``
 ``'colin'``           the authors' CoLin, LoRand and Adapter in mmdet's Swin, of the CoLin release:
                       ``stages.I.blocks.J.colin1``
@@ -24,6 +25,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor
 
+from mona_mm.checkpoint.parax import FORMATS as PARAX_FORMATS
+from mona_mm.checkpoint.parax import NAMES as PARAX_NAMES
+from mona_mm.checkpoint.parax import convert_parax
 from mona_mm.checkpoint.published import (
     COLIN,
     COLIN_NAMES,
@@ -79,6 +83,7 @@ def check_names(form: str | None, converted: Iterable[str]) -> None:
     else:
         patterns = [host.own_names.pattern for host in hosts if form in [known.name for known in host.formats]]
         patterns += [MODULE_NAMES] if form == MICROSOFT.name else []
+        patterns += [PARAX_NAMES] if form in PARAX_FORMATS else []
     known = re.compile('|'.join(dict.fromkeys(patterns)))
     unknown = [name for name in converted if patterns and not known.fullmatch(name)]
     if unknown:
@@ -94,11 +99,11 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known
     """Rename and re-order a backbone's checkpoint of a known format for the mmdet, mmseg and mmpretrain backbones.
 
     The format is recognised from the names. Supported formats include Microsoft's Swin and the published Mona code
-    (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), and the CoLin release (with those of CoLin, LoRand
-    or Adapter). A checkpoint of an unknown format is returned with its names unchanged. A checkpoint may be the whole
-    file (``{'model': ...}``, ``{'state_dict': ...}``) or only the tensors, of a backbone or of a detector (of which
-    only ``backbone.*`` is returned). Tensors that no backbone uses are left out, and so are those of MoCo v3 outside of
-    its base encoder.
+    (with the modules of Mona, Adapter, AdaptFormer, LoRand or LoRA), the CoLin release (with those of CoLin, LoRand or
+    Adapter), and ParaX of its published code in a Swin or ConvNeXt. A checkpoint of an unknown format is returned with
+    its names unchanged. A checkpoint may be the whole file (``{'model': ...}``, ``{'state_dict': ...}``) or only the
+    tensors, of a backbone or of a detector (of which only ``backbone.*`` is returned). Tensors that no backbone uses
+    are left out, and so are those of MoCo v3 outside of its base encoder.
 
     Args:
         state_dict: the tensors by the checkpoint's own names.
@@ -118,7 +123,8 @@ def convert_state_dict(state_dict: Mapping[str, Tensor], prefix: str = '', known
         converted = tensors
     else:
         kept = {key: tensor for key, tensor in tensors.items() if not form.is_left_out(key)}
-        converted = form.convert(convert_modules(kept) if form is MICROSOFT else kept)
+        kept = convert_modules(kept) if form is MICROSOFT else kept
+        converted = form.convert(convert_parax(kept) if name in PARAX_FORMATS else kept)
     if known:
         check_names(name, converted)
     return converted

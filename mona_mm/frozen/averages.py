@@ -4,9 +4,14 @@ mmengine's and torch's classes average every parameter, frozen ones included, an
 hundreds of updates the frozen weights of the average differ from the base's (by percents in half precision), and the
 trained weights beside them fit no base that exists. So every averaging object of a model that was frozen by
 :mod:`mona_mm.frozen.rules` copies the frozen part after each update.
+
+mmengine's classes with ``update_buffers=True`` also average a parameter that modules share once for each of its names,
+so that it follows the model that many times as fast as others. Here each has one name.
 """
 
+from collections.abc import Mapping
 from functools import wraps
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,6 +64,14 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
+def _with_one_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, each by the first of its names alone."""
+    first: dict[Any, str] = {}
+    for name, t in tensors.items():
+        first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.data_ptr() else name, name)
+    return {name: tensors[name] for name in first.values()}
+
+
 def _keep_in(cls: type[nn.Module]) -> None:
     """Make all objects of an averaging class, and of classes derived from it, keep the frozen part."""
     init = cls.__init__
@@ -68,6 +81,8 @@ def _keep_in(cls: type[nn.Module]) -> None:
         init(self, model, *args, **kwargs)
         if any(freeze_records(model)):
             mix_in(self, KeepsFrozenPart)
+            if isinstance(self, BaseAveragedModel):
+                self.avg_parameters = _with_one_name(self.avg_parameters)
 
     cls.__init__ = __init__
 

@@ -7,6 +7,7 @@ Rules select by module structure, never by a substring of a parameter's name:
 ``'none'`` or ``'fixed'``           no parameter
 ``'bias'`` or ``'bitfit'``          every bias, relative-position bias tables included
 ``'norm'`` or ``'norm_tuning'``     every parameter of a normalisation layer
+``'output_norms'``                  the norms of the outputs of a supported host, which pretrained checkpoints lack
 ``'last_block'`` or                 the last block of a supported host
 ``'partial_1'``
 a module path, ``'stages.3'``       every parameter under it; the path of a parameter selects only that parameter
@@ -72,8 +73,8 @@ def select(module: nn.Module, rules: Rules) -> set[str]:
         if not names and METHOD_RULES.get(rule, rule) != 'none':
             raise ConfigError(
                 f'trainable={rule!r} matches no parameter of {type(module).__name__}. A rule is one of '
-                f'{", ".join(map(repr, METHOD_RULES.values()))} ({", ".join(map(repr, METHOD_RULES))}), a module path '
-                'or a module type. ' + _suggest(module, rule)
+                f'{", ".join(map(repr, METHOD_RULES.values()))} ({", ".join(map(repr, METHOD_RULES))}), '
+                "'output_norms', a module path or a module type. " + _suggest(module, rule)
             )
         selected |= names
     return selected
@@ -92,6 +93,8 @@ def _select(module: nn.Module, rule: str) -> set[str]:
             )
         *_, last = find_host(module).blocks(module)
         return _names_under(module, [last])
+    if rule == 'output_norms':
+        return _names_under(module, [prefix.rstrip('.') for prefix in find_host(module).output_norms])
     owners = {  # the module that directly has the parameter, and its name there, by path of the parameter
         f'{path}.{name}' if path else name: (m, name)
         for path, m in module.named_modules(remove_duplicate=False)

@@ -9,6 +9,7 @@ from mona_mm.methods.dora import DoRA
 from mona_mm.methods.lora import LoRA
 from mona_mm.methods.lorand import LoRand
 from mona_mm.methods.mona import Mona
+from mona_mm.methods.parax import ParaX
 
 __all__ = [
     'AdaptFormer',
@@ -22,6 +23,7 @@ __all__ = [
     'Method',
     'MethodGroup',
     'Mona',
+    'ParaX',
     'StreamModule',
     'build_method',
     'deploy',

@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mona_mm.nn.depthwise import kernel_gradient
 from mona_mm.nn.products import by_onednn, linear
-
-# Rows of a grid that are summed at once in the gradient of a filter on a CPU. No value from 8 to 32 is always fastest.
-_STRIP = 32
 
 # Rows of a product over the tokens that are processed at once on a CPU, so that they stay in its cache.
 _ROWS = 2048
@@ -257,35 +255,11 @@ def _filter_gradients(
 ) -> None:
     """Write the gradients of the depthwise convolutions, each of which is the centre of the merged kernel's, to
     ``grads``."""
-    merged = _weight_gradient(dq, grid, size).to(filters[0].dtype) * scale
+    merged = kernel_gradient(dq, grid, size).to(filters[0].dtype) * scale
     bias = dq.sum((0, 2, 3)).to(filters[1].dtype) * scale
     for i in range(0, len(filters), 2):
         grads[10 + i] = _centre(merged, filters[i].shape[-1]).contiguous()
         grads[11 + i] = bias.clone()
-
-
-def _weight_gradient(dq: Tensor, grid: Tensor, size: int) -> Tensor:
-    """Compute the gradient of a ``size x size`` depthwise kernel.
-
-    On a CPU the padded grid is correlated with the gradient, by a depthwise convolution that has the gradient as its
-    kernel, in half of the time of torch's own function. It works on strips of rows, so that no sum gets too long for
-    the precision of the dtype.
-    """
-    batch, n, height, width = grid.shape
-    pad = size // 2
-    if grid.device.type != 'cpu':
-        kernel = grid.new_empty(n, 1, size, size)
-        return torch.ops.aten.convolution_backward(
-            dq, grid, kernel, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], n, [False, True, False]
-        )[1]
-    strips = -(-height // _STRIP)
-    rows = -(-height // strips)
-    missing = strips * rows - height
-    grid = F.pad(grid, (pad, pad, pad, pad + missing)).unfold(2, rows + 2 * pad, rows)  # (B, n, strips, width, rows)
-    grid = grid.transpose(3, 4).reshape(1, batch * n * strips, rows + 2 * pad, width + 2 * pad)
-    dq = F.pad(dq, (0, 0, 0, missing)).reshape(batch * n * strips, 1, rows, width)
-    out = F.conv2d(grid, dq, groups=batch * n * strips)
-    return out.view(batch, n, strips, 1, size, size).sum((0, 2))
 
 
 def _down_gradients(

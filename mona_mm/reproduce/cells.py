@@ -19,8 +19,11 @@ from mona_mm.type_names import look_up, type_name
 METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
     *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
-    *('colin', 'adapter_plus'),
+    *('colin', 'adapter_plus', 'parax'),
 )
+
+TRAINS_TOO = {'parax': 'output_norms'}
+"""The rule by which a published method trains parameters of the base beside its own."""
 
 SIZES = {  # embed_dims, depths, num_heads
     'swin_t': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -113,7 +116,7 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             method = method_name(_type(peft))
             if method == 'spt':
                 method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
-            return method if backbone.get('trainable') in (None, 'none') else None
+            return method if backbone.get('trainable') in (None, 'none', TRAINS_TOO.get(method)) else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
         name = published_name(rules[0])

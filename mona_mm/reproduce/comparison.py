@@ -211,6 +211,7 @@ MINI = Comparison(
         'milora': _module('LoRA', rank=16, alpha=16, init='minor'),
         'colin': _module('CoLin', bottleneck=100, rank=28),
         'adapter_plus': _module('AdapterPlus', bottleneck=8, drop_path=0.0),
+        'parax': _module('ParaX', rank=64),
     },
     learning_rates=(1e-4, 5e-4, 2.5e-3),
     seeds=(0, 1, 2),

@@ -152,6 +152,14 @@ _LOGGED = (
     'The training log of the published %s has {ade20k_log_last_and_best[%s][last]} last and '
     '{ade20k_log_last_and_best[%s][best]} best, at iteration {ade20k_log_last_and_best[%s][best_iter]}.'
 )
+_PARAX_COCO = (
+    'parax was published with Mask R-CNN (1x), without a config here: box AP {parax_elsewhere[mask_rcnn_swin_b][0]} '
+    'and mask AP {parax_elsewhere[mask_rcnn_swin_b][1]} with Swin-B, {parax_elsewhere[mask_rcnn_swin_l][0]} and '
+    '{parax_elsewhere[mask_rcnn_swin_l][1]} with Swin-L (grade {parax_elsewhere[grade]}).'
+)
+_PARAX_ADE20K = (
+    'parax was published with Swin-B, too: mIoU {parax_elsewhere[upernet_swin_b]} (grade {parax_elsewhere[grade]}).'
+)
 _BOX_AP = dict(mmengine={'coco/bbox_mAP': 100}, mmcv={'bbox_mAP': 100}, measures='Object Detection')
 _TOP1 = {'top1': Metric('top-1', {'accuracy/top1': 1}, {'accuracy_top-1': 1}, 'Image Classification', 'Top 1 Accuracy')}
 _CLASSIFICATION = Heading(
@@ -182,6 +190,7 @@ for _task in (
             (
                 'The published 53.4 / 46.0 of mona are of COCO test-dev, as its README says; runs evaluate val2017.',
                 _RERUN % ('coco_box_ap', 'box AP'),
+                _PARAX_COCO,
             ),
         ),
         published='coco_cascade_mask_rcnn_swin_b',
@@ -217,7 +226,7 @@ for _task in (
         table=Heading(
             'ade20k',
             'ADE20K semantic segmentation: UperNet, Swin-L',
-            tuple(_LOGGED % ((method,) * 4) for method in ('full', 'mona')),
+            (*(_LOGGED % ((method,) * 4) for method in ('full', 'mona')), _PARAX_ADE20K),
         ),
         published='ade20k_upernet_swin_l_miou',
     ),
