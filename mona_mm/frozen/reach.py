@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mona_mm.hosts import find_host, is_host
+from mona_mm.methods.queries import compute_queries
 
 _SIDE = 224  # side of the image for a backbone without img_size, in pixels
 
@@ -43,7 +44,8 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
     }
     try:
         with _deterministic(backbone), torch.enable_grad():
-            outputs = functional_call(backbone, state, blank_image(backbone, 'meta'))
+            named = {f'backbone.{name}': tensor for name, tensor in state.items()}
+            outputs = functional_call(_WithQueries(backbone), named, blank_image(backbone, 'meta'))
             total = sum(output.sum() for output in _tensors_in(outputs) if output.requires_grad)
             if not isinstance(total, Tensor):
                 return trains
@@ -52,6 +54,17 @@ def _without_gradient(backbone: nn.Module) -> set[str]:
     except Exception:  # a third-party forward may fail in any way on tensors without values
         return set()
     return {name for name, gradient in zip(trains, gradients, strict=True) if gradient is None}
+
+
+class _WithQueries(nn.Module):
+    """A backbone whose outputs include the queries that its method computes for a decoder."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> tuple[Any, Tensor | None]:
+        return self.backbone(image), compute_queries(self.backbone)
 
 
 def blank_image(backbone: nn.Module, device: str | torch.device, size: tuple[int, int] | None = None) -> Tensor:

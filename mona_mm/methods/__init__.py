@@ -6,6 +6,7 @@ from mona_mm.methods.base import LinearModule, Method, MethodGroup, StreamModule
 from mona_mm.methods.lora import LoRA
 from mona_mm.methods.lorand import LoRand
 from mona_mm.methods.mona import Mona
+from mona_mm.methods.rein import Rein
 
 __all__ = [
     'AdaptFormer',
@@ -16,6 +17,7 @@ __all__ = [
     'Method',
     'MethodGroup',
     'Mona',
+    'Rein',
     'StreamModule',
     'build_method',
     'deploy',

@@ -55,6 +55,9 @@ class PeftModule(nn.Module):
     possible_sites: ClassVar[tuple[str, ...]]
     """The sites that the config's ``sites`` may name."""
 
+    link: int | None = None
+    """The width of the queries that :meth:`queries` computes; None for a module that takes no part in any."""
+
     fast: bool = True
     """Whether ``forward`` may use a form with fewer operations, where the method has one."""
 
@@ -76,6 +79,15 @@ class PeftModule(nn.Module):
         Args:
             modules: the modules by path of a block and name of a site, in the order of the blocks.
         """
+
+    @classmethod
+    def queries(cls, modules: Sequence[nn.Module]) -> Tensor:
+        """Compute queries ``(number, link)`` for a decoder (:mod:`mona_mm.methods.queries`) from parameters alone.
+
+        Args:
+            modules: the modules of one backbone that have a :attr:`link`, in the order of the blocks.
+        """
+        raise NotImplementedError
 
     def to_deploy(self) -> nn.Module | None:
         """Make a module for inference that computes the same in fewer operations; None if the method has none."""
