@@ -41,6 +41,7 @@ METHOD_CONFIGS = {
     'lora-ffn': dict(type='LoRA', rank=4, sites=['fc1', 'fc2']),
     'mona-late': dict(type='Mona', bottleneck={'*.2': 4, 'default': 8}, blocks='last 2'),
     'lora-and-mona': [dict(type='LoRA', rank=4), dict(type='Mona', bottleneck=8)],
+    'rein': dict(type='Rein', num_tokens=8, rank=4),
 }
 CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda m: pickle.loads(pickle.dumps(m))}
 SIZES = {'64x96': (64, 96), '96x64': (96, 64), '50x70': (50, 70)}

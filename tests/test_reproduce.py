@@ -61,7 +61,8 @@ def test_every_row_has_a_config():
     tables = [table for table in build_tables([]) if table.comparable]
     configs = {row.config for table in tables for row in table.rows}
     assert configs <= stems
-    assert {config_name(m, t) for m in METHODS for t in list(TASKS)[:6]} <= configs
+    assert {config_name(m, t) for m in METHODS[:10] for t in list(TASKS)[:6]} <= configs
+    assert {config_name('rein', f'dinov2_{size}_cityscapes') for size in 'lbs'} <= configs
     assert {f'retinanet_swin_l_voc_bottleneck{n}' for n in (32, 128)} <= configs
     assert len(plan([])) == len(configs) and all(line.startswith('missing ') for line in plan([]))
 

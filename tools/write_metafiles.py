@@ -84,6 +84,15 @@ METHODS = {
     'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
     'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
     'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
+    'rein': (
+        'Rein',
+        'mona_mm/methods/rein.py',
+        (
+            'Stronger, Fewer, & Superior: Harnessing Vision Foundation Models for Domain Generalized Semantic '
+            'Segmentation',
+            'https://arxiv.org/abs/2312.04265',
+        ),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

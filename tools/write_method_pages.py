@@ -54,6 +54,7 @@ IN_A_LINE = {
     'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
     'LoRA': 'Wx + (α/r)·BAx',
     'LoRand': 'an adapter whose matrices are sums of low-rank products',
+    'Rein': 'f + s·((softmax(f·Tᵀ/√C)·T·Wₜ + f)·W), T = A·B tokens of each block, Wₜ and W of all blocks',
     'SPT': 'LoRA, Adapter or Mona and single weights where the task is sensitive, within a budget',
 }
 SPT_MERGES = 'LoRA, weights'

@@ -98,14 +98,20 @@ class Rein(StreamModule):
 
     @classmethod
     def share(cls, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        """Give the modules of one width their projections in common, and all modules the scale."""
+        """Give the modules of one width their projections in common, and all modules the scale.
+
+        They have parameters in common, and not layers, whose parameters torch's ``functional_call`` would not restore.
+        """
         first, of_width = None, {}
         for module in (module for of_block in modules.values() for module in of_block.values()):
             first = first or module
             alike = of_width.setdefault(module.b.shape[1], module)
-            module.value, module.update, module.scale = alike.value, alike.update, first.scale
+            module.scale = first.scale
+            _share_linear(module.value, alike.value)
+            _share_linear(module.update, alike.update)
             if module.link is not None:
-                module.query, module.merge = alike.query, first.merge
+                _share_linear(module.query, alike.query)
+                _share_linear(module.merge, first.merge)
 
     def reset_parameters(self) -> None:
         """Initialise the tokens' factors Xavier-uniform, so that tokens of the default size have a standard deviation
@@ -139,3 +145,8 @@ class Rein(StreamModule):
         tokens = self.tokens
         shares = F.softmax(features @ (tokens.T * tokens.shape[1] ** -0.5), dim=-1)
         return self.update(shares[..., 1:] @ self.value(tokens[1:]) + features, self.scale)
+
+
+def _share_linear(linear: nn.Linear, other: nn.Linear) -> None:
+    """Give a layer the parameters of another, in place."""
+    linear.weight, linear.bias = other.weight, other.bias

@@ -206,6 +206,7 @@ MINI = Comparison(
         'spt_lora': _spt(294_912, 'LoRA', rank=16, dropout=0.0, drop_path=0.0),
         'spt_adapter': _spt(1_190_400, 'Adapter', bottleneck=64, drop_path=0.0),
         'spt_mona': _spt(1_459_200, 'Mona', bottleneck=64),
+        'rein': _module('Rein'),
     },
     learning_rates=(1e-4, 5e-4, 2.5e-3),
     seeds=(0, 1, 2),

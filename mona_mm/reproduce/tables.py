@@ -135,6 +135,7 @@ def _comparable(runs: list[Run]) -> Iterator[Table]:
             row
             for task in tasks
             for method in METHODS
+            if _has_rows(task, method)
             for row in cells.rows(
                 task,
                 method,
@@ -147,6 +148,12 @@ def _comparable(runs: list[Run]) -> Iterator[Table]:
         yield Table(heading.name, heading.title, rows, notes)
     yield Table('ablation', 'Ablations on VOC: RetinaNet AP50', _ablations(cells))
     yield Table('other', 'Runs of configs without a published number', list(cells.others()))
+
+
+def _has_rows(task: Task, method: str) -> bool:
+    """Whether a cell has rows without a run: those of its published numbers, or of its config."""
+    config = task_configs(task) / method / f'{config_name(method, task.name)}.py'
+    return config.is_file() or any(published_scores(task, method).values())
 
 
 def _ablations(cells: _Cells) -> list[Row]:
@@ -169,6 +176,8 @@ def _published_only() -> Iterator[Table]:
     rows = []
     for method in METHODS:
         for size in ('swin_t', 'swin_b', 'swin_l'):
+            if method not in data['trainable_params_backbone'][size]:
+                continue
             source = data['trainable_params_backbone'][size][method][1]
             for task, label in (('coco', size), ('voc', f'{size} voc'), ('flowers102', f'{size} classification')):
                 number = published_trainable(method, task, size)
