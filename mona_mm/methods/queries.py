@@ -21,8 +21,8 @@ def modules_with_queries(backbone: nn.Module) -> list[PeftModule]:
     if len(found) > 1:
         names = ', '.join(name for name, _ in found)
         raise ConfigError(
-            f'peft: several methods of {type(backbone).__name__} compute queries for a decoder: {names}. Give `link` to '
-            'one of them.'
+            f'peft: several methods of {type(backbone).__name__} compute queries for a decoder: {names}. Give `link` '
+            'to one of them.'
         )
     return found[0][1] if found else []
 

@@ -178,9 +178,7 @@ _MIOU = {'miou': Metric('mIoU', {'mIoU': 1}, {'mIoU': 100}, 'Semantic Segmentati
 _CITYSCAPES = Heading(
     'cityscapes',
     'From GTA5 to Cityscapes: Mask2Former, DINOv2',
-    (
-        'Trained on images of GTA5 alone, scored on those of Cityscapes. Rein has its link to the queries of the decoder.',
-    ),
+    ("Trained on images of GTA5 alone, scored on those of Cityscapes. Rein is linked to the decoder's queries.",),
 )
 _TOP1_TASK = dict(**_CLASSIFIER, metrics=_TOP1, table=_CLASSIFICATION, published='classification_swin_l_top1')
 
