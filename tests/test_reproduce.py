@@ -708,6 +708,7 @@ def test_csv_parses_back(runs):
         'voc',
         'ade20k',
         'classification',
+        'cityscapes',
         'ablation',
         'params',
         'spt',

@@ -1,7 +1,7 @@
 # From GTA5 to Cityscapes, as in the Rein paper: Mask2Former, DINOv2 ViT-L/14, trained on images of a game and evaluated
 # on those of cities. From the paper are the 40k iterations of 4 images, the learning rate of the head and of what a
-# method adds, and crops of 512 pixels (here 37 patches, 518); the feature pyramid, the layers that it reads and the size
-# of the test images are of this package. Both data sets have the 19 train ids of Cityscapes as labels:
+# method adds, and crops of 512 pixels (here 37 patches, 518). The feature pyramid, the layers that it reads and the
+# size of the test images are of this package. Both data sets have the 19 train ids of Cityscapes as labels:
 # data/gta/images/00001.png with data/gta/labels/00001_labelTrainIds.png, and data/cityscapes as published, with the
 # *_gtFine_labelTrainIds.png that its scripts write.
 _base_ = ['./default_runtime.py']
