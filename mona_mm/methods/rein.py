@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
+from mona_mm.nn.tracing import is_hooked
 from mona_mm.options import LARGEST, Count, Positive, Rule, Width, checked
 from mona_mm.registry import METHODS
 
@@ -94,33 +95,39 @@ class Rein(StreamModule):
         if link is not None:
             self.query = nn.Linear(channels, link)
             self.merge = nn.Linear(3 * link, link)
+        self._owners = (self, self)  # of what belongs to blocks of this width, and to all blocks; see share
         self.reset_parameters()
 
     @classmethod
     def share(cls, modules: Mapping[str, Mapping[str, nn.Module]]) -> None:
-        """Give the modules of one width their projections in common, and all modules the scale.
+        """Leave the projections to the first module of each width, and the scale to the first of all.
 
-        They have parameters in common, and not layers, whose parameters torch's ``functional_call`` would not restore.
+        The others refer to those modules. With the same parameters under several names, neither a parametrization of
+        torch nor its ``functional_call`` would compute the same.
         """
         first, of_width = None, {}
         for module in (module for of_block in modules.values() for module in of_block.values()):
             first = first or module
             alike = of_width.setdefault(module.b.shape[1], module)
-            module.scale = first.scale
-            _share_linear(module.value, alike.value)
-            _share_linear(module.update, alike.update)
-            if module.link is not None:
-                _share_linear(module.query, alike.query)
-                _share_linear(module.merge, first.merge)
+            if module is not alike:
+                del module.value, module.update
+            if module is not first:
+                del module.scale
+            if module.link is not None and module is not alike:
+                del module.query
+            if module.link is not None and module is not first:
+                del module.merge
+            module._owners = alike, first
 
     def reset_parameters(self) -> None:
         """Initialise the tokens' factors Xavier-uniform, so that tokens of the default size have a standard deviation
         of about 0.02, the projections as torch does, and the scale with ``scale``."""
         for factor in (self.a, self.b):
             nn.init.xavier_uniform_(factor)
-        for linear in (m for m in self.modules() if isinstance(m, nn.Linear)):
+        for linear in self.children():
             linear.reset_parameters()
-        nn.init.constant_(self.scale, self.initial_scale)
+        if self._owners[1] is self:
+            nn.init.constant_(self.scale, self.initial_scale)
 
     @property
     def tokens(self) -> Tensor:
@@ -130,23 +137,22 @@ class Rein(StreamModule):
     @classmethod
     def queries(cls, modules: Sequence[nn.Module]) -> Tensor:
         """Compute the queries ``(num_tokens, link)`` for a decoder from the modules of one backbone."""
-        of_blocks = torch.stack([module.query(module.tokens) for module in modules])
+        of_blocks = torch.stack([module._owners[0].query(module.tokens) for module in modules])
         return modules[0].merge(torch.cat((of_blocks.amax(0), of_blocks.mean(0), of_blocks[-1]), dim=-1))
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, stay as they are."""
         extra = x.shape[1] - hw[0] * hw[1]
-        if extra:
-            return torch.cat((x[:, :extra], self.residual(x[:, extra:], self._change)), dim=1)
-        return self.residual(x, self._change)
+        return torch.cat((x[:, :extra], self._refine(x[:, extra:])), dim=1) if extra else self._refine(x)
+
+    def _refine(self, features: Tensor) -> Tensor:
+        """Compute the refined features of ``(B, H*W, C)``."""
+        if is_hooked(self._owners[0].update):  # which may be another block's, so that `residual` does not look at it
+            return features + self._change(features)
+        return self.residual(features, self._change)
 
     def _change(self, features: Tensor) -> Tensor:
         """Compute what is added to features ``(..., C)``."""
-        tokens = self.tokens
+        (of_width, first), tokens = self._owners, self.tokens
         shares = F.softmax(features @ (tokens.T * tokens.shape[1] ** -0.5), dim=-1)
-        return self.update(shares[..., 1:] @ self.value(tokens[1:]) + features, self.scale)
-
-
-def _share_linear(linear: nn.Linear, other: nn.Linear) -> None:
-    """Give a layer the parameters of another, in place."""
-    linear.weight, linear.bias = other.weight, other.bias
+        return of_width.update(shares[..., 1:] @ of_width.value(tokens[1:]) + features, first.scale)
