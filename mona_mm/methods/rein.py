@@ -40,7 +40,8 @@ class Rein(StreamModule):
     The features :math:`f_i` of the patches have :math:`m` channels, and :math:`A_i` and :math:`B_i` are :math:`t
     \times r` and :math:`r \times m` for :math:`t` tokens of rank :math:`r`. The softmax is over the tokens. The first
     token takes a share of it and adds nothing, so that features can be left as they are. Class and register tokens are
-    left alone. Blocks of one width have :math:`W_T` and :math:`W_f` in common, and all blocks the scale :math:`s`.
+    left alone; the size of the grid tells which they are. Blocks of one width have :math:`W_T` and :math:`W_f` in
+    common, and all blocks the scale :math:`s`.
 
     With ``link`` the tokens also make the queries of a decoder, one of each,
 
