@@ -101,7 +101,8 @@ class StreamModule(PeftModule):
 
     needs_grid: ClassVar[bool] = True
     """Whether ``forward`` depends on the order of the tokens, as a convolution does, or on which of them are patches.
-    Backbones that have their tokens in another order than that of the grid's rows then refuse the method. False for a map of every token alone."""
+    Backbones that have their tokens in another order than that of the grid's rows then refuse the method. False for a
+    map of every token alone."""
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map the tokens of a block.
