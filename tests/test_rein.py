@@ -124,12 +124,13 @@ def test_in_a_backbone():
 
 
 def test_it_begins_near_the_base():
-    """With its initial values a module changes its input by about a thousandth."""
+    """With its initial values a module changes its input by about a thousandth; its tokens are small."""
     torch.manual_seed(0)
-    module, x = Rein(64), torch.randn(2, 100, 64)
-    assert 1e-4 < ((module(x, (10, 10)) - x).norm() / x.norm()).item() < 2e-3
-    assert 0.015 < module.tokens.std().item() < 0.03 + 0.06 * (64 < 100)
-    assert module.scale.item() == pytest.approx(1e-3)
+    for width, std in ((384, 0.037), (1024, 0.023)):
+        module, x = Rein(width), torch.randn(2, 100, width)
+        assert 1e-4 < ((module(x, (10, 10)) - x).norm() / x.norm()).item() < 2e-3
+        assert module.tokens.std().item() == pytest.approx(std, rel=0.1)
+        assert module.scale.item() == pytest.approx(1e-3)
 
 
 # Counts and what is in common ------------------------------------------------------------------------------------
@@ -432,6 +433,8 @@ def test_within_other_wrappers():
     trains = {name for name, p in frozen.named_parameters() if p.requires_grad}
     assert trains == {name for name, _ in frozen.named_parameters() if '.peft.' in name or name.startswith('neck.')}
     check_linked(frozen)
+    with pytest.raises(ConfigError, match='within the PeftModel or FrozenModel'):
+        MODELS.build(dict(cfg.model, base=dict(type='mona_mm.FrozenModel', base=cfg.model.base, trainable=['neck'])))
     student, teacher = (MODELS.build(cfg.model) for _ in range(2))
     teacher.requires_grad_(False)
     both = nn.ModuleDict(dict(student=student, teacher=teacher))

@@ -8,6 +8,7 @@ from mona_mm.backbone import build_base
 from mona_mm.errors import ConfigError
 from mona_mm.methods.queries import LinkedQueries, modules_with_queries
 from mona_mm.options import checked
+from mona_mm.record import record_of
 from mona_mm.registry import MODELS
 
 _USUAL = 'query_embed'
@@ -28,10 +29,15 @@ def LinkedModel(base: dict[str, Any], queries: str | None = None) -> nn.Module:
         queries: the path of the embedding to replace; by default that of the only one named ``query_embed``.
 
     Raises:
-        ConfigError: if no backbone in the model, or more than one, computes queries, there is no such embedding, or
-            it has another number or another width of queries.
+        ConfigError: if no backbone in the model, or more than one, computes queries, there is no such embedding, it
+            has another number or another width of queries, or the base is itself a FrozenModel or PeftModel.
     """
     model = build_base(base)
+    if record_of(model).freeze is not None:
+        raise ConfigError(
+            'LinkedModel: its base is frozen already, with the embedding that it is to replace. Put it within the '
+            "PeftModel or FrozenModel: dict(type='mona_mm.FrozenModel', base=dict(type='mona_mm.LinkedModel', ...))."
+        )
     backbones = [(path, m) for path, m in model.named_modules() if modules_with_queries(m)]
     if len(backbones) != 1:
         found = f'several parts of it do ({", ".join(path for path, _ in backbones)})' if backbones else 'none does'
