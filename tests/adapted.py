@@ -51,6 +51,7 @@ METHODS = {
     'AdaptFormer': dict(type='AdaptFormer', bottleneck=4),
     'LoRand': dict(type='LoRand', inner=4),
     'CoLin': dict(type='CoLin', bottleneck=8, rank=4),
+    'Rein': dict(type='Rein', num_tokens=8, rank=4),
     'single weights': dict(type='LoRA', rank=4, sites=['fc1']),
 }
 PAIRS = [(host, method) for host in HOSTS for method in METHODS]

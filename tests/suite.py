@@ -45,6 +45,7 @@ METHOD_CONFIGS = {
     'adapter-plus': dict(type='AdapterPlus', bottleneck=8),
     'colin': dict(type='CoLin', bottleneck=12, rank=4),
     'parax': dict(type='ParaX', rank=8),
+    'rein': dict(type='Rein', num_tokens=8, rank=4),
 }
 CLONES = {'deepcopy': copy.deepcopy, 'pickle': lambda m: pickle.loads(pickle.dumps(m))}
 SIZES = {'64x96': (64, 96), '96x64': (96, 64), '50x70': (50, 70)}

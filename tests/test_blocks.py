@@ -135,6 +135,7 @@ METHODS = {
     'adapter': dict(type='Adapter', bottleneck=8),
     'adaptformer': dict(type='AdaptFormer', bottleneck=8),
     'lorand': dict(type='LoRand', inner=4),
+    'rein': dict(type='Rein', num_tokens=8, rank=4),
 }
 
 

@@ -71,6 +71,7 @@ def test_results_are_the_published_ones(index):
         ('coco_cascade_mask_rcnn_swin_b', 'COCO'),
         ('voc_retinanet_swin_l_ap50', 'PASCAL VOC 2007'),
         ('ade20k_upernet_swin_l_miou', 'ADE20K'),
+        ('gta_cityscapes_mask2former_dinov2_miou', 'Cityscapes'),
     ):
         for method, node in published[key].items():
             collect(data, method, node)

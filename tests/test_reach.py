@@ -84,6 +84,19 @@ def test_stock_modules():
         freeze(model, 'partial_1')
 
 
+def test_modules_in_common_are_left_as_they_are():
+    """A layer that is used twice has its parameters still, and reaches the output from one of its places."""
+    backbone = MODELS.build(dict(type='mmdet.ResNet', depth=18, out_indices=(0,), frozen_stages=-1, norm_eval=False))
+    conv = backbone.layer1[0].conv1
+    backbone.layer1[1].conv2 = backbone.layer1[0].conv2 = conv
+    backbone.layer2[1].conv2.weight = backbone.layer2[1].conv1.weight
+    before = {name: (id(p), p.device) for name, p in backbone.named_parameters(remove_duplicate=False)}
+    found = unreached(backbone)
+    assert before == {name: (id(p), p.device) for name, p in backbone.named_parameters(remove_duplicate=False)}
+    assert found == without_gradient(backbone) and 'layer2.1.conv1.weight' in found
+    assert 'layer1.0.conv1.weight' not in found
+
+
 def test_a_method_all_of_which_is_behind(tmp_path):
     """A plan of SPT for the last stage only, where the outputs end before it."""
     peft = dict(type='SPT', structured=dict(type='LoRA', rank=2), plan={'stages.3.blocks.0': ['q']})

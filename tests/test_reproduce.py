@@ -62,6 +62,7 @@ def test_every_row_has_a_config():
     configs = {row.config for table in tables for row in table.rows}
     assert configs <= stems
     assert stems & {config_name(m, t) for m in METHODS for t in list(TASKS)[:6]} <= configs
+    assert {config_name('rein', f'dinov2_{size}_cityscapes') for size in 'lbs'} <= configs
     assert {f'retinanet_swin_l_voc_bottleneck{n}' for n in (32, 128)} <= configs
     assert len(plan([])) == len(configs) and all(line.startswith('missing ') for line in plan([]))
 
@@ -708,6 +709,7 @@ def test_csv_parses_back(runs):
         'voc',
         'ade20k',
         'classification',
+        'cityscapes',
         'ablation',
         'params',
         'spt',

@@ -110,6 +110,15 @@ METHODS = {
             'https://arxiv.org/abs/2602.06862',
         ),
     ),
+    'rein': (
+        'Rein',
+        'mona_mm/methods/rein.py',
+        (
+            'Stronger, Fewer, & Superior: Harnessing Vision Foundation Models for Domain Generalized Semantic '
+            'Segmentation',
+            'https://arxiv.org/abs/2312.04265',
+        ),
+    ),
 }
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.

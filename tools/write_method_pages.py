@@ -55,6 +55,7 @@ IN_A_LINE = {
     'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
     'LoRA': 'Wx + (α/r)·BAx',
     'LoRand': 'an adapter whose matrices are sums of low-rank products',
+    'Rein': 'f + s·((softmax(f·Tᵀ/√C)·T·Wₜ + f)·W), T = A·B tokens of each block, Wₜ and W of all blocks',
     'ParaX': 'an adapter with filters whose weights are mixed for every image, from a pool that a stage shares',
     'CoLin': 'x + up(gelu(a·dw3x3(p) + (1 - a)·p)), p = down(x), of low-rank matrices that a term in the loss keeps '
     'close to orthogonal',

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mona_mm.hosts import find_host, is_host
+from mona_mm.methods.queries import compute_queries
 
 _SIDE = 224  # side of the image for a backbone without img_size, in pixels
 
@@ -34,24 +35,39 @@ def _may_end_early(module: nn.Module) -> bool:
 
 
 def _without_gradient(backbone: nn.Module) -> set[str]:
-    trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    state = {
-        name: torch.empty(
-            tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype, device='meta'
-        ).requires_grad_(name in trains)
-        for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
-    }
+    trains = {id(p): name for name, p in backbone.named_parameters() if p.requires_grad}
+    model = _WithQueries(backbone)
+    on_meta: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():  # each once: functional_call restores the latest of several names
+        own = (module.named_parameters, module.named_buffers)
+        for name, tensor in (item for named in own for item in named(recurse=False, remove_duplicate=False)):
+            if id(tensor) not in on_meta:
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                stand_in = torch.empty(tensor.shape, dtype=dtype, device='meta')
+                on_meta[id(tensor)] = stand_in.requires_grad_(id(tensor) in trains)
+            state[f'{path}.{name}' if path else name] = on_meta[id(tensor)]
     try:
         with _deterministic(backbone), torch.enable_grad():
-            outputs = functional_call(backbone, state, blank_image(backbone, 'meta'))
+            outputs = functional_call(model, state, blank_image(backbone, 'meta'), tie_weights=False)
             total = sum(output.sum() for output in _tensors_in(outputs) if output.requires_grad)
             if not isinstance(total, Tensor):
-                return trains
-            wanted = [state[name] for name in trains]
-            gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+                return set(trains.values())
+            gradients = torch.autograd.grad(total, [on_meta[key] for key in trains], allow_unused=True)
     except Exception:  # a third-party forward may fail in any way on tensors without values
         return set()
-    return {name for name, gradient in zip(trains, gradients, strict=True) if gradient is None}
+    return {name for name, gradient in zip(trains.values(), gradients, strict=True) if gradient is None}
+
+
+class _WithQueries(nn.Module):
+    """A backbone whose outputs include the queries that its method computes for a decoder."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> tuple[Any, Tensor | None]:
+        return self.backbone(image), compute_queries(self.backbone)
 
 
 def blank_image(backbone: nn.Module, device: str | torch.device, size: tuple[int, int] | None = None) -> Tensor:

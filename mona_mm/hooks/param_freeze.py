@@ -20,6 +20,7 @@ from mona_mm.frozen.copies import alike, moving_copies
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.frozen.rules import Rules, behind_outputs, check_trainable, freeze, select
 from mona_mm.hosts import method_names
+from mona_mm.methods.queries import check_linked
 from mona_mm.nn.digest import digests
 from mona_mm.options import checked
 from mona_mm.record import freeze_records
@@ -97,6 +98,7 @@ class ParamFreezeHook(Hook):
         """Check and print which parameters train, and take the digests of the frozen weights, which are now loaded."""
         model = _unwrap(runner.model)
         check_trainable(model)
+        check_linked(model)
         count = count_trainable(model)
         if not count.trainable:
             raise FreezeError('No parameter of the model trains. Choose a method, or other `trainable` rules.')

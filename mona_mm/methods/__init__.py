@@ -10,6 +10,7 @@ from mona_mm.methods.lora import LoRA
 from mona_mm.methods.lorand import LoRand
 from mona_mm.methods.mona import Mona
 from mona_mm.methods.parax import ParaX
+from mona_mm.methods.rein import Rein
 
 __all__ = [
     'AdaptFormer',
@@ -24,6 +25,7 @@ __all__ = [
     'MethodGroup',
     'Mona',
     'ParaX',
+    'Rein',
     'StreamModule',
     'build_method',
     'deploy',

@@ -55,6 +55,9 @@ class PeftModule(nn.Module):
     possible_sites: ClassVar[tuple[str, ...]]
     """The sites that the config's ``sites`` may name."""
 
+    link: int | None = None
+    """The width of the queries that :meth:`queries` computes; None for a module that takes no part in any."""
+
     fast: bool = True
     """Whether ``forward`` may use a form with fewer operations, where the method has one."""
 
@@ -86,6 +89,15 @@ class PeftModule(nn.Module):
         """
         return {}
 
+    @classmethod
+    def queries(cls, modules: Sequence[nn.Module]) -> Tensor:
+        """Compute queries ``(number, link)`` for a decoder (:mod:`mona_mm.methods.queries`) from parameters alone.
+
+        Args:
+            modules: the modules of one backbone that have a :attr:`link`, in the order of the blocks.
+        """
+        raise NotImplementedError
+
     def to_deploy(self) -> nn.Module | None:
         """Make a module for inference that computes the same in fewer operations; None if the method has none."""
         return None
@@ -97,8 +109,9 @@ class StreamModule(PeftModule):
     possible_sites = STREAM_SITES
 
     needs_grid: ClassVar[bool] = True
-    """Whether ``forward`` depends on the order of the tokens, as a convolution does. Backbones that have their tokens
-    in another order than that of the grid's rows then refuse the method. False for a map of every token alone."""
+    """Whether ``forward`` depends on the order of the tokens, as a convolution does, or on which of them are patches.
+    Backbones that have their tokens in another order than that of the grid's rows then refuse the method. False for a
+    map of every token alone."""
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map the tokens of a block.

@@ -1,7 +1,8 @@
-"""Backbones and necks that the OpenMMLab libraries lack."""
+"""Backbones, necks and connections of parts that the OpenMMLab libraries lack."""
 
 from mona_mm.models.dinov2 import DINOv2
 from mona_mm.models.hf_backbone import HFBackbone
+from mona_mm.models.linked_model import LinkedModel
 from mona_mm.models.simple_feature_pyramid import SimpleFeaturePyramid
 
-__all__ = ['DINOv2', 'HFBackbone', 'SimpleFeaturePyramid']
+__all__ = ['DINOv2', 'HFBackbone', 'LinkedModel', 'SimpleFeaturePyramid']

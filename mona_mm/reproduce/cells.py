@@ -19,7 +19,7 @@ from mona_mm.type_names import look_up, type_name
 METHODS = (
     *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
     *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
-    *('colin', 'adapter_plus', 'parax'),
+    *('colin', 'adapter_plus', 'parax', 'rein'),
 )
 
 TRAINS_TOO = {'parax': 'output_norms'}
@@ -88,7 +88,7 @@ def task_of(config: dict[str, Any]) -> str | None:
 
     If several tasks match, the one that was registered last is returned.
     """
-    model = _dict(config.get('model'))
+    model = model_config(config)
     candidates = [task for task in reversed(TASKS.values()) if task.model == _type(model)]
     for dataset in training_sets(config) if candidates else ():
         for task in candidates:
@@ -106,7 +106,7 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             an old config do not.
         published: the number of parameters of this backbone that each method trains.
     """
-    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    backbone = _dict(model_config(config).get('backbone'))
     name = _type(backbone)
     if name == 'PeftBackbone':
         if backbone.get('peft'):
@@ -223,7 +223,7 @@ def _method_and_size(config: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any], gpus: int | None) -> dict[str, Any]:
     """The most important settings, under the same names for mmengine and mmcv 1.x."""
-    model, base = _dict(config.get('model')), _base(config)
+    model, base = model_config(config), _base(config)
     new = is_mmengine(config)
     wrapper = _dict(config.get('optim_wrapper'))
     optimizer = _dict(wrapper.get('optimizer') if new else config.get('optimizer'))
@@ -269,7 +269,7 @@ def _frozen_stages(base: dict[str, Any]) -> int:
 
 def _pretrained(config: dict[str, Any]) -> str | None:
     """The basename of the checkpoint from which the backbone starts; None if there is none."""
-    model, base = _dict(config.get('model')), _base(config)
+    model, base = model_config(config), _base(config)
     file = _dict(base.get('init_cfg')).get('checkpoint')
     if not is_mmengine(config):
         file = file or model.get('pretrained') or config.get('load_from')
@@ -287,7 +287,7 @@ def _learning_rate(config: dict[str, Any], optimizer: dict[str, Any], gpus: int 
 
 def _peft(config: dict[str, Any]) -> dict[str, Any]:
     """The options of the method, including the defaults."""
-    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    backbone = _dict(model_config(config).get('backbone'))
     given = backbone.get('peft')
     if isinstance(given, list | tuple):
         return {'peft': [{**each, 'type': _type(each)} for each in map(_dict, given)]}
@@ -396,7 +396,7 @@ _SIZE_STEPS = re.compile(r'\.pipeline\..*\.(scale|scales|img_scale|size|crop_siz
 
 def _other_settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The path and value of every other setting that affects what a run computes."""
-    model = {**_dict(config.get('model')), 'backbone': _base(config)}
+    model = {**model_config(config), 'backbone': _base(config)}
     sections = {'model': model}
     for name in ('train_cfg', 'optim_wrapper', 'param_scheduler', 'train_dataloader', 'val_dataloader'):
         sections[name] = config.get(name)
@@ -440,9 +440,15 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f'{text[:57]}...'
 
 
+def model_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the model, without the ``LinkedModel`` around it."""
+    model = _dict(config.get('model'))
+    return _dict(model.get('base')) if _type(model) == 'LinkedModel' else model
+
+
 def _base(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the stock backbone, without the ``PeftBackbone`` around it."""
-    backbone = _dict(_dict(config.get('model')).get('backbone'))
+    backbone = _dict(model_config(config).get('backbone'))
     return _dict(backbone.get('base')) if _type(backbone) == 'PeftBackbone' else backbone
 
 

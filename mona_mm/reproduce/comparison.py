@@ -212,6 +212,7 @@ MINI = Comparison(
         'colin': _module('CoLin', bottleneck=100, rank=28),
         'adapter_plus': _module('AdapterPlus', bottleneck=8, drop_path=0.0),
         'parax': _module('ParaX', rank=64),
+        'rein': _module('Rein'),
     },
     learning_rates=(1e-4, 5e-4, 2.5e-3),
     seeds=(0, 1, 2),

@@ -19,6 +19,7 @@ from mona_mm.reproduce.cells import (
     is_mmengine,
     knows_batch_size,
     method_of,
+    model_config,
     parse_cell,
     shipped_config,
     size_of,
@@ -194,7 +195,7 @@ def _what_is_missing(path: Path, log: Log, method: str | None, task: str | None,
     elif task is None:
         reason = 'its config is of none of the tasks'
     else:
-        backbone = (log.config.get('model') or {}).get('backbone') or {}
+        backbone = model_config(log.config).get('backbone') or {}
         reason = f'its task is {task}, its backbone ({backbone.get("type")}) none of the methods known here'
     if asked is not None:
         reason += f', not {"/".join(asked)}'

@@ -146,6 +146,17 @@ def _on_voc2007(multilabel: bool) -> Callable[[dict[str, Any], dict[str, Any]], 
     return trains_on
 
 
+def _from_gta(arch: str) -> Callable[[dict[str, Any], dict[str, Any]], bool]:
+    """A function for ``trains_on`` that accepts GTA5 in the layout of Cityscapes, for a DINOv2 of one size."""
+
+    def trains_on(model: dict[str, Any], dataset: dict[str, Any]) -> bool:
+        backbone = model.get('backbone') or {}
+        sizes = {backbone.get('arch'), (backbone.get('base') or {}).get('arch')}
+        return arch in sizes and 'gta' in str(dataset.get('data_root')).lower() and on_type('city')(model, dataset)
+
+    return trains_on
+
+
 _VOC_CLASSES = 20
 _RERUN = 'An independent rerun of mona got {independent_mona_rerun[%s]} %s ({independent_mona_rerun[source]}).'
 _LOGGED = (
@@ -171,6 +182,12 @@ _CLASSIFICATION = Heading(
     ),
 )
 _CLASSIFIER = dict(model='ImageClassifier', parameters='classification')
+_MIOU = {'miou': Metric('mIoU', {'mIoU': 1}, {'mIoU': 100}, 'Semantic Segmentation')}
+_CITYSCAPES = Heading(
+    'cityscapes',
+    'From GTA5 to Cityscapes: Mask2Former, DINOv2',
+    ("Trained on images of GTA5 alone, scored on those of Cityscapes. Rein is linked to the decoder's queries.",),
+)
 _TOP1_TASK = dict(**_CLASSIFIER, metrics=_TOP1, table=_CLASSIFICATION, published='classification_swin_l_top1')
 
 for _task in (
@@ -221,7 +238,7 @@ for _task in (
         config='upernet_swin_l_ade20k',
         model='EncoderDecoder',
         trains_on=on_type('ade20k'),
-        metrics={'miou': Metric('mIoU', {'mIoU': 1}, {'mIoU': 100}, 'Semantic Segmentation')},
+        metrics=_MIOU,
         training_data='ADE20K',
         table=Heading(
             'ade20k',
@@ -258,6 +275,20 @@ for _task in (
         metrics={'multilabel_map': Metric('mAP', {'multi-label/mAP': 1})},
         training_data='PASCAL VOC 2007',
         **_CLASSIFIER,
+    ),
+    *(
+        Task(
+            name=f'dinov2_{arch[0]}_cityscapes',
+            config=f'mask2former_dinov2_{arch[0]}_cityscapes',
+            model='EncoderDecoder',
+            trains_on=_from_gta(arch),
+            metrics=_MIOU,
+            training_data='GTA5',
+            test_data='Cityscapes',
+            table=_CITYSCAPES,
+            published='gta_cityscapes_mask2former_dinov2_miou',
+        )
+        for arch in ('large', 'base', 'small')
     ),
 ):
     register_task(_task)

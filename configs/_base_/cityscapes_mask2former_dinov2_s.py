@@ -1,0 +1,11 @@
+# From GTA5 to Cityscapes with DINOv2 ViT-S/14: the settings of cityscapes_mask2former_dinov2_l.py.
+_base_ = ['./cityscapes_mask2former_dinov2_l.py']
+
+model = dict(
+    backbone=dict(
+        arch='small',
+        out_indices=(2, 5, 8, 11),
+        init_cfg=dict(checkpoint='https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth'),
+    ),
+    neck=dict(in_channels=384),
+)
