@@ -16,6 +16,7 @@ from mona_mm import PeftBackbone, PeftModel
 from mona_mm.errors import ConfigError
 from mona_mm.methods import CoLin, LinearModule
 from mona_mm.methods.auxiliary import auxiliary_losses
+from mona_mm.nn.meta import meta_device
 from mona_mm.registry import METHODS
 
 COLIN = dict(type='CoLin', bottleneck=12, rank=4)
@@ -167,6 +168,9 @@ def test_what_does_not_train_adds_nothing():
     log = model.train_step(dict(inputs=images(1)), wrapper(model))
     assert_near(log['loss_orthogonal'], term)
     assert not auxiliary_losses(model.teacher)
+    short = PeftBackbone(base=dict(HOSTS['mmdet-swin'], out_indices=(1,)), peft=COLIN)
+    terms = [m.auxiliary_losses()['loss_orthogonal'] for m in short.stages[:2].modules() if isinstance(m, CoLin)]
+    assert_near(mona_mm.auxiliary_loss(short), sum(terms))  # blocks behind the last output are frozen
     with torch.no_grad():
         assert not auxiliary_losses(model)
         assert 'loss_orthogonal' not in model.parse_losses(model(images(1), mode='loss'))[1]
@@ -186,6 +190,8 @@ def test_copies(clone):
 
 def test_other_models_are_left_alone():
     """Without a method, or with one that adds no term, the losses are parsed as they are."""
+    with meta_device():  # where there is no autocast
+        assert mona_mm.auxiliary_loss(PeftBackbone(base=HOSTS['mmdet-swin'], peft=COLIN)).is_meta
     for peft in (None, dict(type='Mona', bottleneck=4)):
         model = Small(PeftBackbone(base=HOSTS['mmdet-swin'], peft=peft))
         losses = dict(loss_a=torch.ones(()), metric=torch.ones(()))

@@ -226,6 +226,16 @@ def write_work_dir(folder, config, evaluations, stamp='20260101_000000', gpus=16
     return folder
 
 
+@pytest.mark.parametrize('method', ['colin', 'adapter_plus'])
+def test_a_later_method_is_recognised(method, tmp_path):
+    """By the class in the config, whose name differs from that of the folder by underscores."""
+    scores = {4: {'pascal_voc/mAP': 0.88}}
+    run = only(collect([write_work_dir(tmp_path / 'x', f'{method}_retinanet_swin_l_voc', scores, gpus=1)], count=False))
+    assert (run.method, run.task, run.changed) == (method, 'voc', [])
+    (row,) = rows([run], 'voc', method=method, metric='AP50')
+    assert (row['best'], row['published']) == ('88.0', '87.5' if method == 'colin' else '')
+
+
 def test_published_setting_is_not_changed(tmp_path):
     """A run of a shipped config on as many GPUs as published, data elsewhere and checkpoints of its own: equal.
     Last and best apart, and their differences from the published."""

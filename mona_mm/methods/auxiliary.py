@@ -13,6 +13,7 @@ the first step of the optimizer.
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -48,7 +49,7 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
         if trained is None:
             continue
         _UNUSED.discard(module)
-        with torch.autocast(trained.device.type, enabled=False):
+        with _no_autocast(trained.device.type):
             for name, term in module.auxiliary_losses().items():
                 if 'loss' not in name:
                     raise ConfigError(
@@ -84,6 +85,11 @@ def modules_with_terms(model: nn.Module) -> list[PeftModule]:
         for module in dict.fromkeys(method_modules(model))
         if isinstance(module, PeftModule) and type(module).auxiliary_losses is not PeftModule.auxiliary_losses
     ]
+
+
+def _no_autocast(device: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device)  # it is not on the meta device
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def expect_auxiliary_losses(model: nn.Module) -> None:
