@@ -13,7 +13,6 @@ the first step of the optimizer.
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import method_modules
 from mona_mm.methods.base import PeftModule
+from mona_mm.nn.autocast import no_autocast
 
 # The modules with terms that have not been asked for since the model was built.
 _UNUSED: WeakSet[PeftModule] = WeakSet()
@@ -49,7 +49,7 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
         if trained is None:
             continue
         _UNUSED.discard(module)
-        with _no_autocast(trained.device.type):
+        with no_autocast(trained.device.type):
             for name, term in module.auxiliary_losses().items():
                 if 'loss' not in name:
                     raise ConfigError(
@@ -85,11 +85,6 @@ def modules_with_terms(model: nn.Module) -> list[PeftModule]:
         for module in dict.fromkeys(method_modules(model))
         if isinstance(module, PeftModule) and type(module).auxiliary_losses is not PeftModule.auxiliary_losses
     ]
-
-
-def _no_autocast(device: str) -> AbstractContextManager:
-    available = torch.amp.is_autocast_available(device)  # it is not on the meta device
-    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def expect_auxiliary_losses(model: nn.Module) -> None:
