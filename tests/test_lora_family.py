@@ -290,30 +290,35 @@ def test_several_copies_of_the_start():
     assert_equal(outputs(other, x), outputs(model, x))
 
 
-def test_single_weights_beside_dora(tmp_path):
-    """Where the rows of a fused bias, and weights of the same matrix, train singly, DoRA changes the matrix that the
-    layer has, and leaves its bias as it is: the model and the merged one compute the same."""
-    for name in ('mmdet-swin', 'mmpretrain-swinv2'):
-        architecture = Architecture.of(MODELS.build(HOSTS[name]))
-        block = architecture.blocks[0]
-        qkv = architecture.matrices[block, 'q'].name
-        biases = [
-            (part.name, part.rows) for part in architecture.parts if part.kind == 'vector' and 'bias' in part.name
-        ]
-        structured = dict(type='DoRA', rank=2, dropout=0.0, drop_path=0.0)
-        plan = Plan(architecture, structured, {block: ('q', 'fc1')}, tuple(biases), {qkv: torch.arange(0, 200, 7)})
-        assert module_cost(structured, architecture, block, 'q') == 2 * (24 + 24) + 24
-        assert plan.counts.structured == 2 * (24 + 24) + 24 + 2 * (24 + 96) + 96
-        plan.save(tmp_path / 'plan.safetensors')
-        model = PeftBackbone(base=HOSTS[name], peft=dict(type='SPT', plan=str(tmp_path / 'plan.safetensors')))
-        model.double().eval()
-        with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    p.add_(0.1 * torch.randn_like(p))
-        x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-        expected = outputs(model, x)
-        assert_near(outputs(mona_mm.merge(model), x), expected, 1e-12)
+@pytest.mark.parametrize('name', ['mmdet-swin', 'mmpretrain-swinv2'])
+@pytest.mark.parametrize(
+    ('options', 'magnitude'),
+    [(dict(type='DoRA'), 1), (dict(type='LoRA', init='minor', use_rslora=True), 0)],
+    ids=['dora', 'minor'],
+)
+def test_structured_modules(name, options, magnitude, tmp_path):
+    """As structured modules of SPT they are counted exactly. Where the rows of a fused bias, and weights of the same
+    matrix, train singly, DoRA changes the matrix that the layer has, and leaves its bias as it is: the model and the
+    merged one compute the same."""
+    architecture = Architecture.of(MODELS.build(HOSTS[name]))
+    block = architecture.blocks[0]
+    qkv = architecture.matrices[block, 'q'].name
+    biases = [(part.name, part.rows) for part in architecture.parts if part.kind == 'vector' and 'bias' in part.name]
+    structured = dict(**options, rank=2, dropout=0.0, drop_path=0.0)
+    plan = Plan(architecture, structured, {block: ('q', 'fc1')}, tuple(biases), {qkv: torch.arange(0, 200, 7)})
+    assert module_cost(structured, architecture, block, 'q') == 2 * (24 + 24) + 24 * magnitude
+    assert plan.counts.structured == 2 * (24 + 24) + 2 * (24 + 96) + (24 + 96) * magnitude
+    plan.save(tmp_path / 'plan.safetensors')
+    model = PeftBackbone(base=HOSTS[name], peft=dict(type='SPT', plan=str(tmp_path / 'plan.safetensors')))
+    assert count_trainable(model).backbone_trainable == plan.counts.total
+    model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = outputs(model, x)
+    assert_near(outputs(mona_mm.merge(model), x), expected, 1e-12)
 
 
 # Beside any layer ----------------------------------------------------------------------------------------------------
