@@ -66,6 +66,10 @@ class PeftModule(nn.Module):
         """
         raise NotImplementedError
 
+    def to_deploy(self) -> nn.Module | None:
+        """Make a module for inference that computes the same in fewer operations; None if the method has none."""
+        return None
+
     def auxiliary_losses(self) -> Mapping[str, Tensor]:
         """Compute the terms that this module adds to the loss of the model, as scalars by name; by default none.
 
@@ -74,10 +78,6 @@ class PeftModule(nn.Module):
         :mod:`mona_mm.methods.auxiliary`.
         """
         return {}
-
-    def to_deploy(self) -> nn.Module | None:
-        """Make a module for inference that computes the same in fewer operations; None if the method has none."""
-        return None
 
 
 class StreamModule(PeftModule):
