@@ -35,15 +35,18 @@ def _may_end_early(module: nn.Module) -> bool:
 
 def _without_gradient(backbone: nn.Module) -> set[str]:
     trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
-    state = {
-        name: torch.empty(
-            tensor.shape, dtype=torch.float32 if tensor.is_floating_point() else tensor.dtype, device='meta'
-        ).requires_grad_(name in trains)
-        for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
-    }
+    stand_ins: dict[int, Tensor] = {}
+    state = {}
+    # Every module by one name alone: functional_call leaves one that is given by several with the meta tensors.
+    for path, module in backbone.named_modules():
+        own = dict(recurse=False, remove_duplicate=False)
+        for name, tensor in [*module.named_parameters(path, **own), *module.named_buffers(path, **own)]:
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+            blank = torch.empty(tensor.shape, dtype=dtype, device='meta').requires_grad_(name in trains)
+            state[name] = stand_ins.setdefault(id(tensor), blank)
     try:
         with _deterministic(backbone), torch.enable_grad():
-            outputs = functional_call(backbone, state, blank_image(backbone, 'meta'))
+            outputs = functional_call(backbone, state, blank_image(backbone, 'meta'), tie_weights=False)
             total = sum(output.sum() for output in _tensors_in(outputs) if output.requires_grad)
             if not isinstance(total, Tensor):
                 return trains
