@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HOSTS, ROOT
+from declared_hosts import DECLARED
 from helpers import assert_equal, assert_near, in_processes
 from metafiles import COUNT, listed
 from mmengine.model import ExponentialMovingAverage
@@ -18,6 +19,7 @@ from mmengine.registry import MODELS, init_default_scope
 from safetensors import safe_open
 from suite import images, off_initial_values, outputs
 from torch import nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import mona_mm
@@ -327,21 +329,35 @@ def test_output_norms_train_by_a_rule():
 
 
 def pools(model) -> list[nn.Module]:
-    """The different pools of a backbone, in order."""
-    return list({id(m.pool): m.pool for m in method_modules(model)}.values())
+    """One module of each different pool of a backbone, in order."""
+    return list({id(m.pool.down): m.pool for m in reversed(method_modules(model))}.values())[::-1]
 
 
 def test_a_stage_has_one_pool():
-    """Of all modules of a width, with an expert for every block; blocks of another rank have another pool."""
+    """Of all modules in a sequence, with an expert for every block; blocks of another rank have another pool, and so
+    have stages of the same width."""
     base = dict(SWIN, depths=(2, 3, 1, 1))
     model = PeftBackbone(base=base, peft=dict(type='ParaX', rank=8))
     assert [len(pool.down) for pool in pools(model)] == [2, 3, 1, 1]
     for stage, pool in zip(model.stages, pools(model), strict=True):
-        assert all(m.pool is pool for block in stage.blocks for m in block.peft.values())
+        for m in (m for block in stage.blocks for m in block.peft.values()):
+            assert all(own is p for own, p in zip(m.pool.parameters(), pool.parameters(), strict=True))
     peft = dict(type='ParaX', rank={'stages.1.blocks.0': 4, 'default': 8}, blocks='stages.1.*')
     model = PeftBackbone(base=base, peft=peft)
     assert [tuple(pool.down.shape) for pool in pools(model)] == [(1, 4, 48), (2, 8, 48)]
     model(images())
+    twins = PeftBackbone(base=DECLARED['mmseg-svt'], peft=dict(type='ParaX', rank=4))
+    assert [len(pool.down) for pool in pools(twins)] == [2] * 4
+
+
+def test_a_look_at_what_an_output_depends_on_leaves_the_pools():
+    """A backbone that may end early is run without weights when it is frozen, and has its own again after that."""
+    model = PeftBackbone(base=dict(type='mmdet.ResNet', depth=18, base_channels=8), peft=dict(type='ParaX', rank=4))
+    assert not any(p.is_meta for p in model.parameters())
+    before = dict(model.named_parameters(remove_duplicate=False))
+    functional_call(model, {name: p.detach() * 0 for name, p in model.named_parameters()}, images())
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items())
 
 
 def test_initial_values():

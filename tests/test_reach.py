@@ -103,3 +103,17 @@ def test_a_method_all_of_which_is_behind(tmp_path):
     mona_mm.PeftBackbone(base=dict(HOSTS['mmdet-swin']), peft=peft)
     with pytest.raises(ConfigError, match=r'SwinTransformer.*out_indices.*stages\.3'):
         mona_mm.PeftBackbone(base=dict(EARLY['mmdet-swin']), peft=peft)
+
+
+def test_shared_modules_keep_their_tensors():
+    """A module that is in two places, and a parameter of two modules: looked at once, and theirs afterwards."""
+    backbone = MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=8, out_indices=(0, 1)))
+    first, second = backbone.layer1
+    second.conv1, second.conv2.weight = first.conv1, first.conv2.weight
+    backbone.layer4[1].conv1 = backbone.layer4[0].conv2
+    before = dict(backbone.named_parameters(remove_duplicate=False))
+    found = unreached(backbone)
+    assert found == {
+        name for name, p in backbone.named_parameters() if p.requires_grad and name[:6] in ('layer3', 'layer4')
+    }
+    assert all(p is before[name] for name, p in backbone.named_parameters(remove_duplicate=False))

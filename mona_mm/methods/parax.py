@@ -1,5 +1,6 @@
 """ParaX: an adapter whose weights are mixed for every image, from a pool that the blocks of a stage share."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -79,9 +80,9 @@ class ParaX(StreamModule):
         y &= \lambda \odot v + \beta + \rho \odot x + \delta
 
     where :math:`*` is a depthwise convolution, :math:`\pi` has a share of every kernel size for each token, and the
-    router :math:`R` has one hidden layer with a GELU. A stage is all blocks with the method whose token streams are
-    equally wide (in a plain ViT all of them), and :math:`M` is the number of these blocks. All modules of a stage mix
-    the same pool, which is counted, trained and stored once.
+    router :math:`R` has one hidden layer with a GELU. A stage is the blocks with the method that are in one sequence of
+    the backbone and equally wide (in a plain ViT all of them), and :math:`M` is the number of these blocks. All modules
+    of a stage mix the same pool, which is counted, trained and stored once.
 
     With both sites a stage of :math:`M` blocks of width :math:`C` has :math:`2M(43C + r^2 + 4r + 23 + 85M)` parameters
     in its modules and :math:`M(2rC + 83r)` in its pool, for rank :math:`r` and the other defaults: 5,239,152 in all of
@@ -146,18 +147,21 @@ class ParaX(StreamModule):
 
     @classmethod
     def share(cls, modules: Mapping[str, Mapping[str, 'ParaX']]) -> None:
-        """Give all modules of the same width one pool, with as many experts as there are blocks of that width.
+        """Give the modules of each stage one pool, with as many experts as there are blocks.
 
-        Where blocks have ranks of their own (a dict of patterns), those of the same rank share a pool.
+        Where blocks have ranks of their own (a dict of patterns), those of the same rank share a pool. What is shared
+        are the parameters: each module has them in an object of its own, since torch's ``functional_call`` leaves a
+        module that has several names with other tensors than it had.
         """
-        stages: dict[tuple[int, int], list[tuple[str, ParaX]]] = {}
+        stages: dict[tuple[str, int, int], list[tuple[str, ParaX]]] = {}
         for path, of_block in modules.items():
             for module in of_block.values():
-                stages.setdefault((module.channels, module.rank), []).append((path, module))
-        for (channels, rank), members in stages.items():
+                stages.setdefault((_sequence_of(path), module.channels, module.rank), []).append((path, module))
+        for (_, channels, rank), members in stages.items():
             pool = ExpertPool(len({path for path, _ in members}), channels, rank, members[0][1].kernel_sizes)
             for _, module in members:
-                module._use(pool, resets_pool=module is members[0][1])
+                own = copy.deepcopy(pool, {id(p): p for p in pool.parameters()})
+                module._use(own, resets_pool=module is members[0][1])
 
     def _use(self, pool: ExpertPool, resets_pool: bool) -> None:
         """Mix the experts of ``pool``, for whose shares the router gets a new last layer."""
@@ -248,6 +252,12 @@ class ParaX(StreamModule):
             kernel, bias = self.scale[:, None, None, None] * kernel, self.scale * bias + offset
             y = _tokens(convolve(_grid(w, hw), kernel, bias))
         return y + x if self.residual_scale is None else torch.addcmul(y, self.residual_scale, x)
+
+
+def _sequence_of(path: str) -> str:
+    """The path of the list that a block is in, ``'stages.2.blocks'`` of ``'stages.2.blocks.5'``."""
+    names = path.split('.')
+    return '.'.join(names[: max((i for i, name in enumerate(names) if name.isdigit()), default=0)])
 
 
 _PARTS = {ExpertPool, nn.LayerNorm, nn.Linear, nn.Sequential, nn.ParameterList, nn.Conv2d, nn.GELU}
