@@ -58,18 +58,20 @@ TRAINABLE = {
     't': dict(full=27520698, bitfit=76218, norm_tuning=26112, partial_1=7091928, adapter=1140864, lora=1130496,
               adaptformer=570432, mona=1408128, lorand=1758144, fixed=0, colin=669312),
     'b': dict(full=86745016, bitfit=201656, norm_tuning=59392, partial_1=12601632, adapter=3107328, lora=3080192,
-              adaptformer=1553664, mona=3667456, lorand=4754688, fixed=0, colin=1703424),
+              adaptformer=1553664, mona=3667456, lorand=4754688, fixed=0, colin=1703424,
+              parax=5242992),
     'l': dict(full=194998164, bitfit=302484, norm_tuning=89088, partial_1=28339632, adapter=4659456, lora=4620288,
-              adaptformer=2329728, mona=5267712, lorand=7082880, fixed=0, colin=2389248),
+              adaptformer=2329728, mona=5267712, lorand=7082880, fixed=0, colin=2389248,
+              parax=7302384),
 }  # fmt: skip
 # Where a task changes them: VOC has out_indices (1, 2, 3) and a frozen patch embedding, classification (3,).
 TRAINABLE_ELSEWHERE = {
     ('voc', 't'): dict(full=27515610, bitfit=75930, norm_tuning=25728),
-    ('voc', 'b'): dict(full=86738232, bitfit=201272, norm_tuning=58880),
-    ('voc', 'l'): dict(full=194987988, bitfit=301908, norm_tuning=88320),
+    ('voc', 'b'): dict(full=86738232, bitfit=201272, norm_tuning=58880, parax=5242736),
+    ('voc', 'l'): dict(full=194987988, bitfit=301908, norm_tuning=88320, parax=7302000),
     ('classification', 't'): dict(full=27519354, bitfit=75546, norm_tuning=24768),
-    ('classification', 'b'): dict(full=86743224, bitfit=200760, norm_tuning=57600),
-    ('classification', 'l'): dict(full=194995476, bitfit=301140, norm_tuning=86400),
+    ('classification', 'b'): dict(full=86743224, bitfit=200760, norm_tuning=57600, parax=5241200),
+    ('classification', 'l'): dict(full=194995476, bitfit=301140, norm_tuning=86400, parax=7299696),
 }
 # What each ablation file changes of Mona, by the name's last part.
 ABLATIONS = {

@@ -291,9 +291,13 @@ def test_mona_in_the_backbone_and_lora_in_the_decoder(tmp_path):
     again.load_state_dict({n: t for n, t in model.state_dict().items() if n not in trains}, strict=False)
     load_delta(again, tmp_path / 'a.delta.safetensors')
     assert_equal(raw_outputs(again), raw_outputs(model))
-    for changed in (dict(rank=2, alpha=2), dict(path='decoder.**.attn.*')):
+    for changed, why in (
+        (dict(rank=2, alpha=2), 'a delta of another method'),
+        (dict(path='decoder.layers.0.**.attn.**'), 'does not fit'),
+        (dict(path='decoder.**.attn.*'), 'on another frozen base'),  # the same layers, in a base of other values
+    ):
         other = PeftModel(base=copy.deepcopy(cfg), targets=[{**targets[0], **changed}])
-        with pytest.raises(CheckpointMismatchError, match='a delta of another method'):
+        with pytest.raises(CheckpointMismatchError, match=why):
             load_delta(other, tmp_path / 'a.delta.safetensors')
     with pytest.raises(ConfigError, match='Mona cannot be merged'):
         mona_mm.merge(model)

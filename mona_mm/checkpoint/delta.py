@@ -545,10 +545,10 @@ def _initialise(model: nn.Module, wrong: Sequence[str]) -> bool:
     """
     if getattr(model, 'is_init', False):
         return False
-    if _backbone_prefix(model) and not getattr(model, 'init_cfg', None):
-        modules = [model.get_submodule(child) for child in sorted({name.partition('.')[0] for name in wrong})]
-    else:
-        modules = [model]
+    children, parts = dict(model.named_children()), sorted({name.partition('.')[0] for name in wrong})
+    # A parameter of the model itself, such as the level embedding of a DINO, is initialised with the whole of it.
+    in_parts = _backbone_prefix(model) and not getattr(model, 'init_cfg', None) and children.keys() >= set(parts)
+    modules = [children[part] for part in parts] if in_parts else [model]
     with torch.random.fork_rng(devices=[]):
         for module in modules:
             if hasattr(module, 'init_weights'):
