@@ -73,28 +73,45 @@ def types(method: dict | list[dict]) -> list[str]:
 
 COMMON = {
     'mmdet-swin': tuple(METHOD_CONFIGS),
-    'mmseg-swin': ('mona', 'lora'),
-    'mmpretrain-swin': ('adapter', 'lora-everywhere'),
-    'mmpretrain-vit': tuple(METHOD_CONFIGS),
+    'mmseg-swin': ('mona',),
+    'mmpretrain-swin': ('adapter-plus', 'lora-everywhere'),
+    'mmpretrain-vit': (
+        *('mona', 'adapter', 'lora', 'lora-everywhere', 'dora', 'mona-late', 'lora-and-mona'),
+        *('colin', 'parax', 'rein'),
+    ),
     'mmpretrain-vit-no-cls': ('mona', 'lora-ffn'),
-    'mmpretrain-swinv2': ('mona', 'adapter', 'adaptformer', 'lora-everywhere', 'dora'),
+    'mmpretrain-swinv2': ('mona', 'adaptformer', 'lora-everywhere'),
     'mmpretrain-convnext': ('mona', 'adaptformer', 'lora-ffn'),
-    'mmpretrain-convnextv2': ('mona', 'lorand'),
-    'mmdet-pvtv2': ('mona', 'adapter', 'lorand', 'lora-everywhere'),
+    'mmpretrain-convnextv2': ('mona-design-2', 'lorand'),
+    'mmdet-pvtv2': ('mona', 'lorand', 'lora-everywhere'),
 }
 """The methods that a host has in `make test`: every method on two hosts, every kind of site on every kind of block.
 What a host promises each site, test_stock_outputs_bit_for_bit asks of all of them."""
 
+COMMON_STRUCTURED = {
+    'mmdet-swin': tuple(STRUCTURED),
+    'mmpretrain-vit': tuple(STRUCTURED),
+    'mmpretrain-swinv2': ('dora',),
+    'mmpretrain-convnext': ('lora',),
+    'mmdet-pvtv2': ('adapter',),
+}
+"""The structured modules of SPT that a host has in `make test`."""
+
 
 def is_common(host: str, method: str) -> bool:
     """Whether `make test` has this method on this host; `make test-all` has all that are supported."""
-    return method in COMMON[host] or method in STRUCTURED and any(name.startswith(method) for name in COMMON[host])
+    return method in COMMON[host]
+
+
+def is_common_structured(host: str, kind: str) -> bool:
+    """The same for this structured module of SPT."""
+    return kind in COMMON_STRUCTURED.get(host, ())
 
 
 def is_common_in(host: str, method: str, dtype: str) -> bool:
     """Whether `make test` has this method on this host in that precision: float16, which a CPU computes slowly, for
     every method on one host and one method on every host."""
-    return dtype != 'torch.float16' or host == 'mmdet-swin' or method.startswith('mona')
+    return dtype != 'torch.float16' or host == 'mmdet-swin' or method == 'mona'
 
 
 def images(batch: int = 2, size: int = 64) -> torch.Tensor:

@@ -203,7 +203,7 @@ def averaged_of(kind, model, update_buffers):
 
 @pytest.mark.parametrize('update_buffers', [False, True])
 @pytest.mark.parametrize('kind', [*AVERAGES, 'torch'])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', ['mona', pytest.param('bitfit-bfloat16', marks=pytest.mark.slow)])
 def test_an_average_keeps_the_frozen_part(kind, method, update_buffers, base_file, tmp_path):
     """After many updates by every averaging class what is frozen in the average, statistics of a frozen BatchNorm
     included, is the model's, bit for bit, what trains is averaged as the class does, and the model is as it was. Its

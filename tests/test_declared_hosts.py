@@ -244,10 +244,7 @@ def methods_of(name: str) -> list[dict]:
     return [*found, dict(type='LoRA', rank=2, sites=linear)] if linear else found
 
 
-DISTINCT = (
-    *('beit', 'sam', 'tinyvit', 'mvit', 'hornet', 'mscan', 'mit', 'resnet'),
-    *('cspnext', 'cgnet', 'tnt', 'replknet'),
-)
+DISTINCT = ('beit', 'tinyvit', 'hornet', 'mscan', 'resnet', 'cgnet', 'tnt')
 """Hosts that show every kind of declaration; the others have the shared suite in `make test-all`."""
 
 COMMON_LIBRARIES = ('mmpretrain-', 'mmseg-m', 'mmseg-cgnet', 'mmdet-cspnext')
@@ -369,7 +366,7 @@ def test_activation_checkpoints_around_blocks(name, option):
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(name, marks=[] if name in ('mmseg-mit', 'mmpretrain-hornet') else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name == 'mmseg-mit' else [pytest.mark.slow])
         for name in DECLARED
         if name not in VARIANTS
     ],

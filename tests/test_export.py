@@ -28,7 +28,11 @@ def seconds_each(*quick: tuple[str, str], of: list = COVER):
     )
 
 
-@pairs
+@seconds_each(
+    *((host, 'LoRA') for host in ('SwinV2', 'PVTv2', 'ConvNeXt')),
+    *(('Swin', method) for method in ('Mona', 'CoLin', 'Rein', 'DoRA', 'single weights')),
+    ('ViT', 'Mona'),
+)
 def test_traced_and_saved(host, method):
     """torch.jit.trace, saved and loaded, computes for another image what the model does."""
     model, other = adapted(host, method), image(64, 64, seed=9)

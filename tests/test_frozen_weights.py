@@ -10,7 +10,17 @@ from conftest import HOSTS, needs_gpu
 from helpers import assert_equal, assert_near
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
-from suite import METHOD_CONFIGS, STRUCTURED, check_copies, images, is_common, load, plan_for, supports
+from suite import (
+    METHOD_CONFIGS,
+    STRUCTURED,
+    check_copies,
+    images,
+    is_common,
+    is_common_structured,
+    load,
+    plan_for,
+    supports,
+)
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
@@ -30,7 +40,11 @@ CASES = [
     pytest.param(
         (HOSTS[host], tuning),
         id=f'{host}-{name}',
-        marks=[pytest.mark.slow] * (not is_common(host, name.removeprefix('spt-')) and name != 'bitfit'),
+        marks=[]
+        if name == 'bitfit'
+        or is_common(host, name)
+        or (name.startswith('spt-') and is_common_structured(host, name.removeprefix('spt-')))
+        else [pytest.mark.slow],
     )
     for host in HOSTS
     for name, tuning in TUNINGS.items()

@@ -20,8 +20,8 @@ from suite import (
     check_size,
     freeze_alike,
     images,
-    is_common,
     is_common_in,
+    is_common_structured,
     load,
     plan_for,
     trains_in_mixed_precision,
@@ -42,7 +42,7 @@ from mona_mm.spt.sparse import merge_sparse, sparse_deltas
 
 on_every_host = pytest.mark.parametrize(
     ('host', 'kind'),
-    pairwise(HOSTS, list(STRUCTURED), common=lambda host, kind: kind != 'dora' or is_common(host, kind)),
+    pairwise(HOSTS, list(STRUCTURED), common=lambda host, kind: kind != 'dora' or is_common_structured(host, kind)),
 )
 """Every kind of structured module; DoRA, which is LoRA in all but its formula, where the suite has it."""
 
@@ -88,7 +88,7 @@ def test_what_the_plan_says_trains(host, spt):
         list(STRUCTURED),
         CLONES,
         list(PRECISIONS),
-        common=lambda host, kind, _, dtype: is_common(host, kind) and is_common_in(host, kind, dtype),
+        common=lambda host, kind, _, dtype: is_common_structured(host, kind) and is_common_in(host, kind, dtype),
     ),
 )
 def test_the_suite(host, spt, clone, dtype):
