@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import torch
-from shipped_configs import LIBRARIES, PEFT, _inside, digest, own_sizes, plain, scaled_down, without_pretrained
+from shipped_configs import LIBRARIES, PEFT, SIDE, _inside, digest, own_sizes, plain, scaled_down, without_pretrained
 from torch import Tensor, nn
 
 
@@ -117,17 +117,25 @@ def run_stock(entry: dict, most: float) -> dict:
     except Exception:
         pass  # a backbone that computes with the values of its weights as it is built
     reason = ''
-    for image in own_sizes(dict(backbone=entry['config'])):
+    for config, image in forms(entry['config']):
         try:
-            model = build(entry['scope'], entry['config'], None)
+            model = build(entry['scope'], config, None)
             step(model, image)
         except TimeoutError:
             raise
         except Exception as error:
             reason = reason or f'{type(error).__name__}: {error}'[:300]
         else:
+            entry['config'] = config
             return dict(size=image, cls=type(model).__name__)
     return dict(outcome='stock', reason=reason)
+
+
+def forms(config: dict) -> list[tuple[dict, tuple[int, int]]]:
+    """The config and a size of image, the cheapest first: one that is made for images of one size is made for a small
+    one before it is tried as it is."""
+    small = [({**config, 'img_size': (SIDE, SIDE)}, (SIDE, SIDE))] if config.get('img_size') else []
+    return small + [(config, image) for image in own_sizes(dict(backbone=config))]
 
 
 def run_method(entry: dict, name: str, image: tuple[int, int]) -> dict:
