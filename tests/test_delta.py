@@ -35,7 +35,7 @@ from mona_mm.spt.parts import Architecture
 
 # With averages everything is checked that is without, and more; the others are like one of these in all that a delta
 # knows of them.
-WITH_AVERAGES = ('mona', 'adapter', 'lora-everywhere', 'bitfit', 'partial_1', 'fixed', 'full', 'lora-bfloat16')
+WITH_AVERAGES = ('mona', 'bitfit', 'partial_1', 'full', 'lora-bfloat16')
 
 
 @pytest.mark.parametrize(
