@@ -27,19 +27,19 @@ import time
 from pathlib import Path
 
 import torch
-from shipped_configs import LIBRARIES, PEFT, SIDE, _inside, digest, own_sizes, plain, scaled_down, without_pretrained
+from shipped_configs import (
+    LIBRARIES,
+    PEFT,
+    SIDE,
+    backbones_in,
+    digest,
+    inside,
+    own_sizes,
+    plain,
+    scaled_down,
+    without_pretrained,
+)
 from torch import Tensor, nn
-
-
-def backbones_in(config) -> list[dict]:
-    """The config of every backbone in that of a model, as it stands."""
-    if isinstance(config, (list, tuple)):
-        return [base for item in config for base in backbones_in(item)]
-    if not isinstance(config, dict):
-        return []
-    base = config.get('backbone')
-    own = [base] if isinstance(base, dict) and 'type' in base else []
-    return own + [inner for value in config.values() for inner in backbones_in(value)]
 
 
 def different_backbones(library: str) -> dict[str, dict]:
@@ -47,7 +47,7 @@ def different_backbones(library: str) -> dict[str, dict]:
     from mmengine.config import Config
 
     found: dict[str, dict] = {}
-    with _inside(library):
+    with inside(library):
         for path in sorted(glob.glob('configs/**/*.py', recursive=True)):
             if '_base_' in Path(path).parts or path.endswith('__init__.py'):
                 continue
@@ -90,8 +90,9 @@ def build(scope: str, config: dict, method: dict | None) -> nn.Module:
 
 def step(model: nn.Module, size: tuple[int, int]) -> None:
     """A forward and a backward pass, whose gradients stay on the parameters."""
-    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    channels = 3 if channels not in (1, 3, 4) else channels
+    from mona_mm.frozen.reach import blank_image
+
+    channels = blank_image(model, 'meta', size).shape[1]
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     sum(out.float().square().mean() for out in tensors(model(x)) if out.requires_grad).backward()
 
@@ -140,7 +141,7 @@ def forms(config: dict) -> list[tuple[dict, tuple[int, int]]]:
 
 def run_method(entry: dict, name: str, image: tuple[int, int]) -> dict:
     from mona_mm.errors import UnsupportedHostError, UserError
-    from mona_mm.hosts import HOSTS, LINEAR_SITES, method_names
+    from mona_mm.hosts import LINEAR_SITES, find_host, method_names
     from mona_mm.nn.meta import meta_device
 
     method = dict(type=f'mona_mm.{name}', **PEFT[name])
@@ -153,8 +154,7 @@ def run_method(entry: dict, name: str, image: tuple[int, int]) -> dict:
             if name != 'LoRA' or 'no such site' not in str(error):
                 return dict(outcome='refused', reason=str(error)[:400])
             with meta_device():
-                stock = type(build(entry['scope'], entry['config'], None))
-            host = next(HOSTS[key] for c in stock.__mro__ if (key := f'{c.__module__}.{c.__qualname__}') in HOSTS)
+                host = find_host(build(entry['scope'], entry['config'], None))
             sites = [site for site in LINEAR_SITES if site in host.sites]
             if not sites:
                 return dict(outcome='refused', reason=str(error)[:400])

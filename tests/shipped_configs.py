@@ -159,7 +159,7 @@ def read_index(library: str, known: dict, extra: list[Path]) -> dict:
     from mmengine.config import Config
 
     index = dict(known)
-    with _inside(library):
+    with inside(library):
         paths = [path for path in glob.glob('configs/**/*.py', recursive=True) if '_base_' not in Path(path).parts]
         for root in extra:
             paths += [str(path) for path in sorted(root.rglob('*.py')) if '_base_' not in path.parts]
@@ -186,7 +186,7 @@ def read_index(library: str, known: dict, extra: list[Path]) -> dict:
 
 
 @contextlib.contextmanager
-def _inside(library: str):
+def inside(library: str):
     """The working directory is where the configs of a library are: some name others from there."""
     before = os.getcwd()
     os.chdir(installed_configs(library))
@@ -529,15 +529,15 @@ def with_peft(config, method: str):
     return result
 
 
-def backbone_types(config) -> list:
-    """The ``type`` of every backbone in the config of a model."""
+def backbones_in(config) -> list[dict]:
+    """The config of every backbone in that of a model, as it stands."""
     if isinstance(config, (list, tuple)):
-        return [type_ for item in config for type_ in backbone_types(item)]
+        return [base for item in config for base in backbones_in(item)]
     if not isinstance(config, dict):
         return []
     base = config.get('backbone')
-    own = [base['type']] if isinstance(base, dict) and 'type' in base else []
-    return own + [type_ for value in config.values() for type_ in backbone_types(value)]
+    own = [base] if isinstance(base, dict) and 'type' in base else []
+    return own + [inner for value in config.values() for inner in backbones_in(value)]
 
 
 def backbone_classes(scope: str, config) -> list[type]:
@@ -546,7 +546,7 @@ def backbone_classes(scope: str, config) -> list[type]:
 
     init_default_scope(scope)
     with MODELS.switch_scope_and_registry(None) as registry:
-        types = backbone_types(config)
+        types = [base['type'] for base in backbones_in(config)]
         return [registry.get(type_) if isinstance(type_, str) else type_ for type_ in types]
 
 
@@ -658,7 +658,7 @@ def work(job: dict) -> None:
             importlib.import_module(f'{library}.utils').register_all_modules(init_default_scope=False)
     with (
         tempfile.TemporaryDirectory() as folder,
-        _inside(job['library']),
+        inside(job['library']),
         open(job['record'], 'a', buffering=1) as record,
     ):
         bert = small_bert(Path(folder)) if importlib.util.find_spec('transformers') else None

@@ -16,8 +16,7 @@ from mona_mm.commands.sensitivity import measure
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.sensitivity import Sensitivity
-
-STRUCTURED = ('LoRA', 'DoRA', 'Adapter', 'Mona', 'AdapterPlus', 'none')
+from mona_mm.spt.structured import STRUCTURED
 
 
 def main() -> None:
@@ -27,7 +26,9 @@ def main() -> None:
     parser.add_argument('--num-batches', type=int, default=16, help='batches of the data (default: 16)')
     parser.add_argument('--per-sample', action='store_true', help="square every image's gradient, not every batch's")
     parser.add_argument('--seed', type=int, help="of the data's order, heads and dropout (default: the config's, or 0)")
-    parser.add_argument('--structured', choices=STRUCTURED, help="structured module (default: the config's, or LoRA)")
+    parser.add_argument(
+        '--structured', choices=(*STRUCTURED, 'none'), help="structured module (default: the config's, or LoRA)"
+    )
     parser.add_argument('--rule', choices=RULES, default='budget', help='how weights are chosen (default: budget)')
     parser.add_argument('--alpha', type=float, default=10.0, help='of the structured modules (default: 10)')
     parser.add_argument('--beta', type=float, default=5.0, help='of the vectors that train whole (default: 5)')

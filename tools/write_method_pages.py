@@ -210,7 +210,8 @@ def render(page: Page) -> str:
         'folds': 'It does not merge into the base. `mona_mm.methods.deploy` puts a form with fewer operations in its '
         'place, for inference.',
         'no': 'It does not merge: its modules stay in the backbone.',
-        SPT_MERGES: 'LoRA, DoRA and single weights merge into the base; Adapter and Mona modules stay in the backbone.',
+        SPT_MERGES: 'LoRA, DoRA and single weights merge into the base; Adapter, Adapter+ and Mona modules stay in the '
+        'backbone.',
     }
     parts += ['## Merging', merging[page.merges], '## Published scores', _scores(page), '## Configs', _configs(page)]
     return '\n\n'.join(parts) + '\n'

@@ -26,6 +26,7 @@ from mona_mm.frozen.copies import alike, is_under, moving_copies
 from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
 from mona_mm.nn.digest import differing, digest, digests, fingerprint, resized, same_names
+from mona_mm.nn.shared import shared_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import widths
 from mona_mm.record import freeze_records, make_record, record_of
@@ -128,7 +129,7 @@ def save_delta(
         metrics=dict(metrics or {}),
         dataset_meta=dict(dataset_meta or {}),
         progress=dict(progress or {}),
-        shared=_shared_names({name: tensor for name, tensor in current.items() if name in names}),
+        shared=shared_names({name: tensor for name, tensor in current.items() if name in names}),
         copies=copies,
     )
     tensors = {n: _halved(state[n]) if half and n in trained else state[n] for n in names}
@@ -229,7 +230,7 @@ def apply_delta(
         record.base_file = base_file
         _load_whole(model, base_file, allow_other_base, loading)
     delta = replace(delta, tensors=_resized_tensors(model, state, delta.tensors))
-    shared = _shared_names({name: tensor for name, tensor in state.items() if name in delta.tensors})
+    shared = shared_names({name: tensor for name, tensor in state.items() if name in delta.tensors})
     parts = None if header.parts is None else set(header.parts)
     copies = {copy: source for copy, source in header.copies.items() if _are_alike(model, copy, source)}
     base = _base_tensors(state, set(delta.tensors), parts, header.backbone, copies)
@@ -668,17 +669,6 @@ def _has_same_base(state: Mapping[str, Tensor], changed: set[str], copy: str, so
 def _are_alike(model: nn.Module, first: str, second: str) -> bool:
     modules = dict(model.named_modules())
     return first in modules and second in modules and alike(modules[first], modules[second])
-
-
-def _shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The first name of every tensor that modules share, by each of its other names."""
-    first: dict[tuple, str] = {}
-    shared = {}
-    for name, tensor in tensors.items():
-        memory = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        if tensor.data_ptr() and first.setdefault(memory, name) != name:
-            shared[name] = first[memory]
-    return shared
 
 
 def _differing_shared(shared: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

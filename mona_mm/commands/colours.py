@@ -17,6 +17,11 @@ METHOD_COLOURS = dict(
     partial_1='#885533',
     colin='#ee3377',
     adapter_plus='#0077bb',
+    dora='#117733',
+    pissa='#66aa55',
+    milora='#aacc88',
+    parax='#882255',
+    rein='#cc6677',
 )
 """The colour of each method, by its name in tables."""
 

@@ -9,9 +9,7 @@ mmengine's classes with ``update_buffers=True`` also average a parameter that mo
 so that it follows the model that many times as fast as others. Here each has one name.
 """
 
-from collections.abc import Mapping
 from functools import wraps
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mona_mm.frozen.changes import changing
 from mona_mm.nn.mixin import Mixin, mix_in
+from mona_mm.nn.shared import shared_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import freeze_records
 
@@ -64,14 +63,6 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def _with_one_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, each by the first of its names alone."""
-    first: dict[Any, str] = {}
-    for name, t in tensors.items():
-        first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.data_ptr() else name, name)
-    return {name: tensors[name] for name in first.values()}
-
-
 def _keep_in(cls: type[nn.Module]) -> None:
     """Make all objects of an averaging class, and of classes derived from it, keep the frozen part."""
     init = cls.__init__
@@ -82,7 +73,8 @@ def _keep_in(cls: type[nn.Module]) -> None:
         if any(freeze_records(model)):
             mix_in(self, KeepsFrozenPart)
             if isinstance(self, BaseAveragedModel):
-                self.avg_parameters = _with_one_name(self.avg_parameters)
+                others = shared_names(self.avg_parameters)
+                self.avg_parameters = {name: t for name, t in self.avg_parameters.items() if name not in others}
 
     cls.__init__ = __init__
 

@@ -245,4 +245,5 @@ class _OnGrid(nn.Module):
         self.grid = grid
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the block, with the grid as its last positional argument if it is known by now."""
         return self.block(*args, *map(PassedGrid, self.grid), **kwargs)

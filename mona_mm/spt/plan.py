@@ -1,5 +1,6 @@
 """The plan of SPT, which lists the parts of a backbone that train, and its file."""
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from mona_mm.errors import ConfigError, PlanError
 from mona_mm.nn.digest import fingerprint
 from mona_mm.nn.meta import meta_device
 from mona_mm.options import LARGEST, show
+from mona_mm.options import widths as width_options
 from mona_mm.spt.parts import Architecture
-from mona_mm.spt.structured import build_structured, stream_sites
+from mona_mm.spt.structured import STRUCTURED, build_structured, stream_sites
 from mona_mm.type_names import type_name
 
 KIND = Kind(
@@ -226,14 +228,8 @@ def widths(architecture: Architecture, block: str, site: str) -> tuple[int, int]
     return torch.Size(in_shape).numel(), out_channels
 
 
-_WIDTH = {
-    'LoRA': 'rank',
-    'DoRA': 'rank',
-    'Adapter': 'bottleneck',
-    'Mona': 'bottleneck',
-    'AdapterPlus': 'bottleneck',
-}
-_DEFAULT_WIDTH = {'LoRA': 8, 'DoRA': 8, 'Adapter': 8, 'Mona': 64, 'AdapterPlus': 8}
+_WIDTH = {type_: width_options(cls)[0] for type_, cls in STRUCTURED.items()}
+_DEFAULT_WIDTH = {type_: inspect.signature(cls).parameters[_WIDTH[type_]].default for type_, cls in STRUCTURED.items()}
 
 
 def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -247,11 +243,8 @@ def structured_module(config: Mapping[str, Any] | None) -> dict[str, Any] | None
     type_ = type_name(config.get('type')) if isinstance(config, Mapping) else ''
     type_ = type_.removeprefix('Structured')
     if type_ not in _WIDTH:
-        raise ConfigError(
-            f"structured={show(config)} must be dict(type='LoRA', rank=8), dict(type='DoRA', rank=8), "
-            "dict(type='Adapter', bottleneck=8), dict(type='Mona', bottleneck=64), "
-            "dict(type='AdapterPlus', bottleneck=8), or None."
-        )
+        accepted = ', '.join(f"dict(type='{name}', {_WIDTH[name]}={_DEFAULT_WIDTH[name]})" for name in _WIDTH)
+        raise ConfigError(f'structured={show(config)} must be {accepted}, or None.')
     width = config.get(_WIDTH[type_], _DEFAULT_WIDTH[type_])
     if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= LARGEST:
         raise ConfigError(f'structured: {_WIDTH[type_]}={show(width)} of {type_} must be a whole number of at least 1.')
