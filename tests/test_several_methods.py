@@ -128,6 +128,12 @@ def test_a_delta_holds_all_of_them(base, tmp_path):
             id='blocks',
         ),
         pytest.param(
+            [dict(LORA, blocks=[0, 1], alpha=3.0), dict(LORA, blocks='2:')],
+            [dict(LORA, blocks=['2:']), dict(LORA, blocks=':2', alpha=3.0)],
+            [dict(LORA, blocks=[0, 1]), dict(LORA, blocks='2:', alpha=3.0)],
+            id='exchanged',
+        ),
+        pytest.param(
             dict(MONA, bottleneck=8),
             dict(MONA, bottleneck={'*.0': 8, 'default': 8}),
             dict(MONA, bottleneck={'*.0': 4, 'default': 8}),
