@@ -9,5 +9,5 @@ _SPEC = importlib.util.spec_from_file_location('write_metafiles', ROOT / 'tools/
 TOOL = sys.modules.setdefault('write_metafiles', importlib.util.module_from_spec(_SPEC))
 _SPEC.loader.exec_module(TOOL)
 
-BUDGET, COUNT, METHODS, PUBLISHED = TOOL.BUDGET, TOOL.COUNT, TOOL.METHODS, TOOL.PUBLISHED
+BUDGET, COUNT, METHODS, PUBLISHED = TOOL.BUDGET, TOOL.COUNT, TOOL.CATALOGUE, TOOL.PUBLISHED
 configs, listed = TOOL.configs, TOOL.listed

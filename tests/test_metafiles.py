@@ -5,6 +5,7 @@ That the number of parameters in it is what each config trains is tested with th
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,13 @@ def test_every_config_is_listed_once(index):
     for model in index.models:
         assert (ROOT / model.config).is_file()
         assert Path(model.config).stem == model.name == model.name.lower()  # mim compares with the lower-case name
-        assert METHODS[Path(model.config).parent.name][0] == model.in_collection
+        assert METHODS[Path(model.config).parent.name].title == model.in_collection
 
 
 def test_the_parser_takes_it(index):
     """mim's own parser finds no fault, and every model is one of a collection."""
     assert index.check(silent=True) == []
-    assert {collection.name for collection in index.collections} == {name for name, _, _ in METHODS.values()}
+    assert {collection.name for collection in index.collections} == {entry.title for entry in METHODS.values()}
     for collection in index.collections:
         assert collection.paper.startswith('https://')
         assert (ROOT / collection.data['Code']).is_file()
@@ -45,7 +46,7 @@ def test_files_are_as_written(tool, monkeypatch, capsys):
     """The files are what the tool makes of the configs and the published numbers of today; those that are not are
     named."""
     assert tool('write_metafiles.py', '--check') == (0, '', '')
-    monkeypatch.setitem(TOOL.METHODS, 'lora', ('Another name', *TOOL.METHODS['lora'][1:]))
+    monkeypatch.setitem(TOOL.CATALOGUE, 'lora', replace(TOOL.CATALOGUE['lora'], title='Another name'))
     with pytest.raises(SystemExit) as stopped:
         TOOL.main()
     assert stopped.value.code == 1

@@ -7,9 +7,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from mona_mm.commands.catalogue import method_name
 from mona_mm.frozen.rules import METHOD_RULES
 from mona_mm.registry import METHODS
-from mona_mm.reproduce.cells import method_name
 
 TOOL = str(ROOT / 'tools/write_method_pages.py')
 

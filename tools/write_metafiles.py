@@ -17,6 +17,7 @@ import yaml
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta
+from mona_mm.commands.catalogue import CATALOGUE
 from mona_mm.commands.cli import run
 from mona_mm.commands.config import load_config
 from mona_mm.commands.planning import spt_config
@@ -29,97 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / 'mona_mm/published.json'
 TOP = '# Written by tools/write_metafiles.py: run it in place of editing this.\n'
 
-MONA = (
-    '5%>100%: Breaking Performance Shackles of Full Fine-Tuning on Visual Recognition Tasks',
-    'https://arxiv.org/abs/2408.08345',
-)
-SWIN = (
-    'Swin Transformer: Hierarchical Vision Transformer using Shifted Windows',
-    'https://arxiv.org/abs/2103.14030',
-)
-SPT = ('Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning', 'https://arxiv.org/abs/2303.08566')
-# The name, the code and the paper of each method, by folder. A method without a paper of its own is cited with Mona's
-# paper, which defines and measures it.
-METHODS = {
-    'mona': ('Mona', 'mona_mm/methods/mona.py', MONA),
-    'full': ('Full', 'mona_mm/frozen/rules.py', SWIN),
-    'fixed': ('Fixed', 'mona_mm/frozen/rules.py', MONA),
-    'bitfit': (
-        'BitFit',
-        'mona_mm/frozen/rules.py',
-        (
-            'BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models',
-            'https://arxiv.org/abs/2106.10199',
-        ),
-    ),
-    'norm_tuning': ('NormTuning', 'mona_mm/frozen/rules.py', MONA),
-    'partial_1': ('Partial-1', 'mona_mm/frozen/rules.py', MONA),
-    'adapter': (
-        'Adapter',
-        'mona_mm/methods/adapter.py',
-        ('Parameter-Efficient Transfer Learning for NLP', 'https://arxiv.org/abs/1902.00751'),
-    ),
-    'lora': (
-        'LoRA',
-        'mona_mm/methods/lora.py',
-        ('LoRA: Low-Rank Adaptation of Large Language Models', 'https://arxiv.org/abs/2106.09685'),
-    ),
-    'adaptformer': (
-        'AdaptFormer',
-        'mona_mm/methods/adaptformer.py',
-        (
-            'AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition',
-            'https://arxiv.org/abs/2205.13535',
-        ),
-    ),
-    'lorand': (
-        'LoRand',
-        'mona_mm/methods/lorand.py',
-        (
-            '1% VS 100%: Parameter-Efficient Low Rank Adapter for Dense Predictions',
-            'https://openaccess.thecvf.com/content/CVPR2023/html/'
-            'Yin_1_VS_100_Parameter-Efficient_Low_Rank_Adapter_for_Dense_Predictions_CVPR_2023_paper.html',
-        ),
-    ),
-    'spt_lora': ('SPT-LoRA', 'mona_mm/spt/method.py', SPT),
-    'spt_adapter': ('SPT-Adapter', 'mona_mm/spt/method.py', SPT),
-    'spt_mona': ('SPT-Mona', 'mona_mm/spt/method.py', SPT),
-    'dora': (
-        'DoRA',
-        'mona_mm/methods/dora.py',
-        ('DoRA: Weight-Decomposed Low-Rank Adaptation', 'https://arxiv.org/abs/2402.09353'),
-    ),
-    'colin': (
-        'CoLin',
-        'mona_mm/methods/colin.py',
-        (
-            '1% > 100%: High-Efficiency Visual Adapter with Complex Linear Projection Optimization',
-            'https://arxiv.org/abs/2602.10513',
-        ),
-    ),
-    'adapter_plus': (
-        'Adapter+',
-        'mona_mm/methods/adapter_plus.py',
-        ('Adapters Strike Back', 'https://arxiv.org/abs/2406.06820'),
-    ),
-    'parax': (
-        'ParaX',
-        'mona_mm/methods/parax.py',
-        (
-            'Parameters as Experts: Adapting Vision Models with Dynamic Parameter Routing',
-            'https://arxiv.org/abs/2602.06862',
-        ),
-    ),
-    'rein': (
-        'Rein',
-        'mona_mm/methods/rein.py',
-        (
-            'Stronger, Fewer, & Superior: Harnessing Vision Foundation Models for Domain Generalized Semantic '
-            'Segmentation',
-            'https://arxiv.org/abs/2312.04265',
-        ),
-    ),
-}
 # The training data of the configs without published numbers, by a part of their names. The table of tasks has those of
 # the other configs.
 DATA = {'vtab': 'VTAB-1k', 'fgvc': 'FGVC'}
@@ -139,7 +49,7 @@ def configs(method: str) -> list[str]:
 
 def listed() -> dict[str, dict[str, Any]]:
     """Read the current entries of all metafiles, by the name of the config."""
-    files = [ROOT / 'configs' / method / 'metafile.yml' for method in METHODS]
+    files = [ROOT / 'configs' / method / 'metafile.yml' for method in CATALOGUE]
     entries = [entry for file in files for entry in yaml.safe_load(file.read_text(encoding='utf-8'))['Models']]
     return {entry['Name']: entry for entry in entries}
 
@@ -196,7 +106,7 @@ def model(method: str, name: str, trainable: int | str, published: dict[str, Any
         metadata[f'Source of {metric}'] = source
     entry = {
         'Name': name,
-        'In Collection': METHODS[method][0],
+        'In Collection': CATALOGUE[method].title,
         'Config': f'configs/{method}/{name}.py',
         'Metadata': metadata,
     }
@@ -216,20 +126,20 @@ def metafile(method: str, trainable: dict[str, int | str], published: dict[str, 
         trainable: the number of backbone parameters that a config trains, or its budget, by the name of the config.
         published: the published numbers.
     """
-    name, code, (title, url) = METHODS[method]
+    entry = CATALOGUE[method]
     collection = {
-        'Name': name,
-        'Metadata': {'Paper Title': title},
-        'Paper': url,  # not a mapping of URL and Title, of which `mim search` would print only the keys
+        'Name': entry.title,
+        'Metadata': {'Paper Title': entry.paper.title},
+        'Paper': entry.paper.address,  # not a mapping of URL and Title, of which `mim search` would print only the keys
         'README': '../../README.md',
-        'Code': code,
+        'Code': entry.code,
     }
     models = [model(method, config, trainable[config], published) for config in configs(method)]
     return TOP + dump({'Collections': [collection]}) + '\n' + dump({'Models': models})
 
 
 def model_index() -> str:
-    return TOP + dump({'Import': [f'configs/{method}/metafile.yml' for method in METHODS]})
+    return TOP + dump({'Import': [f'configs/{method}/metafile.yml' for method in CATALOGUE]})
 
 
 def dump(content: Any) -> str:
@@ -247,7 +157,7 @@ def files(known: dict[str, int | str]) -> dict[Path, str]:
     """Make the text of every file; configs not in ``known`` are built, without weights, to count what trains."""
     published = json.loads(PUBLISHED.read_text())
     texts = {ROOT / 'model-index.yml': model_index()}
-    for method in METHODS:
+    for method in CATALOGUE:
         trainable = {
             name: known[name] if name in known else count(str(ROOT / f'configs/{method}/{name}.py'))
             for name in configs(method)

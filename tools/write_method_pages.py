@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import mona_mm  # imported first, because it makes the OpenMMLab libraries importable
+from mona_mm.commands.catalogue import CATALOGUE, method_name
 from mona_mm.commands.cli import run
 from mona_mm.commands.hosts import backbone_rows, render_hosts, render_names
 from mona_mm.frozen import rules
@@ -28,7 +29,6 @@ from mona_mm.nn.meta import meta_device
 from mona_mm.options import accepted_values, widths
 from mona_mm.registry import METHODS
 from mona_mm.reproduce import build_tables
-from mona_mm.reproduce.cells import method_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing this. -->'
@@ -46,22 +46,6 @@ BACKBONES = {
     'Swin-B': dict(**_SWIN, embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
     'Swin-L': dict(**_SWIN, embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
     'ViT-B/16': dict(type='mmpretrain.VisionTransformer', arch='base', img_size=224, patch_size=16),
-}
-# The line of each method in the table of the README; methods with long formulas are described in words.
-IN_A_LINE = {
-    'Mona': 'x + up(gelu(conv(down(LN(x)·γ + x·γₓ)))), conv = mean of 3x3, 5x5, 7x7 depthwise, then 1x1, each with its '
-    'residual',
-    'Adapter': 'x + up(gelu(down(x)))',
-    'AdaptFormer': 'FFN(x) + 0.1·up(gelu(down(x)))',
-    'LoRA': 'Wx + (α/r)·BAx',
-    'LoRand': 'an adapter whose matrices are sums of low-rank products',
-    'Rein': 'f + s·((softmax(f·Tᵀ/√C)·T·Wₜ + f)·W), T = A·B tokens of each block, Wₜ and W of all blocks',
-    'ParaX': 'an adapter with filters whose weights are mixed for every image, from a pool that a stage shares',
-    'CoLin': 'x + up(gelu(a·dw3x3(p) + (1 - a)·p)), p = down(x), of low-rank matrices that a term in the loss keeps '
-    'close to orthogonal',
-    'AdapterPlus': 'x + s·up(gelu(down(x))), s a learned scale of every channel',
-    'SPT': 'LoRA, DoRA, Adapter, Adapter+ or Mona and single weights where the task is sensitive, within a budget',
-    'DoRA': 'W′x, W′ = m·(W + (α/r)·BA) / ‖W + (α/r)·BA‖ for each row',
 }
 SPT_MERGES = 'LoRA, DoRA, weights'
 
@@ -181,7 +165,8 @@ def page_of_rule(name: str, text: str) -> Page:
 def all_pages() -> list[Page]:
     """Make the pages of all methods, with Mona first and the rules last."""
     METHODS.import_from_location()
-    names = sorted(METHODS.module_dict, key=lambda name: list(IN_A_LINE).index(name))
+    order = [entry.type for entry in CATALOGUE.values()]
+    names = sorted(METHODS.module_dict, key=lambda name: (name != 'Mona', order.index(name)))
     return [
         *(page_of_method(name, METHODS.module_dict[name]) for name in names),
         *(page_of_rule(name, text) for name, text in rule_texts().items()),
@@ -268,13 +253,14 @@ def _configs(page: Page) -> str:
 def readme_table(pages: list[Page]) -> str:
     """Make the table of methods in the README."""
     texts, coco, rows = rule_texts(), build_tables([], 'coco')[0].rows, []
+    lines = {entry.type: entry.in_a_line for entry in CATALOGUE.values()}
     for page in pages:
         name = page.setting.split("'")[1]
         score = next((row.published for row in coco if row.method == page.name and row.metric == 'box AP'), None)
         rows.append(
             [
                 f'[`{name if page.source else page.setting}`](docs/methods/{page.name}.md)',
-                IN_A_LINE.get(name) or f'trains {texts[name]}',
+                lines.get(name) or f'trains {texts[name]}',
                 ', '.join(f'`{site}`' for site in page.sites[0]) or ('from a plan' if page.source else ''),
                 *(f'{page.trained[key]:,}' if page.trained else 'a budget' for key in ('Swin-B', 'ViT-B/16')),
                 '' if score is None else f'{score}',

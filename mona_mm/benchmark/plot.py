@@ -10,10 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mona_mm.benchmark.backbone import VARIANTS, Row, reference
-from mona_mm.commands.colours import METHOD_COLOURS
+from mona_mm.commands.catalogue import method_colour
 
-_COLOURS = dict(
-    METHOD_COLOURS,
+_COLOURS_OF_VARIANTS = dict(
     stock='#999999',
     published_mona='#ee8866',
     mona_folded='#ff99aa',
@@ -57,7 +56,7 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
     for (arch, variant), line in lines.items():
         sides = [_side(row) for row in line]
         _, marker, linestyle = _ARCHS[arch]
-        style = dict(color=_COLOURS[variant], marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
+        style = dict(color=_colour(variant), marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
         for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
             middle = [scale * t for t, _ in times]
             # Because of rounding, a quartile can lie slightly on the wrong side of the median.
@@ -102,7 +101,7 @@ def _ticks(axis: Axes, rows: list[Row]) -> None:
 def _legend(rows: list[Row]) -> list[Line2D]:
     variants = [variant for variant in VARIANTS if variant in {row.variant for row in rows}]
     archs = [arch for arch in _ARCHS if arch in {row.arch for row in rows}]
-    found = [Line2D([], [], color=_COLOURS[variant], linewidth=3, label=variant) for variant in variants]
+    found = [Line2D([], [], color=_colour(variant), linewidth=3, label=variant) for variant in variants]
     for name, marker, linestyle in (_ARCHS[arch] for arch in archs):
         found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
     return found
@@ -121,3 +120,7 @@ def _ratios(line: list[Row]) -> list[tuple[float, tuple[float, float]]]:
         (r.forward_ratio, r.forward_ratio_spread) if r.step is None else (r.step_ratio, r.step_ratio_spread)
         for r in line
     ]
+
+
+def _colour(variant: str) -> str:
+    return _COLOURS_OF_VARIANTS.get(variant) or method_colour(variant)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mona_mm.commands.catalogue import CATALOGUE, method_name
 from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.rules import METHOD_RULES, published_name
@@ -16,14 +17,8 @@ from mona_mm.reproduce.logs import Log, planned
 from mona_mm.reproduce.tasks import TASKS, Task, task_of_config_name
 from mona_mm.type_names import look_up, type_name
 
-METHODS = (
-    *('full', 'fixed', 'bitfit', 'norm_tuning', 'partial_1'),
-    *('adapter', 'lora', 'adaptformer', 'lorand', 'mona'),
-    *('colin', 'adapter_plus', 'parax', 'rein'),
-)
-
-TRAINS_TOO = {'parax': 'output_norms'}
-"""The rule by which a published method trains parameters of the base beside its own."""
+METHODS = tuple(name for name, entry in CATALOGUE.items() if entry.published)
+"""The methods that the published tables have."""
 
 SIZES = {  # embed_dims, depths, num_heads
     'swin_t': (96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -31,13 +26,6 @@ SIZES = {  # embed_dims, depths, num_heads
     'swin_l': (192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
 _ARCHS = dict(tiny='swin_t', t='swin_t', base='swin_b', b='swin_b', large='swin_l', l='swin_l')
-
-
-def method_name(cls: str) -> str:
-    """The name in tables and of the folder of configs for a method, by the name of its class: ``'adapter_plus'`` for
-    ``'AdapterPlus'``."""
-    name = cls.lower()
-    return next((method for method in METHODS if method.replace('_', '') == name), name)
 
 
 def config_name(method: str, task: str) -> str:
@@ -116,7 +104,8 @@ def method_of(config: dict[str, Any], log: Log, published: dict[str, int]) -> st
             method = method_name(_type(peft))
             if method == 'spt':
                 method = f'spt_{_type(_dict(peft).get("structured") or {}).lower()}'
-            return method if backbone.get('trainable') in (None, 'none', TRAINS_TOO.get(method)) else None
+            rule = CATALOGUE[method].rule if method in CATALOGUE else ''
+            return method if backbone.get('trainable') in (None, 'none', rule or None) else None
         rules = backbone.get('trainable') or 'all'
         rules = (rules,) if isinstance(rules, str) else tuple(rules)
         name = published_name(rules[0])

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mona_mm.commands.colours import method_colour
+from mona_mm.commands.catalogue import method_colour
 from mona_mm.reproduce.comparison import Cell, Comparison
 from mona_mm.reproduce.records import Record, Row, rows_of
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mona_mm.commands.catalogue import CATALOGUE
 from mona_mm.commands.config import load_config
 from mona_mm.errors import ConfigError
-from mona_mm.reproduce.cells import METHODS, config_name, configs_folder
+from mona_mm.reproduce.cells import config_name, configs_folder
 from mona_mm.reproduce.comparison import MINI, ComparedTask, Comparison
 from mona_mm.reproduce.tasks import TASKS, Task
 
-_UNPUBLISHED = ('spt_lora', 'spt_adapter', 'spt_mona', 'dora')
 _TITLES = {task.table.name: task.table.title for task in TASKS.values() if task.table is not None} | dict(
     ablation='Ablations on VOC: RetinaNet',
     vtab='VTAB-1k: 19 tasks, several backbones',
@@ -68,7 +68,7 @@ def _task(task: Task, configs: Mapping[str, str]) -> ComparedTask:
 
 def _methods(task: Task) -> Iterator[tuple[str, str]]:
     """The methods of a task that have a config, and its path relative to ``configs/``."""
-    for method in (*METHODS, *_UNPUBLISHED):
+    for method in CATALOGUE:
         path = f'{method}/{config_name(method, task.name)}.py'
         if (configs_folder() / path).is_file():
             yield method, path
