@@ -29,6 +29,8 @@ from mona_mm.nn.meta import meta_device
 from mona_mm.options import accepted_values, widths
 from mona_mm.registry import METHODS
 from mona_mm.reproduce import build_tables
+from mona_mm.reproduce.comparison import MINI
+from mona_mm.reproduce.records import read_records, rows_of, spread
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = '<!-- Written by tools/write_method_pages.py: run it in place of editing this. -->'
@@ -254,6 +256,9 @@ def readme_table(pages: list[Page]) -> str:
     """Make the table of methods in the README."""
     texts, coco, rows = rule_texts(), build_tables([], 'coco')[0].rows, []
     lines = {entry.type: entry.in_a_line for entry in CATALOGUE.values()}
+    camvid = {
+        row.method: row.test for row in rows_of(MINI, 'camvid', read_records(ROOT / 'docs/comparison/runs', 'cpu'))
+    }
     for page in pages:
         name = page.setting.split("'")[1]
         score = next((row.published for row in coco if row.method == page.name and row.metric == 'box AP'), None)
@@ -264,10 +269,11 @@ def readme_table(pages: list[Page]) -> str:
                 ', '.join(f'`{site}`' for site in page.sites[0]) or ('from a plan' if page.source else ''),
                 *(f'{page.trained[key]:,}' if page.trained else 'a budget' for key in ('Swin-B', 'ViT-B/16')),
                 '' if score is None else f'{score}',
+                spread(tested, digits=1) if len(tested := camvid.get(page.name, [])) == len(MINI.seeds) else '',
                 page.merges,
             ]
         )
-    columns = ['sites', 'trains on Swin-B', 'on ViT-B', 'COCO box AP', 'mergeable']
+    columns = ['sites', 'trains on Swin-B', 'on ViT-B', 'COCO box AP', 'CamVid mIoU', 'mergeable']
     return _table(['`peft=dict(type=...)`', 'what it computes', *columns], rows)
 
 

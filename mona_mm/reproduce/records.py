@@ -200,13 +200,13 @@ def render_comparison(table: Comparison, records: dict[Cell, Record], tasks: Ite
     return '\n'.join(parts) + '\n'
 
 
-def spread(scores: list[float]) -> str:
+def spread(scores: list[float], digits: int = 2) -> str:
     """The mean and sample standard deviation as text, with the number of scores if it is not three."""
     if not scores:
         return '-'
-    text = f'{statistics.fmean(scores):.2f}'
+    text = f'{statistics.fmean(scores):.{digits}f}'
     if len(scores) > 1:
-        text += f'±{statistics.stdev(scores):.2f}'
+        text += f'±{statistics.stdev(scores):.{digits}f}'
     return text if len(scores) == 3 else f'{text} ({len(scores)})'
 
 
