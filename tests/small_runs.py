@@ -79,13 +79,13 @@ class SmallModel(BaseModel):
         self.delay, self.seen = delay, seen
 
     def forward(self, inputs, data_samples=None, number=None, mode='tensor'):
-        time.sleep(self.delay)
         if mode == 'predict':
             return [BaseDataElement(metainfo=sample.metainfo) for sample in data_samples]
         inputs = torch.stack(inputs)
         if self.seen and mode == 'loss':
             with open(self.seen, 'a') as file:
                 file.write(' '.join(str(int(n)) for n in number) + '\n')
+        time.sleep(self.delay)
         out = self.backbone(inputs)
         return dict(loss_fit=out.square().mean(), loss_dark=1e-3 * -inputs.mean(1).log().mean())
 
@@ -189,7 +189,7 @@ class Run:
 
     @property
     def text(self) -> str:
-        return ''.join(file.read_text() for file in self.files)
+        return ''.join(file.read_text() for file in self.files if file.exists())
 
     @property
     def lines(self) -> list[str]:
@@ -215,7 +215,7 @@ class Run:
         return [process.pid for process in self.processes]
 
 
-def start(made: dict, *arguments: str, count: int = 1, before=None) -> Run:
+def start(made: dict, *arguments: str, count: int = 1, before=None, beside: Path | None = None) -> Run:
     """Start tools/train.py with a config, in ``count`` processes as a launcher does.
 
     Args:
@@ -223,9 +223,10 @@ def start(made: dict, *arguments: str, count: int = 1, before=None) -> Run:
         arguments: options of the command.
         count: the number of processes.
         before: a function that each process calls first.
+        beside: the folder for the config's file and the output; the one of the work dir by default.
     """
     work_dir = Path(made['work_dir'])
-    file = work_dir.parent / f'{work_dir.name}_{os.urandom(3).hex()}.py'
+    file = (beside or work_dir.parent) / f'{work_dir.name}_{os.urandom(3).hex()}.py'
     file.write_text('\n'.join(f'{key} = {value!r}' for key, value in made.items()))
     command, variables = ['train.py', str(file), *arguments], dict(OMP_NUM_THREADS='1')
     if count > 1:

@@ -9,10 +9,10 @@ import torch
 from mmengine.runner import Runner
 
 from mona_mm.errors import OutOfMemoryError, UserError
-from mona_mm.hooks import ClockHook, FiniteLossHook, PreemptionHook, ResumptionHook
+from mona_mm.hooks import ClockHook, FiniteLossHook, PreemptionHook, ResumptionHook, WorkDirHook
 from mona_mm.hooks.going_on import how_to_go_on
 
-_HOOKS = (FiniteLossHook, ResumptionHook, ClockHook, PreemptionHook)
+_HOOKS = (FiniteLossHook, ResumptionHook, ClockHook, WorkDirHook, PreemptionHook)
 """The hooks of every run of the tools, in this order: the last one leaves when all others have seen the iteration."""
 
 _WORKER = re.compile(r'DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: (?P<signal>[\w ]+)|exited)')

@@ -9,6 +9,7 @@ from mona_mm.hooks.load_check import LoadCheckHook
 from mona_mm.hooks.param_freeze import ParamFreezeHook
 from mona_mm.hooks.preemption import PreemptionHook
 from mona_mm.hooks.resumption import ResumptionHook
+from mona_mm.hooks.work_dir import WorkDirHook
 
 __all__ = [
     'ClockHook',
@@ -20,4 +21,5 @@ __all__ = [
     'PreemptionHook',
     'ResumptionHook',
     'SafeCheckpointHook',
+    'WorkDirHook',
 ]

@@ -28,17 +28,19 @@ class ClockHook(Hook):
     def __init__(self) -> None:
         self._offset = _offset()
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Correct the timer before it measures the time for the data."""
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        self._correct(runner)  # before the timer starts anew
+
+    def _before_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train') -> None:
         self._correct(runner)
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'train'
     ) -> None:
-        """Correct the timer before it measures the time of the iteration."""
         self._correct(runner)
 
     def _correct(self, runner: Runner) -> None:
+        """Correct the timer, which measures right behind this."""
         offset = _offset()
         jump, self._offset = offset - self._offset, offset
         if abs(jump) < _JUMP:

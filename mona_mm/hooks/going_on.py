@@ -18,17 +18,11 @@ _MOST_NAMES = 16
 
 def last_checkpoint(runner: Runner) -> str | None:
     """The last whole checkpoint of a run: one that it has written, or that it resumed; None if there is none."""
-    hook = checkpoint_hook(runner)
-    written = getattr(hook, 'last_ckpt', None)
-    if written and osp.exists(written):
-        return written
-    pointer = osp.join(runner.work_dir, 'last_checkpoint')
-    if osp.isfile(pointer) and resumes(runner):
-        with open(pointer, encoding='utf-8') as file:
-            named = file.read().strip()
-        if osp.exists(named):
-            return named
-    return loaded_file(runner) if resumes(runner) else None
+    # A checkpoint hook names the file before it is written, so another hook notes those that were.
+    names = [getattr(hook, 'last_good', None) for hook in runner.hooks]
+    names.append(getattr(checkpoint_hook(runner), 'last_ckpt', None))
+    names.append(loaded_file(runner) if resumes(runner) else None)
+    return next((name for name in names if name and ('://' in name or osp.exists(name))), None)
 
 
 def checkpoint_hook(runner: Runner) -> CheckpointHook | None:

@@ -63,12 +63,12 @@ class PreemptionHook(Hook):
         self._handlers: dict[int, Any] = {}
         self._group: Any = None
         self._saved_at: int | None = None
-        self._last: str | None = None
+        self.last_good: str | None = None  # the last checkpoint that was written completely
         register_after_fork(self, _shield)  # here, since an iteration-based loop starts its workers when it is built
 
     def before_train(self, runner: Runner) -> None:
         """Install the handlers. Before this, the signals do what they do by default, since nothing has been trained."""
-        self._last = getattr(checkpoint_hook(runner), 'last_ckpt', None)
+        self.last_good = getattr(checkpoint_hook(runner), 'last_ckpt', None)
         if get_world_size() > 1 and self._group is None:
             self._group = _cpu_group()
         if threading.current_thread() is threading.main_thread():
@@ -142,9 +142,9 @@ class PreemptionHook(Hook):
         """Note the checkpoint that has just been written, and delete an earlier one of this hook."""
         hook = checkpoint_hook(runner)
         written = getattr(hook, 'last_ckpt', None)
-        if written is None or written == self._last:
+        if written is None or written == self.last_good:
             return
-        self._last, self._saved_at = written, iteration
+        self.last_good, self._saved_at = written, iteration
         if is_main_process() and Path(written).stem != NAME:
             for name in (f'{NAME}.pth', f'{NAME}{SUFFIX}'):
                 path = Path(hook.out_dir, name)
@@ -181,7 +181,7 @@ class PreemptionHook(Hook):
                 by_epoch=False,
                 backend_args=hook.backend_args or dict(backend='mona_mm_atomic'),
             )
-        hook.last_ckpt = hook.file_backend.join_path(hook.out_dir, file)
+        hook.last_ckpt = self.last_good = hook.file_backend.join_path(hook.out_dir, file)
         if is_main_process():
             AtomicLocalBackend().put_text(hook.last_ckpt, Path(runner.work_dir, 'last_checkpoint'))
         for other in runner.hooks:
