@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
+from mona_mm.commands.check_config import check_config
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.commands.failures import in_one_line
 from mona_mm.errors import ConfigError, UserError
@@ -94,7 +95,11 @@ def work_dir(cfg: Config, file: str) -> str:
 
 
 def read_run_config(args: argparse.Namespace) -> Config:
-    """Read the config that the arguments of :func:`run_parser` name, and adapt it to this machine."""
+    """Read the config that the arguments of :func:`run_parser` name, check it, and adapt it to this machine.
+
+    Raises:
+        ConfigError: if the config has mistakes; it names all that can be found before anything is built.
+    """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
@@ -102,6 +107,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    check_config(cfg, args.cfg_options or ())
     adapt_to_device(cfg)
     return cfg
 

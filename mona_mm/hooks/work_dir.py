@@ -23,7 +23,7 @@ class WorkDirHook(Hook):
     deleted is gone; that is said in one line. The cost is a look at one folder in every iteration.
     """
 
-    priority = 'VERY_HIGH'  # before the log is written
+    priority = 'NORMAL'  # right before the log is written, behind other hooks of this priority
 
     @checked
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class WorkDirHook(Hook):
         os.makedirs(scalars, exist_ok=True)
         for handler in runner.logger.handlers:
             if isinstance(handler, logging.FileHandler):
-                stream = Path(handler.baseFilename).open('a', encoding=handler.encoding)  # the handler closes it
+                stream = Path(handler.baseFilename).open('a', encoding=handler.encoding)  # noqa: SIM115  stays open
                 deleted = handler.setStream(stream)
                 if deleted is not None:
                     deleted.close()
