@@ -1,6 +1,7 @@
 """Runs of tools/train.py in processes of their own, which are forked from the test's and take a second: a model of two
 layers that trains on small pictures, and whose loss is not finite for a black one."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  imported here, so that the processes need not do it
 import mmcv
 import numpy as np
 import torch
@@ -264,6 +267,7 @@ def _run(command: list[str], variables: dict, log: str, before) -> None:
     os.environ.update({name: str(value) for name, value in variables.items()})
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
+    gc.freeze()  # mmengine collects what a data set leaves behind, and would look at all of the test's libraries
     if before:
         before()
     try:

@@ -1,7 +1,9 @@
 """SIGTERM and SIGINT: everything trained is saved, the command to go on is named, and the status is the signal's."""
 
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from small_runs import by_iterations, config, finished, iterations, make_picture
 
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
+from mona_mm.commands.config import find_last_checkpoint
 
 
 @pytest.fixture
@@ -173,3 +176,51 @@ def test_averaged_weights_are_not_saved_in_place_of_the_models(pictures, tmp_pat
     for part in ('state_dict', 'ema_state_dict'):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in theirs[part].items())
     assert trained(tmp_path / 'work')
+
+
+KILLS = int(os.environ.get('KILLS', 100))
+"""How often the run below is stopped; docs/reliability.md has the figures of one measurement."""
+
+
+@pytest.mark.slow
+def test_stopped_at_random_and_moved(pictures, tmp_path):
+    """SIGKILL, SIGTERM or SIGINT to one or to all processes of a run at random moments, which goes on each time on one
+    or two processes: what is there is whole, no checkpoint is older than the one before, what was signalled is saved to
+    the iteration, no lock holds the next one up, and the end is reached."""
+    rng, work = random.Random(3), tmp_path / 'work'
+    epochs = 2 * KILLS
+    made = config(pictures, work, model__delay=0.02, train_cfg__max_epochs=epochs, model__seen=f'{work}.seen')
+    made['param_scheduler'] = []
+    stopped, at = 0, 0.0  # the last checkpoint in epochs, since processes change the number of iterations in one
+    while stopped < KILLS:
+        count, number = rng.choice((1, 2)), rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        Path(f'{work}.seen').unlink(missing_ok=True)
+        run = start(made, *(['--resume'] if at else []), count=count)
+        run.wait_for(lambda: Path(f'{work}.seen').exists(), 300)
+        time.sleep(rng.uniform(0, 1))
+        before = len(seen(work))
+        chosen = run.pids if number == signal.SIGKILL or rng.random() < 0.5 else [rng.choice(run.pids)]
+        for pid in chosen:
+            os.kill(pid, number)
+        run.wait(300)
+        stopped += 1
+        assert set(run.status) == {-9 if number == signal.SIGKILL else 128 + number}, run.text[-3000:]
+        for file in work.glob('*.pth'):
+            read_checkpoint(str(file))
+        for file in work.glob('*.delta.safetensors'):
+            read_delta(file)
+        if (work / 'last_checkpoint').exists():
+            length = 16 // 2 // count
+            now = iterations(work) / length if number != signal.SIGKILL else at
+            assert now >= at, (now, at)
+            if number != signal.SIGKILL:
+                assert iterations(work) >= round(at * length) + before // count
+            else:
+                meta = read_checkpoint(find_last_checkpoint(str(work)))['meta']
+                now = max(at, float(meta['epoch']))
+            at = now
+    made['model']['delay'] = 0.0
+    made['train_cfg']['max_epochs'] = int(at) + 2
+    run = finished(made, '--resume')
+    assert run.status == [0] and iterations(work) == 8 * (int(at) + 2)
+    print(f'{stopped} stops, {at:.2f} epochs trained')

@@ -13,6 +13,7 @@ from mmengine.registry import (
     HOOKS,
     LOOPS,
     METRICS,
+    MODELS,
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
     OPTIMIZERS,
@@ -175,8 +176,10 @@ def _dataset(dataset: Any, path: str) -> Iterator[str]:
 
 
 def _methods(node: Any, path: str) -> Iterator[str]:
-    """The mistakes in the ``peft`` of every backbone of a model."""
+    """The mistakes in the arguments of mona_mm's own parts of a model, and in the methods of its backbones."""
     if isinstance(node, Mapping):
+        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.FrozenModel', 'mona_mm.PeftModel'):
+            yield from _keys(node, path, MODELS, None)
         if is_type(node, 'mona_mm.PeftBackbone') and node.get('peft') is not None:
             try:
                 if is_type(node['peft'], 'SPT'):

@@ -57,7 +57,7 @@ def _checked(call: Callable, key: str) -> Callable:
             return call(transform, results)
         try:
             loaded = call(transform, results)
-            problem = _missing_part(path) if loaded is not None else ''
+            problem = _missing_part(path) if key == 'img_path' and loaded is not None else ''
         except _UNREADABLE as error:
             problem = _reason(path, error)
             if not problem:
@@ -93,7 +93,7 @@ def _reason(path: str, error: Exception) -> str:
             image.load()
     except Exception as reason:  # PIL raises anything for a damaged file
         return _first_line(reason, path)
-    return '' if isinstance(error, AssertionError) and str(error) != f'failed to load image: {path}' else str(error)
+    return "the pipeline's decoder does not know its format" if 'failed to load image' in str(error) else ''
 
 
 def _missing_part(path: str) -> str:
