@@ -11,6 +11,7 @@ from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import Tensor
 
 from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.compat.runner import loaded_file, resumes
@@ -62,7 +63,7 @@ class ResumptionHook(Hook):
         self._old: _Circumstances | None = None
         self._groups: list[dict[str, Any]] = []
         self._schedulers: list[dict[str, Any]] | None = None
-        self._differs = False
+        self._differs: list[str] = []
         self._changed: dict[str, tuple[Any, Any]] = {}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -124,24 +125,25 @@ class ResumptionHook(Hook):
             f'{sum(now)} in {len(now)}, so its optimizer cannot be resumed.{why} {advice}'
         )
 
-    def _other_schedule(self, checkpoint: Mapping[str, Any]) -> bool:
-        """Whether the config's learning rates or schedulers are others than the checkpoint's."""
+    def _other_schedule(self, checkpoint: Mapping[str, Any]) -> list[str]:
+        """The settings of the optimizer and the schedulers that are others than the checkpoint's, by name."""
         states = checkpoint.get('param_schedulers')
         if self._schedulers is None or not isinstance(states, list):
-            return False
-        names = {state.get('param_name') for state in self._schedulers}
+            return []
         if len(states) != len(self._schedulers):
-            return True
-        for fresh, old in zip(self._schedulers, states, strict=True):
-            if any(old[key] != fresh[key] for key in fresh.keys() & old.keys() - _MOVING - {'_with_counter'}):
-                return True
+            return ['the number of schedulers']
+        names = {state.get('param_name') for state in self._schedulers}
+        pairs = [(fresh, old, _MOVING) for fresh, old in zip(self._schedulers, states, strict=True)]
         groups = (checkpoint.get('optimizer') or {}).get('param_groups')
-        if not isinstance(groups, Sequence):
-            return False
-        return any(
-            old[key] != fresh[key]
-            for fresh, old in zip(self._groups, groups, strict=False)
-            for key in fresh.keys() & old.keys() - names - {'params'}
+        if isinstance(groups, Sequence):
+            pairs += [(fresh, old, {*names, 'params'}) for fresh, old in zip(self._groups, groups, strict=False)]
+        return list(
+            dict.fromkeys(
+                key
+                for fresh, old, moving in pairs
+                for key in fresh.keys() & old.keys() - moving
+                if _as_plain(old[key]) != _as_plain(fresh[key])
+            )
         )
 
     def before_train(self, runner: Runner) -> None:
@@ -171,7 +173,7 @@ class ResumptionHook(Hook):
         if old.length and old.length != length:
             within = round(within * length / old.length) if 0 < within < old.length else 0
             loop._iter = old.epoch * length + within  # as Runner.resume sets it; there is no public setter
-            self._differs |= bool(self._schedulers)
+            self._differs += ['the length of an epoch'] if self._schedulers else []
             notes.append(
                 f'an epoch has {length} iterations of {_describe(_batch(runner))}, in the checkpoint {old.length}'
                 f'{" of " + _describe(old.batch) if old.batch else ""}: they are counted on from {loop.iter} in place '
@@ -206,7 +208,8 @@ class ResumptionHook(Hook):
         now = next(iter(rate.values()))[0] if rate else None
         return (
             f'the learning rate goes on at {now:.6g}, where the schedule of this config stands at iteration '
-            f"{runner.iter}; the optimizer's moments are kept, so this equals no run from the start"
+            f'{runner.iter}, since {", ".join(self._differs)} changed; '
+            "the optimizer's moments are kept, so this equals no run from the start"
         )
 
     def _say(self, runner: Runner, notes: list[str]) -> None:
@@ -296,6 +299,15 @@ class _Begun:
         if name.startswith('__'):  # a copy or pickle that is not filled yet
             raise AttributeError(name)
         return getattr(self._sampler, name)
+
+
+def _as_plain(value: Any) -> Any:
+    """A value for comparison: what a checkpoint gives back has lost the difference between some kinds of numbers."""
+    if isinstance(value, Mapping):
+        return {key: _as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_plain(item) for item in value]
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _schedulers(runner: Runner) -> list[Any]:
