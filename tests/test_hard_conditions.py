@@ -321,7 +321,7 @@ def test_a_work_dir_that_is_deleted_is_written_anew(counts, pictures, tmp_path):
     name = 'epoch_2' if counts == 'epochs' else 'iter_8'
     work = tmp_path / 'work'
     assert {file.name for file in work.glob(f'{name}.*')} == {f'{name}.pth', f'{name}.delta.safetensors'}
-    assert iterations(work) == 8 and len(logged(work)) == 2
+    assert iterations(work) == 8 and len(logged(work)) == 3
 
 
 # Clocks ------------------------------------------------------------------------------------------------------------
