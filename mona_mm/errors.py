@@ -35,3 +35,19 @@ class PlanError(UserError, ValueError):
 
 class SensitivityError(UserError, RuntimeError):
     """Data or losses from which no sensitivity can be computed."""
+
+
+class DivergedError(UserError, RuntimeError):
+    """A loss, or what a checkpoint would hold, that is not finite."""
+
+
+class UnreadableImageError(UserError, OSError):
+    """An image of a data set that is missing, empty, truncated or damaged."""
+
+
+class OutOfMemoryError(UserError, MemoryError):
+    """A model and a batch that do not fit into the memory."""
+
+
+class WorkDirError(UserError, OSError):
+    """A work dir that another run uses, or that cannot be written."""

@@ -15,6 +15,7 @@ from pure_configs import LIBRARIES, write_pure_config
 from torch import nn
 
 from mona_mm import PeftBackbone
+from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import stock_config, types_left
 from mona_mm.commands.build import build_on_meta
@@ -26,7 +27,6 @@ from mona_mm.hooks import LoadCheckHook
 from mona_mm.methods import LoRA
 from mona_mm.registry import METHODS, MODELS
 from mona_mm.reproduce.cells import differences
-from mona_mm.reproduce.logs import parse_config
 from mona_mm.type_names import _CLASSES, full_name, is_of_mona_mm, is_type, look_up, type_name, with_names
 
 

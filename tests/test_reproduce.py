@@ -12,6 +12,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.commands.cli import build_runner
 from mona_mm.commands.config import adapt_to_device, load_config, resume_from
 from mona_mm.errors import ConfigError, MissingFileError
@@ -25,7 +26,7 @@ from mona_mm.reproduce import (
     write_text,
 )
 from mona_mm.reproduce.cells import METHODS, config_name, shipped_config
-from mona_mm.reproduce.logs import Log, parse_config, read_log
+from mona_mm.reproduce.logs import Log, read_log
 from mona_mm.reproduce.published import published_trainable
 from mona_mm.reproduce.tasks import TASKS
 

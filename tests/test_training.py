@@ -244,7 +244,7 @@ DEMO = 'configs/demo/demo_mona_shapes.py'
         (
             'train.py',
             [DEMO, '--cfg-options', 'data_root=DATA', 'model.backbone.trainabel=norm'],
-            "PeftBackbone has no argument 'trainabel'",
+            "model.backbone has no 'trainabel'. Did you mean 'trainable'?",
         ),
         (
             'train.py',

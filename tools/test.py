@@ -11,6 +11,7 @@ from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data
+from mona_mm.commands.images import check_images
 from mona_mm.commands.planning import require_plan
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.nn.wrappers import innermost
@@ -56,6 +57,7 @@ def main() -> None:
         raise ConfigError(f'--out {args.out}: predictions are written as .pkl.')
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
+    check_images()
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     delta_base = None
     if args.checkpoint.endswith(SUFFIX):

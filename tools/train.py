@@ -4,8 +4,11 @@ import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab lib
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
-from mona_mm.commands.config import fine_tune_from, resume_from
+from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
 from mona_mm.commands.data import check_data
+from mona_mm.commands.failures import train
+from mona_mm.commands.images import check_images
+from mona_mm.commands.lock_work_dir import lock_work_dir
 from mona_mm.commands.planning import make_plan
 from mona_mm.errors import ConfigError
 
@@ -28,6 +31,12 @@ def main() -> None:
         metavar='CHECKPOINT',
         help="start from this model, of the same config but for its classes: the heads' last layers begin anew",
     )
+    parser.add_argument(
+        '--skip-nonfinite', action='store_true', help='leave out iterations whose loss is not finite, and count them'
+    )
+    parser.add_argument(
+        '--skip-unreadable', action='store_true', help='leave out images that are missing, damaged or cut off'
+    )
     args = parser.parse_args()
     cfg = read_run_config(args)
     check_data(cfg, ('train', 'val'))
@@ -39,12 +48,16 @@ def main() -> None:
     resumes_delta = cfg.get('resume') and cfg.load_from.endswith(SUFFIX)
     delta_base = whole_model_base(cfg, cfg.load_from) if resumes_delta else None
     join_process_group(cfg)
-    make_plan(cfg)
+    check_images(args.skip_unreadable)
+    if args.skip_nonfinite:
+        skip_nonfinite(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
-    build_runner(cfg, delta_base, args.allow_other_base).train()
+    with lock_work_dir(cfg.work_dir):
+        make_plan(cfg)
+        train(build_runner(cfg, delta_base, args.allow_other_base))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ class AtomicLocalBackend(LocalBackend):
 
         Raises:
             ConfigError: if the path is a folder, or its parent is or lies in a file.
+            OSError: if the system cannot write it, with the path as its file name.
         """
         path = Path(filepath)
         try:
@@ -32,6 +33,8 @@ class AtomicLocalBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        except OSError as error:  # that of a write names no file
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         finally:
             partial.unlink(missing_ok=True)
 

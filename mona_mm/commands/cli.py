@@ -5,6 +5,7 @@ import os
 import os.path as osp
 import re
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -17,7 +18,9 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
+from mona_mm.commands.check_config import check_config
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
+from mona_mm.commands.failures import in_one_line
 from mona_mm.errors import ConfigError, UserError
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
@@ -51,6 +54,9 @@ def run_parser(description: str) -> argparse.ArgumentParser:
         '--allow-other-base',
         action='store_true',
         help='load a delta although the frozen base is not the one on which it was trained',
+    )
+    parser.add_argument(
+        '--traceback', action='store_true', help='show where in the code an error arose; every command takes it'
     )
     parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -89,7 +95,11 @@ def work_dir(cfg: Config, file: str) -> str:
 
 
 def read_run_config(args: argparse.Namespace) -> Config:
-    """Read the config that the arguments of :func:`run_parser` name, and adapt it to this machine."""
+    """Read the config that the arguments of :func:`run_parser` name, check it, and adapt it to this machine.
+
+    Raises:
+        ConfigError: if the config has mistakes; it names all that can be found before anything is built.
+    """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
@@ -97,6 +107,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    check_config(cfg, args.cfg_options or ())
     adapt_to_device(cfg)
     return cfg
 
@@ -136,8 +147,13 @@ def _join_gloo(cfg: Config) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a command. Errors that the user can fix are printed as one line without a traceback, with exit status 2.
 
-    If the reader of its output closes the pipe (``| head``), the command ends silently, with exit status 1.
+    Those are also the errors of the system: files, disks, connections, memory. ``--traceback``, which every command
+    takes, shows them whole. If the reader of its output closes the pipe (``| head``), the command ends silently, with
+    exit status 1; if it is interrupted (SIGINT) where nothing has to be saved, with status 130.
     """
+    whole = '--traceback' in sys.argv
+    if whole:
+        sys.argv.remove('--traceback')
     try:
         try:
             main()
@@ -149,11 +165,15 @@ def run(main: Callable[[], None]) -> None:
         # Discard the output that is flushed at exit, as Python's documentation recommends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except UserError as error:
-        _fail(error)
-    except TypeError as error:
-        # A misspelt argument of a module in a config. Python's message names the argument and the function.
-        if 'unexpected keyword argument' not in str(error):
+    except KeyboardInterrupt:
+        if whole:
+            raise
+        print('error: interrupted', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError, TypeError) as error:
+        # A TypeError is a misspelt argument of a module in a config, or a bug; Python's message names the argument.
+        is_bug = isinstance(error, TypeError) and not isinstance(error, UserError)
+        if whole or (is_bug and 'unexpected keyword argument' not in str(error)):
             raise
         _fail(error)
 
@@ -165,5 +185,5 @@ def _reader_is_gone() -> bool:
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {in_one_line(error)}', file=sys.stderr)
     sys.exit(2)

@@ -191,12 +191,22 @@ def fine_tune_from(cfg: Config, checkpoint: str) -> None:
             'checkpoint of it first: python tools/delta.py merge CONFIG DELTA OUT.pth --self-contained'
         )
     cfg.load_from = checkpoint
+    _hook_of(cfg, 'mona_mm.LoadCheckHook', other_classes=True)
+
+
+def skip_nonfinite(cfg: Config) -> None:
+    """Set a config to leave out iterations whose loss is not finite."""
+    _hook_of(cfg, 'mona_mm.FiniteLossHook', skip=True)
+
+
+def _hook_of(cfg: Config, name: str, **options: Any) -> None:
+    """Set options of a hook of a config, which is added if the config has none of this type."""
     hooks = list(cfg.get('custom_hooks') or [])
-    check = next((hook for hook in hooks if is_type(hook, 'mona_mm.LoadCheckHook')), None)
-    if check is None:
-        check = dict(type='mona_mm.LoadCheckHook')
-        hooks.append(check)
-    check['other_classes'] = True
+    hook = next((hook for hook in hooks if is_type(hook, name)), None)
+    if hook is None:
+        hook = dict(type=name)
+        hooks.append(hook)
+    hook.update(options)
     cfg.custom_hooks = hooks  # last, since assigning to a Config copies the value
 
 

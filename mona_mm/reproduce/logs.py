@@ -5,7 +5,6 @@ There are four formats: the ``scalars.json`` and the text log of mmengine, and t
 log may come from anyone.
 """
 
-import ast
 import json
 import re
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.reproduce.tasks import MMCV_SCORES, MMENGINE_SCORES
 
 # The beginning of a log line. It may stand anywhere in a line of the file, since progress bars end without a newline.
@@ -115,37 +115,6 @@ def planned(config: dict[str, Any]) -> tuple[int | None, bool | None]:
     if isinstance(config.get('total_epochs'), int):
         return config['total_epochs'], True
     return None, None
-
-
-def parse_config(text: str) -> dict[str, Any] | None:
-    """Parse the top-level values of a printed or dumped config without executing it; None if it is not a config."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return None
-    values = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            values[node.targets[0].id] = _literal(node.value)
-    return values or None
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == 'dict' and not node.args and all(k.arg for k in node.keywords):
-            return {k.arg: _literal(k.value) for k in node.keywords}
-        if node.func.id == 'range':
-            return list(range(*(_literal(arg) for arg in node.args)))
-    if isinstance(node, ast.List):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Tuple):
-        return tuple(_literal(item) for item in node.elts)
-    if isinstance(node, ast.Dict) and all(node.keys):
-        return {_literal(k): _literal(v) for k, v in zip(node.keys, node.values, strict=True)}
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
 
 
 def read_log(path: Path, config: dict[str, Any] | None = None) -> Log:

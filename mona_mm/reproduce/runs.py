@@ -10,6 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.commands.build import build_on_meta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.frozen.count import count_trainable
@@ -25,7 +26,7 @@ from mona_mm.reproduce.cells import (
     size_of,
     task_of,
 )
-from mona_mm.reproduce.logs import Log, parse_config, planned, read_log
+from mona_mm.reproduce.logs import Log, planned, read_log
 from mona_mm.reproduce.published import published_trainable
 from mona_mm.reproduce.tasks import TASKS
 
