@@ -1,0 +1,176 @@
+"""Shard the frozen weights of a model over processes, and keep what trains whole on each of them.
+
+What trains under a method is small. Whole on every process, its gradients are averaged by DistributedDataParallel as
+without sharding; the optimizer's state needs no gathering; and what reads parameters outside of a forward pass (a
+method's term in the loss, a decoder's queries) finds them. The frozen weights, which are most of the memory, are
+gathered block by block for the forward and again for the backward pass, and have no gradients. Only where nothing is
+frozen are the weights that train sharded themselves, with their gradients and the optimizer's state.
+
+Of the frozen weights those of one dtype are sharded, the dtype of the most bytes, since FSDP1 lays the weights of a
+block out as one tensor. With ``frozen_dtype`` these are the weights in half precision, 99% of the bytes.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine.device import get_device
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model.wrappers import MMFullyShardedDataParallel
+from mmengine.optim import OptimWrapper
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+
+from mona_mm.errors import ConfigError
+from mona_mm.hosts import find_host, is_host
+from mona_mm.nn.private import FULLY_SHARD
+from mona_mm.nn.sharded import has_whole, unwrapped, whole
+from mona_mm.registry import STRATEGIES
+from mona_mm.strategies.optimizer import load_optimizer, whole_optimizer
+from mona_mm.strategies.replicated import _PREFIX, DDPStrategy, local_devices, write
+
+
+class _ShardedStrategy(DDPStrategy):
+    """What FSDP1 and FSDP2 have in common."""
+
+    def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
+        raise NotImplementedError
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        if is_model_wrapper(model):
+            return model
+        model = self.convert_model(model.to(get_device()))
+        parameters = sharded_parameters(model)
+        trains = any(p.requires_grad for p in parameters)
+        size, rest = (sum(p.nbytes for p in group) for group in (parameters, set(model.parameters()) - parameters))
+        self.logger.info(
+            f'{size / 2**20:,.1f} MiB of {"all" if trains else "frozen"} weights are sharded over {self.world_size} '
+            f'processes; {rest / 2**20:,.1f} MiB are whole on each.'
+        )
+        model = self._shard(model, parameters)
+        if trains:
+            return model
+        # What is sharded must not be sent around at the start, and all processes have initialised or loaded the same.
+        return MMDistributedDataParallel(model, device_ids=local_devices(), init_sync=False, broadcast_buffers=False)
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> OptimWrapper:
+        """Build the optimizer for the model's own names, by which ``paramwise_cfg`` and decays by layer tell parameters."""
+        with unwrapped(model) as inside:
+            return super().build_optim_wrapper(optim_wrapper, inside)
+
+    def model_state_dict(self) -> dict[str, Any]:
+        """The state dict of the whole model on the CPU of the main process, for which all processes must ask."""
+        keep = has_whole(self.model)
+        with whole(self.model) as model:
+            if not keep:
+                return {}
+            return {name: t.to('cpu', copy=True) if torch.is_tensor(t) else t for name, t in model.state_dict().items()}
+
+    def load_model_state_dict(
+        self, state_dict: dict[str, Any], *, strict: bool = False, revise_keys: list[tuple[str, str]] = _PREFIX
+    ) -> None:
+        """Load a state dict, or a delta, into the whole model, and shard it anew."""
+        with whole(self.model, write=True):
+            super().load_model_state_dict(state_dict, strict=strict, revise_keys=revise_keys)
+
+    def optim_state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer, whole, as one process has it."""
+        return whole_optimizer(self.model, self.optim_wrapper)
+
+    def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the whole state of the optimizer, of a run on any number of processes."""
+        load_optimizer(self.model, self.optim_wrapper, state_dict)
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: dict[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Gather a whole checkpoint, which all processes must do, and write it from the main process.
+
+        The callback is called in every process, since hooks gather as well.
+        """
+        checkpoint = self._checkpoint(save_optimizer, save_param_scheduler, extra_ckpt, callback)
+        if self.rank == 0:
+            write(checkpoint, filename)
+        distributed.barrier()
+
+
+@STRATEGIES.register_module()
+class FSDPStrategy(_ShardedStrategy):
+    """Shard the frozen weights by FSDP1; see the module's docstring.
+
+    Checkpoints are whole: they hold what those of one process hold, and resume on any number of processes, under any
+    strategy.
+
+    Args:
+        model_wrapper: options of :class:`torch.distributed.fsdp.FullyShardedDataParallel`, such as
+            ``dict(cpu_offload=True)``.
+        sync_bn: see :class:`DDPStrategy`.
+        **kwargs: see mmengine's ``BaseStrategy``.
+    """
+
+    def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
+        blocks = {id(block) for block in _blocks_with(model, parameters)}
+        device = get_device()
+        return MMFullyShardedDataParallel(
+            module=model,
+            auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=lambda module: id(module) in blocks),
+            ignored_states=[p for p in model.parameters() if p not in parameters],
+            device_id=torch.device('cpu') if device == 'cpu' else local_devices()[0],
+            **(self.model_wrapper or {}),
+        )
+
+
+@STRATEGIES.register_module()
+class FSDP2Strategy(_ShardedStrategy):
+    """Shard the frozen weights by FSDP2 (``fully_shard``), with which the modules keep their names; see the module's
+    docstring and :class:`FSDPStrategy`.
+
+    Args:
+        model_wrapper: options of ``torch.distributed.fsdp.fully_shard``, such as ``dict(reshard_after_forward=False)``.
+        sync_bn: see :class:`DDPStrategy`.
+        **kwargs: see mmengine's ``BaseStrategy``.
+
+    Raises:
+        ConfigError: if this torch has no ``fully_shard`` that can leave parameters whole (2.7 has).
+    """
+
+    def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
+        if FULLY_SHARD is None or 'ignored_params' not in inspect.signature(FULLY_SHARD).parameters:
+            raise ConfigError(
+                f'strategy fsdp2: torch {torch.__version__} cannot leave parameters whole in fully_shard; torch 2.7 can. '
+                'Use strategy fsdp.'
+            )
+        ignored = {p for p in model.parameters() if p not in parameters}
+        mesh = init_device_mesh(get_device(), (self.world_size,))
+        for module in [*_blocks_with(model, parameters), model]:
+            FULLY_SHARD(module, mesh=mesh, ignored_params=ignored, **(self.model_wrapper or {}))
+        return model
+
+
+def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model that are sharded: of the frozen ones, or of all if none is frozen, those of the dtype
+    that has the most bytes."""
+    parameters = list(model.parameters())
+    chosen = [p for p in parameters if not p.requires_grad] or parameters
+    sizes: Counter[torch.dtype] = Counter()
+    for p in chosen:
+        sizes[p.dtype] += p.nbytes
+    dtype = max(sizes, key=sizes.get)
+    return {p for p in chosen if p.dtype == dtype}
+
+
+def _blocks_with(model: nn.Module, parameters: set[nn.Parameter]) -> list[nn.Module]:
+    """The blocks of the backbones in a model that have some of these parameters."""
+    hosts = [module for module in model.modules() if is_host(module)]
+    blocks = dict.fromkeys(block for host in hosts for block in find_host(host).blocks(host).values())
+    return [block for block in blocks if any(p in parameters for p in block.parameters())]
