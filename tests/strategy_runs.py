@@ -1,22 +1,33 @@
 """A small model and its training on one process or several, for the tests of strategies."""
 
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from conftest import HOSTS
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
+from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from suite import METHOD_CONFIGS, plan_for
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from mona_mm import PeftBackbone
 from mona_mm.hosts import find_host
 from mona_mm.models import CPUSyncBatchNorm
 from mona_mm.nn.sharded import has_whole, whole
 from mona_mm.strategies import DDPStrategy, FSDP2Strategy, FSDPStrategy
+from mona_mm.strategies.sharded import sharded_parameters
 
 BACKBONES = {
     'swin': dict(
@@ -40,7 +51,7 @@ OPTIMIZERS = dict(
     sgd=lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9),
     adamw=lambda parameters: torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05),
 )
-BATCH = 8
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,7 @@ def build(case: Case, folder: Path) -> Net:
     """The model of a case, the same in every process, without randomness in training."""
     host, tuning = dict(BACKBONES[case.host], drop_path_rate=0.0), TUNINGS[case.tuning]
     if case.tuning.startswith('spt'):
-        plan = (
-            folder / f'plan-{case.host}-{distributed.get_rank() if distributed.is_initialized() else "one"}.safetensors'
-        )
+        plan = folder / f'plan-{os.getpid()}.safetensors'
         plan_for(host, tuning).save(plan)
         tuning = dict(peft=dict(type='SPT', plan=str(plan), structured=tuning))
     torch.manual_seed(0)
@@ -150,6 +159,72 @@ def trained(case: Case, folder: Path, steps: int = 10) -> dict[str, Tensor] | No
         return {name: tensor.detach().clone() for name, tensor in moved.items()}
 
 
+@dataclass(frozen=True)
+class Sent:
+    """The bytes of the tensors that one step exchanges, beside those of what trains and of what is sharded."""
+
+    averaged: int
+    gathered: int
+    scattered: int
+    trained: int
+    sharded: int
+
+
+def sent_in_a_step(case: Case, folder: Path) -> Sent:
+    """Count what one step exchanges: where torch hands it to the process group."""
+    model = build(case, folder)
+    trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    sharded = 0 if case.strategy == 'ddp' else sum(p.nbytes for p in sharded_parameters(model))
+    model = wrapped(model, case.strategy)
+    averaged: list[int] = []
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(averaged, _count_bucket)
+    optim_wrapper = OptimWrapper(OPTIMIZERS[case.optimizer]([p for p in model.parameters() if p.requires_grad]))
+    model.train()
+    with _counted('all_gather_into_tensor', 'all_gather') as gathered, _counted('reduce_scatter_tensor') as scattered:
+        model.train_step(batch(0, case.dtype, distributed.get_rank(), distributed.get_world_size()), optim_wrapper)
+    return Sent(sum(averaged), sum(gathered), sum(scattered), trained_bytes, sharded)
+
+
+def _count_bucket(counts: list[int], bucket: distributed.GradBucket) -> torch.futures.Future:
+    counts.append(bucket.buffer().nbytes)
+    return allreduce_hook(distributed.group.WORLD, bucket)
+
+
+@contextmanager
+def _counted(*names: str) -> Iterator[list[int]]:
+    """A context that counts the bytes of the whole tensors in calls of functions of torch.distributed."""
+    counts: list[int] = []
+
+    def counting(function: Callable) -> Callable:
+        def call(output, given, *args, **kwargs):
+            counts.append(
+                sum(t.nbytes for t in output) if isinstance(output, list) else max(output.nbytes, given.nbytes)
+            )
+            return function(output, given, *args, **kwargs)
+
+        return call
+
+    originals = {name: getattr(distributed, name) for name in names}
+    for name, function in originals.items():
+        setattr(distributed, name, counting(function))
+    try:
+        yield counts
+    finally:
+        for name, function in originals.items():
+            setattr(distributed, name, function)
+
+
+def count_sent(cases: list[Case], folder: str) -> None:
+    """Count what a step of every case exchanges, in this process, one of several, and let the main one write it."""
+    distributed.init_process_group('gloo')
+    found = {case: sent_in_a_step(case, Path(folder)) for case in cases}
+    if distributed.get_rank() == 0:
+        with open(f'{folder}/sent.pickle', 'wb') as file:
+            pickle.dump(found, file)
+    distributed.destroy_process_group()
+
+
 def train_cases(cases: list[Case], folder: str, steps: int) -> None:
     """Train every case in this process, one of several, and let the main one write ``NUMBER.pt``."""
     distributed.init_process_group('gloo')
@@ -158,3 +233,92 @@ def train_cases(cases: list[Case], folder: str, steps: int) -> None:
         if distributed.get_rank() == 0:
             torch.save(tensors, f'{folder}/{number}.pt')
     distributed.destroy_process_group()
+
+
+class Pictures(Dataset):
+    """Eight images, each with its targets."""
+
+    metainfo = dict(classes=('disc', 'square'))
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        numbers = torch.Generator().manual_seed(index)
+        inputs, targets = torch.randn(3, 64, 64, generator=numbers), torch.randn(5, generator=numbers)
+        return dict(inputs=inputs.double(), targets=targets.double())
+
+
+def run(case: Case, folder: Path, epochs: int, name: str, base: str, **settings: Any) -> nn.Module:
+    """Train by mmengine's runner, with the hooks of the shipped configs: by the Runner in one process, by a
+    FlexibleRunner in several.
+
+    Args:
+        case: what is trained.
+        folder: where the plans are.
+        epochs: the number of epochs, of two steps each.
+        name: the name of the work dir in the folder.
+        base: the pretrained base of the backbone.
+        settings: further arguments of the runner.
+    """
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    model = build(case, folder)
+    model.backbone.load_state_dict(torch.load(base), strict=False)
+    arguments = dict(
+        model=model,
+        work_dir=str(folder / name),
+        train_dataloader=dict(
+            batch_size=BATCH // world,
+            num_workers=0,
+            dataset=Pictures(),
+            collate_fn=dict(type='default_collate'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        optim_wrapper=dict(
+            constructor='mona_mm.PeftOptimWrapperConstructor',
+            optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+            accumulative_counts=case.accumulated,
+            paramwise_cfg=dict(norm_decay_mult=0.0, layer_decay_rate=0.9),
+        ),
+        param_scheduler=[dict(type='LinearLR', by_epoch=False, begin=0, end=4)],
+        default_hooks=dict(checkpoint=dict(type='mona_mm.SafeCheckpointHook', interval=1)),
+        custom_hooks=[
+            dict(type=f'mona_mm.{hook}')
+            for hook in ('ParamFreezeHook', 'LoadCheckHook', 'DeltaCheckpointHook', 'IterationSeedHook')
+        ],
+        randomness=dict(seed=0),
+        experiment_name=f'{name}-{os.getpid()}',
+        **settings,
+    )
+    if world == 1:
+        runner = Runner(**arguments)
+    else:
+        strategy = dict(type=f'mona_mm.{STRATEGIES[case.strategy].__name__}')
+        runner = FlexibleRunner(
+            **arguments, strategy=strategy, launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo'))
+        )
+    with quiet():
+        runner.train()
+    return runner.model
+
+
+def run_and_resume(cases: list[Case], folder: str, base: str) -> None:
+    """Train two epochs by every case; and once more, the second of them resumed by the next case."""
+    distributed.init_process_group('gloo')
+    for number, case in enumerate(cases):
+        run(case, Path(folder), 2, f'{number}-whole', base)
+    for number, case in enumerate(cases):
+        other = (number + 1) % len(cases)
+        checkpoint = f'{folder}/{other}-whole/epoch_1.pth'
+        run(case, Path(folder), 2, f'{number}-resumed', base, load_from=checkpoint, resume=True)
+        delta = f'{folder}/{other}-whole/epoch_2.delta.safetensors'
+        run(case, Path(folder), 1, f'{number}-from-delta', base, load_from=delta)
+    distributed.destroy_process_group()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context in which a model does not log how each of its parameters was initialised, and keeps its values."""
+    with patch('mmengine.model.base_module.BaseModule.init_weights', lambda self: None):
+        yield

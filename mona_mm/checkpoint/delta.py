@@ -26,8 +26,8 @@ from mona_mm.frozen.copies import alike, is_under, moving_copies
 from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
 from mona_mm.nn.digest import differing, digest, digests, fingerprint, resized, same_names
-from mona_mm.nn.shared import shared_names
 from mona_mm.nn.sharded import has_whole, is_sharded, whole
+from mona_mm.nn.shared import shared_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import widths
 from mona_mm.record import freeze_records, make_record, record_of

@@ -26,7 +26,8 @@ def use_strategy(cfg: Config, name: str) -> None:
         name: a key of :data:`STRATEGIES`.
 
     Raises:
-        ConfigError: if there is one process, a hook copies a model that would be sharded, or DeepSpeed is not installed.
+        ConfigError: if there is one process, a hook copies a model that would be sharded, or DeepSpeed is not
+            installed.
     """
     if cfg.get('launcher', 'none') == 'none':
         raise ConfigError(
@@ -37,8 +38,8 @@ def use_strategy(cfg: Config, name: str) -> None:
         for hook in cfg.get('custom_hooks') or []:
             if any(is_type(hook, copying) for copying in _WITH_COPIES):
                 raise ConfigError(
-                    f'--strategy {name}: {hook["type"]} averages a copy of the model, which must be whole for that. Use '
-                    '--strategy ddp, or leave the hook out of custom_hooks.'
+                    f'--strategy {name}: {hook["type"]} averages a copy of the model, which must be whole for that. '
+                    'Use --strategy ddp, or leave the hook out of custom_hooks.'
                 )
     strategy: dict[str, Any] = dict(type=STRATEGIES[name])
     if name == 'deepspeed':

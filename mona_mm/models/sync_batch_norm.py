@@ -10,8 +10,8 @@ from mona_mm.registry import MODELS
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """A ``SyncBatchNorm`` for the CPU: the statistics of a batch are those of the images of all processes.
 
-    The input is ``(N, C, ...)`` of any number of dimensions. Each process may have another number of images, of other sizes. Within one process it is a BatchNorm. The names in
-    the state dict are those of a BatchNorm.
+    The input is ``(N, C, ...)`` of any number of dimensions, and each process may have another number of images, of
+    other sizes. In one process it is a BatchNorm, whose names it has in the state dict.
     """
 
     def forward(self, x: Tensor) -> Tensor:

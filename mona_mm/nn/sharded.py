@@ -1,11 +1,11 @@
 """Models whose parameters are sharded: every process holds a part of each tensor (FSDP1, FSDP2).
 
-Whoever needs whole tensors by the model's own names (checkpoints, deltas, reports) asks for them in :func:`whole`. FSDP1
-puts modules of its own around the blocks, which change the paths, and flat views in place of the parameters; FSDP2 puts
-classes in front of those of the blocks, and DTensors in place of the parameters.
+Whoever needs whole tensors by the model's own names (checkpoints, deltas, reports) asks for them in :func:`whole`.
+FSDP1 puts modules of its own around the blocks, which change the paths, and flat views in place of the parameters;
+FSDP2 puts classes in front of those of the blocks, and DTensors in place of the parameters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mona_mm.nn.private import FSDP2
+from mona_mm.nn.private import FSDP2, load_hooks
 from mona_mm.nn.wrappers import innermost
 
 
@@ -23,8 +23,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def has_whole(model: nn.Module) -> bool:
-    """Whether this process has the values of all parameters within :func:`whole`: where nothing is sharded every process
-    has, otherwise the main process."""
+    """Whether this process has the values of all parameters within :func:`whole`.
+
+    The main process has them, and every process where nothing is sharded.
+    """
     return not is_sharded(model) or distributed.get_rank() == 0
 
 
@@ -110,18 +112,27 @@ def _whole_dtensors(model: nn.Module, write: bool) -> Iterator[None]:
                     values = _gathered(parameter, keep)
                     if keep:
                         full[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+    hooks = [(module, *hook) for module, _, _ in found for hook in load_hooks(module).items() if _is_of_fsdp(hook[1])]
     try:
         for module, name, parameter in found:
             if keep:
                 module._parameters[name] = full[id(parameter)]
+        for module, key, _ in hooks:  # they expect DTensors when a state dict has been loaded
+            load_hooks(module).pop(key, None)
         yield
     finally:
+        for module, key, hook in hooks:
+            load_hooks(module)[key] = hook
         for module, name, parameter in found:
             module._parameters[name] = parameter
     if write:
         with torch.no_grad():
             for parameter in {id(parameter): parameter for _, _, parameter in found}.values():
                 scatter(full[id(parameter)], parameter)
+
+
+def _is_of_fsdp(hook: Callable) -> bool:
+    return str(getattr(hook, '__module__', '')).startswith('torch.distributed.fsdp')
 
 
 def _gathered(tensor: DTensor, keep: bool) -> Tensor | None:

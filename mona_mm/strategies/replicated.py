@@ -25,8 +25,8 @@ _PREFIX = [(r'^module\.', '')]
 class DDPStrategy(mmengine_strategies.DDPStrategy):
     """mmengine's ``DDPStrategy``, on CPUs as well, and with the names of the model itself in its checkpoints.
 
-    mmengine's puts ``module.`` in front of every name, where its Runner does not. A checkpoint is written to a temporary
-    file, which is then renamed, so that a stopped process cannot break one.
+    mmengine's puts ``module.`` in front of every name, where its Runner does not. A checkpoint is written to a
+    temporary file, which is then renamed, so that a stopped process cannot break one.
 
     Args:
         model_wrapper: the config of the wrapper of the model; by default an ``MMDistributedDataParallel``.

@@ -58,7 +58,7 @@ class _ShardedStrategy(DDPStrategy):
         return MMDistributedDataParallel(model, device_ids=local_devices(), init_sync=False, broadcast_buffers=False)
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> OptimWrapper:
-        """Build the optimizer for the model's own names, by which ``paramwise_cfg`` and decays by layer tell parameters."""
+        """Build the optimizer for the model's own names, by which ``paramwise_cfg`` selects parameters."""
         with unwrapped(model) as inside:
             return super().build_optim_wrapper(optim_wrapper, inside)
 
@@ -147,8 +147,8 @@ class FSDP2Strategy(_ShardedStrategy):
     def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
         if FULLY_SHARD is None or 'ignored_params' not in inspect.signature(FULLY_SHARD).parameters:
             raise ConfigError(
-                f'strategy fsdp2: torch {torch.__version__} cannot leave parameters whole in fully_shard; torch 2.7 can. '
-                'Use strategy fsdp.'
+                f'strategy fsdp2: fully_shard of torch {torch.__version__} cannot leave parameters whole; that of '
+                'torch 2.7 can. Use strategy fsdp.'
             )
         ignored = {p for p in model.parameters() if p not in parameters}
         mesh = init_device_mesh(get_device(), (self.world_size,))
