@@ -186,7 +186,7 @@ def sent_in_a_step(case: Case, folder: Path) -> Sent:
     return Sent(sum(averaged), sum(gathered), sum(scattered), trained_bytes, sharded)
 
 
-def _count_bucket(counts: list[int], bucket: distributed.GradBucket) -> torch.futures.Future:
+def _count_bucket(counts: list[int], bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
     counts.append(bucket.buffer().nbytes)
     return allreduce_hook(distributed.group.WORLD, bucket)
 
@@ -303,8 +303,9 @@ def run(case: Case, folder: Path, epochs: int, name: str, base: str, **settings:
     return runner.model
 
 
-def run_and_resume(cases: list[Case], folder: str, base: str) -> None:
-    """Train two epochs by every case; and once more, the second of them resumed by the next case."""
+def run_and_resume(cases: list[Case], folder: str, base: str, deltas: bool = True) -> None:
+    """Train two epochs by every case; once more, the second resumed from the first of the next case; and, if there are
+    deltas, an epoch from that of the next case."""
     distributed.init_process_group('gloo')
     for number, case in enumerate(cases):
         run(case, Path(folder), 2, f'{number}-whole', base)
@@ -312,8 +313,9 @@ def run_and_resume(cases: list[Case], folder: str, base: str) -> None:
         other = (number + 1) % len(cases)
         checkpoint = f'{folder}/{other}-whole/epoch_1.pth'
         run(case, Path(folder), 2, f'{number}-resumed', base, load_from=checkpoint, resume=True)
-        delta = f'{folder}/{other}-whole/epoch_2.delta.safetensors'
-        run(case, Path(folder), 1, f'{number}-from-delta', base, load_from=delta)
+        if deltas:
+            delta = f'{folder}/{other}-whole/epoch_2.delta.safetensors'
+            run(case, Path(folder), 1, f'{number}-from-delta', base, load_from=delta)
     distributed.destroy_process_group()
 
 

@@ -1,15 +1,17 @@
 """Strategies: processes that share a model train as one, send what trains, and write one delta that loads anywhere."""
 
+import pickle
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_near, in_processes
+from helpers import assert_equal, assert_near, in_processes, run_tool
 from mmengine.registry import MODELS
-from strategy_runs import BACKBONES, STRATEGIES, TUNINGS, Case, run, run_and_resume, train_cases, trained
+from strategy_runs import BACKBONES, STRATEGIES, TUNINGS, Case, count_sent, run, run_and_resume, train_cases, trained
 
+from mona_mm.checkpoint.delta import load_delta
 from mona_mm.checkpoint.delta_file import read_delta
 
 # Methods of every kind, on one of the hosts by one of the strategies in turn, which also meet a checkpointed backbone,
@@ -32,7 +34,7 @@ SOME = [
 def differences(cases: list[Case], folder: Path, world: int, steps: int) -> dict[Case, tuple[float, str]]:
     """The largest difference, as a share of its tensor's largest value, between what several processes end with and
     what one does on the whole batches, and the name of that tensor."""
-    in_processes(world, folder, train_cases, cases, str(folder), steps)
+    in_processes(world, folder, train_cases, cases, str(folder), steps, seconds=550)
     found, expected = {}, {}
     for number, case in enumerate(cases):
         alone = replace(case, strategy='ddp')
@@ -88,3 +90,68 @@ def test_runs_deltas_and_resuming(tmp_path):
         assert {'epoch_1.pth', 'epoch_2.pth', 'epoch_1.delta.safetensors', 'epoch_2.delta.safetensors'} <= files
         assert not any(name.endswith('.partial') for name in files)
         assert (tmp_path / f'{number}-from-delta/epoch_1.delta.safetensors').exists()
+
+
+def test_what_a_step_sends(tmp_path):
+    """What trains is averaged once, byte for byte; of sharded weights every block is gathered for the forward pass and
+    again for the backward pass; where all trains and is sharded, its gradients are scattered instead."""
+    cases = [Case(host, 'mona', strategy) for host in BACKBONES for strategy in STRATEGIES]
+    cases += [Case('vit', 'partial-1', 'ddp'), Case('vit', 'full', 'fsdp'), Case('vit', 'full', 'fsdp2')]
+    in_processes(2, tmp_path, count_sent, cases, str(tmp_path))
+    found = pickle.loads((tmp_path / 'sent.pickle').read_bytes())
+    for case, sent in found.items():
+        print(case.host, case.tuning, case.strategy, sent)
+        padding = 1.05  # of shards of unequal size
+        if case.tuning == 'full':
+            assert sent.averaged == 0 and sent.sharded == sent.trained
+            assert sent.trained <= sent.scattered <= padding * sent.trained
+        else:
+            assert sent.averaged == sent.trained and sent.scattered == 0
+        assert (sent.gathered == 0) == (case.strategy == 'ddp')
+        assert sent.sharded <= sent.gathered <= 2 * padding * sent.sharded or not sent.sharded
+
+
+def test_a_model_whose_trained_weights_are_sharded(tmp_path):
+    """Where nothing is frozen the weights and the state of the optimizer are gathered for a checkpoint, which goes on
+    under another strategy, or on one process, as on its own."""
+    base = tmp_path / 'base.pth'
+    cases = [Case('vit', 'full', strategy, dtype='float64') for strategy in ('fsdp2', 'fsdp')]
+    torch.save(MODELS.build(BACKBONES['vit']).double().state_dict(), base)
+    in_processes(2, tmp_path, run_and_resume, cases, str(tmp_path), str(base), False)
+    run(cases[0], tmp_path, 2, 'alone', str(base))
+    expected = torch.load(tmp_path / 'alone/epoch_2.pth', weights_only=False)
+    for name in ('0-whole', '0-resumed', '1-whole', '1-resumed'):
+        found = torch.load(tmp_path / name / 'epoch_2.pth', weights_only=False)
+        assert_near(found['state_dict'], expected['state_dict'], 1e-9, least=0.01)
+        assert found['optimizer']['state'].keys() == expected['optimizer']['state'].keys()
+        for number, state in expected['optimizer']['state'].items():
+            assert_near(found['optimizer']['state'][number]['exp_avg'], state['exp_avg'], 1e-9, least=1e-3)
+    alone = run(cases[0], tmp_path, 2, 'resumed', str(base), load_from=f'{tmp_path}/1-whole/epoch_1.pth', resume=True)
+    assert_near(alone.state_dict(), expected['state_dict'], 1e-9, least=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', STRATEGIES)
+def test_the_command_line(strategy, detector_config, tmp_path):
+    """tools/train.py trains, validates and resumes the demo's detector by every strategy, on two processes; the delta,
+    which is written once, is one of one process's model."""
+    detector_config.train_cfg.max_epochs = 2
+    detector_config.train_cfg.val_interval = 2
+    detector_config.dump(tmp_path / 'config.py')
+    arguments = str(tmp_path / 'config.py'), '--work-dir', str(tmp_path / 'work')
+    options = '--launcher', 'pytorch', '--strategy', strategy
+    out = in_processes(2, tmp_path, run_tool, 'train.py', *arguments, *options)
+    assert out.count('frozen parameters are unchanged') == 1 and 'coco/bbox_mAP' in out
+    deltas = sorted(path.name for path in (tmp_path / 'work').glob('*.delta.safetensors'))
+    assert deltas == ['epoch_2.delta.safetensors']
+    in_processes(
+        2, tmp_path, run_tool, 'train.py', *arguments, *options, '--resume', '--cfg-options', 'train_cfg.max_epochs=3'
+    )
+    model = MODELS.build(detector_config.model)
+    load_delta(model, tmp_path / 'work/epoch_3.delta.safetensors', allow_other_base=True)
+    whole = torch.load(tmp_path / 'work/epoch_3.pth', weights_only=False)['state_dict']
+    assert model.state_dict().keys() == whole.keys()
+    assert_equal(
+        {name: t for name, t in model.state_dict().items() if '.peft.' in name},
+        {name: t for name, t in whole.items() if '.peft.' in name},
+    )

@@ -170,7 +170,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
                 f'--resume: {cfg.work_dir} has no last_checkpoint file that names an existing checkpoint. Name one '
                 '(--resume PATH), name the work dir of the run to continue (--work-dir), or leave --resume out.'
             )
-    elif '://' not in checkpoint and not osp.isfile(checkpoint):
+    elif '://' not in checkpoint and not osp.exists(checkpoint):
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')
     if checkpoint.endswith(SUFFIX):
         _check_resumable(checkpoint)
@@ -223,7 +223,7 @@ def find_last_checkpoint(work_dir: str) -> str | None:
         return None
     with open(pointer, encoding='utf-8') as file:
         path = file.read().strip()
-    if osp.isfile(path):
+    if osp.exists(path):  # a sharded checkpoint is a folder
         return path
     moved = osp.join(work_dir, osp.basename(path))  # the work dir was renamed or copied
-    return moved if osp.isfile(moved) else None
+    return moved if osp.exists(moved) else None

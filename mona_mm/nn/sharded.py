@@ -7,6 +7,7 @@ FSDP2 puts classes in front of those of the blocks, and DTensors in place of the
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -152,6 +153,18 @@ def scatter(values: Tensor, target: DTensor) -> None:
     target.to_local().copy_(distribute_tensor(values, target.device_mesh, target.placements).to_local())
 
 
+def local_part(value: Any) -> Any:
+    """The part of a tensor that this process holds; anything that is not a DTensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def local_state(model: nn.Module) -> dict[str, Any]:
+    """What this process holds of the state dict of a model, by the names in the model inside all wrappers."""
+    _reshard(model)
+    with unwrapped(model) as inside:
+        return {name: local_part(value) for name, value in inside.state_dict().items()}
+
+
 def local_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parts of the parameters of a model that this process holds, by the names in the model inside all wrappers.
 
@@ -159,4 +172,4 @@ def local_parameters(model: nn.Module) -> dict[str, Tensor]:
     """
     _reshard(model)
     with unwrapped(model) as inside:
-        return {name: p.to_local() if isinstance(p, DTensor) else p for name, p in inside.named_parameters()}
+        return {name: local_part(p) for name, p in inside.named_parameters()}

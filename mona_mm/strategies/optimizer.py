@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mona_mm.nn.sharded import gathered, unwrapped
+from mona_mm.nn.sharded import gathered, local_part, unwrapped
 
 
 def whole_optimizer(model: nn.Module, wrapper: OptimWrapper) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def whole_optimizer(model: nn.Module, wrapper: OptimWrapper) -> dict[str, Any]:
     if isinstance(model, FSDP1):
         names = _names(model, wrapper)
         with _full(model, rank0_only=True):
-            by_name = FSDP1.optim_state_dict(model, wrapper.optimizer, state_dict_of(wrapper)).get('state', {})
+            by_name = FSDP1.optim_state_dict(model, wrapper.optimizer, wrapper.optimizer.state_dict()).get('state', {})
         state['state'] = {i: by_name[name] for i, name in enumerate(names) if name in by_name}
         return state
     state['state'] = {
@@ -43,7 +43,7 @@ def load_optimizer(model: nn.Module, wrapper: OptimWrapper, state: Mapping[str, 
         with _full(model, rank0_only=False):
             state |= FSDP1.optim_state_dict_to_load(model, wrapper.optimizer, by_name)
     else:
-        parameters = [p for group in wrapper.optimizer.param_groups for p in group['params']]
+        parameters = _parameters(wrapper)
         state['state'] = {
             index: {key: _sharded_like(value, parameters[index]) for key, value in each.items()}
             for index, each in state['state'].items()
@@ -51,9 +51,31 @@ def load_optimizer(model: nn.Module, wrapper: OptimWrapper, state: Mapping[str, 
     wrapper.load_state_dict(state)
 
 
-def state_dict_of(wrapper: OptimWrapper) -> dict[str, Any]:
-    """The state dict of the optimizer alone."""
-    return wrapper.optimizer.state_dict()
+def local_optimizer(wrapper: OptimWrapper) -> dict[str, Any]:
+    """What this process holds of the state dict of an optimizer wrapper."""
+    state = wrapper.state_dict()
+    local = {i: {key: local_part(value) for key, value in each.items()} for i, each in state['state'].items()}
+    return {**state, 'state': local}
+
+
+def load_local_optimizer(wrapper: OptimWrapper, state: Mapping[str, Any]) -> None:
+    """Load what :func:`local_optimizer` has saved in this process, of a run on as many processes."""
+    parameters = _parameters(wrapper)
+    placed = {i: {k: _as_part_of(v, parameters[i]) for k, v in each.items()} for i, each in state['state'].items()}
+    wrapper.load_state_dict({**state, 'state': placed})
+
+
+def _parameters(wrapper: OptimWrapper) -> list[Tensor]:
+    return [p for group in wrapper.optimizer.param_groups for p in group['params']]
+
+
+def _as_part_of(value: Any, parameter: Tensor) -> Any:
+    is_part = isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim() > 0
+    if not is_part:
+        return value
+    shape, stride = parameter.shape, parameter.stride()
+    local = value.to(parameter.device)
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride)
 
 
 def _full(model: FSDP1, rank0_only: bool) -> Any:
@@ -69,7 +91,7 @@ def _names(model: nn.Module, wrapper: OptimWrapper) -> list[str]:
     """The names of the optimizer's parameters in the model itself, in the order of their numbers in its state."""
     with unwrapped(model) as inside:
         names = {id(p): name for name, p in inside.named_parameters()}
-    return [names[id(p)] for group in wrapper.optimizer.param_groups for p in group['params']]
+    return [names[id(p)] for p in _parameters(wrapper)]
 
 
 def _sharded_like(value: Any, parameter: Tensor) -> Any:

@@ -11,16 +11,18 @@ block out as one tensor. With ``frozen_dtype`` these are the weights in half pre
 """
 
 import inspect
+import os.path as osp
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmengine.device import get_device
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.model.wrappers import MMFullyShardedDataParallel
 from mmengine.optim import OptimWrapper
+from mmengine.runner import weights_to_cpu
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
@@ -28,14 +30,22 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import find_host, is_host
 from mona_mm.nn.private import FULLY_SHARD
-from mona_mm.nn.sharded import has_whole, unwrapped, whole
+from mona_mm.nn.sharded import has_whole, local_state, unwrapped, whole
+from mona_mm.options import checked
 from mona_mm.registry import STRATEGIES
-from mona_mm.strategies.optimizer import load_optimizer, whole_optimizer
+from mona_mm.strategies.optimizer import load_local_optimizer, load_optimizer, local_optimizer, whole_optimizer
+from mona_mm.strategies.parts import load_part, read_part, write_part
 from mona_mm.strategies.replicated import _PREFIX, DDPStrategy, local_devices, write
 
 
 class _ShardedStrategy(DDPStrategy):
     """What FSDP1 and FSDP2 have in common."""
+
+    @checked
+    def __init__(self, *, checkpoints: Literal['whole', 'sharded'] = 'whole', **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.checkpoints = checkpoints
+        self._loads_parts = False
 
     def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
         raise NotImplementedError
@@ -63,7 +73,12 @@ class _ShardedStrategy(DDPStrategy):
             return super().build_optim_wrapper(optim_wrapper, inside)
 
     def model_state_dict(self) -> dict[str, Any]:
-        """The state dict of the whole model on the CPU of the main process, for which all processes must ask."""
+        """The state dict of the whole model on the CPU of the main process, for which all processes must ask.
+
+        Of a sharded checkpoint it is what this process holds.
+        """
+        if self.checkpoints == 'sharded':
+            return weights_to_cpu(local_state(self.model))
         keep = has_whole(self.model)
         with whole(self.model) as model:
             if not keep:
@@ -78,12 +93,32 @@ class _ShardedStrategy(DDPStrategy):
             super().load_model_state_dict(state_dict, strict=strict, revise_keys=revise_keys)
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer, whole, as one process has it."""
+        """The state of the optimizer, whole, as one process has it; of a sharded checkpoint what this one holds."""
+        if self.checkpoints == 'sharded':
+            return local_optimizer(self.optim_wrapper)
         return whole_optimizer(self.model, self.optim_wrapper)
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the whole state of the optimizer, of a run on any number of processes."""
-        load_optimizer(self.model, self.optim_wrapper, state_dict)
+        """Load the state of the optimizer: whole, of a run on any number of processes, or the part of this process."""
+        if self._loads_parts:
+            load_local_optimizer(self.optim_wrapper, state_dict)
+        else:
+            load_optimizer(self.model, self.optim_wrapper, state_dict)
+
+    def load_checkpoint(self, filename: str, **kwargs: Any) -> dict[str, Any]:
+        """Load a whole checkpoint, a delta, or the part of this process in a sharded checkpoint.
+
+        Raises:
+            CheckpointMismatchError: if a sharded checkpoint is one of another number of processes or another model.
+        """
+        self._loads_parts = osp.isdir(filename)
+        if not self._loads_parts:
+            return super().load_checkpoint(filename, **kwargs)
+        checkpoint = read_part(filename, self.rank, self.world_size)
+        if kwargs.get('callback') is not None:
+            kwargs['callback'](checkpoint)
+        load_part(local_state(self.model), checkpoint.pop('state_dict'), filename)
+        return checkpoint
 
     def save_checkpoint(
         self,
@@ -94,12 +129,15 @@ class _ShardedStrategy(DDPStrategy):
         extra_ckpt: dict[str, Any] | None = None,
         callback: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Gather a whole checkpoint, which all processes must do, and write it from the main process.
+        """Gather a whole checkpoint, which all processes must do, and write it from the main process; or write the part
+        of each process.
 
         The callback is called in every process, since hooks gather as well.
         """
         checkpoint = self._checkpoint(save_optimizer, save_param_scheduler, extra_ckpt, callback)
-        if self.rank == 0:
+        if self.checkpoints == 'sharded':
+            write_part(checkpoint, filename, self.rank)
+        elif self.rank == 0:
             write(checkpoint, filename)
         distributed.barrier()
 
@@ -108,10 +146,10 @@ class _ShardedStrategy(DDPStrategy):
 class FSDPStrategy(_ShardedStrategy):
     """Shard the frozen weights by FSDP1; see the module's docstring.
 
-    Checkpoints are whole: they hold what those of one process hold, and resume on any number of processes, under any
-    strategy.
-
     Args:
+        checkpoints: ``'whole'`` gathers checkpoints, which are those of one process then, and resume on any number of
+            processes under any strategy; ``'sharded'`` writes a folder with a file of each process, which resumes on as
+            many processes under the same strategy. Deltas are whole in either case.
         model_wrapper: options of :class:`torch.distributed.fsdp.FullyShardedDataParallel`, such as
             ``dict(cpu_offload=True)``.
         sync_bn: see :class:`DDPStrategy`.
@@ -136,6 +174,7 @@ class FSDP2Strategy(_ShardedStrategy):
     docstring and :class:`FSDPStrategy`.
 
     Args:
+        checkpoints: see :class:`FSDPStrategy`.
         model_wrapper: options of ``torch.distributed.fsdp.fully_shard``, such as ``dict(reshard_after_forward=False)``.
         sync_bn: see :class:`DDPStrategy`.
         **kwargs: see mmengine's ``BaseStrategy``.
