@@ -197,11 +197,10 @@ def _counted(*names: str) -> Iterator[list[int]]:
     counts: list[int] = []
 
     def counting(function: Callable) -> Callable:
-        def call(output, given, *args, **kwargs):
-            counts.append(
-                sum(t.nbytes for t in output) if isinstance(output, list) else max(output.nbytes, given.nbytes)
-            )
-            return function(output, given, *args, **kwargs)
+        def call(*args, **kwargs):
+            given = [each if isinstance(each, list) else [each] for each in (*args, *kwargs.values())]
+            counts.append(max(sum(t.nbytes for t in each if isinstance(t, Tensor)) for each in given))
+            return function(*args, **kwargs)
 
         return call
 

@@ -6,23 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 import mmengine
-from mmengine import _strategy as mmengine_strategies
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODEL_WRAPPERS
-from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.runner import save_checkpoint, weights_to_cpu
 from torch import nn
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend  # noqa: F401  registers what backend_args names
+from mona_mm.checkpoint.loading import load_state_dict
+from mona_mm.checkpoint.rehearsal import model_state
 from mona_mm.nn.wrappers import innermost
 from mona_mm.registry import STRATEGIES
 
-_PREFIX = [(r'^module\.', '')]
+_MMENGINE_STRATEGY = MMENGINE_STRATEGIES.get('DDPStrategy')
 
 
 @STRATEGIES.register_module()
-class DDPStrategy(mmengine_strategies.DDPStrategy):
+class DDPStrategy(_MMENGINE_STRATEGY):
     """mmengine's ``DDPStrategy``, on CPUs as well, and with the names of the model itself in its checkpoints.
 
     mmengine's puts ``module.`` in front of every name, where its Runner does not. A checkpoint is written to a
@@ -45,13 +46,9 @@ class DDPStrategy(mmengine_strategies.DDPStrategy):
         """The state dict of the model inside its wrappers, on the CPU."""
         return weights_to_cpu(innermost(self.model).state_dict())
 
-    def load_model_state_dict(
-        self, state_dict: dict[str, Any], *, strict: bool = False, revise_keys: list[tuple[str, str]] = _PREFIX
-    ) -> None:
+    def load_model_state_dict(self, state_dict: dict[str, Any], *, strict: bool = False, **kwargs: Any) -> None:
         """Load a state dict, or a delta, into the model inside its wrappers, as mmengine's Runner does."""
-        mmengine_checkpoint._load_checkpoint_to_model(
-            innermost(self.model), state_dict, strict, revise_keys=revise_keys
-        )
+        load_state_dict(innermost(self.model), model_state(dict(state_dict=state_dict)), strict, self.logger)
 
     def save_checkpoint(
         self,

@@ -35,7 +35,7 @@ from mona_mm.options import checked
 from mona_mm.registry import STRATEGIES
 from mona_mm.strategies.optimizer import load_local_optimizer, load_optimizer, local_optimizer, whole_optimizer
 from mona_mm.strategies.parts import load_part, read_part, write_part
-from mona_mm.strategies.replicated import _PREFIX, DDPStrategy, local_devices, write
+from mona_mm.strategies.replicated import DDPStrategy, local_devices, write
 
 
 class _ShardedStrategy(DDPStrategy):
@@ -85,12 +85,10 @@ class _ShardedStrategy(DDPStrategy):
                 return {}
             return {name: t.to('cpu', copy=True) if torch.is_tensor(t) else t for name, t in model.state_dict().items()}
 
-    def load_model_state_dict(
-        self, state_dict: dict[str, Any], *, strict: bool = False, revise_keys: list[tuple[str, str]] = _PREFIX
-    ) -> None:
+    def load_model_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Load a state dict, or a delta, into the whole model, and shard it anew."""
         with whole(self.model, write=True):
-            super().load_model_state_dict(state_dict, strict=strict, revise_keys=revise_keys)
+            super().load_model_state_dict(state_dict, **kwargs)
 
     def optim_state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, whole, as one process has it; of a sharded checkpoint what this one holds."""
