@@ -1,18 +1,40 @@
 """Strategies: processes that share a model train as one, send what trains, and write one delta that loads anywhere."""
 
+import os
 import pickle
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import assert_equal, assert_near, in_processes, run_tool
+from mmengine.config import Config
 from mmengine.registry import MODELS
-from strategy_runs import BACKBONES, STRATEGIES, TUNINGS, Case, count_sent, run, run_and_resume, train_cases, trained
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
+from strategy_runs import (
+    BACKBONES,
+    STRATEGIES,
+    TUNINGS,
+    Case,
+    batch,
+    build,
+    count_sent,
+    run,
+    run_and_resume,
+    train_cases,
+    trained,
+)
 
-from mona_mm.checkpoint.delta import load_delta
+from mona_mm.checkpoint.delta import load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
+from mona_mm.checkpoint.loading import load_from_delta
+from mona_mm.commands.cli import join_process_group
+from mona_mm.commands.strategy import use_strategy
+from mona_mm.errors import ConfigError
+from mona_mm.hooks import LoadCheckHook
+from mona_mm.type_names import enter_scope
 
 # Methods of every kind, on one of the hosts by one of the strategies in turn, which also meet a checkpointed backbone,
 # accumulated gradients and a synchronised norm in turn.
@@ -147,6 +169,7 @@ def test_the_command_line(strategy, detector_config, tmp_path):
     in_processes(
         2, tmp_path, run_tool, 'train.py', *arguments, *options, '--resume', '--cfg-options', 'train_cfg.max_epochs=3'
     )
+    enter_scope(detector_config)
     model = MODELS.build(detector_config.model)
     load_delta(model, tmp_path / 'work/epoch_3.delta.safetensors', allow_other_base=True)
     whole = torch.load(tmp_path / 'work/epoch_3.pth', weights_only=False)['state_dict']
@@ -155,3 +178,80 @@ def test_the_command_line(strategy, detector_config, tmp_path):
         {name: t for name, t in model.state_dict().items() if '.peft.' in name},
         {name: t for name, t in whole.items() if '.peft.' in name},
     )
+
+
+@pytest.mark.slow
+def test_where_float32_leaves_adamw(tmp_path):
+    """In float32 two processes equal one to 1e-6 too, but for the keys' biases under AdamW. Softmax does not see what is
+    added to all scores, so their gradients are zero but for rounding (exactly, in float64: 1e-17), which AdamW divides
+    by its own size; the outputs do not see it either."""
+    cases = [Case('vit', tuning, 'ddp', 'adamw') for tuning in ('partial-1', 'bitfit')]
+    in_processes(2, tmp_path, train_cases, cases, str(tmp_path), 10)
+    for number, case in enumerate(cases):
+        expected, found = trained(case, tmp_path, 10), torch.load(tmp_path / f'{number}.pt')
+        outputs = []
+        for tensors in (expected, found):
+            model = build(case, tmp_path)
+            model.load_state_dict(tensors, strict=False)
+            outputs.append(model.eval()(batch(20, case.dtype)['inputs']).detach())
+        assert_near(outputs[1], outputs[0], 1e-6)
+        for name in [name for name in expected if name.endswith('qkv.bias')]:
+            for tensors in (expected, found):
+                tensors[name].view(3, -1)[1] = 0
+        assert_near(found, expected, 1e-6, least=0.01)
+
+    for dtype, most in (('float32', 1e-6), ('float64', 1e-15)):
+        model = build(replace(cases[0], dtype=dtype), tmp_path)
+        model(**batch(0, dtype), mode='loss')['loss'].backward()
+        query, key, value = model.backbone.layers[-1].attn.qkv.bias.grad.view(3, -1).abs().amax(1)
+        assert key < most * min(query, value)
+
+
+def test_names_of_mmengines_own_strategies(tmp_path):
+    """A state dict with `module.` before every name, as mmengine's DDPStrategy hands to hooks, makes the same delta; its
+    FSDPStrategy, which would skip most of a delta, is refused one."""
+    model = build(Case('vit', 'mona'), tmp_path)
+    averaged = {f'module.{name}': t + 1 for name, t in model.state_dict().items()}
+    save_delta(model, tmp_path / 'a.delta.safetensors', state_dict=averaged)
+    for name, tensor in read_delta(tmp_path / 'a.delta.safetensors').tensors.items():
+        assert_equal(tensor, model.state_dict()[name] + 1)
+    strategy = object.__new__(MMENGINE_STRATEGIES.get('FSDPStrategy'))
+    runner = SimpleNamespace(strategy=strategy, cfg={}, _resume=False, _load_from='a.delta.safetensors')
+    with pytest.raises(ConfigError, match='mona_mm.FSDPStrategy'):
+        LoadCheckHook().after_load_checkpoint(runner, load_from_delta(str(tmp_path / 'a.delta.safetensors')))
+
+
+@pytest.mark.parametrize(
+    ('strategy', 'settings', 'message'),
+    [
+        ('ddp', {}, 'for several processes.*dist_train.sh'),
+        ('fsdp', dict(launcher='pytorch', custom_hooks=[dict(type='EMAHook')]), 'EMAHook.*--strategy ddp'),
+        ('deepspeed', dict(launcher='pytorch'), 'pip install'),
+    ],
+)
+def test_what_the_command_line_refuses(strategy, settings, message, monkeypatch):
+    """One process, a hook that averages a sharded model, a package that is not there: one line with the way out."""
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ConfigError, match=message):
+        use_strategy(Config(settings), strategy)
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi', 'pytorch'])
+def test_launchers_on_cpus(launcher, monkeypatch):
+    """Each launcher's variables say which process this is; without them the command that sets them is named."""
+    names = dict(slurm=('SLURM_PROCID', 'SLURM_NTASKS'), mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE'))
+    command = dict(slurm='srun', mpi='mpirun', pytorch='torchrun')[launcher]
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, '')  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr('mona_mm.commands.cli.has_accelerator', lambda: False)
+    with pytest.raises(ConfigError, match=command):
+        join_process_group(Config(dict(launcher=launcher)))
+    if launcher != 'pytorch':
+        for name, value in zip((*names[launcher], names[launcher][0].replace('PROCID', 'LOCALID')), '010', strict=True):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv('OMPI_COMM_WORLD_LOCAL_RANK', '0')
+        monkeypatch.setattr('torch.distributed.init_process_group', lambda backend: None)
+        monkeypatch.setattr('torch.distributed.is_initialized', lambda: 'RANK' in os.environ)
+        join_process_group(Config(dict(launcher=launcher)))
+        assert (os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK']) == ('0', '1', '0')
