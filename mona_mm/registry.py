@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import PARAM_SCHEDULERS as MMENGINE_PARAM_SCHEDULERS
+from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -27,5 +28,6 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 PARAM_SCHEDULERS = Registry(
     'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, scope='mona_mm', locations=['mona_mm.optim']
 )
+STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope='mona_mm', locations=['mona_mm.strategies'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mona_mm', locations=['mona_mm.datasets'])
 METHODS = Registry('peft method', scope='mona_mm', locations=['mona_mm.methods', 'mona_mm.spt'])

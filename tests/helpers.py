@@ -119,7 +119,7 @@ def scores(log: str) -> list[str]:
     return re.findall(r'coco/(?:bbox|segm)_mAP\w*: [-\d.]+', last)
 
 
-def in_processes(count: int, folder: Path, target: Callable, *arguments: object) -> str:
+def in_processes(count: int, folder: Path, target: Callable, *arguments: object, seconds: int = 300) -> str:
     """What a function prints in ``count`` processes with the environment and the store that torchrun gives them.
 
     They are forked from this process, which has imported the libraries: that takes each process of its own ten seconds.
@@ -130,6 +130,7 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
         folder: Where their outputs are kept.
         target: A function of a module, :func:`run_tool` for one.
         arguments: What it is called with.
+        seconds: After how long a process is ended.
     """
     context = multiprocessing.get_context('forkserver' if torch.cuda.is_available() else 'fork')
     if torch.cuda.is_available():
@@ -145,7 +146,7 @@ def in_processes(count: int, folder: Path, target: Callable, *arguments: object)
     for process in processes:
         process.start()
     for process in processes:
-        process.join(300)
+        process.join(seconds)
         process.kill()
     output = ''.join(file.read_text() for file in files)
     assert [process.exitcode for process in processes] == [0] * count, output[-5000:]

@@ -274,31 +274,33 @@ def test_pretrained_weights_are_loaded_and_remembered(detector_config, tmp_path)
 
 
 def measure_a_part(out: str) -> None:
-    """One of two processes: every other batch, into a file; and again with one that only the second process meets."""
+    """One of several processes: its share of the batches, into a file; and again with a batch that is not finite, which
+    only the second process meets."""
     torch.distributed.init_process_group('gloo')
-    rank = torch.distributed.get_rank()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     batches = list(class_batches(3))
-    found = compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
+    found = compute_sensitivity(classifier('swin'), batches[rank::world], 3, progress=False)
     if rank == 0:
         found.save(out)
     if rank == 1:
         batches[1]['inputs'][0] = torch.full((3, 32, 32), float('nan'))
     try:
-        compute_sensitivity(classifier('swin'), batches[rank::2], 3, progress=False)
+        compute_sensitivity(classifier('swin'), batches[rank::world], 3, progress=False)
     except SensitivityError as error:
         print(f'process {rank}: {error}', flush=True)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Three batches over two gloo processes give the sums of one; what only the second process meets, a loss that is
-    not finite, ends both with the same error instead of leaving the first one waiting."""
-    out = in_processes(2, tmp_path, measure_a_part, str(tmp_path / 's.safetensors'))
+@pytest.mark.parametrize('world', [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one(world, tmp_path):
+    """Three batches over two or four gloo processes, of which one has none, give the sums of one; what only the second
+    process meets, a loss that is not finite, ends all with the same error instead of leaving the others waiting."""
+    out = in_processes(world, tmp_path, measure_a_part, str(tmp_path / 's.safetensors'))
     expected = compute_sensitivity(classifier('swin'), class_batches(3), 3, progress=False)
     found = Sensitivity.load(tmp_path / 's.safetensors')
     assert_alike(found, expected.squares)
     assert found.info == expected.info
-    for rank in (0, 1):
+    for rank in range(world):
         assert f'process {rank}: The loss of batch 1 is nan' in out
 
 

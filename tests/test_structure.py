@@ -16,7 +16,7 @@ FLOORS = (
     {'methods', 'frozen'},
     {'checkpoint'},
     {'spt'},
-    {'backbone', 'peft_model', 'hooks', 'models'},
+    {'backbone', 'peft_model', 'hooks', 'models', 'strategies'},
     {'optim', 'commands'},
     {'reproduce', 'benchmark'},
     {'tools'},

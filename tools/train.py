@@ -1,4 +1,7 @@
-"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]"""
+"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]
+
+Several processes: tools/dist_train.sh CONFIG GPUS [--strategy ddp|fsdp|fsdp2|deepspeed] [...]
+"""
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
@@ -10,6 +13,7 @@ from mona_mm.commands.failures import train
 from mona_mm.commands.images import check_images
 from mona_mm.commands.lock_work_dir import lock_work_dir
 from mona_mm.commands.planning import make_plan
+from mona_mm.commands.strategy import STRATEGIES, use_strategy
 from mona_mm.errors import ConfigError
 
 
@@ -37,8 +41,16 @@ def main() -> None:
     parser.add_argument(
         '--skip-unreadable', action='store_true', help='leave out images that are missing, damaged or cut off'
     )
+    parser.add_argument(
+        '--strategy',
+        choices=STRATEGIES,
+        help='how several processes share the model: whole on each (ddp), or its frozen weights sharded (fsdp, fsdp2); '
+        "by default mmengine's Runner with ddp",
+    )
     args = parser.parse_args()
     cfg = read_run_config(args)
+    if args.strategy:
+        use_strategy(cfg, args.strategy)
     check_data(cfg, ('train', 'val'))
     if args.fine_tune:
         if args.resume:

@@ -26,6 +26,7 @@ from mona_mm.frozen.copies import alike, is_under, moving_copies
 from mona_mm.frozen.count import backbone_path
 from mona_mm.hosts import method_names, position_table_names, recomputed_names
 from mona_mm.nn.digest import differing, digest, digests, fingerprint, resized, same_names
+from mona_mm.nn.sharded import has_whole, is_sharded, whole
 from mona_mm.nn.shared import shared_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import widths
@@ -79,6 +80,8 @@ def save_delta(
     and the buffers of modules that are not frozen (such as the statistics of a BatchNorm), and a fingerprint of the
     frozen base. The file is written completely or not at all.
 
+    If the weights are sharded (FSDP), all processes must call it, and the main process writes the file.
+
     Args:
         model: a model or a backbone alone.
         path: the file, whose name must end in ``.delta.safetensors``.
@@ -100,40 +103,89 @@ def save_delta(
     """
     if not str(path).endswith(SUFFIX):
         raise ConfigError(f'{path}: the name of a delta must end in {SUFFIX}, by which the file is recognised.')
-    model = innermost(model)
-    current = state_tensors(model)
-    state = current if state_dict is None else state_dict
-    backbone = _backbone_prefix(model)
-    names = changing(model)
-    present = sorted({part_of(name, backbone) for name in names})
+    made = make_delta(
+        model,
+        parts,
+        half,
+        config=config,
+        base_file=base_file,
+        metrics=metrics,
+        dataset_meta=dataset_meta,
+        progress=progress,
+        state_dict=state_dict,
+    )
+    if made is not None:
+        write_delta(path, made.header, made.tensors, allow_nonfinite)
+
+
+def make_delta(
+    model: nn.Module,
+    parts: Sequence[str] | None = None,
+    half: bool = False,
+    *,
+    config: str = '',
+    base_file: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    dataset_meta: Mapping[str, Any] | None = None,
+    progress: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Delta | None:
+    """Make the delta that :func:`save_delta` writes, which has the same arguments.
+
+    Returns:
+        The delta; None on the processes that do not have the whole of a sharded model.
+
+    Raises:
+        ConfigError: if a part does not exist, or nothing in the model trains.
+    """
+    sharded, keep = is_sharded(model), has_whole(model)
+    with whole(model) as inside:
+        names = _chosen_names(inside, parts)
+        if not keep:
+            return None
+        current = state_tensors(inside)
+        state = current if state_dict is None or sharded else model_state(dict(state_dict=state_dict))
+        backbone = _backbone_prefix(inside)
+        trained = {name for name, p in inside.named_parameters(remove_duplicate=False) if p.requires_grad}
+        followed = moving_copies(inside) if parts is None else {}
+        copies = {copy: source for copy, source in followed.items() if _has_same_base(current, names, copy, source)}
+        base = _base_tensors(current, names, None if parts is None else set(parts), backbone, copies)  # not averages
+        header = DeltaHeader(
+            methods=describe_methods(inside),
+            backbone=backbone,
+            parts=None if parts is None else sorted(parts),
+            half=half,
+            base=fingerprint(base, position_table_names()),
+            versions=versions(),
+            base_file=_absolute(base_file or ''),
+            config=config,
+            metrics=dict(metrics or {}),
+            dataset_meta=dict(dataset_meta or {}),
+            progress=dict(progress or {}),
+            shared=shared_names({name: tensor for name, tensor in current.items() if name in names}),
+            copies=copies,
+        )
+        tensors = {n: _halved(state[n]) if half and n in trained else state[n] for n in names}
+        if sharded:  # FSDP frees what it has gathered
+            tensors = {name: tensor.to('cpu', copy=True) for name, tensor in tensors.items()}
+        return Delta(header, tensors, '')
+
+
+def _chosen_names(model: nn.Module, parts: Sequence[str] | None) -> set[str]:
+    """The names of the tensors of a delta: those that training changes, in these parts.
+
+    Raises:
+        ConfigError: if nothing trains, or a part is not among those that train.
+    """
+    names, backbone = changing(model), _backbone_prefix(model)
     if not names:
         raise ConfigError(f'Nothing in this {type(model).__name__} trains, so it has no delta.')
-    if parts is not None:
-        wrong = [part for part in parts if part not in present]
-        if wrong or not parts:
-            raise ConfigError(f'parts={list(parts)} must be among the parts that train: {", ".join(present)}.')
-        names = {name for name in names if part_of(name, backbone) in parts}
-    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    followed = moving_copies(model) if parts is None else {}
-    copies = {copy: source for copy, source in followed.items() if _has_same_base(current, names, copy, source)}
-    base = _base_tensors(current, names, None if parts is None else set(parts), backbone, copies)  # not averaged ones
-    header = DeltaHeader(
-        methods=describe_methods(model),
-        backbone=backbone,
-        parts=None if parts is None else sorted(parts),
-        half=half,
-        base=fingerprint(base, position_table_names()),
-        versions=versions(),
-        base_file=_absolute(base_file or ''),
-        config=config,
-        metrics=dict(metrics or {}),
-        dataset_meta=dict(dataset_meta or {}),
-        progress=dict(progress or {}),
-        shared=shared_names({name: tensor for name, tensor in current.items() if name in names}),
-        copies=copies,
-    )
-    tensors = {n: _halved(state[n]) if half and n in trained else state[n] for n in names}
-    write_delta(path, header, tensors, allow_nonfinite)
+    if parts is None:
+        return names
+    present = sorted({part_of(name, backbone) for name in names})
+    if not parts or not {*parts} <= {*present}:
+        raise ConfigError(f'parts={list(parts)} must be among the parts that train: {", ".join(present)}.')
+    return {name for name in names if part_of(name, backbone) in parts}
 
 
 def _absolute(file: str) -> str:
@@ -149,7 +201,7 @@ def load_delta(
     :func:`mona_mm.reading`, for which this function waits. If the model does not have the delta's base yet, the base is
     loaded first: the whole model from which the run started (its ``load_from``), if there is one and the file still
     exists at its path or beside the delta; otherwise, unless the model has been initialised, by its ``init_weights``.
-    If the delta is refused, the model is unchanged.
+    If the delta is refused, the model is unchanged. If the weights are sharded (FSDP), all processes must call it.
 
     Args:
         model: a model of the config with which the delta was trained.
@@ -163,7 +215,8 @@ def load_delta(
             (the error names the first tensors that differ), or holds values that are not finite.
     """
     start = time.perf_counter()
-    loaded = apply_delta(model, read_delta(path, allow_nonfinite), allow_other_base, start)
+    with whole(model, write=True):
+        loaded = apply_delta(model, read_delta(path, allow_nonfinite), allow_other_base, start)
     print_log(
         f'Loaded {path}: {", ".join(f"{count:,} values of {part}" for part, count in loaded.parts.items())}, in '
         f'{loaded.seconds:.2f} s; {loaded.restored} tensors of an earlier delta were restored; '

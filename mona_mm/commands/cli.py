@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import init_dist
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
@@ -131,17 +131,42 @@ def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: b
     """
     _join_gloo(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if isinstance(runner.model, dict):  # a FlexibleRunner would build it when it trains
+        runner.model = MODELS.build(runner.model)
     expect_delta(runner.model, delta_base, allow_other_base)
     return runner
 
 
+# For every launcher, the variables in which it tells a process its rank, the number of processes and its local rank.
+_VARIABLES = dict(
+    slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+)
+
+
 def _join_gloo(cfg: Config) -> None:
+    """Join the process group of a launcher on CPUs, where mmengine would first select a CUDA device."""
     launcher = cfg.get('launcher', 'none')
     if launcher == 'none' or has_accelerator() or torch.distributed.is_initialized():
         return
     if launcher != 'pytorch':
-        raise ConfigError(f'--launcher {launcher} needs an accelerator; on CPUs use --launcher pytorch.')
-    torch.distributed.init_process_group('gloo')  # mmengine's init_dist would first select a CUDA device
+        absent = [name for name in _VARIABLES[launcher] if name not in os.environ]
+        if absent:
+            command = dict(slurm='srun', mpi='mpirun')[launcher]
+            raise ConfigError(
+                f'--launcher {launcher}: the environment lacks {absent[0]}. Start the processes with {command}.'
+            )
+        for name, given in zip(('RANK', 'WORLD_SIZE', 'LOCAL_RANK'), _VARIABLES[launcher], strict=True):
+            os.environ[name] = os.environ[given]
+    for name, default in (('MASTER_ADDR', '127.0.0.1'), ('MASTER_PORT', '29500')):
+        os.environ.setdefault(name, default)
+    absent = [name for name in ('RANK', 'WORLD_SIZE') if name not in os.environ]
+    if absent:
+        raise ConfigError(
+            f'--launcher pytorch: the environment lacks {absent[0]}. Start the processes with torchrun, or with '
+            'tools/dist_train.sh.'
+        )
+    torch.distributed.init_process_group('gloo')
 
 
 def run(main: Callable[[], None]) -> None:

@@ -123,9 +123,10 @@ def adapt_to_device(cfg: Config) -> None:
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(key, None)
         replaced.append('fp32 in place of mixed precision')
-    if _without_sync_bn(cfg._cfg_dict):
-        replaced.append('BN in place of SyncBN')
-    if cfg.get('launcher', 'none') != 'none':
+    distributed = cfg.get('launcher', 'none') != 'none'
+    if _replace_sync_bn(cfg._cfg_dict, 'mona_mm.CPUSyncBatchNorm' if distributed else 'BN'):
+        replaced.append(f'{"SyncBN over gloo" if distributed else "BN"} in place of SyncBN')
+    if distributed:
         cfg.env_cfg = {**cfg.get('env_cfg', {}), 'dist_cfg': dict(backend='gloo')}
         # mmengine passes a device index by default, which DDP refuses for a model on the CPU.
         if not cfg.get('model_wrapper_cfg'):
@@ -136,13 +137,13 @@ def adapt_to_device(cfg: Config) -> None:
         print_log(f'No accelerator here: running on the CPU with {", ".join(replaced)}.', logger='current')
 
 
-def _without_sync_bn(cfg: dict) -> bool:
+def _replace_sync_bn(cfg: dict, type_: str) -> bool:
     found = False
 
     def replace(node: Any) -> Any:
         nonlocal found
         if isinstance(node, dict) and is_type(node, 'SyncBN'):
-            node['type'] = 'BN'
+            node['type'] = type_
             found = True
         return _map_children(node, replace)
 
@@ -169,7 +170,7 @@ def resume_from(cfg: Config, checkpoint: str | None) -> None:
                 f'--resume: {cfg.work_dir} has no last_checkpoint file that names an existing checkpoint. Name one '
                 '(--resume PATH), name the work dir of the run to continue (--work-dir), or leave --resume out.'
             )
-    elif '://' not in checkpoint and not osp.isfile(checkpoint):
+    elif '://' not in checkpoint and not osp.exists(checkpoint):
         raise MissingFileError(f'--resume: there is no checkpoint {checkpoint}.')
     if checkpoint.endswith(SUFFIX):
         _check_resumable(checkpoint)
@@ -232,7 +233,7 @@ def find_last_checkpoint(work_dir: str) -> str | None:
         return None
     with open(pointer, encoding='utf-8') as file:
         path = file.read().strip()
-    if osp.isfile(path):
+    if osp.exists(path):  # a sharded checkpoint is a folder
         return path
     moved = osp.join(work_dir, osp.basename(path))  # the work dir was renamed or copied
-    return moved if osp.isfile(moved) else None
+    return moved if osp.exists(moved) else None

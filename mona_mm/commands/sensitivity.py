@@ -90,9 +90,9 @@ def config_fingerprint(cfg: Config) -> str:
     data."""
     settings = cfg[f'{sensitivity_split(cfg)}_dataloader']
     parts = base_model_config(cfg), {key: value for key, value in dict.items(settings) if key not in _LOADER_SETTINGS}
-    # SyncBN counts as BN, which replaces it on a CPU.
+    # SyncBN counts as BN, which replaces it on a CPU, and as the SyncBN for CPUs.
     text = re.sub(
-        r'"(SyncBN|[\w.]+\.SyncBatchNorm)"', '"BN"', json.dumps(with_names(parts), sort_keys=True, default=str)
+        r'"(SyncBN|[\w.]+\.(CPU)?SyncBatchNorm)"', '"BN"', json.dumps(with_names(parts), sort_keys=True, default=str)
     )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -1,6 +1,7 @@
 """Write a delta, the small file of the tensors that training has changed, beside every whole checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,8 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from mona_mm.checkpoint.base import base_file
-from mona_mm.checkpoint.delta import save_delta
-from mona_mm.checkpoint.delta_file import SUFFIX, read_delta, write_delta
+from mona_mm.checkpoint.delta import make_delta
+from mona_mm.checkpoint.delta_file import SUFFIX, Delta, read_delta, write_delta
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import Rule, checked
 from mona_mm.registry import HOOKS
@@ -44,7 +45,9 @@ class DeltaCheckpointHook(Hook):
     def __init__(self, parts: Parts | None = None, half: bool = False) -> None:
         self.parts = parts
         self.half = half
-        self._checkpoint: dict[str, Any] | None = None
+        self._checkpoints: CheckpointHook | None = None
+        self._useful = False
+        self._delta: Delta | None = None
         self._written: dict[Path, tuple[int, int]] = {}  # whole checkpoints and their versions, see _version
         self._latest: tuple[Path, int] | None = None  # the latest checkpoint and its iteration
 
@@ -77,7 +80,7 @@ class DeltaCheckpointHook(Hook):
         kept = best | {hook.filename_tmpl.format(step) for step in getattr(hook, 'keep_ckpt_ids', ())}
         for name in best | steps | others:
             path = Path(hook.out_dir, name)
-            if path.is_file():
+            if path.exists():
                 self._written[path] = _version(path)
             elif name not in kept and (hook.max_keep_ckpts > 0 or name.startswith('best_')):
                 _delta_of(path).unlink(missing_ok=True)
@@ -86,8 +89,23 @@ class DeltaCheckpointHook(Hook):
         runner.message_hub.update_info('delta_of', [str(path) for path in self._written])
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Keep the contents of the whole checkpoint until it has been written and its name is known."""
-        self._checkpoint = checkpoint
+        """Make the delta of the checkpoint, and keep it until that has been written and its name is known.
+
+        Where weights are sharded this is called in all processes, which gather them; otherwise in the main process.
+        """
+        if self._checkpoints is None or not self._useful:
+            return
+        meta = checkpoint['meta']
+        self._delta = make_delta(
+            runner.model,
+            parts=self.parts,
+            half=self.half,
+            config=meta.get('cfg', ''),
+            base_file=base_file(runner.cfg),
+            dataset_meta=meta.get('dataset_meta'),
+            progress=_progress(checkpoint),
+            state_dict=checkpoint['state_dict'],
+        )
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Write a delta beside the checkpoint of the epoch, if there is one."""
@@ -110,37 +128,22 @@ class DeltaCheckpointHook(Hook):
         self._write_beside_checkpoints(runner, metrics)
 
     def _write_beside_checkpoints(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
-        checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is None or self._checkpoints is None or not self._useful:
+        delta, self._delta = self._delta, None
+        if delta is None:
             return
         hook = self._checkpoints
         best = getattr(hook, 'best_ckpt_path', None), *(getattr(hook, 'best_ckpt_path_dict', None) or {}).values()
         for path in {Path(path) for path in (hook.last_ckpt, *best) if path}:
             version = _version(path)
             if version is not None and self._written.get(path) != version:
-                self._save(runner, checkpoint, path, metrics or {})
+                write_delta(_delta_of(path), replace(delta.header, metrics=dict(metrics or {})), delta.tensors)
                 self._written[path] = version
                 if metrics is None:
-                    self._latest = path, checkpoint['meta']['iter']
+                    self._latest = path, delta.header.progress['iter']
         for path in [path for path in self._written if not path.exists()]:
             _delta_of(path).unlink(missing_ok=True)
             del self._written[path]
         self._record(runner)
-
-    def _save(self, runner: Runner, checkpoint: dict[str, Any], path: Path, metrics: Mapping[str, float]) -> None:
-        meta = checkpoint['meta']
-        save_delta(
-            runner.model,
-            _delta_of(path),
-            parts=self.parts,
-            half=self.half,
-            config=meta.get('cfg', ''),
-            base_file=base_file(runner.cfg),
-            metrics=metrics,
-            dataset_meta=meta.get('dataset_meta'),
-            progress=_progress(checkpoint),
-            state_dict=checkpoint['state_dict'],
-        )
 
 
 def _delta_of(path: Path) -> Path:
@@ -149,7 +152,7 @@ def _delta_of(path: Path) -> Path:
 
 def _version(path: Path) -> tuple[int, int] | None:
     """A value that changes when a file is written again, since an atomic write makes a new inode; None if absent."""
-    if not path.is_file():
+    if not path.exists():
         return None
     stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns

@@ -7,6 +7,7 @@ from functools import partial
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
+from mmengine.registry import STRATEGIES
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from mona_mm.checkpoint.loading import check_loading, is_delta
 from mona_mm.checkpoint.pretrained import misfit
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.compat.runner import loaded_file, resumes, trains
-from mona_mm.errors import CheckpointMismatchError
+from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.hosts import method_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import checked
@@ -37,6 +38,7 @@ class LoadCheckHook(Hook):
             heads, then keep their initial values and are named in the log.
 
     Raises:
+        ConfigError: if a delta is loaded by mmengine's own ``FSDPStrategy``.
         CheckpointMismatchError: when the Runner loads, before the model changes; it names the first tensors that do not
             fit.
     """
@@ -58,6 +60,11 @@ class LoadCheckHook(Hook):
             )
         if not is_delta(checkpoint.get('state_dict', checkpoint)):
             check_loading(checkpoint, partial(self._check, runner))
+        elif isinstance(getattr(runner, 'strategy', None), STRATEGIES.get('FSDPStrategy')):
+            raise ConfigError(
+                f"{loaded_file(runner)}: mmengine's FSDPStrategy would skip most of a delta without a word. Name "
+                "strategy=dict(type='mona_mm.FSDPStrategy'), or use tools/train.py --strategy fsdp."
+            )
 
     def _check(
         self, runner: Runner, module: nn.Module, state_dict: Mapping[str, Tensor], strict: bool

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
@@ -22,6 +22,8 @@ from mona_mm.frozen.rules import Rules, behind_outputs, check_trainable, freeze,
 from mona_mm.hosts import method_names
 from mona_mm.methods.queries import check_linked
 from mona_mm.nn.digest import digests
+from mona_mm.nn.sharded import is_sharded, local_parameters, unwrapped, whole
+from mona_mm.nn.wrappers import innermost
 from mona_mm.options import checked
 from mona_mm.record import freeze_records
 from mona_mm.registry import HOOKS
@@ -65,13 +67,14 @@ class ParamFreezeHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Freeze a stock model if ``trainable`` is given and nothing in the model was frozen when it was built."""
-        model = _unwrap(runner.model)
+        model = innermost(runner.model)
         if self.trainable is None or not trains(runner):
             return
         if any(freeze_records(model)):
-            self._check_rules(model)
+            with unwrapped(runner.model):
+                self._check_rules(model)
             return
-        if is_model_wrapper(runner.model):
+        if model is not runner.model or is_sharded(model):
             raise FreezeError(
                 f'ParamFreezeHook(trainable={self.trainable!r}) cannot freeze a model that is already wrapped in '
                 f'{type(runner.model).__name__}. Freeze when the model is built instead: '
@@ -96,22 +99,23 @@ class ParamFreezeHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check and print which parameters train, and take the digests of the frozen weights, which are now loaded."""
-        model = _unwrap(runner.model)
-        check_trainable(model)
-        check_linked(model)
-        count = count_trainable(model)
-        if not count.trainable:
-            raise FreezeError('No parameter of the model trains. Choose a method, or other `trainable` rules.')
-        kept = _kept_activations(runner, model)
-        print_log(f'What trains:\n{count.table()}{kept}', logger='current')
-        self._digests = frozen_digests(model)
+        sharded = is_sharded(runner.model)
+        with whole(runner.model) as model:
+            check_trainable(model)
+            check_linked(model)
+            if not any(p.requires_grad for p in model.parameters()):
+                raise FreezeError('No parameter of the model trains. Choose a method, or other `trainable` rules.')
+            # A backbone by itself does not run where the model around it gathers its weights.
+            kept = '' if sharded else _kept_activations(runner, model)
+            print_log(f'What trains:\n{count_trainable(model).table()}{kept}', logger='current')
+        self._digests = frozen_digests(runner.model)
         self._followers = None
         self._copies, self._seen = {}, WeakSet()
         self._find_copies(runner)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Restore the frozen part of a teacher, which its hook has averaged since the last iteration."""
-        model = _unwrap(runner.model)
+        model = innermost(runner.model)
         if self._followers is None:  # only now, since the hook of a teacher makes it equal to the student before
             self._followers = {
                 copy: followed
@@ -142,7 +146,7 @@ class ParamFreezeHook(Hook):
 
     def _find_copies(self, runner: Runner) -> None:
         """Look for copies of the model in hooks, some of which make them only after training has started."""
-        model = _unwrap(runner.model)
+        model = innermost(runner.model)
         for hook in runner.hooks:
             for module in _modules_in(hook):
                 if module in self._seen:
@@ -158,7 +162,7 @@ class ParamFreezeHook(Hook):
         if not self._digests:
             return
         self._find_copies(runner)
-        model = _unwrap(runner.model)
+        model = innermost(runner.model)
         self._keep_followers(model)
         for copy in self._copies:
             keep_frozen_part(copy, model)
@@ -168,7 +172,7 @@ class ParamFreezeHook(Hook):
             keep_frozen_part(model.get_submodule(copy), model.get_submodule(followed))
 
     def _check_frozen(self, runner: Runner) -> None:
-        model = _unwrap(runner.model)
+        model = innermost(runner.model)
         for copy, hook in self._copies.items():
             wrong = differing_frozen(copy, model)
             if wrong:
@@ -176,7 +180,7 @@ class ParamFreezeHook(Hook):
                     f'{len(wrong)} frozen tensors in the copy of the model in {hook} differ from those of the model: '
                     f'{", ".join(wrong[:5])}. Other code writes to them.'
                 )
-        now = frozen_digests(model)
+        now = frozen_digests(runner.model)
         if now.keys() != self._digests.keys():
             changed = sorted(now.keys() ^ self._digests.keys())
             problem = 'were frozen or unfrozen'
@@ -189,6 +193,8 @@ class ParamFreezeHook(Hook):
             }
             changed = [n for n in changed if n not in follows or follows[n] not in (None, now[n])]
             problem = 'are frozen but changed'
+        if is_sharded(runner.model):  # each process has looked at its own part
+            changed = sorted({name for names in all_gather_object(changed) for name in names})
         if changed:
             raise FreezeError(
                 f'{len(changed)} parameters {problem} during training: {", ".join(changed[:5])}. Other code writes to '
@@ -221,9 +227,8 @@ def _modules_in(hook: Hook) -> Iterator[nn.Module]:
 
 
 def frozen_digests(model: nn.Module) -> dict[str, int]:
-    """The digest of every frozen parameter, by name. Swin-B takes about 0.3 s on one CPU core."""
-    return digests({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    """The digest of every frozen parameter, by name; of sharded ones, of the part that this process has.
 
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model
+    Swin-B takes about 0.3 s on one CPU core.
+    """
+    return digests({name: p for name, p in local_parameters(model).items() if not p.requires_grad})

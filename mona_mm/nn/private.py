@@ -44,6 +44,17 @@ DROPOUTS = _with_base(
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 )  # fmt: skip
 
+_FSDP_MODULE = _find('torch.distributed.fsdp', 'FSDPModule')
+FSDP2 = () if _FSDP_MODULE is None else (_FSDP_MODULE,)
+"""The class in front of those of the modules that ``fully_shard`` was called on, which is public since torch 2.6."""
+FULLY_SHARD = _find('torch.distributed.fsdp', 'fully_shard')
+
+
+def load_hooks(module: nn.Module) -> dict:
+    """The hooks that run when a state dict has been loaded into a module; empty where torch keeps them elsewhere."""
+    return getattr(module, '_load_state_dict_post_hooks', {})
+
+
 _functorch_is_active = _find('torch._C', '_are_functorch_transforms_active')
 _is_in_dispatch_mode = _find('torch.utils._python_dispatch', 'is_in_torch_dispatch_mode')
 
