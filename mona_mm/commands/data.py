@@ -4,7 +4,7 @@ import json
 import mmap
 import os.path as osp
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mmcv
@@ -12,11 +12,9 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
+from mona_mm.commands.config_nodes import datasets
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.type_names import enter_scope, look_up, type_name
-
-SPLITS = ('train', 'val', 'test', 'sensitivity')
-"""The splits of a config, each of which is defined by its ``<split>_dataloader``."""
 
 
 def sensitivity_split(cfg: Config) -> str:
@@ -50,18 +48,6 @@ def _require(path: str | None, root: str | None, split: str, hint: str) -> None:
             f'The {split} data of this config are missing: there is no {path}. Put the data set at {root}, or set its '
             f'place with --cfg-options data_root={hint}'
         )
-
-
-def datasets(cfg: Config, split: str) -> Iterator[dict]:
-    """Yield the data sets of a split, also those within wrappers (RepeatDataset, ConcatDataset, ...)."""
-    pending = [(cfg.get(f'{split}_dataloader') or {}).get('dataset')]
-    while pending:
-        dataset = pending.pop(0)
-        inner = dataset and (dataset.get('dataset') or dataset.get('datasets'))
-        if inner:
-            pending += inner if isinstance(inner, list | tuple) else [inner]
-        elif dataset:
-            yield dataset
 
 
 def _check_classes(cfg: Config, dataset: dict) -> None:

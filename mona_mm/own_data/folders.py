@@ -8,7 +8,20 @@ from mona_mm.own_data.layout import Folder, Layout, class_names, natural
 from mona_mm.own_data.samples import OwnData
 
 _NO_CLASSES = frozenset(
-    'images image imgs img jpegimages annotations annotation labels label masks mask segmentationclass'.split()
+    [
+        'images',
+        'image',
+        'imgs',
+        'img',
+        'jpegimages',
+        'annotations',
+        'annotation',
+        'labels',
+        'label',
+        'masks',
+        'mask',
+        'segmentationclass',
+    ]
 )
 
 

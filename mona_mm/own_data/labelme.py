@@ -95,7 +95,9 @@ def _sample(folder: Folder, path: Path, raw: dict, split: str) -> Sample | None:
     sample = folder.sample(image)
     said = (raw.get('imageWidth'), raw.get('imageHeight'))
     if sample is not None and None not in said and said != (sample.width, sample.height):
-        example = f'{folder.show(path)}: {said[0]} x {said[1]} in the json, {sample.width} x {sample.height} in the image'
+        example = (
+            f'{folder.show(path)}: {said[0]} x {said[1]} in the json, {sample.width} x {sample.height} in the image'
+        )
         folder.findings.error('images have another size than the json says', example, 'annotate the files as they are')
     return sample
 

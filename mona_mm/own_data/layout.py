@@ -69,7 +69,9 @@ class Folder:
             self.findings.warn('images are missing or cannot be read', what, 'left out')
         else:
             self.findings.error(
-                'images are missing or cannot be read', what, 'mend them, or leave them out with --data-options skip=True'
+                'images are missing or cannot be read',
+                what,
+                'mend them, or leave them out with --data-options skip=True',
             )
 
 

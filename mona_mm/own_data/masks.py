@@ -93,7 +93,7 @@ class _Values:
 
     def add(self, content: np.ndarray, file: str) -> tuple[int, ...]:
         """Count the values of a label map, and return them."""
-        if 0 <= content.min() and content.max() < 1 << 16:
+        if content.min() >= 0 and content.max() < 1 << 16:
             counts = np.bincount(content.ravel())
             found = np.flatnonzero(counts)
             counts = counts[found]
@@ -251,7 +251,9 @@ def _name_values(folder: Folder, data: OwnData, values: _Values) -> None:
     elif set(found) == {0, 255} and len(names) <= 2:
         data.values = {0: 0, 255: 1}
         _binary(data, names)
-        data.notes.append('label maps are masks of 0 and 255: 255 is the class that is looked for, and nothing is ignored')
+        data.notes.append(
+            'label maps are masks of 0 and 255: 255 is the class that is looked for, and nothing is ignored'
+        )
     else:
         _numbers(folder, data, values, file, names)
 
@@ -340,5 +342,3 @@ def to_classes(content: np.ndarray, data: OwnData) -> np.ndarray:
     table = np.array([data.values[key] for key in keys.tolist()], np.uint8)
     place = np.minimum(np.searchsorted(keys, content), len(keys) - 1)
     return np.where(keys[place] == content, table[place], IGNORED).astype(np.uint8)
-
-

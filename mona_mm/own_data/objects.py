@@ -100,7 +100,9 @@ class Objects:
         polygons = [list(map(float, polygon)) for polygon in mask if _is_polygon(polygon)]
         if len(polygons) < len(mask):
             fix = 'dropped' if polygons else 'the object is kept without mask'
-            self.findings.warn('polygons have fewer than three points or no area', where, fix, len(mask) - len(polygons))
+            self.findings.warn(
+                'polygons have fewer than three points or no area', where, fix, len(mask) - len(polygons)
+            )
         return polygons or None
 
 

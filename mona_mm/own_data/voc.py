@@ -109,11 +109,15 @@ def _sample(folder: Folder, path: Path, root: ET.Element, split: str) -> Sample 
         folder.findings.error('xml files have a size that is no number', folder.show(path))
         return None
     if 0 not in said and said != (sample.width, sample.height):
-        example = f'{folder.show(path)}: {said[0]} x {said[1]} in the xml, {sample.width} x {sample.height} in the image'
+        example = (
+            f'{folder.show(path)}: {said[0]} x {said[1]} in the xml, {sample.width} x {sample.height} in the image'
+        )
         if said == (sample.height, sample.width):
             folder.findings.warn('xml files have width and height swapped', example, 'taken from the images')
         else:
-            folder.findings.error('images have another size than the xml says', example, 'annotate the files as they are')
+            folder.findings.error(
+                'images have another size than the xml says', example, 'annotate the files as they are'
+            )
     return sample
 
 

@@ -15,10 +15,28 @@ from mona_mm.own_data.masks import read_map, to_classes
 from mona_mm.own_data.objects import area_of
 from mona_mm.own_data.samples import OwnData, Sample
 
-_COLOURS = (
-    '#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #ee7733 #009988 #cc3311 #0077bb #882255 #999933 #332288 #44aa99 '
-    '#ddcc77 #cc6677 #88ccee #117733 #aa4499 #77aadd'
-).split()
+_COLOURS = [
+    '#4477aa',
+    '#ee6677',
+    '#228833',
+    '#ccbb44',
+    '#66ccee',
+    '#aa3377',
+    '#ee7733',
+    '#009988',
+    '#cc3311',
+    '#0077bb',
+    '#882255',
+    '#999933',
+    '#332288',
+    '#44aa99',
+    '#ddcc77',
+    '#cc6677',
+    '#88ccee',
+    '#117733',
+    '#aa4499',
+    '#77aadd',
+]
 
 
 def palette(data: OwnData) -> list[tuple[int, int, int]]:
@@ -119,7 +137,9 @@ def _drawn(sample: Sample) -> np.ndarray:
             x, y, w, h = (round(value) for value in instance.box)
             content[y : y + h, x : x + w] = value
         else:
-            points = [np.round(np.asarray(polygon, float).reshape(-1, 2) - 0.5).astype(np.int32) for polygon in instance.mask]
+            points = [
+                np.round(np.asarray(polygon, float).reshape(-1, 2) - 0.5).astype(np.int32) for polygon in instance.mask
+            ]
             cv2.fillPoly(content, points, value)
     return content
 

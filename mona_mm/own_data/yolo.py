@@ -147,7 +147,9 @@ def _names(folder: Folder, settings: dict[str, Any], files: Any) -> list[Any]:
     names = settings.get('names')
     if isinstance(names, dict):
         if sorted(names) != list(range(len(names))):
-            raise ConfigError(f'{settings["file"]}: the names must be those of the classes 0, 1, 2, ..., not of {names}.')
+            raise ConfigError(
+                f'{settings["file"]}: the names must be those of the classes 0, 1, 2, ..., not of {names}.'
+            )
         names = [names[key] for key in sorted(names)]
     if names is not None and not isinstance(names, list):
         raise ConfigError(f'{settings["file"]}: names must be a list, not {names!r}.')
@@ -193,7 +195,9 @@ def _read_labels(folder: Folder, file: Path, sample: Sample, classes: int, objec
             folder.findings.error('lines of labels are no numbers', where)
             continue
         if len(values) == 6:
-            folder.findings.error('lines have six numbers', where, 'a box has five, a polygon an odd number from seven on')
+            folder.findings.error(
+                'lines have six numbers', where, 'a box has five, a polygon an odd number from seven on'
+            )
             continue
         if len(values) < 5 or len(values) % 2 == 0:
             folder.findings.error('lines are neither a box (5 numbers) nor a polygon (an odd number)', where)
@@ -215,4 +219,3 @@ def _add(objects: Objects, sample: Sample, label: int, values: list[float]) -> N
         objects.add(sample, label, (x - w / 2, y - h / 2, w, h))
     else:
         objects.add(sample, label, None, [pixels])
-
