@@ -3,7 +3,7 @@
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
+from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser, show_report
 from mona_mm.commands.config import fine_tune_from, resume_from
 from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan
@@ -30,7 +30,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     cfg = read_run_config(args)
-    check_data(cfg, ('train', 'val'))
+    report = check_data(cfg, ('train', 'val'))
     if args.fine_tune:
         if args.resume:
             raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')
@@ -39,6 +39,7 @@ def main() -> None:
     resumes_delta = cfg.get('resume') and cfg.load_from.endswith(SUFFIX)
     delta_base = whole_model_base(cfg, cfg.load_from) if resumes_delta else None
     join_process_group(cfg)
+    show_report(report, cfg)
     make_plan(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):

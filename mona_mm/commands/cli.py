@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import init_dist
+from mmengine.dist import init_dist, is_main_process
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, default_work_dir, has_accelerator, load_config
+from mona_mm.commands.data_report import DataReport
 from mona_mm.errors import ConfigError, UserError
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
@@ -62,7 +63,8 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--data',
         metavar='DIR',
-        help='a folder of your own images and annotations, whose layout, splits and classes are found: COCO, VOC, YOLO, '
+        help='a folder of your own images and annotations, whose layout, splits and classes are found: COCO, '
+        'VOC, YOLO, '
         'LabelMe, label maps, a folder per class',
     )
     parser.add_argument(
@@ -70,7 +72,8 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         action=_Settings,
         metavar='KEY=VALUE',
-        help='how to read --data: val=0.2 and test=0 (shares of the images, where the folder has no such split), seed=0, '
+        help='how to read --data: val=0.2 and test=0 (shares of the images, where the folder has no such '
+        'split), seed=0, '
         'layout=NAME, skip=True (leave out images that cannot be read)',
     )
     parser.add_argument(
@@ -110,6 +113,12 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     adapt_to_device(cfg)
     return cfg
+
+
+def show_report(report: DataReport, cfg: Config) -> None:
+    """Print what the data of a run hold, and write all of it and a picture into the work dir, in the main process."""
+    if is_main_process():
+        print(*report.lines(report.write(cfg.work_dir)), sep='\n', flush=True)
 
 
 def join_process_group(cfg: Config) -> None:

@@ -92,9 +92,8 @@ def _task(cfg: Config) -> str:
     for part in dicts_of(cfg.model):
         if type_name(dict.get(part, 'type')) in ('MultiLabelClsHead', 'MultiLabelLinearClsHead', 'CSRAClsHead'):
             raise ConfigError('--data: this config gives an image several labels, a folder per class gives it one.')
-        if dict.get(part, 'type') is not None and 'num_stuff_classes' in part and part.get('num_stuff_classes'):
-            if task == 'boxes':
-                raise ConfigError('--data: this config is panoptic, and no layout here has things and stuff.')
+        if task == 'boxes' and part.get('num_stuff_classes'):
+            raise ConfigError('--data: this config is panoptic, and no layout here has things and stuff.')
     return task
 
 

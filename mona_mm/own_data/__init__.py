@@ -3,7 +3,7 @@
 from mona_mm.own_data.findings import Finding, Findings, short
 from mona_mm.own_data.read import LAYOUTS, TASKS, read_folder
 from mona_mm.own_data.samples import Instance, OwnData, Sample
-from mona_mm.own_data.splits import complete_splits
+from mona_mm.own_data.splits import complete_splits, note_duplicates
 from mona_mm.own_data.write import as_maps, palette, write_data, write_text
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     'Sample',
     'as_maps',
     'complete_splits',
+    'note_duplicates',
     'palette',
     'read_folder',
     'short',

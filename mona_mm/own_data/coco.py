@@ -95,7 +95,8 @@ class Coco(Layout):
         if votes['stored']:
             data.keep_orientation = True
             data.notes.append(
-                f'{votes["stored"]} images have a rotation in their EXIF data that the annotations do not follow: it is '
+                f'{votes["stored"]} images have a rotation in their EXIF data that the annotations do not '
+                'follow: it is '
                 'not applied'
             )
             if votes['turned']:

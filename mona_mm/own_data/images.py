@@ -1,10 +1,11 @@
 """Image files: what their headers say, whether they are whole, which are equal."""
 
+import contextlib
 import hashlib
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,26 +91,31 @@ def _is_whole(path: str | os.PathLike, size: int, kind: str) -> bool:
         return (b'\xff\xd9' if kind == 'JPEG' else b'IEND') in file.read()
 
 
-def equal_files(paths: Iterable[str | os.PathLike]) -> list[list[str]]:
+def equal_files(paths: Iterable[str], side: Callable[[str], object] = str) -> list[list[str]]:
     """Find the files of equal content, as groups of two or more paths; files that do not exist are left out.
 
     Files of one size are compared by the digest of a few bytes, and those that still look equal by that of all.
+
+    Args:
+        paths: the files.
+        side: the side that a path is on; groups whose files are all on one side are not looked at. By default each
+            file is a side of its own.
     """
     by_size = defaultdict(list)
-    for path in dict.fromkeys(os.fspath(path) for path in paths):
-        if os.path.isfile(path):
-            by_size[os.path.getsize(path)].append(path)
-    groups = [group for size, group in by_size.items() if len(group) > 1 and size]
+    for path in dict.fromkeys(paths):
+        with contextlib.suppress(OSError):
+            by_size[os.stat(path).st_size].append(path)
+    groups = [group for size, group in by_size.items() if size and len(set(map(side, group))) > 1]
     for digest in (_digest_of_middle, _digest):
-        groups = [part for group in groups for part in _split(group, digest)]
+        groups = [part for group in groups for part in _parts(group, digest) if len(set(map(side, part))) > 1]
     return groups
 
 
-def _split(group: list[str], digest) -> list[list[str]]:
+def _parts(group: list[str], digest: Callable[[str], bytes]) -> list[list[str]]:
     parts = defaultdict(list)
     for path in group:
         parts[digest(path)].append(path)
-    return [part for part in parts.values() if len(part) > 1]
+    return list(parts.values())
 
 
 def _digest_of_middle(path: str) -> bytes:

@@ -95,5 +95,6 @@ def _check(data: OwnData, root: str, task: str) -> None:
         raise ConfigError(f'--data {root}: the training images have no object{f" ({found})" if found else ""}.')
     if task == 'maps' and samples[0].label_map is None and not data.has_masks:
         raise ConfigError(
-            f'--data {root}: its {data.layout} has boxes, but this config is a segmentor, which needs masks or polygons.'
+            f'--data {root}: its {data.layout} has boxes, but this config is a segmentor, which needs masks or '
+            'polygons.'
         )

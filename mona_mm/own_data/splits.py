@@ -1,9 +1,10 @@
 """Splits: completed where the folder has only some, drawn by a seed where it has none; no image on both sides."""
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection
 
+from mona_mm.own_data.findings import Findings
 from mona_mm.own_data.images import equal_files
 from mona_mm.own_data.samples import OwnData, Sample
 
@@ -44,7 +45,7 @@ def _draw(data: OwnData, shares: dict[str, float], seed: int) -> None:
     samples = data.splits['train']
     groups, equal = _groups(samples)
     if equal:
-        example = ' = '.join(sample.image.name for sample in equal[0][:2])
+        example = ' = '.join('/'.join(sample.image.parts[-3:]) for sample in equal[0][:2])
         data.findings.warn('groups of images have equal content', example, 'each kept in one split', len(equal))
     chosen = stratify([_labels(group) for group in groups], [len(group) for group in groups], shares, seed)
     parts: dict[str, list[Sample]] = {'train': [], **{split: [] for split in shares}}
@@ -110,9 +111,15 @@ def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, 
 
 def _note_duplicates(data: OwnData) -> None:
     """Warn of images whose content is in more than one split."""
-    split_of = {str(sample.image): split for split, samples in data.splits.items() for sample in samples}
-    for group in equal_files(split_of):
-        splits = Counter(split_of[path] for path in group)
-        if len(splits) > 1:
-            names = ', '.join(f'{path.rpartition("/")[2]} in {split_of[path]}' for path in group[:2])
-            data.findings.warn(f'images are in {" and ".join(sorted(splits))} alike', names, 'scores will be too good')
+    note_duplicates(
+        {str(sample.image): split for split, samples in data.splits.items() for sample in samples}, data.findings
+    )
+
+
+def note_duplicates(split_of: dict[str, str], findings: Findings) -> None:
+    """Warn of images whose content is in more than one split, given the split of each path."""
+    for group in equal_files(split_of, split_of.get):
+        splits = ' and '.join(sorted({split_of[path] for path in group}))
+        names = [next(path for path in group if split_of[path] == split) for split in splits.split(' and ')[:2]]
+        example = ' = '.join('/'.join(path.split('/')[-3:]) for path in names)
+        findings.warn(f'images are in {splits} alike', example, 'scores will be too good')
