@@ -49,6 +49,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
         entry = SplitReport(split)
         for dataset in datasets(cfg, split):
             _require_paths(dataset, split, hint)
+            _check_known_classes(dataset)
             key = repr({name: value for name, value in dict.items(dataset) if name != 'pipeline'})
             reading = known.get(key) or read_dataset(dataset)  # VOC's years are read once, though they are repeated
             known[key] = reading
@@ -283,7 +284,6 @@ def _check_maps(reading: Reading, findings: Findings, entry: SplitReport) -> Non
     """Check the class numbers in some of the label maps, since reading all would take minutes."""
     config, classes = reading.config, reading.classes
     reduce_zero = bool(getattr(reading.dataset, 'reduce_zero_label', False))
-    _check_known_classes(config, classes)
     for step in dicts_of(config.get('pipeline') or []):
         asked = step.get('reduce_zero_label')
         if type_name(step.get('type')) == 'LoadAnnotations' and asked is not None and bool(asked) != reduce_zero:
@@ -330,12 +330,16 @@ def _check_maps(reading: Reading, findings: Findings, entry: SplitReport) -> Non
     _check_meaning(reading, found, reduce_zero, entry)
 
 
-def _check_known_classes(config: dict, classes: tuple[str, ...] | None) -> None:
-    """Refuse classes that the type of a data set does not know, before the library does by a traceback."""
-    given = (config.get('metainfo') or {}).get('classes') or classes
+def _check_known_classes(config: dict) -> None:
+    """Refuse classes that the type of a data set of label maps does not know, before its library does."""
+    given = (config.get('metainfo') or {}).get('classes') or ()
     with DATASETS.switch_scope_and_registry(None) as registry:
-        known = (look_up(registry, config['type']).METAINFO or {}).get('classes')
-    foreign = [name for name in given or () if known and name not in known]
+        cls = look_up(registry, dict.get(config, 'type'))
+    if not any(base.__name__ == 'BaseSegDataset' for base in getattr(cls, '__mro__', ())):
+        return
+    known = (cls.METAINFO or {}).get('classes')
+    given = given if isinstance(given, list | tuple) else ()
+    foreign = [name for name in given if known and name not in known]
     if foreign:
         raise ConfigError(
             f'{type_name(config["type"])} has no class {short(foreign)}. Its classes are {short(known)}; for '

@@ -78,7 +78,8 @@ class Coco(Layout):
         names: dict[str, None] = {}
         for path, raw in contents.items():
             self._check(folder, path, raw)
-            listed = raw.get('categories') if isinstance(raw.get('categories'), list) else []
+            listed = raw.get('categories') if isinstance(raw, dict) else None
+            listed = listed if isinstance(listed, list) else []
             found = [str(c['name']) for c in listed if isinstance(c, dict) and c.get('name') is not None]
             names.update(dict.fromkeys(class_names(found, folder.findings, folder.show(path))))
         folder.findings.raise_errors()

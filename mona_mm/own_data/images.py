@@ -206,5 +206,5 @@ def split_of(name: str) -> str | None:
 def split_of_path(path: Path, root: Path) -> str | None:
     """The split that a path below ``root`` speaks of, by its own name or else by its folders, the nearest first."""
     parts = path.relative_to(root).parts
-    names = [os.path.splitext(parts[-1])[0], *reversed(parts[:-1])]
+    names = [os.path.splitext(parts[-1])[0], *reversed(parts[:-1])] if parts else []
     return next((split for split in map(split_of, names) if split), None)
