@@ -1,6 +1,7 @@
 """Small folders of images and annotations in each layout that --data recognises."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ CLASSES = ('cat', 'dog')
 def image(path: Path, size: tuple[int, int] = SIZE, mode: str = 'RGB', **options) -> Path:
     """Write a picture of noise, another one for every path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(sum(map(ord, str(path.name))) + len(str(path.parent.name)))
+    random = np.random.default_rng(zlib.crc32('/'.join(path.parts[-3:]).encode()))
     Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), np.uint8)).convert(mode).save(path, **options)
     return path
 
@@ -138,3 +139,72 @@ CONFIGS = dict(
     maps='configs/custom/custom_upernet_swin_t.py',
     labels='configs/custom/custom_classifier_dinov2_s.py',
 )
+
+_SWIN = {
+    'model.backbone.base.init_cfg': None,
+    'model.backbone.base.embed_dims': 12,
+    'model.backbone.base.depths': [1, 1, 1, 1],
+    'model.backbone.base.num_heads': [1, 1, 2, 2],
+    'train_cfg.max_iters': 2,
+    'train_cfg.val_interval': 2,
+    'train_dataloader.batch_size': 2,
+    'default_hooks.logger.interval': 1,
+    **{f'{split}_dataloader.num_workers': 0 for split in ('train', 'val', 'test')},
+    **{f'{split}_dataloader.persistent_workers': False for split in ('train', 'val', 'test')},
+}
+_SMALL_BOXES = {f'{s}_dataloader.dataset.pipeline.{i}.scale': (64, 64) for s, i in dict(train=2, val=1, test=1).items()}
+NARROW = {
+    'custom_retinanet_swin_t': {
+        **_SWIN,
+        **_SMALL_BOXES,
+        'model.neck.in_channels': [12, 24, 48, 96],
+        'model.neck.out_channels': 16,
+        'model.bbox_head.in_channels': 16,
+        'model.bbox_head.feat_channels': 16,
+        'model.bbox_head.norm_cfg.num_groups': 4,
+        'model.bbox_head.stacked_convs': 1,
+        'model.test_cfg.score_thr': 0.0,
+        'model.test_cfg.max_per_img': 10,
+    },
+    'custom_mask_rcnn_swin_t': {
+        **_SWIN,
+        **_SMALL_BOXES,
+        'model.neck.in_channels': [12, 24, 48, 96],
+        'model.neck.out_channels': 16,
+        'model.rpn_head.in_channels': 16,
+        'model.rpn_head.feat_channels': 16,
+        'model.roi_head.bbox_roi_extractor.out_channels': 16,
+        'model.roi_head.bbox_head.in_channels': 16,
+        'model.roi_head.bbox_head.fc_out_channels': 16,
+        'model.train_cfg.rpn_proposal.max_per_img': 16,
+        'model.test_cfg.rpn.max_per_img': 16,
+        'model.test_cfg.rcnn.score_thr': 0.0,
+        'model.test_cfg.rcnn.max_per_img': 5,
+    },
+    'custom_upernet_swin_t': {
+        **_SWIN,
+        'model.decode_head.in_channels': [12, 24, 48, 96],
+        'model.decode_head.channels': 16,
+        'model.data_preprocessor.size': (64, 64),
+        'train_dataloader.dataset.pipeline.2.scale': (64, 64),
+        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
+    },
+    'custom_classifier_dinov2_s': {
+        **{key: value for key, value in _SWIN.items() if 'base.' not in key},
+        'model.backbone.base.init_cfg': None,
+        'model.backbone.base.arch': dict(
+            _delete_=True, embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32
+        ),
+        'model.backbone.base.img_size': 56,
+        'model.head.in_channels': 16,
+        'train_dataloader.dataset.pipeline.1.scale': 56,
+        'val_dataloader.dataset.pipeline.2.crop_size': 56,
+        'test_dataloader.dataset.pipeline.2.crop_size': 56,
+    },
+}
+"""What makes the configs for one's own data small enough to train in seconds."""
+NARROW_MASKS = {
+    'model.roi_head.mask_roi_extractor.out_channels': 16,
+    'model.roi_head.mask_head.in_channels': 16,
+    'model.roi_head.mask_head.conv_out_channels': 16,
+}

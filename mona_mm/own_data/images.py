@@ -3,9 +3,8 @@
 import contextlib
 import hashlib
 import os
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +52,12 @@ def read_header(path: str | os.PathLike) -> Header:
         size = os.path.getsize(path)
         if not size:
             return Header(problem='the file is empty')
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about huge images, which are judged by their size
-            with Image.open(path) as image:
-                stored, mode, kind = image.size, image.mode, image.format
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        with open_image(path) as image:
+            stored, mode, kind = image.size, image.mode, image.format
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except FileNotFoundError:
         return Header(problem='there is no such file')
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         reason = 'no image that Pillow knows' if isinstance(error, UnidentifiedImageError) else str(error)
         return Header(problem=reason or type(error).__name__)
     width, height = reversed(stored) if turned else stored
@@ -72,6 +69,17 @@ def read_header(path: str | os.PathLike) -> Header:
     elif mode == 'F' or kind not in ('JPEG', 'PNG'):  # the kinds that OpenCV may not read
         problem = '' if load(path) is not None else f'OpenCV cannot read this {kind} file'
     return Header(width, height, stored, mode, problem)
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """Open an image by Pillow, however large it is: the data are one's own, and no attack."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def load(path: str | os.PathLike) -> np.ndarray | None:

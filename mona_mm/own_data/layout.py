@@ -57,6 +57,8 @@ class Folder:
         if header.problem:
             self.unreadable(f'{self.show(image)}: {header.problem}')
             return None
+        if header.mode.startswith('I'):
+            self.findings.warn('images have 16 bits a channel', self.show(image), 'read as 8 bits, divided by 256')
         if header.width * header.height > 100_000_000:
             self.findings.warn(
                 'images have more than 100 million pixels', self.show(image), 'slow to read: make them smaller'

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from mona_mm.errors import ConfigError
-from mona_mm.own_data.images import split_of
+from mona_mm.own_data.images import open_image, split_of
 from mona_mm.own_data.layout import Folder, Layout, class_names
 from mona_mm.own_data.samples import OwnData, Sample
 
@@ -69,7 +69,7 @@ class Masks(Layout):
 def read_map(path: Path) -> np.ndarray | str:
     """Read a label map: numbers (H, W), or for one of colours 0xRRGGBB; if that fails, the reason."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode in ('RGB', 'RGBA', 'CMYK', 'YCbCr'):
                 channels = np.asarray(image.convert('RGB')).astype(np.int32)
                 if (channels[..., 0] == channels[..., 1]).all() and (channels[..., 1] == channels[..., 2]).all():
