@@ -196,6 +196,7 @@ NARROW = {
             _delete_=True, embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32
         ),
         'model.backbone.base.img_size': 56,
+        'model.backbone.peft.bottleneck': 8,
         'model.head.in_channels': 16,
         'train_dataloader.dataset.pipeline.1.scale': 56,
         'val_dataloader.dataset.pipeline.2.crop_size': 56,

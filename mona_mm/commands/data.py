@@ -299,7 +299,7 @@ def _check_maps(reading: Reading, findings: Findings, entry: SplitReport) -> Non
         if path is None:
             continue
         if not osp.isfile(path):
-            _missing_map(path, reading)
+            _missing_map(path, info['img_path'], reading)
         label_map = mmcv.imread(path, flag='unchanged', backend='pillow')
         if label_map.ndim != 2:
             raise ConfigError(
@@ -350,8 +350,8 @@ def _check_known_classes(config: dict) -> None:
         )
 
 
-def _missing_map(path: str, reading: Reading) -> None:
-    folder, stem = osp.dirname(path), osp.splitext(osp.basename(path))[0]
+def _missing_map(path: str, image: str, reading: Reading) -> None:
+    folder, stem = osp.dirname(path), osp.splitext(osp.basename(image))[0]
     others = sorted(name for name in _names_in(folder) if name.startswith(stem) and is_image(name))
     example = f'; there is {others[0]}, so set seg_map_suffix' if others else ''
     raise MissingFileError(
