@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 
 from mona_mm.commands.config_nodes import dicts_of, set_num_classes
 from mona_mm.errors import ConfigError
-from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data, write_text
+from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data, write_whole
 from mona_mm.own_data.images import walk
 from mona_mm.type_names import enter_scope, look_up, type_name
 
@@ -103,7 +103,7 @@ def _task(cfg: Config) -> str:
 def _fingerprint(folder: str) -> str:
     digest = hashlib.sha256()
     for path in walk(Path(folder)):
-        stat = path.stat()
+        stat = path.stat() if path.exists() else path.lstat()  # a link to nothing is named when it is read
         digest.update(f'{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
 
@@ -133,7 +133,7 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     empty = {split: [{}] for split in data.splits}
     datasets = write_data(data, request['task'], place) if write else empty
     if write:
-        write_text(file, json.dumps(dict(key=key, found=found, datasets=datasets), indent=1))
+        write_whole(file, json.dumps(dict(key=key, found=found, datasets=datasets), indent=1))
     return {**found, 'datasets': datasets}
 
 

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from mona_mm.errors import ConfigError
 from mona_mm.own_data.coco import read_json
+from mona_mm.own_data.files import write_whole
 from mona_mm.own_data.images import split_of_path
 from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural
 from mona_mm.own_data.objects import Objects
@@ -111,9 +112,8 @@ def _extract(folder: Folder, path: Path, data: str) -> Path | None:
         suffix = (Image.open(io.BytesIO(content)).format or 'png').lower()
     except (binascii.Error, UnidentifiedImageError, ValueError):
         return None
-    folder.extracted.mkdir(parents=True, exist_ok=True)
     file = folder.extracted / f'{"_".join(path.relative_to(folder.root).with_suffix("").parts)}.{suffix}'
-    file.write_bytes(content)
+    write_whole(file, content)
     return file
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from mona_mm.own_data.files import write_whole
 from mona_mm.own_data.masks import read_map, to_classes
 from mona_mm.own_data.objects import area_of
 from mona_mm.own_data.samples import OwnData, Sample
@@ -64,19 +64,6 @@ def write_data(data: OwnData, task: str, folder: Path) -> dict[str, list[dict[st
     return {split: write(data, split, samples, folder) for split, samples in data.splits.items() if samples}
 
 
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and move it there, since several processes may write the same one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}.{path.name}')
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    _atomically(path, lambda file: file.write_text(text, encoding='utf-8'))
-
-
 def _write_boxes(data: OwnData, split: str, samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     images, annotations = [], []
     for number, sample in enumerate(samples, start=1):
@@ -96,13 +83,13 @@ def _write_boxes(data: OwnData, split: str, samples: list[Sample], folder: Path)
     categories = [dict(id=i, name=name) for i, name in enumerate(data.classes, start=1)]
     content = dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
     file = folder / f'{split}.json'
-    write_text(file, json.dumps(content))
+    write_whole(file, json.dumps(content))
     return [dict(ann_file=str(file))]
 
 
 def _write_labels(data: OwnData, split: str, samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     file = folder / f'{split}.txt'
-    write_text(file, ''.join(f'{sample.image} {sample.label}\n' for sample in samples))
+    write_whole(file, ''.join(f'{sample.image} {sample.label}\n' for sample in samples))
     return [dict(ann_file=str(file))]
 
 
@@ -113,12 +100,12 @@ def _write_maps(data: OwnData, split: str, samples: list[Sample], folder: Path) 
         name = sample.image.relative_to(base).with_suffix('')
         content = _drawn(sample) if sample.label_map is None else to_classes(read_map(sample.label_map), data)
         file = folder / 'labels' / name.with_name(f'{name.name}.png')
-        _atomically(file, lambda path, content=content: cv2.imwrite(str(path), content))
+        write_whole(file, cv2.imencode('.png', content)[1].tobytes())
         by_suffix[sample.image.suffix].append(name.as_posix())
     written = []
     for number, (suffix, names) in enumerate(by_suffix.items()):
         file = folder / (f'{split}_{number}.txt' if number else f'{split}.txt')
-        write_text(file, ''.join(f'{name}\n' for name in names))
+        write_whole(file, ''.join(f'{name}\n' for name in names))
         prefix = dict(img_path=str(base), seg_map_path=str(folder / 'labels'))
         written.append(dict(ann_file=str(file), data_prefix=prefix, img_suffix=suffix))
     return written
