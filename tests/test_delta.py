@@ -597,6 +597,8 @@ def test_a_detector_in_every_way(detector, tmp_path):
     def outputs(results):
         return [(r.pred_instances.bboxes, r.pred_instances.scores, r.pred_instances.masks) for r in results]
 
+    with pytest.raises(ConfigError, match='name its config as well'):
+        DetInferencer(weights=str(delta), device='cpu')
     images = sorted(str(file) for file in Path(detector.data_root, 'val2017').iterdir())
     expected = init_detector(detector.copy(), str(whole), device='cpu')
     for model in (

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {'errors', 'registry', 'record', 'type_names', 'options', 'version', 'compat'},
-    {'nn', 'datasets'},
+    {'nn', 'datasets', 'own_data'},
     {'hosts'},
     {'methods', 'frozen'},
     {'checkpoint'},

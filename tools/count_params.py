@@ -17,8 +17,8 @@ from mmengine.registry import MODELS
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.build import build_on_meta, freeze_by_hooks
-from mona_mm.commands.cli import add_cfg_options, run, work_dir
-from mona_mm.commands.config import load_config
+from mona_mm.commands.cli import add_cfg_options, data_of, run
+from mona_mm.commands.config import default_work_dir, load_config
 from mona_mm.commands.hosts import backbone_rows, render_hosts
 from mona_mm.commands.planning import PLAN_FILE, find_plan, find_spt, spt_config
 from mona_mm.frozen.activations import KeptActivations, measure_activations, training_size
@@ -86,9 +86,9 @@ def main() -> None:
         return
     rows = []
     for file in args.configs:
-        cfg = load_config(file, args.cfg_options)
+        cfg = load_config(file, args.cfg_options, data_of(args), write_data=False)
         spt = spt_config(cfg)
-        plan = find_plan(cfg, (osp.dirname(file), work_dir(cfg, file)))
+        plan = find_plan(cfg, (osp.dirname(file), default_work_dir(cfg, file)))
         planned = spt is None or plan is not None
         if plan is not None:
             spt.plan = plan

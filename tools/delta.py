@@ -28,8 +28,8 @@ from mona_mm.checkpoint.merge import (
 from mona_mm.checkpoint.pretrained import compare, misfit, read_checkpoint
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.commands.build import build_on_meta, freeze_by_hooks
-from mona_mm.commands.cli import add_cfg_options, new_file, run, work_dir
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.commands.cli import add_cfg_options, data_of, new_file, run
+from mona_mm.commands.config import adapt_to_device, default_work_dir, load_config
 from mona_mm.commands.planning import put_plan_in, require_plan
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.methods import deploy
@@ -68,8 +68,8 @@ def info(args: argparse.Namespace) -> None:
 
 def build(args: argparse.Namespace, file: str) -> tuple[Config, nn.Module]:
     """Build the config and its model, with random weights, for a delta or checkpoint ``file``."""
-    cfg = load_config(args.config, args.cfg_options)
-    require_plan(cfg, (osp.dirname(file), work_dir(cfg, args.config)))
+    cfg = load_config(args.config, args.cfg_options, data_of(args), write_data=False)
+    require_plan(cfg, (osp.dirname(file), default_work_dir(cfg, args.config)))
     adapt_to_device(cfg)
     enter_scope(cfg)
     model = MODELS.build(cfg.model)

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--cfg-options ...]"""
 
 import os.path as osp
+from collections.abc import Iterable
 
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
@@ -36,6 +37,22 @@ def draw_into(cfg: Config, folder: str) -> None:
         hook.update(enable=True, interval=1, out_dir=folder)
 
 
+def refuse_equal_names(paths: Iterable[str | None]) -> None:
+    """Refuse to draw images of equal file names, since the libraries' hooks name the pictures by them alone.
+
+    Raises:
+        ConfigError: if two images in different folders have one name.
+    """
+    first: dict[str, str] = {}
+    for path in filter(None, paths):
+        other = first.setdefault(osp.basename(path), path)
+        if other != path:
+            raise ConfigError(
+                f'--show-dir: {other} and {path} have one file name, by which the pictures are named, so that one '
+                'would overwrite the other. Give the images names of their own, or leave --show-dir out.'
+            )
+
+
 def dump_metric(file: str, model: nn.Module) -> DumpResults:
     """Make the metric that writes every prediction to a file, with masks of mmdet's detectors as run-length codes."""
     if any(cls.__module__.startswith('mmdet.') for cls in type(model).__mro__):
@@ -56,7 +73,7 @@ def main() -> None:
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out {args.out}: predictions are written as .pkl.')
     cfg = read_run_config(args)
-    check_data(cfg, ('test',))
+    report = check_data(cfg, ('test',))
     check_images()
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     delta_base = None
@@ -64,6 +81,7 @@ def main() -> None:
         delta_base = whole_model_base(cfg, args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show_dir:
+        refuse_equal_names(report.splits['test'].paths if 'test' in report.splits else [])
         draw_into(cfg, osp.abspath(args.show_dir))  # a relative path would be in the time-stamped log folder
     runner = build_runner(cfg, delta_base, args.allow_other_base)
     if args.out:

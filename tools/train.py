@@ -6,7 +6,7 @@ Several processes: tools/dist_train.sh CONFIG GPUS [--strategy ddp|fsdp|fsdp2|de
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
+from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser, show_report
 from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
 from mona_mm.commands.data import check_data
 from mona_mm.commands.failures import train
@@ -51,7 +51,7 @@ def main() -> None:
     cfg = read_run_config(args)
     if args.strategy:
         use_strategy(cfg, args.strategy)
-    check_data(cfg, ('train', 'val'))
+    report = check_data(cfg, ('train', 'val'))
     if args.fine_tune:
         if args.resume:
             raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')
@@ -68,6 +68,7 @@ def main() -> None:
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
     with lock_work_dir(cfg.work_dir):
+        show_report(report, cfg)
         make_plan(cfg)
         train(build_runner(cfg, delta_base, args.allow_other_base))
 

@@ -39,7 +39,7 @@ from mona_mm.checkpoint.pretrained import (
 from mona_mm.checkpoint.rehearsal import load_state_dict as _load_state_dict
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.compat.safe_globals import finished, weights_only
-from mona_mm.errors import CheckpointMismatchError, UserError
+from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 from mona_mm.frozen.changes import changing
 from mona_mm.hosts import PeftBlock, method_names
 from mona_mm.methods.base import LinearModule
@@ -217,13 +217,25 @@ def load_from_delta(filename: str, map_location: Any = None) -> dict[str, Any]:
     checkpoint = dict(
         state_dict=state_dict,
         meta=meta,
-        message_hub=dict(log_scalars={}, runtime_info=dict(progress.get('runtime_info', {})), resumed_keys={}),
+        message_hub=dict(log_scalars={}, runtime_info=_RuntimeInfo(progress.get('runtime_info', {})), resumed_keys={}),
     )
     if 'param_groups' in progress:
         checkpoint['optimizer'] = _optimizer(progress)
     if 'param_schedulers' in progress:
         checkpoint['param_schedulers'] = progress['param_schedulers']
     return checkpoint
+
+
+class _RuntimeInfo(dict):
+    """What a delta says about its run, for mmengine; who asks it for a config to execute is told that there is none."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == 'cfg':
+            raise ConfigError(
+                'A delta holds no config that may be executed, so it cannot be a model alone: name its config as well, '
+                "DetInferencer('config.py', 'epoch_1.delta.safetensors')."
+            )
+        raise KeyError(key)
 
 
 def _tuple(value: Any) -> Any:

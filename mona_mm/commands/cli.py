@@ -12,14 +12,15 @@ from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.dist import init_dist
+from mmengine.dist import init_dist, is_main_process
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.check_config import check_config
-from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
+from mona_mm.commands.config import adapt_to_device, default_work_dir, has_accelerator, load_config
+from mona_mm.commands.data_report import DataReport
 from mona_mm.commands.failures import in_one_line
 from mona_mm.errors import ConfigError, UserError
 
@@ -64,7 +65,23 @@ def run_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options`` to a command that reads a config."""
+    """Add ``--cfg-options`` and ``--data`` to a command that reads a config."""
+    parser.add_argument(
+        '--data',
+        metavar='DIR',
+        help='a folder of your own images and annotations, whose layout, splits and classes are found: COCO, '
+        'VOC, YOLO, '
+        'LabelMe, label maps, a folder per class',
+    )
+    parser.add_argument(
+        '--data-options',
+        nargs='+',
+        action=_Settings,
+        metavar='KEY=VALUE',
+        help='how to read --data: val=0.2 and test=0 (shares of the images, where the folder has no such '
+        'split), seed=0, '
+        'layout=NAME, skip=True (leave out images that cannot be read)',
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -72,6 +89,12 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
     )
+
+
+def data_of(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What ``--data`` and ``--data-options`` say, for :func:`mona_mm.commands.config.load_config`."""
+    said = {**({} if args.data is None else dict(folder=args.data)), **(args.data_options or {})}
+    return said or None
 
 
 def new_file(path: str) -> str:
@@ -85,15 +108,6 @@ def new_file(path: str) -> str:
     return path
 
 
-def work_dir(cfg: Config, file: str) -> str:
-    """The work dir of a config that was read from ``file``: its own, or the default of the tools."""
-    if cfg.get('work_dir') is not None:
-        return cfg.work_dir
-    # A folder for each task of a config, so that every run has its own log, plan and checkpoints.
-    name = osp.splitext(osp.basename(file))[0]
-    return osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
-
-
 def read_run_config(args: argparse.Namespace) -> Config:
     """Read the config that the arguments of :func:`run_parser` name, check it, and adapt it to this machine.
 
@@ -101,15 +115,21 @@ def read_run_config(args: argparse.Namespace) -> Config:
         ConfigError: if the config has mistakes; it names all that can be found before anything is built.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, data_of(args), args.work_dir)
     cfg.launcher = args.launcher
-    cfg.work_dir = work_dir(cfg, args.config) if args.work_dir is None else args.work_dir
+    cfg.work_dir = default_work_dir(cfg, args.config) if args.work_dir is None else args.work_dir
     if getattr(args, 'amp', False):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     check_config(cfg, args.cfg_options or ())
     adapt_to_device(cfg)
     return cfg
+
+
+def show_report(report: DataReport, cfg: Config) -> None:
+    """Print what the data of a run hold, and write all of it and a picture into the work dir, in the main process."""
+    if is_main_process():
+        print(*report.lines(report.write(cfg.work_dir)), sep='\n', flush=True)
 
 
 def join_process_group(cfg: Config) -> None:

@@ -1,7 +1,6 @@
 """Read a config for the command lines: apply options and data paths, and adapt it to a machine without accelerator."""
 
 import os.path as osp
-from collections.abc import Callable
 from logging import WARNING
 from typing import Any
 
@@ -11,19 +10,34 @@ from mmengine.logging import print_log
 
 from mona_mm.checkpoint.base import is_gone
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
-from mona_mm.commands.data import SPLITS, datasets
+from mona_mm.commands.config_nodes import SPLITS, datasets, map_children, set_num_classes
+from mona_mm.commands.own_data import use_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.type_names import is_type
 
 
-def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it.
+def load_config(
+    file: str,
+    options: dict[str, Any] | None = None,
+    data: str | dict[str, Any] | None = None,
+    work_dir: str | None = None,
+    write_data: bool = True,
+) -> Config:
+    """Read a config file, set it to the data in a folder if one is named, and merge ``--cfg-options`` into it.
 
     mmengine merges options after the file has been evaluated, so values that were computed from them do not change. For
     three options they do here: ``data_root``, from which all data paths are made; ``classes``, the names of the data
     set's classes, which also sets every ``num_classes`` of the model; and ``task``, in a config with ``tasks``, which
     applies the settings of that task (``num_classes`` to the model, all others to the data sets) and its folder in
     ``data_root``.
+
+    Args:
+        file: the config file.
+        options: values by the paths of their keys.
+        data: the folder that :func:`mona_mm.commands.own_data.use_data` sets the config to, or its options with the
+            folder as ``folder``; by default the ``data`` of the config, if it has one.
+        work_dir: the work dir, below which the annotations of ``data`` are written; by default the config's own.
+        write_data: whether they are written; without them the config says what its classes are, but has no data.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -33,15 +47,41 @@ def load_config(file: str, options: dict[str, Any] | None = None) -> Config:
         raise MissingFileError(f'There is no config file {file}.')
     cfg = Config.fromfile(file)
     options = dict(options or {})
+    data = _data_options(cfg, data, options)
+    if data:
+        place = work_dir or options.get('work_dir') or default_work_dir(cfg, file)
+        use_data(cfg, data, place, options.pop('classes', None), write_data)
     task, data_root, classes = (options.pop(key, None) for key in ('task', 'data_root', 'classes'))
     if task is not None:
         _set_task(cfg, str(task))
     if data_root is not None:
         _set_data_root(cfg, osp.join(str(data_root), ''))
     if classes is not None:
-        _set_classes(cfg, (classes,) if isinstance(classes, str) else tuple(classes))
+        names = classes if isinstance(classes, list | tuple) else (classes,)
+        _set_classes(cfg, tuple(map(str, names)))  # a digit is read as a number, but is a name here
     cfg.merge_from_dict(options)
     return cfg
+
+
+def _data_options(cfg: Config, data: str | dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Merge what the config, the options of the command line and its ``--data`` say about the folder of data."""
+    in_config = cfg.pop('data', None) if isinstance(cfg.get('data'), str | dict) else None
+    said: dict[str, Any] = {}
+    for each in (in_config, options.pop('data', None), data):
+        said |= dict(folder=each) if isinstance(each, str) else dict(each or {})
+    said |= {key[5:]: options.pop(key) for key in [key for key in options if key.startswith('data.')]}
+    if said and not said.get('folder'):
+        raise ConfigError('--data-options say how to read the folder of --data, so name that, too.')
+    return said
+
+
+def default_work_dir(cfg: Config, file: str) -> str:
+    """The work dir of a config that was read from ``file``: its own, or the default of the tools."""
+    if cfg.get('work_dir') is not None:
+        return cfg.work_dir
+    # A folder for each task of a config, so that every run has its own log, plan and checkpoints.
+    name = osp.splitext(osp.basename(file))[0]
+    return osp.join('work_dirs', name, *([cfg.task] if cfg.get('task') else []))
 
 
 def _set_task(cfg: Config, task: str) -> None:
@@ -52,7 +92,7 @@ def _set_task(cfg: Config, task: str) -> None:
         raise ConfigError(f'task={task}: {cfg.filename} has no such task. Its tasks are {", ".join(tasks)}.')
     _replace_folder(cfg, osp.join(cfg.data_root, cfg.task, ''), osp.join(cfg.data_root, task, ''))
     settings = dict(tasks[task])
-    _set_num_classes(cfg, settings.pop('num_classes'))
+    set_num_classes(cfg.model, settings.pop('num_classes'))
     for split in SPLITS:
         for dataset in datasets(cfg, split):
             dataset.update(settings)
@@ -73,38 +113,16 @@ def _replace_folder(cfg: Config, old: str, new: str) -> None:
     def replace(node: Any) -> Any:
         if isinstance(node, str):
             return new + node[len(old) :] if osp.join(node, '').startswith(old) else node
-        return _map_children(node, replace)
+        return map_children(node, replace)
 
     replace(cfg._cfg_dict)
 
 
 def _set_classes(cfg: Config, classes: tuple[str, ...]) -> None:
-    _set_num_classes(cfg, len(classes))
+    set_num_classes(cfg.model, len(classes))
     for split in SPLITS:
         for dataset in datasets(cfg, split):
             dataset['metainfo'] = {**(dataset.get('metainfo') or {}), 'classes': classes}
-
-
-def _set_num_classes(cfg: Config, count: int) -> None:
-    def replace(node: Any) -> Any:
-        if isinstance(node, dict) and 'num_classes' in node:
-            node['num_classes'] = count
-        return _map_children(node, replace)
-
-    replace(cfg.model)
-
-
-def _map_children(node: Any, function: Callable[[Any], Any]) -> Any:
-    """Apply ``function`` to every child of a dict or list in place, and of a tuple in a new tuple.
-
-    Lazy imports of a pure-Python config stay lazy, since a class could not be dumped as text.
-    """
-    if isinstance(node, tuple):
-        return tuple(function(child) for child in node)
-    items = dict.items(node) if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in list(items):
-        node[key] = function(child)
-    return node
 
 
 def has_accelerator() -> bool:
@@ -145,7 +163,7 @@ def _replace_sync_bn(cfg: dict, type_: str) -> bool:
         if isinstance(node, dict) and is_type(node, 'SyncBN'):
             node['type'] = type_
             found = True
-        return _map_children(node, replace)
+        return map_children(node, replace)
 
     replace(cfg)
     return found

@@ -1,0 +1,119 @@
+"""The interface of a layout."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mona_mm.own_data.findings import Findings
+from mona_mm.own_data.images import Header, ImageIndex, read_header
+from mona_mm.own_data.samples import OwnData, Sample
+
+
+@dataclass
+class Folder:
+    """A folder to read, with what all layouts need.
+
+    Args:
+        root: the folder, an absolute path.
+        files: all its files.
+        findings: where faults are noted.
+        skip_unreadable: whether images that cannot be read are left out; otherwise they are errors.
+        extracted: where images that are inside annotation files are written.
+    """
+
+    root: Path
+    files: list[Path]
+    findings: Findings = field(default_factory=Findings)
+    skip_unreadable: bool = False
+    extracted: Path | None = None
+    _images: ImageIndex | None = None
+    _headers: dict[Path, Header] = field(default_factory=dict)
+
+    @property
+    def images(self) -> ImageIndex:
+        """The images below the folder."""
+        if self._images is None:
+            self._images = ImageIndex(self.root)
+        return self._images
+
+    def with_suffix(self, *suffixes: str) -> list[Path]:
+        """The files of some suffixes."""
+        return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    def show(self, path: Path) -> str:
+        """A path as the report names it."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+    def header(self, image: Path) -> Header:
+        """The header of an image, read once."""
+        if image not in self._headers:
+            self._headers[image] = read_header(image)
+        return self._headers[image]
+
+    def sample(self, image: Path) -> Sample | None:
+        """A sample of an image, with its size; None, noted as a fault, if it cannot be read."""
+        header = self.header(image)
+        if header.problem:
+            self.unreadable(f'{self.show(image)}: {header.problem}')
+            return None
+        if header.mode.startswith('I'):
+            self.findings.warn('images have 16 bits a channel', self.show(image), 'read as 8 bits, divided by 256')
+        if header.width * header.height > 100_000_000:
+            self.findings.warn(
+                'images have more than 100 million pixels', self.show(image), 'slow to read: make them smaller'
+            )
+        return Sample(image, header.width, header.height)
+
+    def unreadable(self, what: str) -> None:
+        """Note an image that is missing or cannot be read."""
+        if self.skip_unreadable:
+            self.findings.warn('images are missing or cannot be read', what, 'left out')
+        else:
+            self.findings.error(
+                'images are missing or cannot be read',
+                what,
+                'mend them, or leave them out with --data-options skip=True',
+            )
+
+
+class Layout(ABC):
+    """A layout of a folder.
+
+    ``name`` is what ``--data-options layout=`` names it by, ``title`` its name in the report, ``tasks`` which models it
+    has data for: ``'boxes'`` for detectors, ``'maps'`` for segmentors, ``'labels'`` for classifiers.
+    """
+
+    name: str
+    title: str
+    tasks: Sequence[str]
+
+    @abstractmethod
+    def recognise(self, folder: Folder) -> bool:
+        """Whether a folder has this layout."""
+
+    @abstractmethod
+    def read(self, folder: Folder) -> OwnData:
+        """Read a folder. Faults are noted in its findings; only what leaves nothing to read raises a ConfigError."""
+
+
+def class_names(names: Sequence[object], findings: Findings, source: str) -> tuple[str, ...]:
+    """Names of classes as text, checked: none empty, none twice."""
+    texts = tuple(str(name).strip() for name in names)
+    for number, text in enumerate(texts):
+        if not text:
+            findings.error('classes have no name', f'class {number} of {source}')
+        elif text in texts[:number]:
+            findings.error('names of classes occur twice', f'{text!r} in {source}')
+    return texts
+
+
+def natural(name: str) -> tuple:
+    """A key that sorts names with numbers as people do: 2 before 10."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def classes_file(folder: Folder) -> Path | None:
+    """A text file with a name of a class in each line, if there is one at the top of the folder."""
+    names = ('classes.txt', 'labels.txt', 'obj.names', 'class_names.txt', 'names.txt', 'label_names.txt')
+    return next((folder.root / name for name in names if (folder.root / name).is_file()), None)

@@ -1,0 +1,125 @@
+"""Splits: completed where the folder has only some, drawn by a seed where it has none; no image on both sides."""
+
+import random
+from collections import defaultdict
+from collections.abc import Collection
+
+from mona_mm.own_data.findings import Findings
+from mona_mm.own_data.images import equal_files
+from mona_mm.own_data.samples import OwnData, Sample
+
+
+def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float = 0.0) -> None:
+    """Give the data a training and a validation split, and a test split if ``test`` asks for one; in place.
+
+    Splits that the folder has stay. What is missing is drawn from the training images by the seed, so that every class
+    has its share on each side; images of equal content stay together.
+
+    Args:
+        data: the samples, those of no split under ``''``.
+        seed: of the draw.
+        val: the share of the images that validate, where the folder has no validation split.
+        test: the share that are kept for the test, where the folder has no test split.
+    """
+    loose = data.splits.pop('', [])
+    if loose:
+        if 'train' in data.splits:
+            text = 'annotations are in no split, as others are'
+            data.findings.warn(text, loose[0].image.name, 'they join the training images', len(loose))
+        data.splits['train'] = data.splits.get('train', []) + loose
+    if 'train' not in data.splits and data.splits:
+        only = next(iter(data.splits))
+        data.notes.append(f'the folder has no training split: it is drawn from {only}')
+        data.splits['train'] = data.splits.pop(only)
+    shares = {}
+    if not data.splits.get('val') and val > 0:
+        shares['val'] = val
+    if not data.splits.get('test') and test > 0:
+        shares['test'] = test
+    if shares:
+        _draw(data, shares, seed)
+    _note_duplicates(data)
+
+
+def _draw(data: OwnData, shares: dict[str, float], seed: int) -> None:
+    samples = data.splits['train']
+    groups, equal = _groups(samples)
+    if equal:
+        example = ' = '.join('/'.join(sample.image.parts[-3:]) for sample in equal[0][:2])
+        data.findings.warn('groups of images have equal content', example, 'each kept in one split', len(equal))
+    chosen = stratify([_labels(group) for group in groups], [len(group) for group in groups], shares, seed)
+    parts: dict[str, list[Sample]] = {'train': [], **{split: [] for split in shares}}
+    for group, split in zip(groups, chosen, strict=True):
+        parts[split] += group
+    data.splits.update(parts)
+    percent = ', '.join(f'{share:.0%} {split}' for split, share in shares.items())
+    data.notes.append(f'split drawn from {len(samples)} images: {percent}, every class in proportion, seed {seed}')
+
+
+def _groups(samples: list[Sample]) -> tuple[list[list[Sample]], list[list[Sample]]]:
+    """The samples in groups of equal content, and those groups that have more than one."""
+    by_path = {str(sample.image): sample for sample in samples}
+    equal = [[by_path[path] for path in group] for group in equal_files(by_path)]
+    together = {id(sample) for group in equal for sample in group}
+    return [*equal, *([sample] for sample in samples if id(sample) not in together)], equal
+
+
+def _labels(group: list[Sample]) -> set[int]:
+    labels = {instance.label for sample in group for instance in sample.instances}
+    labels |= {label for sample in group for label in sample.present if label != 255}
+    return labels | {sample.label for sample in group if sample.label is not None}
+
+
+def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, float], seed: int) -> list[str]:
+    """Choose ``'train'`` or a split of ``shares`` for each group of images.
+
+    The rarest class is dealt out first; each group goes to the split that lacks most of that class, and of images. A
+    class of a single group stays in training.
+
+    Args:
+        labels: the classes in each group.
+        sizes: the number of images in each group.
+        shares: the share of the images that each split but the training is to have.
+        seed: of the order.
+    """
+    order = list(range(len(labels)))
+    random.Random(seed).shuffle(order)
+    weights = {'train': 1.0 - sum(shares.values()), **shares}
+    groups_of = defaultdict(list)
+    for i in order:
+        for label in labels[i] or (-1,):
+            groups_of[label].append(i)
+    wanted = {(split, None): weight * sum(sizes) for split, weight in weights.items()}
+    for label, groups in groups_of.items():
+        for split, weight in weights.items():
+            wanted[split, label] = weight * len(groups)
+    chosen: dict[int, str] = {}
+    for label in sorted(groups_of, key=lambda label: (len(groups_of[label]), label)):
+        for i in groups_of[label]:
+            if i not in chosen:
+                lacking = max(weights, key=lambda split: (wanted[split, label], wanted[split, None]))
+                split = lacking if len(groups_of[label]) > 1 else 'train'
+                chosen[i] = split
+                wanted[split, None] -= sizes[i]
+                for each in labels[i] or (-1,):
+                    wanted[split, each] -= 1
+    for split in shares:
+        if len(labels) > 1 and split not in chosen.values():
+            chosen[order[0]] = split
+    return [chosen[i] for i in range(len(labels))]
+
+
+def _note_duplicates(data: OwnData) -> None:
+    """Warn of images whose content is in more than one split."""
+    note_duplicates(
+        {str(sample.image): split for split, samples in data.splits.items() for sample in samples}, data.findings
+    )
+
+
+def note_duplicates(split_of: dict[str, str], findings: Findings) -> None:
+    """Warn of images whose content is in more than one split, given the split of each path."""
+    for group in equal_files(split_of, split_of.get):
+        splits = ' and '.join(sorted({split_of[path] for path in group}))
+        names = [next(path for path in group if split_of[path] == split) for split in splits.split(' and ')[:2]]
+        example = ' = '.join('/'.join(path.split('/')[-3:]) for path in names)
+        findings.warn(f'images are in {splits} alike', example, 'scores will be too good')
