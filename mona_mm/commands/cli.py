@@ -18,6 +18,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
+from mona_mm.commands.run_hooks import add_hooks
 from mona_mm.errors import ConfigError, UserError
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
@@ -98,6 +99,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     adapt_to_device(cfg)
+    add_hooks(cfg)
     return cfg
 
 

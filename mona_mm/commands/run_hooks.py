@@ -1,0 +1,50 @@
+"""The hooks that every run of the command lines has, whether or not its config names them."""
+
+from typing import Any
+
+from mmengine.config import Config
+
+from mona_mm.type_names import is_type
+
+_OF_OUR_MODELS = (
+    'mona_mm.ParamFreezeHook',
+    'mona_mm.LoadCheckHook',
+    'mona_mm.DeltaCheckpointHook',
+    'mona_mm.IterationSeedHook',
+)
+_OF_ALL = ('mona_mm.RunReportHook',)
+
+
+def add_hooks(cfg: Config) -> None:
+    """Add the hooks that a config does not name, in place.
+
+    A model with a ``PeftBackbone``, ``PeftModel`` or ``FrozenModel`` gets the table of what trains, the check of
+    checkpoints, deltas, exact resuming and, in place of mmengine's own checkpoint hook, the one whose files a stopped
+    process cannot break. Every model gets the page of the run.
+    """
+    ours = adapts(cfg.get('model'))
+    hooks = list(cfg.get('custom_hooks') or [])
+    for name in (*(_OF_OUR_MODELS if ours else ()), *_OF_ALL):
+        if not any(is_type(hook, name) for hook in hooks):
+            hooks.append(dict(type=name))
+    cfg.custom_hooks = hooks
+    default = dict(cfg.get('default_hooks') or {})
+    checkpoint = default.get('checkpoint') or dict(type='CheckpointHook', interval=1)  # mmengine's default
+    if ours and _is_plain(checkpoint):
+        default['checkpoint'] = {**checkpoint, 'type': 'mona_mm.SafeCheckpointHook'}
+        cfg.default_hooks = default
+
+
+def adapts(node: Any) -> bool:
+    """Whether a config, or anything in it, is a ``PeftBackbone``, ``PeftModel`` or ``FrozenModel``."""
+    if isinstance(node, dict):
+        if is_type(node, 'mona_mm.PeftBackbone', 'mona_mm.PeftModel', 'mona_mm.FrozenModel'):
+            return True
+        return any(adapts(value) for value in dict.values(node))
+    return isinstance(node, list | tuple) and any(map(adapts, node))
+
+
+def _is_plain(hook: dict[str, Any]) -> bool:
+    """Whether a hook is mmengine's checkpoint hook with local files."""
+    remote = hook.get('backend_args') or hook.get('file_client_args')
+    return is_type(hook, 'mmengine.CheckpointHook') and not remote
