@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--cfg-options ...]"""
+"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--tta] [--cfg-options]"""
 
 import os.path as osp
 
@@ -12,6 +12,7 @@ from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import require_plan
+from mona_mm.commands.tta import use_tta
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.nn.wrappers import innermost
 from mona_mm.type_names import is_type
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument('checkpoint', help='whole checkpoint (.pth) or delta (.delta.safetensors)')
     parser.add_argument('--show-dir', help='write a picture of every image here: ground truth left, predictions right')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--tta', action='store_true', help='merge the predictions of each image and its mirror image')
     args = parser.parse_args()
     if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
         raise MissingFileError(f'There is no checkpoint {args.checkpoint}.')
@@ -56,6 +58,8 @@ def main() -> None:
         raise ConfigError(f'--out {args.out}: predictions are written as .pkl.')
     cfg = read_run_config(args)
     check_data(cfg, ('test',))
+    if args.tta:
+        use_tta(cfg)
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     delta_base = None
     if args.checkpoint.endswith(SUFFIX):

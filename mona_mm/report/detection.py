@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from mona_mm.report.evaluator import Chart, Confusion, Curve, Evaluation, Evaluator, Picture, array, chosen, share
-from mona_mm.report.pictures import class_colour, draw_box, draw_outlines, read_image, titled
+from mona_mm.report.pictures import class_colour, draw_box, draw_outlines, outlines_of, read_image, titled
 
 IOU = 0.5
 """The intersection over union from which a detection counts as a hit."""
@@ -16,7 +16,9 @@ IOU = 0.5
 _WIDTH = 420  # of a picture, in pixels
 _LINES = 10  # classes in a chart, those with the most objects
 _OUTLINED = 40  # the detections of an image whose masks may be drawn
-_BACKGROUND = 'nothing'
+_NO_OBJECT = 'no object'
+_MISSED = 'missed'
+_WRITTEN = 25  # the boxes of an image up to which their classes are written
 
 Outlines = list[np.ndarray]
 
@@ -67,7 +69,7 @@ class DetectionEvaluator(Evaluator):
         )
         if draw and 'masks' in found:
             masks = found.masks
-            image.outlines = [_outlines_of(array(masks[int(i)]) > 0.5) for i in order[:_OUTLINED]]
+            image.outlines = [outlines_of(array(masks[int(i)]) > 0.5) for i in order[:_OUTLINED]]
         self._images.append(image)
 
     def _truth(
@@ -218,9 +220,9 @@ class DetectionEvaluator(Evaluator):
         names = [self.class_name(i) for i in range(size)]
         caption = (
             f'Detections of a score of at least {best:.2f} by the annotation that they overlap with an IoU of at least '
-            f'{IOU}. The row "{_BACKGROUND}" has the detections without an object, the column those that were missed.'
+            f'{IOU}, whatever its class.'
         )
-        return Confusion(counts, [*names, _BACKGROUND], [*names, _BACKGROUND], caption)
+        return Confusion(counts, [*names, _NO_OBJECT], [*names, _MISSED], caption)
 
     def _draw(self, result: Evaluation, best: float) -> None:
         scores, found = {}, {}
@@ -246,7 +248,9 @@ class DetectionEvaluator(Evaluator):
         for outlines, label in zip(image.truth_outlines, image.truth_labels, strict=False):
             draw_outlines(truth, [scale * outline for outline in outlines], class_colour(label))
         for box, label in zip(image.truth, image.truth_labels, strict=True):
-            draw_box(truth, scale * box, class_colour(label), self.class_name(label))
+            draw_box(
+                truth, scale * box, class_colour(label), self.class_name(label) if len(image.truth) <= _WRITTEN else ''
+            )
         sure = np.flatnonzero(image.scores >= best)
         for i in sure:
             label = image.labels[i]
@@ -318,11 +322,6 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = 200) -> Curve:
 
 def _key(info: Mapping[str, Any]) -> Any:
     return info.get('img_id', info.get('img_path'))
-
-
-def _outlines_of(mask: np.ndarray) -> Outlines:
-    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [outline[:, 0] for outline in found]
 
 
 def _polygons(mask: Any) -> Outlines:

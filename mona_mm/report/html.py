@@ -36,7 +36,8 @@ th:first-child, td:first-child, .text { text-align: left; }
 figure { margin: 1.2rem 0; }
 figure svg, figure img { max-width: 100%; height: auto; }
 figcaption, .note { color: var(--quiet); font-size: 13px; }
-pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; padding: .6rem .8rem; font-size: 12.5px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: 4px;
+  padding: .6rem .8rem; font-size: 12.5px; }
 summary { cursor: pointer; color: var(--link); }
 """
 

@@ -50,15 +50,20 @@ def read_image(path: str, width: int) -> tuple[np.ndarray, float]:
     return cv2.resize(image, (width, max(1, round(scale * image.shape[0]))), interpolation=interpolation), scale
 
 
-def draw_box(image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int], text: str = '') -> None:
-    """Draw a box ``(x1, y1, x2, y2)`` into an image, with a text at its upper left corner."""
+def draw_box(
+    image: np.ndarray, box: Sequence[float], colour: tuple[int, int, int], text: str = '', scale: float = 1.0
+) -> None:
+    """Draw a box ``(x1, y1, x2, y2)`` into an image, with a text at its upper left corner, larger by ``scale``."""
+    scale = max(scale, 1.0)
     x1, y1, x2, y2 = (round(float(value)) for value in box)
-    cv2.rectangle(image, (x1, y1), (x2, y2), colour, 1, cv2.LINE_AA)
+    line = max(1, round(scale))
+    cv2.rectangle(image, (x1, y1), (x2, y2), colour, line, cv2.LINE_AA)
     if text:
-        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.32, 1)
+        size = 0.32 * scale
+        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, size, line)
         y = max(y1, height + 3)
         cv2.rectangle(image, (x1, y - height - 3), (x1 + width + 2, y), colour, -1)
-        cv2.putText(image, text, (x1 + 1, y - 2), cv2.FONT_HERSHEY_SIMPLEX, 0.32, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(image, text, (x1 + 1, y - 2), cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), line, cv2.LINE_AA)
 
 
 def draw_outlines(image: np.ndarray, outlines: Sequence[np.ndarray], colour: tuple[int, int, int]) -> None:
@@ -90,3 +95,9 @@ def in_rows(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """Images of one size in rows of ``columns``, with white at the end of the last one."""
     images = [*images, *[np.full_like(images[0], 255)] * (-len(images) % columns)]
     return np.vstack([np.hstack(images[i : i + columns]) for i in range(0, len(images), columns)])
+
+
+def outlines_of(mask: np.ndarray) -> list[np.ndarray]:
+    """The outlines, each ``(N, 2)``, of a mask ``(H, W)``."""
+    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [outline[:, 0] for outline in found]

@@ -205,7 +205,7 @@ def _evaluation_parts(evaluation: Evaluation) -> list[str]:
         parts.append(_charts([(chart, False) for chart in evaluation.charts]))
     if evaluation.confusion is not None:
         parts += ['<h2>Confusion</h2>', _confusion(evaluation.confusion)]
-    headings = dict(best='Best images', worst='Worst images', random='Other images')
+    headings = dict(best='Best images', worst='Worst images', random='Random images')
     for kind, heading in headings.items():
         pictures = [picture for picture in evaluation.pictures if picture.kind == kind]
         if pictures:
