@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--tta] [--cfg-options]"""
+"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--tta]"""
 
 import os.path as osp
 

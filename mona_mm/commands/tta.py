@@ -24,10 +24,8 @@ def library_of(cfg: Config) -> str:
     """
     enter_scope(cfg)
     model = cfg.model
-    while is_type(model, 'mona_mm.PeftModel', 'mona_mm.FrozenModel') or (
-        model.get('module') and 'backbone' not in model
-    ):
-        model = model.get('base') or model['module']
+    while 'backbone' not in model and (inside := model.get('base') or model.get('module')):
+        model = inside  # a PeftModel or FrozenModel, or a wrapper for test-time augmentation
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = look_up(registry, model.get('type'))
     for base in getattr(cls, '__mro__', ()):
