@@ -19,6 +19,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.commands.run_hooks import add_hooks
+from mona_mm.compat.terminal import short_terminal
 from mona_mm.errors import ConfigError, UserError
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
@@ -121,9 +122,15 @@ def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: b
         allow_other_base: whether deltas may be loaded on another base than their own.
     """
     _join_gloo(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    with short_terminal():
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.logger.info(f'The environment, the config and all that follows are in {_log_file(runner)}')
     expect_delta(runner.model, delta_base, allow_other_base)
     return runner
+
+
+def _log_file(runner: Runner) -> str:
+    return osp.join(runner.work_dir, runner.timestamp, f'{runner.timestamp}.log')
 
 
 def _join_gloo(cfg: Config) -> None:
