@@ -5,6 +5,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from mmengine.registry import MODELS
+
+from mona_mm.commands.config import load_config
+from mona_mm.type_names import enter_scope
 
 HEAD = """
 default_scope = '{library}'
@@ -98,3 +103,18 @@ def config(file: Path, **parts: str) -> Path:
 def write(file: Path, image: np.ndarray) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(file), image)
+
+
+def checkpoint_of(config: Path) -> Path:
+    """A whole checkpoint of a config's model, whose random weights make predictions that differ."""
+    cfg = load_config(str(config))
+    enter_scope(cfg)
+    torch.manual_seed(3)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    file = config.with_suffix('.pth')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('x', 'y', 'z')))), file)
+    return file
