@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 from tiny_tasks import checkpoint_of, classifier, segmentor, write
 
 from mona_mm.commands.config import load_config
@@ -17,6 +18,7 @@ from mona_mm.commands.predict import load_model, predict
 from mona_mm.commands.sources import Source, find_sources
 from mona_mm.commands.tta import library_of, use_tta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
+from mona_mm.type_names import enter_scope
 
 
 def image(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -169,18 +171,39 @@ def test_views_are_merged(make, tmp_path):
     assert difference(tta=True) < 1e-4 < difference(tta=False)
 
 
+def test_the_truth_of_views(tmp_path):
+    """The first view of an image and its label map are unchanged, since they are those that the result is compared
+    with; the second is mirrored."""
+    cfg = load_config(str(segmentor(tmp_path)))
+    enter_scope(cfg)
+    plain = DATASETS.build(cfg.test_dataloader.dataset)[0]
+    use_tta(cfg)
+    views = DATASETS.build(cfg.test_dataloader.dataset)[0]
+    assert torch.equal(views['inputs'][0], plain['inputs']) and torch.equal(
+        views['inputs'][1], plain['inputs'].flip(-1)
+    )
+    truth = [sample.gt_sem_seg.data for sample in views['data_samples']]
+    assert torch.equal(truth[0], plain['data_samples'].gt_sem_seg.data)
+    assert [sample.flip for sample in views['data_samples']] == [False, True]
+
+
 def test_a_test_with_views(tool, tmp_path):
-    """tools/test.py --tta: the truth is that of the unchanged view, so the scores of an all-knowing model would stay."""
+    """By the tool: the scores are those of the same test in Python."""
     config = segmentor(tmp_path)
-    weights = checkpoint_of(config)
-    found = {}
-    for tta in ([], ['--tta']):
-        work = tmp_path / f'work{len(tta)}'
-        status, out, err = tool('test.py', str(config), str(weights), '--work-dir', str(work), *tta)
-        assert status == 0, err
-        with (work / 'test_results.csv').open(newline='') as lines:
-            found[len(tta)] = float(next(csv.DictReader(lines))['mIoU'])
-    assert 0 <= found[1] <= 100
+    weights, work = checkpoint_of(config), tmp_path / 'work'
+    status, out, err = tool('test.py', str(config), str(weights), '--work-dir', str(work), '--tta')
+    assert status == 0, err
+    cfg = load_config(str(config))
+    use_tta(cfg)
+    loaded = load_model(cfg, str(weights))
+    both = np.zeros((3, 3))
+    for item in predict(loaded, find_sources([str(tmp_path / 'images')])):
+        truth = cv2.imread(str(tmp_path / f'labels/{item.name}.png'), -1)
+        np.add.at(both, (truth, item.sample.pred_sem_seg.data[0].numpy()), 1)
+    iou = both.diagonal() / (both.sum(0) + both.sum(1) - both.diagonal())
+    with (work / 'test_results.csv').open(newline='') as lines:
+        found = float(next(csv.DictReader(lines))['mIoU'])
+    assert found == pytest.approx(100 * np.nanmean(iou), abs=0.01)
 
 
 def test_what_views_cannot_be_merged(detector_config):

@@ -6,6 +6,7 @@ from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser
 from mona_mm.commands.config import fine_tune_from, resume_from
 from mona_mm.commands.data import check_data
+from mona_mm.commands.dry_run import dry_run
 from mona_mm.commands.planning import make_plan
 from mona_mm.errors import ConfigError
 
@@ -28,6 +29,15 @@ def main() -> None:
         metavar='CHECKPOINT',
         help="start from this model, of the same config but for its classes: the heads' last layers begin anew",
     )
+    parser.add_argument(
+        '--early-stopping',
+        type=int,
+        metavar='N',
+        help='end when the main metric has not improved for N evaluations, and keep the best checkpoint',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='make three steps, print what memory and time the run needs, and end'
+    )
     args = parser.parse_args()
     cfg = read_run_config(args)
     check_data(cfg, ('train', 'val'))
@@ -44,6 +54,9 @@ def main() -> None:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
+    if args.dry_run:
+        print(dry_run(cfg, delta_base, args.allow_other_base))
+        return
     build_runner(cfg, delta_base, args.allow_other_base).train()
 
 

@@ -1,6 +1,7 @@
 """Arguments, work dirs, runners and error messages of the command lines in ``tools/``."""
 
 import argparse
+import logging
 import os
 import os.path as osp
 import re
@@ -19,6 +20,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.commands.run_hooks import add_hooks
+from mona_mm.commands.watching import add_watching, apply_watching
 from mona_mm.compat.terminal import short_terminal
 from mona_mm.errors import ConfigError, UserError
 
@@ -54,6 +56,7 @@ def run_parser(description: str) -> argparse.ArgumentParser:
         action='store_true',
         help='load a delta although the frozen base is not the one on which it was trained',
     )
+    add_watching(parser)
     parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser
@@ -100,6 +103,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     adapt_to_device(cfg)
+    apply_watching(cfg, args)
     add_hooks(cfg)
     return cfg
 
@@ -127,6 +131,14 @@ def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: b
     runner.logger.info(f'The environment, the config and all that follows are in {_log_file(runner)}')
     expect_delta(runner.model, delta_base, allow_other_base)
     return runner
+
+
+def close_log_file(runner: Runner) -> None:
+    """Close the log file of a runner whose work dir will be removed."""
+    for handler in list(runner.logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+            runner.logger.removeHandler(handler)
 
 
 def _log_file(runner: Runner) -> str:

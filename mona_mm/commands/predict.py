@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.commands.cli import build_runner
+from mona_mm.commands.cli import build_runner, close_log_file
 from mona_mm.commands.config import adapt_to_device
 from mona_mm.commands.data import datasets
 from mona_mm.commands.planning import require_plan
@@ -91,10 +91,7 @@ def load_model(cfg: Config, weights: str, allow_other_base: bool = False) -> Loa
         cfg.work_dir = folder
         runner = build_runner(cfg, base, allow_other_base)
         checkpoint = runner.load_checkpoint(weights)
-        for handler in list(runner.logger.handlers):
-            if hasattr(handler, 'baseFilename'):  # its folder goes
-                handler.close()
-                runner.logger.removeHandler(handler)
+        close_log_file(runner)
     meta = ((checkpoint or {}).get('meta') or {}).get('dataset_meta') or {}
     classes = meta.get('classes') or meta.get('CLASSES') or _classes(cfg)
     model = runner.model.eval()
