@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from tiny_tasks import checkpoint_of, classifier, segmentor, write
 
 from mona_mm.commands.config import load_config
@@ -76,7 +77,7 @@ def test_boxes_of_all_anchors_hold_the_predicted_ones(tmp_path):
             anchor_generator=dict(
                 type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[0.5, 2.0], strides=[8, 16]
             ),
-            test_cfg=dict(
+            test_cfg=ConfigDict(
                 nms_pre=-1, min_bbox_size=0, score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=20
             ),
         )

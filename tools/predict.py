@@ -41,6 +41,8 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     library = library_of(cfg)
     if args.tta:
+        if library == 'mmseg' and args.score:
+            raise ConfigError('--score and --tta: of merged views mmseg keeps no probabilities. Leave one of them out.')
         use_tta(cfg)
     loaded = load_model(cfg, args.weights, args.allow_other_base)
     score = _SCORES[library] if args.score is None else args.score

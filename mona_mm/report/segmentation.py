@@ -65,6 +65,8 @@ class SegmentationEvaluator(Evaluator):
             probability = array(probability.maximum(1 - probability))[0]
         else:
             probability = array(logits.softmax(0).max(0).values)
+        if len(logits) > 1 and (array(logits.argmax(0)) != predicted[::_STEP, ::_STEP]).any():
+            return  # those of one of several views, where their predictions were merged
         known = known[::_STEP, ::_STEP]
         right = (truth == predicted)[::_STEP, ::_STEP][known].astype(np.int64)
         bins = np.minimum((_BINS * probability[known]).astype(np.int64), _BINS - 1)
