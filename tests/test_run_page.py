@@ -23,6 +23,7 @@ from mona_mm.report.detection import DetectionEvaluator
 from mona_mm.report.evaluator import chosen
 from mona_mm.report.run import main_metric, read_results
 from mona_mm.report.segmentation import SegmentationEvaluator
+from mona_mm.reproduce.own_runs import find_own_runs, render_own_runs
 
 
 class Truth:
@@ -305,3 +306,25 @@ def test_hooks_of_other_models():
     cfg = Config(dict(model=dict(type='mona_mm.PeftModel', base={}), default_hooks=dict(checkpoint=remote)))
     add_hooks(cfg)
     assert cfg.default_hooks.checkpoint == remote and names(cfg) == [*OURS, 'RunReportHook']
+
+
+def test_own_runs_beside_each_other(tmp_path):
+    """The best first, runs of one metric and of the same classes together."""
+    made = dict(
+        a=('iteration,seconds,mIoU,class/cat/IoU\n10,60,30,0.3\n20,3700,28,0.28\n', '1,234'),
+        b=('iteration,seconds,mIoU,class/cat/IoU\n10,50,45.5,0.4\n', '5'),
+        c=('iteration,coco/bbox_mAP\n7,0.25\n', None),
+    )
+    for name, (table, trained) in made.items():
+        (tmp_path / name / 'stamp').mkdir(parents=True)
+        (tmp_path / name / 'results.csv').write_text(table)
+        if trained:
+            log = f'trainable in the backbone: {trained} = 1.00% of the base'
+            (tmp_path / name / 'stamp/stamp.log').write_text(log)
+    (tmp_path / 'a/iter_20.delta.safetensors').write_bytes(bytes(1_500_000))
+    lines = render_own_runs(find_own_runs([tmp_path])).splitlines()
+    assert lines[0] == 'Runs on 1 classes (cat)' and lines[1].split()[:3] == ['run', 'best', 'mIoU']
+    cells = [re.split('  +', line.strip()) for line in lines]
+    assert cells[2] == [str(tmp_path / 'b'), '45.5', '10', '45.5', '5', '-', '0:00:50']
+    assert cells[3] == [str(tmp_path / 'a'), '30', '10', '28', '1,234', '1.5', '1:01:40']
+    assert cells[7] == [str(tmp_path / 'c'), '0.25', '7', '0.25', '-', '-', '-']
