@@ -93,16 +93,13 @@ def _table(metric: str, classes: tuple[str, ...], runs: list[OwnRun]) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        '  '.join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    names = [name.split('/')[1] for name in classes]
-    heading = (
-        f'Runs on {len(names)} classes ({", ".join(names[:8])}{", ..." if names[8:] else ""})' if names else 'Runs'
-    )
+    lines = []
+    for first, *others in rows:
+        numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append('  '.join([first.ljust(widths[0]), *numbers]))
+    names = [name.removeprefix('class/').rpartition('/')[0] for name in classes]
+    some = ', '.join(names[:8]) + (', ...' if names[8:] else '')
+    heading = f'Runs on {len(names)} classes ({some})' if names else 'Runs'
     return '\n'.join([heading, *lines])
 
 
