@@ -8,6 +8,7 @@ from mona_mm.commands.config import fine_tune_from, resume_from
 from mona_mm.commands.data import check_data
 from mona_mm.commands.dry_run import dry_run
 from mona_mm.commands.planning import make_plan
+from mona_mm.commands.watching import add_watching
 from mona_mm.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ def main() -> None:
         metavar='CHECKPOINT',
         help="start from this model, of the same config but for its classes: the heads' last layers begin anew",
     )
+    add_watching(parser)
     parser.add_argument(
         '--early-stopping',
         type=int,
@@ -49,7 +51,6 @@ def main() -> None:
     resumes_delta = cfg.get('resume') and cfg.load_from.endswith(SUFFIX)
     delta_base = whole_model_base(cfg, cfg.load_from) if resumes_delta else None
     join_process_group(cfg)
-    make_plan(cfg)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
@@ -57,6 +58,7 @@ def main() -> None:
     if args.dry_run:
         print(dry_run(cfg, delta_base, args.allow_other_base))
         return
+    make_plan(cfg)
     build_runner(cfg, delta_base, args.allow_other_base).train()
 
 

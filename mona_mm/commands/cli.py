@@ -20,7 +20,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from mona_mm.checkpoint.delta import expect_delta
 from mona_mm.commands.config import adapt_to_device, has_accelerator, load_config
 from mona_mm.commands.run_hooks import add_hooks
-from mona_mm.commands.watching import add_watching, apply_watching
+from mona_mm.commands.watching import apply_watching
 from mona_mm.compat.terminal import short_terminal
 from mona_mm.errors import ConfigError, UserError
 
@@ -56,7 +56,6 @@ def run_parser(description: str) -> argparse.ArgumentParser:
         action='store_true',
         help='load a delta although the frozen base is not the one on which it was trained',
     )
-    add_watching(parser)
     parser.add_argument('--launcher', choices=_LAUNCHERS, default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser

@@ -166,7 +166,7 @@ class RunReportHook(Hook):
             title=_title(runner, prefix),
             status=self._status(runner, prefix, ended),
             command=shlex.join(['python', *sys.argv]),
-            facts=self._facts(runner),
+            facts=self._facts(runner, ended),
             evaluations=self._rows,
             evaluation=getattr(self, '_evaluation', None),
             trains='' if prefix else getattr(self, '_trains', ''),
@@ -189,7 +189,7 @@ class RunReportHook(Hook):
             text += f' Best {name}: {best:.4g}, at iteration {row["iteration"]:,}.'
         return text
 
-    def _facts(self, runner: Runner) -> dict[str, str]:
+    def _facts(self, runner: Runner, ended: bool) -> dict[str, str]:
         facts = {'folder of the command': str(Path.cwd()), 'work dir': str(Path(runner.work_dir).resolve())}
         if self._begin is not None:
             seconds = time.perf_counter() - self._begin
@@ -198,7 +198,8 @@ class RunReportHook(Hook):
             if done:
                 left = (runner.max_iters - runner.iter) * seconds / done
                 facts['time of an iteration'] = f'{seconds / done:.3g} s with evaluation'
-                facts['time to go'] = _duration(left)
+                if not ended:
+                    facts['time to go'] = _duration(left)
         facts |= peak_memory()
         facts |= _files(runner)
         facts['this page'] = f'took {self.own_seconds:.1f} s of the run so far'
