@@ -9,7 +9,10 @@ from typing import Any
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 
-_LONG = (
+_ANYWHERE = ('\nSystem environment:', ' is skipped since its requires_grad=False')
+"""What else such messages have in them."""
+
+_BEGINNINGS = (
     'Config:\n',
     'Hooks will be executed in the following order',
     'Distributed training is not used, all SyncBatchNorm',
@@ -17,13 +20,13 @@ _LONG = (
     '"FileClient" will be deprecated',
     '"HardDiskBackend" is the alias of',
 )
-"""The beginnings of messages that are of no use at the start of a run: hundreds of lines, or the same in every run."""
+"""The beginnings of messages of no use at the start of a run: hundreds of lines, or the same in every run."""
 
 
 class _Short(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage().lstrip('\n')
-        return not message.startswith(_LONG) and '\nSystem environment:' not in message
+        return not message.startswith(_BEGINNINGS) and not any(text in message for text in _ANYWHERE)
 
 
 @contextmanager
