@@ -55,7 +55,7 @@ def test_a_detector_of_two_stages(detector_config, demo_data, tool, tmp_path):
     config = tmp_path / 'mine.py'
     detector_config.custom_hooks = []
     detector_config.dump(config)
-    weights = checkpoint_of(config)
+    weights = checkpoint_of(config, noise=0.02)
     images = sorted(map(str, demo_data.glob('val2017/*')))
     status, printed, err = tool('export.py', str(config), str(weights), str(tmp_path / 'out.onnx'), '--images', *images)
     assert status == 0, err

@@ -107,7 +107,7 @@ def write(file: Path, image: np.ndarray) -> None:
     cv2.imwrite(str(file), image)
 
 
-def checkpoint_of(config: Path) -> Path:
+def checkpoint_of(config: Path, noise: float = 0.2) -> Path:
     """A whole checkpoint of a config's model, whose random weights make predictions that differ."""
     cfg = load_config(str(config))
     enter_scope(cfg)
@@ -116,7 +116,7 @@ def checkpoint_of(config: Path) -> Path:
     model.init_weights()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     file = config.with_suffix('.pth')
     torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('x', 'y', 'z')))), file)
     return file

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from mona_mm.commands.predict import Loaded
 from mona_mm.errors import UserError
 from mona_mm.methods.base import deploy
 
-_OPSET = 17
+_LARGEST_RATIO = 16 / 1000  # of the sizes of a box and its anchor, the default of mmdet's coder
 _ROIS = 16  # regions of an image with which the heads of a two-stage detector are compared
-_EXPORTERS = dict(torchscript=False, dynamo=True)
-"""torch's exporters to try, by whether they are the one of torch.export."""
+_EXPORTERS = dict(
+    torchscript=dict(dynamo=False, opset_version=17),
+    dynamo=dict(dynamo=True, opset_version=18, verbose=False),
+)
+"""torch's exporters to try, with their options; the second is the one of torch.export."""
 
 
 @dataclass
@@ -174,9 +178,7 @@ def _segmentor(model: nn.Module, size: tuple[int, int]) -> tuple[Callable, tuple
 def _detector(model: nn.Module, size: tuple[int, int]) -> tuple[Callable, tuple[str, ...]]:
     two_stages = hasattr(model, 'roi_head')
     head = getattr(model, 'rpn_head' if two_stages else 'bbox_head', None)
-    with_anchors = getattr(getattr(head, 'bbox_coder', None), 'encode_size', 0) == 4 and hasattr(
-        head, 'prior_generator'
-    )
+    with_anchors = type(getattr(head, 'bbox_coder', None)).__name__ == 'DeltaXYWHBBoxCoder'
 
     def function(images: Tensor) -> tuple[Tensor, ...]:
         features = model.extract_feat(images)
@@ -202,8 +204,26 @@ def decoded(head: nn.Module, maps: Sequence[Sequence[Tensor]], size: tuple[int, 
         logits = of_level.permute(0, 2, 3, 1).reshape(count, -1, head.cls_out_channels)
         scores.append(logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[..., :-1])
         flat = deltas.permute(0, 2, 3, 1).reshape(-1, 4)
-        boxes.append(head.bbox_coder.decode(anchors.repeat(count, 1), flat, max_shape=size).reshape(count, -1, 4))
+        boxes.append(_moved(head.bbox_coder, anchors.repeat(count, 1), flat, size).reshape(count, -1, 4))
     return torch.cat(boxes, 1), torch.cat(scores, 1)
+
+
+def _moved(coder: Any, anchors: Tensor, deltas: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boxes ``(N, 4)`` from anchors and their deltas, as in R-CNN (arXiv:1311.2524): the centre moves by shares of the
+    anchor's size, and the size is multiplied by exponentials.
+
+    mmdet's own decoding takes another way while it is exported, through a module that it has no more.
+    """
+    deltas = deltas * deltas.new_tensor(coder.stds) + deltas.new_tensor(coder.means)
+    centre, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    shift, limit = sides * deltas[:, :2], abs(math.log(_LARGEST_RATIO))
+    if coder.add_ctr_clamp:
+        shift, growth = shift.clamp(-coder.ctr_clamp, coder.ctr_clamp), deltas[:, 2:].clamp(max=limit)
+    else:
+        growth = deltas[:, 2:].clamp(-limit, limit)
+    centre, half = centre + shift, sides * growth.exp() / 2
+    boxes = torch.cat([centre - half, centre + half], 1)
+    return boxes.clamp(min=0).minimum(boxes.new_tensor(size[::-1] * 2)) if coder.clip_border else boxes
 
 
 class _Tuple(nn.Module):
@@ -270,13 +290,13 @@ def export_part(part: Part, file: Path, tolerance: float, metadata: dict[str, An
         expected = [part.module(*example) for example in part.examples]
     names = [*part.outputs, *(f'output_{i}' for i in range(len(part.outputs), len(expected[0])))]
     problems = []
-    for exporter, dynamo in _EXPORTERS.items():
+    for exporter, options in _EXPORTERS.items():
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 torch.onnx.export(
                     part.module, part.examples[0], str(file), input_names=list(part.inputs), output_names=names,
-                    opset_version=_OPSET, dynamo=dynamo,
+                    **options,
                 )  # fmt: skip
             difference = _compare(part, file, expected)
         except Exception as error:  # exporters and runtimes raise whatever their parts do
