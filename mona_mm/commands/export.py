@@ -152,7 +152,7 @@ def parts_of(library: str, model: nn.Module, rgb: bool, inputs: Sequence[Tensor]
     function, names = functions[library](model, tuple(inputs[0].shape[-2:]))
     module = ImagesToOutputs(model, function, rgb).eval()
     yield Part('', module, [(module.images_of(tensor),) for tensor in inputs], ('images',), names)
-    if hasattr(model, 'roi_head'):
+    if hasattr(model, 'roi_head') and _decodes(getattr(model, 'rpn_head', None)):
         yield from _region_parts(model, inputs)
 
 
@@ -178,15 +178,21 @@ def _segmentor(model: nn.Module, size: tuple[int, int]) -> tuple[Callable, tuple
 def _detector(model: nn.Module, size: tuple[int, int]) -> tuple[Callable, tuple[str, ...]]:
     two_stages = hasattr(model, 'roi_head')
     head = getattr(model, 'rpn_head' if two_stages else 'bbox_head', None)
-    with_anchors = type(getattr(head, 'bbox_coder', None)).__name__ == 'DeltaXYWHBBoxCoder'
+    with_anchors = _decodes(head)
 
     def function(images: Tensor) -> tuple[Tensor, ...]:
         features = model.extract_feat(images)
         maps = head(features) if head is not None else model(images, None, mode='tensor')
-        found = decoded(head, maps, size) if with_anchors and len(maps) == 2 else tuple(_tensors_in(maps))
+        found = decoded(head, maps, size) if with_anchors else tuple(_tensors_in(maps))
         return (*found, *features) if two_stages else found
 
     return function, ('boxes', 'scores') if with_anchors else ()
+
+
+def _decodes(head: Any) -> bool:
+    """Whether :func:`decoded` can read the outputs of a head: scores and deltas of anchors, and nothing else."""
+    coder = type(getattr(head, 'bbox_coder', None)).__name__
+    return coder == 'DeltaXYWHBBoxCoder' and hasattr(head, 'prior_generator') and not hasattr(head, 'loss_centerness')
 
 
 def decoded(head: nn.Module, maps: Sequence[Sequence[Tensor]], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
