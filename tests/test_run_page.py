@@ -233,7 +233,7 @@ def test_a_detector_writes_its_page(detector_config, tool, tmp_path):
     assert any(name.startswith('class/') for name in row)
 
 
-@pytest.mark.parametrize('make', [classifier, segmentor])
+@pytest.mark.parametrize('make', [pytest.param(classifier, marks=pytest.mark.slow), segmentor])
 def test_a_config_of_four_lines_gets_everything(make, tool, tmp_path):
     """A config without any of our bases, trained by the tool: what trains, the check of frozen weights, deltas, safe
     checkpoints and the page; a terminal of at most 40 lines before the first line of training; and a test's page."""
