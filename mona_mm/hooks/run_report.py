@@ -23,7 +23,7 @@ from mona_mm.frozen.count import count_trainable
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import Count, checked
 from mona_mm.registry import HOOKS
-from mona_mm.report import Evaluator, RunState, evaluator_for, write_run
+from mona_mm.report import Evaluation, Evaluator, RunState, evaluator_for, write_run
 from mona_mm.report.memory import peak_memory
 from mona_mm.report.run import Row, main_metric, read_results
 
@@ -75,7 +75,11 @@ class RunReportHook(Hook):
         self.own_seconds = 0.0
         self._rows: list[Row] = []
         self._evaluator: Evaluator | None = None
-        self._begin: float | None = None
+        self._evaluation: Evaluation | None = None
+        self._trains = ''
+        self._begin: float | None = None  # when training began, in seconds
+        self._first = 0  # the iteration at which it began
+        self._before = 0.0  # the seconds of the run that is resumed
 
     def before_run(self, runner: Runner) -> None:
         """Learn whether this is the main process, the only one that writes."""
@@ -139,6 +143,7 @@ class RunReportHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Write the page for the last time, with the whole time of training."""
         self._write(runner, None, None, ended=True)
+        print_log(f'The page of this run: {Path(runner.work_dir, "report.html")}', logger='current')
 
     def _write(
         self, runner: Runner, metrics: Mapping[str, Any] | None, step: Row | None, prefix: str = '', ended: bool = False
@@ -168,8 +173,8 @@ class RunReportHook(Hook):
             command=shlex.join(['python', *sys.argv]),
             facts=self._facts(runner, ended),
             evaluations=self._rows,
-            evaluation=getattr(self, '_evaluation', None),
-            trains='' if prefix else getattr(self, '_trains', ''),
+            evaluation=self._evaluation,
+            trains='' if prefix else self._trains,
         )
         if not prefix:
             state.losses, state.rates = _curves(runner)
