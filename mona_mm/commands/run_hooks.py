@@ -28,11 +28,23 @@ def add_hooks(cfg: Config) -> None:
         if not any(is_type(hook, name) for hook in hooks):
             hooks.append(dict(type=name))
     cfg.custom_hooks = hooks
-    default = dict(cfg.get('default_hooks') or {})
-    checkpoint = default.get('checkpoint') or dict(type='CheckpointHook', interval=1)  # mmengine's default
-    if ours and _is_plain(checkpoint):
-        default['checkpoint'] = {**checkpoint, 'type': 'mona_mm.SafeCheckpointHook'}
-        cfg.default_hooks = default
+    if ours:
+        checkpoint = checkpoint_hook(cfg)
+        if _is_plain(checkpoint):
+            checkpoint['type'] = 'mona_mm.SafeCheckpointHook'
+
+
+def checkpoint_hook(cfg: Config) -> dict[str, Any]:
+    """The config of the checkpoint hook within a config, in which it is put as mmengine would if it is missing.
+
+    It is changed in place: whoever copies the hooks of a pure-Python config imports their classes, which mmengine
+    cannot dump.
+    """
+    if not cfg.get('default_hooks'):
+        cfg.default_hooks = dict()
+    if not dict.get(cfg.default_hooks, 'checkpoint'):
+        cfg.default_hooks['checkpoint'] = dict(type='CheckpointHook', interval=1)
+    return cfg.default_hooks['checkpoint']
 
 
 def adapts(node: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from mona_mm.commands.run_hooks import checkpoint_hook
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.type_names import is_type, type_name
 
@@ -93,13 +94,12 @@ def stop_early(cfg: Config, patience: int) -> None:
     """
     if patience < 1:
         raise ConfigError(f'--early-stopping {patience}: must be at least 1, a number of evaluations.')
-    checkpoint = dict((cfg.get('default_hooks') or {}).get('checkpoint') or dict(type='CheckpointHook', interval=1))
+    checkpoint = checkpoint_hook(cfg)
     monitor = checkpoint.get('save_best')
     if not isinstance(monitor, str) or monitor == 'auto':
         monitor = main_metric_of(cfg)
     checkpoint['save_best'] = monitor
     checkpoint.setdefault('rule', 'greater')
-    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': checkpoint}
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if not is_type(hook, 'EarlyStoppingHook')]
     stop = dict(type='EarlyStoppingHook', monitor=monitor, rule=checkpoint['rule'], patience=patience, min_delta=0.0)
     cfg.custom_hooks = [*hooks, stop]
