@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from mona_mm.type_names import is_type
 
@@ -43,7 +43,7 @@ def checkpoint_hook(cfg: Config) -> dict[str, Any]:
     if not cfg.get('default_hooks'):
         cfg.default_hooks = dict()
     if not dict.get(cfg.default_hooks, 'checkpoint'):
-        cfg.default_hooks['checkpoint'] = dict(type='CheckpointHook', interval=1)
+        cfg.default_hooks['checkpoint'] = ConfigDict(type='CheckpointHook', interval=1)
     return cfg.default_hooks['checkpoint']
 
 

@@ -6,7 +6,7 @@ import os.path as osp
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from mona_mm.commands.run_hooks import checkpoint_hook
 from mona_mm.errors import ConfigError, UserError
@@ -55,8 +55,9 @@ def watch(cfg: Config, names: Sequence[str]) -> None:
     Raises:
         UserError: if a package is not installed.
     """
-    visualizer = dict(cfg.get('visualizer') or dict(type='Visualizer', name='visualizer'))
-    backends = list(visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
+    if not cfg.get('visualizer'):
+        cfg.visualizer = dict(type='Visualizer', name='visualizer')
+    backends = list(dict.get(cfg.visualizer, 'vis_backends') or [dict(type='LocalVisBackend')])
     for name in names:
         backend, package = BACKENDS[name]
         try:
@@ -67,9 +68,8 @@ def watch(cfg: Config, names: Sequence[str]) -> None:
             options = {}
             if name == 'wandb':
                 options = dict(init_kwargs=dict(project='mona_mm', name=osp.basename(osp.normpath(cfg.work_dir))))
-            backends.append(dict(type=backend, **options))
-    visualizer['vis_backends'] = backends
-    cfg.visualizer = visualizer
+            backends.append(ConfigDict(type=backend, **options))
+    cfg.visualizer['vis_backends'] = backends
 
 
 def score_each_class(cfg: Config) -> None:
