@@ -118,10 +118,9 @@ def faults(command: Command, root: Path = ROOT) -> list[str]:
 @cache
 def options_of(tool: Path) -> set[str]:
     """The options that a tool's source names, and those that all tools share."""
-    shared = tool.parents[1] / 'mona_mm/commands/cli.py'
     rooms = [
         tool,
-        shared,
+        *tool.parents[1].glob('mona_mm/commands/*.py'),
         *tool.parents[1].glob('mona_mm/benchmark/*.py'),
         *tool.parents[1].glob('mona_mm/reproduce/*.py'),
     ]

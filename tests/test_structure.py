@@ -15,7 +15,7 @@ FLOORS = (
     {'hosts'},
     {'methods', 'frozen'},
     {'checkpoint'},
-    {'spt'},
+    {'spt', 'report'},
     {'backbone', 'peft_model', 'hooks', 'models', 'strategies'},
     {'optim', 'commands'},
     {'reproduce', 'benchmark'},
@@ -25,6 +25,8 @@ FLOORS = (
 
 LAZY = {
     ('benchmark/detector.py', 'mmdet'): 'importing mmdet.testing takes a second, and only this benchmark needs it',
+    ('commands/export.py', 'onnx'): 'an extra, which only an export needs',
+    ('commands/export.py', 'onnxruntime'): 'an extra, which only an export needs',
     ('compat/mmcv_ops.py', 'mmcv'): 'mmcv.ops can be imported only after these operators have been registered',
     ('compat/mmcv_ops.py', 'torchvision'): 'only some operators need torchvision, which is slow to import',
     ('compat/safe_globals.py', 'numpy'): 'a later numpy may lack these names, which are used only for saving',

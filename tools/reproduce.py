@@ -36,6 +36,7 @@ from mona_mm.reproduce import (
     write_page,
     write_text,
 )
+from mona_mm.reproduce.own_runs import find_own_runs, render_own_runs
 
 _PATHS = 'work dirs, folders of them, logs of mmengine or mmcv 1.x'
 
@@ -192,7 +193,11 @@ def compare_with_published(args: argparse.Namespace) -> None:
     """Collect, show or plan the runs of the published tables."""
     for module in args.modules:
         import_tasks(module)
-    runs = read_runs([Path(path) for path in args.paths], args.cell)
+    paths = [Path(path) for path in args.paths]
+    if args.command == 'show' and args.cell is None and (own := own_runs_of(paths)):
+        print(own, end='')
+        return
+    runs = read_runs(paths, args.cell)
     if args.command == 'collect':
         save_results(runs, Path(args.out))
         for entry in runs:
@@ -207,6 +212,14 @@ def compare_with_published(args: argparse.Namespace) -> None:
             print(text, end='')
     else:
         print('\n'.join(plan(runs, args.task)))
+
+
+def own_runs_of(paths: list[Path]) -> str:
+    """The table of runs on data of one's own; empty if there are none, or any of the runs is of a published table."""
+    found = find_own_runs(paths)
+    if not found or any(map(is_results, paths)) or collect(paths, count=False)[0]:
+        return ''
+    return render_own_runs(found)
 
 
 def import_tasks(module: str) -> None:

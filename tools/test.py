@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--cfg-options ...]"""
+"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--show-dir DIR] [--out FILE] [--tta]"""
 
 import os.path as osp
 from collections.abc import Iterable
@@ -14,6 +14,8 @@ from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.commands.data import check_data
 from mona_mm.commands.images import check_images
 from mona_mm.commands.planning import require_plan
+from mona_mm.commands.tta import use_tta
+from mona_mm.commands.watching import add_watching
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.nn.wrappers import innermost
 from mona_mm.type_names import is_type
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument('checkpoint', help='whole checkpoint (.pth) or delta (.delta.safetensors)')
     parser.add_argument('--show-dir', help='write a picture of every image here: ground truth left, predictions right')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
+    add_watching(parser)
+    parser.add_argument('--tta', action='store_true', help='merge the predictions of each image and its mirror image')
     args = parser.parse_args()
     if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
         raise MissingFileError(f'There is no checkpoint {args.checkpoint}.')
@@ -75,6 +79,8 @@ def main() -> None:
     cfg = read_run_config(args)
     report = check_data(cfg, ('test',))
     check_images()
+    if args.tta:
+        use_tta(cfg)
     require_plan(cfg, (cfg.work_dir, osp.dirname(args.checkpoint)))
     delta_base = None
     if args.checkpoint.endswith(SUFFIX):

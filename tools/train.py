@@ -1,7 +1,9 @@
-"""Train a model: python tools/train.py CONFIG [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]
+"""Train a model: python tools/train.py CONFIG [--data DIR] [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]
 
 Several processes: tools/dist_train.sh CONFIG GPUS [--strategy ddp|fsdp|fsdp2|deepspeed] [...]
 """
+
+import argparse
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
@@ -9,15 +11,17 @@ from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser, show_report
 from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
 from mona_mm.commands.data import check_data
-from mona_mm.commands.failures import train
+from mona_mm.commands.dry_run import dry_run
+from mona_mm.commands.failures import explained
 from mona_mm.commands.images import check_images
 from mona_mm.commands.lock_work_dir import lock_work_dir
 from mona_mm.commands.planning import make_plan
 from mona_mm.commands.strategy import STRATEGIES, use_strategy
+from mona_mm.commands.watching import add_watching
 from mona_mm.errors import ConfigError
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = run_parser('Train a model')
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
@@ -47,7 +51,21 @@ def main() -> None:
         help='how several processes share the model: whole on each (ddp), or its frozen weights sharded (fsdp, fsdp2); '
         "by default mmengine's Runner with ddp",
     )
-    args = parser.parse_args()
+    add_watching(parser)
+    parser.add_argument(
+        '--early-stopping',
+        type=int,
+        metavar='N',
+        help='end when the main metric has not improved for N evaluations, and keep the best checkpoint',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='make three steps, print what memory and time the run needs, and end'
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     cfg = read_run_config(args)
     if args.strategy:
         use_strategy(cfg, args.strategy)
@@ -67,10 +85,15 @@ def main() -> None:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
+    if args.dry_run:
+        print(dry_run(cfg, delta_base, args.allow_other_base))
+        return
     with lock_work_dir(cfg.work_dir):
         show_report(report, cfg)
         make_plan(cfg)
-        train(build_runner(cfg, delta_base, args.allow_other_base))
+        runner = build_runner(cfg, delta_base, args.allow_other_base)
+        with explained(runner):
+            runner.train()
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Arguments, work dirs, runners and error messages of the command lines in ``tools/``."""
 
 import argparse
+import logging
 import os
 import os.path as osp
 import re
@@ -22,6 +23,9 @@ from mona_mm.commands.check_config import check_config
 from mona_mm.commands.config import adapt_to_device, default_work_dir, has_accelerator, load_config
 from mona_mm.commands.data_report import DataReport
 from mona_mm.commands.failures import in_one_line
+from mona_mm.commands.run_hooks import add_hooks
+from mona_mm.commands.watching import apply_watching
+from mona_mm.compat.terminal import short_terminal
 from mona_mm.errors import ConfigError, UserError
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
@@ -123,6 +127,8 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     check_config(cfg, args.cfg_options or ())
     adapt_to_device(cfg)
+    apply_watching(cfg, args)
+    add_hooks(cfg)
     return cfg
 
 
@@ -150,9 +156,11 @@ def build_runner(cfg: Config, delta_base: str | None = None, allow_other_base: b
         allow_other_base: whether deltas may be loaded on another base than their own.
     """
     _join_gloo(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if isinstance(runner.model, dict):  # a FlexibleRunner would build it when it trains
-        runner.model = MODELS.build(runner.model)
+    with short_terminal():
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        if isinstance(runner.model, dict):  # a FlexibleRunner would build it when it trains
+            runner.model = MODELS.build(runner.model)
+    runner.logger.info(f'The environment, the config and all that follows are in {_log_file(runner)}')
     expect_delta(runner.model, delta_base, allow_other_base)
     return runner
 
@@ -162,6 +170,18 @@ _VARIABLES = dict(
     slurm=('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
     mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 )
+
+
+def close_log_file(runner: Runner) -> None:
+    """Close the log file of a runner whose work dir will be removed."""
+    for handler in list(runner.logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            handler.close()
+            runner.logger.removeHandler(handler)
+
+
+def _log_file(runner: Runner) -> str:
+    return osp.join(runner.work_dir, runner.timestamp, f'{runner.timestamp}.log')
 
 
 def _join_gloo(cfg: Config) -> None:

@@ -9,32 +9,12 @@ import torch
 from mmengine.runner import Runner
 
 from mona_mm.errors import OutOfMemoryError, UserError
-from mona_mm.hooks import ClockHook, FiniteLossHook, PreemptionHook, ResumptionHook, WorkDirHook
 from mona_mm.hooks.going_on import how_to_go_on
-
-_HOOKS = (FiniteLossHook, ResumptionHook, ClockHook, WorkDirHook, PreemptionHook)
-"""The hooks of every run of the tools, in this order: the last one leaves when all others have seen the iteration."""
 
 _WORKER = re.compile(r'DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: (?P<signal>[\w ]+)|exited)')
 _NO_MEMORY = re.compile(r'out of memory|can.t allocate memory|not enough memory', re.IGNORECASE)
 _TRIED = re.compile(r'[Tt]ried to allocate ([\d.]+ ?\w+)')
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def train(runner: Runner) -> None:
-    """Train as ``tools/train.py`` does: with the hooks that every run has, and failures in one line.
-
-    The hooks are added to those of the config, also of a stock one.
-
-    Raises:
-        UserError: if training fails for a reason that :func:`explained` knows.
-        SystemExit: if a signal has ended the run, or nothing was left to train.
-    """
-    for hook in _HOOKS:
-        if not any(isinstance(other, hook) for other in runner.hooks):
-            runner.register_hook(hook())
-    with explained(runner):
-        runner.train()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from mona_mm.hooks.load_check import LoadCheckHook
 from mona_mm.hooks.param_freeze import ParamFreezeHook
 from mona_mm.hooks.preemption import PreemptionHook
 from mona_mm.hooks.resumption import ResumptionHook
+from mona_mm.hooks.run_report import RunReportHook
 from mona_mm.hooks.work_dir import WorkDirHook
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     'ParamFreezeHook',
     'PreemptionHook',
     'ResumptionHook',
+    'RunReportHook',
     'SafeCheckpointHook',
     'WorkDirHook',
 ]

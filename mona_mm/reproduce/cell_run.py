@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import signal
 import sys
@@ -33,6 +32,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
+from mona_mm.report.memory import peak_of_process
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.comparison import STOPPED
 
@@ -118,8 +118,7 @@ def peak_memory() -> int:
     """The peak memory in bytes: that of the GPU if there is one, else that of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_of_process()
 
 
 def machine() -> dict[str, Any]:

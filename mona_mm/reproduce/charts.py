@@ -1,16 +1,10 @@
 """Charts of a comparison: score against cost, learning curves, learning rates and classes."""
 
-import io
-import re
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -24,21 +18,6 @@ _COSTS: tuple[tuple[str, Callable[[Row], float | None], bool], ...] = (
     ('largest memory, GiB', lambda row: row.memory and row.memory / 2**30, False),
 )
 """The label, the value and whether the axis is logarithmic, of each cost."""
-
-
-def svg_of(figure: Figure) -> str:
-    """The ``<svg>`` element of a figure; the same figure always has the same text."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'mona_mm', 'svg.fonttype': 'none'}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict(Date=None, Creator=None))
-    text = buffer.getvalue()
-    return re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
-
-
-def save_png(figure: Figure, file: Path) -> None:
-    """Write a figure to a PNG file, whose folder is created if it does not exist."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(file, dpi=110)
 
 
 def cost_chart(table: Comparison, task: str, records: dict[Cell, Record]) -> Figure | None:

@@ -1,30 +1,15 @@
 """A comparison as one HTML page that needs no other file."""
 
-import base64
 import html
 import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.reproduce.charts import class_chart, cost_chart, save_png, svg_of, training_chart
+from mona_mm.report.html import html_figure, html_page, html_picture, html_table, save_png, svg_of
+from mona_mm.reproduce.charts import class_chart, cost_chart, training_chart
 from mona_mm.reproduce.comparison import Cell, ComparedTask, Comparison
 from mona_mm.reproduce.pictures import Picture, read_pictures
 from mona_mm.reproduce.records import Record, Row, or_dash, rows_of, spread
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1, h2, h3 { line-height: 1.2; }
-h2 { margin-top: 3rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #eee; vertical-align: top; }
-th:first-child, td:first-child, .text { text-align: left; }
-.scroll { overflow-x: auto; }
-figure { margin: 1.2rem 0; }
-figure svg, figure img { max-width: 100%; height: auto; }
-figcaption, .note { color: #555; font-size: 13px; }
-summary { cursor: pointer; color: #06c; }
-"""
 
 _COLUMNS = (
     ('method', ''),
@@ -64,20 +49,13 @@ def write_page(
             if any(cell.task == task.name for cell in found):
                 parts += _task_part(table, task, found, device, folder)
                 parts += [_picture_part(p, folder / 'pictures') for p in pictures if p.task == task.name]
-    title = html.escape(f'{table.name}: {table.title}')
     count = sum(map(len, records.values()))
-    text = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{_STYLE}</style></head><body>
-<h1>{title}</h1>
-<p>Every method adapts the same pretrained backbone, with the same three learning rates, schedule and seeds; the
-<a href="{html.escape(protocol)}">protocol</a> was written before the first run. This page is written by
+    body = f"""<p>Every method adapts the same pretrained backbone, with the same three learning rates, schedule and
+seeds; the <a href="{html.escape(protocol)}">protocol</a> was written before the first run. This page is written by
 <code>tools/reproduce.py page {html.escape(table.name)}</code> from the {count} results in <code>runs/</code>.</p>
-{''.join(parts) or '<p>There are no results yet.</p>'}
-</body></html>
-"""
+{''.join(parts) or '<p>There are no results yet.</p>'}"""
     file = folder / f'{table.name}.html'
-    AtomicLocalBackend().put_text(text, file)
+    AtomicLocalBackend().put_text(html_page(f'{table.name}: {table.title}', body), file)
     return file
 
 
@@ -90,7 +68,7 @@ def _task_part(
         f'<h2>{html.escape(task.name)} <small>({html.escape(task.label)}, {device})</small></h2>',
         _machines(task, records),
     ]
-    parts.append(_table(_COLUMNS, (_cells(row) for row in rows)))
+    parts.append(html_table(_COLUMNS, (_cells(row) for row in rows)))
     suffix = '' if device == 'cpu' else f'-{device}'
     costs = cost_chart(table, task.name, records)
     if costs is not None:
@@ -107,11 +85,7 @@ def _task_part(
             'Score of each class, mean over the seeds. Colours compare the methods within a class.',
         ),
     )
-    parts += [
-        f'<figure>{svg_of(chart)}<figcaption>{caption}</figcaption></figure>'
-        for chart, caption in charts
-        if chart is not None
-    ]
+    parts += [html_figure(svg_of(chart), caption) for chart, caption in charts if chart is not None]
     parts.append(_runs(task, records))
     return parts
 
@@ -134,20 +108,6 @@ def _cells(row: Row) -> list[str]:
         or_dash(row.delta and row.delta / 2**20, '.1f'),
         row.missing,
     ]
-
-
-def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table whose last column is text; a column is its head and what it means."""
-
-    def line(tag: str, cells: Iterable[str]) -> str:
-        *numbers, text = cells
-        return (
-            '<tr>' + ''.join(f'<{tag}>{cell}</{tag}>' for cell in numbers) + f'<{tag} class="text">{text}</{tag}></tr>'
-        )
-
-    heads = (f'<span title="{html.escape(meaning)}">{html.escape(head)}</span>' for head, meaning in columns)
-    lines = [line('th', heads), *(line('td', map(html.escape, row)) for row in rows)]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
 def _machines(task: ComparedTask, records: dict[Cell, Record]) -> str:
@@ -179,12 +139,11 @@ def _runs(task: ComparedTask, records: dict[Cell, Record]) -> str:
                     record['date'][:10],
                 )
             )
-    return f'<details><summary>All {len(rows)} runs and their costs</summary>{_table(columns, rows)}</details>'
+    return f'<details><summary>All {len(rows)} runs and their costs</summary>{html_table(columns, rows)}</details>'
 
 
 def _picture_part(picture: Picture, folder: Path) -> str:
-    data = base64.b64encode((folder / picture.file).read_bytes()).decode()
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" alt="{html.escape(picture.caption)}">'
-        f'<figcaption>{html.escape(picture.caption)} Image: {html.escape(picture.credit)}.</figcaption></figure>'
+    return html_figure(
+        html_picture((folder / picture.file).read_bytes(), picture.caption),
+        f'{picture.caption} Image: {picture.credit}.',
     )

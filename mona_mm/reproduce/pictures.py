@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.report.html import jpeg_of
+from mona_mm.report.pictures import CLASS_COLOURS, class_colour, in_rows, titled
 from mona_mm.reproduce.comparison import Cell, Comparison, Composer
 from mona_mm.reproduce.records import Record, best_learning_rate
 
@@ -147,19 +148,8 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return both / (a[2] * a[3] + b[2] * b[3] - both) if both else 0.0
 
 
-_CLASS_COLOURS = (  # by name, and BGR as OpenCV has it
-    ('red', (60, 60, 230)),
-    ('green', (80, 190, 60)),
-    ('blue', (230, 130, 50)),
-    ('yellow', (40, 210, 240)),
-    ('pink', (200, 110, 240)),
-    ('cyan', (220, 210, 60)),
-    ('orange', (50, 150, 250)),
-)
-
-
 def _legend(names: Mapping[int, str]) -> str:
-    return ', '.join(f'{name} ({_CLASS_COLOURS[i % len(_CLASS_COLOURS)][0]})' for i, name in enumerate(names.values()))
+    return ', '.join(f'{name} ({CLASS_COLOURS[i % len(CLASS_COLOURS)][0]})' for i, name in enumerate(names.values()))
 
 
 def _draw(
@@ -174,12 +164,6 @@ def _draw(
         panel = image.copy()
         for box, cls, _ in boxes:
             x, y, width, height = (round(scale * value) for value in box)
-            colour = _CLASS_COLOURS[classes.index(cls) % len(_CLASS_COLOURS)][1]
-            cv2.rectangle(panel, (x, y), (x + width, y + height), colour, 1, cv2.LINE_AA)
-        title = np.full((18, _WIDTH, 3), 255, np.uint8)
-        cv2.putText(title, labels.get(name, name), (3, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-        drawn.append(cv2.copyMakeBorder(np.vstack([title, panel]), 0, 4, 0, 4, cv2.BORDER_CONSTANT, value=(255,) * 3))
-    drawn += [np.full_like(drawn[0], 255)] * (-len(drawn) % _COLUMNS)
-    rows = [np.hstack(drawn[i : i + _COLUMNS]) for i in range(0, len(drawn), _COLUMNS)]
-    data = cv2.imencode('.jpg', np.vstack(rows), [cv2.IMWRITE_JPEG_QUALITY, 85])[1]
-    AtomicLocalBackend().put(data.tobytes(), file)
+            cv2.rectangle(panel, (x, y), (x + width, y + height), class_colour(classes.index(cls)), 1, cv2.LINE_AA)
+        drawn.append(titled(panel, labels.get(name, name)))
+    AtomicLocalBackend().put(jpeg_of(in_rows(drawn, _COLUMNS)), file)
