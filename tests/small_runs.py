@@ -67,7 +67,7 @@ class SmallLayers(nn.Sequential):
 
 
 @MODELS.register_module()
-class SmallModel(BaseModel):
+class SmallRegressor(BaseModel):
     """Its loss is infinite where a picture is black. It writes down which pictures it has seen.
 
     Args:
@@ -131,7 +131,7 @@ def config(data: Path, work_dir: Path, **changes) -> dict:
         default_scope='mmengine',
         custom_imports=dict(imports=['mona_mm'], allow_failed_imports=False),
         model=dict(
-            type='SmallModel',
+            type='SmallRegressor',
             layers=dict(type='mona_mm.FrozenModel', base=dict(type='SmallLayers'), trainable=['2']),
             seen=f'{work_dir}.seen',
         ),
