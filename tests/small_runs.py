@@ -198,7 +198,7 @@ class Run:
     def lines(self) -> list[str]:
         return self.text.splitlines()
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit status of the first process, when all have ended."""
         for process in self.processes:
             process.join(seconds)
@@ -206,7 +206,7 @@ class Run:
         self.status = [process.exitcode for process in self.processes]
         return self.status[0]
 
-    def wait_for(self, condition, seconds: float = 60) -> None:
+    def wait_for(self, condition, seconds: float = 300) -> None:
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not condition():
