@@ -15,6 +15,9 @@ from small_runs import by_iterations, config, finished, make_pictures
 
 from mona_mm import load_delta, save_delta
 
+SWITCHES = int(os.environ.get('SWITCHES', 1000))
+"""The number of switches between deltas; docs/reliability.md has the figures of one measurement."""
+
 
 def usage() -> tuple[float, int, int]:
     """The memory in MiB, the open files and the threads of this process."""
@@ -47,15 +50,15 @@ def test_a_thousand_iterations(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_thousand_switches(base_file, tmp_path):
+def test_many_switches(base_file, tmp_path):
     """Of the deltas of two tasks in one model."""
     for name, method in (('a', dict(METHODS['mona'])), ('b', dict(METHODS['mona'], fast=True))):
         save_delta(trained(base_file, method), tmp_path / f'{name}.delta.safetensors')
     model = build(base_file, METHODS['mona'])
     used = []
-    for i in range(1000):
+    for i in range(SWITCHES):
         load_delta(model, tmp_path / f'{"ab"[i % 2]}.delta.safetensors')
-        if i % 100 == 99:
+        if (i + 1) % (SWITCHES // 10) == 0:
             used.append(usage())
     print(used)
     assert used[-1][0] - used[1][0] < 10 and used[-1][1:] == used[1][1:]
