@@ -135,6 +135,20 @@ def test_stock_configs_are_right(library):
         check_config(load_config(f'{folder}/.mim/configs/{name}'))
 
 
+def test_a_config_in_pure_python(tmp_path):
+    """Its types are objects that import their classes late; misspellings are found in it as well."""
+    text = (
+        'from mmengine.hooks import CheckpointHook\nfrom torch.optim import AdamW\n'
+        'optim_wrapper = dict(optimizer=dict(type=AdamW, {}=1.0))\n'
+        'default_hooks = dict(checkpoint=dict(type=CheckpointHook, {}=2))\ndefault_scope = None\n'
+    )
+    (tmp_path / 'right.py').write_text(text.format('lr', 'interval'))
+    check_config(load_config(str(tmp_path / 'right.py')))
+    (tmp_path / 'wrong.py').write_text(text.format('lrr', 'intervall'))
+    with pytest.raises(ConfigError, match="2 mistakes.*optimizer has no 'lrr'.*checkpoint has no 'intervall'"):
+        check_config(load_config(str(tmp_path / 'wrong.py')))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('library', STOCK)
 def test_every_eighth_stock_config_is_right(library):
