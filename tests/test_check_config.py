@@ -26,7 +26,7 @@ MISTAKES = {
     'optim_wrapper.clip_gradd.max_norm=1': "optim_wrapper has no 'clip_gradd'. Did you mean 'clip_grad'?",
     'optim_wrapper.clip_grad.maxnorm=1': "optim_wrapper.clip_grad has no 'maxnorm'. Did you mean 'max_norm'?",
     'optim_wrapper.paramwise_cfg.norm_decay_mul=0': "has no 'norm_decay_mul'. Did you mean 'norm_decay_mult'?",
-    'optim_wrapper.paramwise_cfg.custom_keys.norm.decay=0': "norm has no 'decay'. Did you mean 'decay_mult'?",
+    'optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mul=0': "norm has no 'decay_mul'. Did you mean 'decay_mult'?",
     'train_cfg.max_epoch=3': "train_cfg has no 'max_epoch'. Did you mean 'max_epochs'?",
     'train_cfg.max_epochs=0': 'train_cfg: max_epochs=0 must be a whole number of at least 1',
     "train_cfg.max_epochs='12 '": "train_cfg: max_epochs='12 ' must be a whole number",
