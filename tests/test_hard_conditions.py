@@ -238,6 +238,7 @@ def hold(folder: str) -> None:
             torch.distributed.barrier()
         torch.distributed.barrier()
         assert not Path(folder, locks.NAME).exists()
+        torch.distributed.barrier()
 
 
 def test_the_processes_of_a_run_share_its_work_dir(tmp_path):
