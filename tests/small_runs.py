@@ -67,7 +67,7 @@ class SmallLayers(nn.Sequential):
 
 
 @MODELS.register_module()
-class SmallModel(BaseModel):
+class SmallRegressor(BaseModel):
     """Its loss is infinite where a picture is black. It writes down which pictures it has seen.
 
     Args:
@@ -131,7 +131,7 @@ def config(data: Path, work_dir: Path, **changes) -> dict:
         default_scope='mmengine',
         custom_imports=dict(imports=['mona_mm'], allow_failed_imports=False),
         model=dict(
-            type='SmallModel',
+            type='SmallRegressor',
             layers=dict(type='mona_mm.FrozenModel', base=dict(type='SmallLayers'), trainable=['2']),
             seen=f'{work_dir}.seen',
         ),
@@ -198,7 +198,7 @@ class Run:
     def lines(self) -> list[str]:
         return self.text.splitlines()
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit status of the first process, when all have ended."""
         for process in self.processes:
             process.join(seconds)
@@ -206,7 +206,7 @@ class Run:
         self.status = [process.exitcode for process in self.processes]
         return self.status[0]
 
-    def wait_for(self, condition, seconds: float = 60) -> None:
+    def wait_for(self, condition, seconds: float = 300) -> None:
         """Wait until a condition holds."""
         end = time.monotonic() + seconds
         while not condition():

@@ -26,7 +26,7 @@ MISTAKES = {
     'optim_wrapper.clip_gradd.max_norm=1': "optim_wrapper has no 'clip_gradd'. Did you mean 'clip_grad'?",
     'optim_wrapper.clip_grad.maxnorm=1': "optim_wrapper.clip_grad has no 'maxnorm'. Did you mean 'max_norm'?",
     'optim_wrapper.paramwise_cfg.norm_decay_mul=0': "has no 'norm_decay_mul'. Did you mean 'norm_decay_mult'?",
-    'optim_wrapper.paramwise_cfg.custom_keys.norm.decay=0': "norm has no 'decay'. Did you mean 'decay_mult'?",
+    'optim_wrapper.paramwise_cfg.custom_keys.norm.decay_mul=0': "norm has no 'decay_mul'. Did you mean 'decay_mult'?",
     'train_cfg.max_epoch=3': "train_cfg has no 'max_epoch'. Did you mean 'max_epochs'?",
     'train_cfg.max_epochs=0': 'train_cfg: max_epochs=0 must be a whole number of at least 1',
     "train_cfg.max_epochs='12 '": "train_cfg: max_epochs='12 ' must be a whole number",
@@ -133,6 +133,20 @@ def test_stock_configs_are_right(library):
     folder = get_installed_path(library)
     for name in STOCK[library]:
         check_config(load_config(f'{folder}/.mim/configs/{name}'))
+
+
+def test_a_config_in_pure_python(tmp_path):
+    """Its types are objects that import their classes late; misspellings are found in it as well."""
+    text = (
+        'from mmengine.hooks import CheckpointHook\nfrom torch.optim import AdamW\n'
+        'optim_wrapper = dict(optimizer=dict(type=AdamW, {}=1.0))\n'
+        'default_hooks = dict(checkpoint=dict(type=CheckpointHook, {}=2))\ndefault_scope = None\n'
+    )
+    (tmp_path / 'right.py').write_text(text.format('lr', 'interval'))
+    check_config(load_config(str(tmp_path / 'right.py')))
+    (tmp_path / 'wrong.py').write_text(text.format('lrr', 'intervall'))
+    with pytest.raises(ConfigError, match="2 mistakes.*optimizer has no 'lrr'.*checkpoint has no 'intervall'"):
+        check_config(load_config(str(tmp_path / 'wrong.py')))
 
 
 @pytest.mark.slow

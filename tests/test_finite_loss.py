@@ -102,7 +102,7 @@ class SpoilsWeights(Hook):
             (weight.data if self.what == 'weight' else optimizer.state[weight]['exp_avg'])[3, 2] = float('nan')
 
 
-@pytest.mark.parametrize('what', ['weight', 'moment'])
+@pytest.mark.parametrize('what', ['weight', pytest.param('moment', marks=pytest.mark.slow)])
 def test_a_checkpoint_that_is_not_finite_is_not_written(what, tmp_path):
     """In the last iteration of an epoch a weight, or a moment of the optimizer, becomes NaN: the loss was fine."""
     made = config(make_pictures(tmp_path / 'pictures'), tmp_path / 'work')

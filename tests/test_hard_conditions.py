@@ -40,7 +40,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize(
+    'damage', [pytest.param(name, marks=[] if name in ('cut off', 'empty') else [pytest.mark.slow]) for name in DAMAGES]
+)
 def test_an_image_that_cannot_be_read_is_named(damage, pictures, tmp_path):
     """By the worker that meets it, in the one line with which the run ends."""
     change, reason = DAMAGES[damage]
@@ -236,6 +238,7 @@ def hold(folder: str) -> None:
             torch.distributed.barrier()
         torch.distributed.barrier()
         assert not Path(folder, locks.NAME).exists()
+        torch.distributed.barrier()
 
 
 def test_the_processes_of_a_run_share_its_work_dir(tmp_path):
@@ -310,7 +313,7 @@ class DeletesWorkDir(Hook):
             shutil.rmtree(runner.work_dir)
 
 
-@pytest.mark.parametrize('counts', ['epochs', 'iterations'])
+@pytest.mark.parametrize('counts', ['epochs', pytest.param('iterations', marks=pytest.mark.slow)])
 def test_a_work_dir_that_is_deleted_is_written_anew(counts, pictures, tmp_path):
     """With its checkpoint, its delta and the rest of its log."""
     changes = {} if counts == 'epochs' else by_iterations(8, every=4)
@@ -340,7 +343,7 @@ class SetsClock(Hook):
             time.time = lambda: real() + self.seconds
 
 
-@pytest.mark.parametrize('seconds', [-86_400, 86_400])
+@pytest.mark.parametrize('seconds', [-86_400, pytest.param(86_400, marks=pytest.mark.slow)])
 def test_a_clock_that_jumps(seconds, pictures, tmp_path):
     """The log has the real times, and one line on the jump."""
     made = config(pictures, tmp_path / 'work')

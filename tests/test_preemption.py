@@ -142,12 +142,14 @@ class SignalHook(Hook):
 @pytest.mark.parametrize(
     ('place', 'iteration', 'changes', 'kept', 'done'),
     [
-        ('iteration', 8, {}, 'epoch_1', 8),  # in the last iteration of an epoch: the usual checkpoint is enough
+        pytest.param(
+            'iteration', 8, {}, 'epoch_1', 8, marks=pytest.mark.slow
+        ),  # in the last iteration of an epoch: the usual checkpoint is enough
         ('iteration', 8, dict(default_hooks__checkpoint__interval=2), 'interrupted', 8),
-        ('validation', 8, {}, 'epoch_1', 8),
+        pytest.param('validation', 8, {}, 'epoch_1', 8, marks=pytest.mark.slow),
         ('validation', 8, dict(default_hooks__checkpoint__interval=2), 'interrupted', 8),
         ('iteration', 3, dict(optim_wrapper__accumulative_counts=4), 'interrupted', 4),  # the gradient is whole then
-        ('iteration', 4, by_iterations(16, every=4), 'iter_4', 4),
+        pytest.param('iteration', 4, by_iterations(16, every=4), 'iter_4', 4, marks=pytest.mark.slow),
     ],
 )
 def test_where_a_signal_comes(place, iteration, changes, kept, done, pictures, tmp_path):

@@ -42,7 +42,7 @@ def test_without_changes_nothing_is_said(pictures, tmp_path):
     assert run.status == [0] and said(run).endswith('(train_cfg.max_epochs: 2 -> 3), which hold from here on.')
 
 
-@pytest.mark.parametrize('schedule', ['steps', 'warm-up'])
+@pytest.mark.parametrize('schedule', [pytest.param('steps', marks=pytest.mark.slow), 'warm-up'])
 def test_another_learning_rate_and_schedule(schedule, pictures, tmp_path):
     """The rates of the resumed iterations are those that a run with the new settings has there, from the start."""
     new = dict(optim_wrapper__optimizer=dict(type='AdamW', lr=0.002, weight_decay=0.3))
@@ -58,7 +58,7 @@ def test_another_learning_rate_and_schedule(schedule, pictures, tmp_path):
     assert 'the learning rate goes on at ' in said(run) and "the optimizer's moments are kept" in said(run)
 
 
-@pytest.mark.parametrize(('batch', 'processes'), [(4, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize(('batch', 'processes'), [(4, 1), pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_another_number_of_images(batch, processes, pictures, tmp_path):
     """Epochs go on counting, iterations are counted anew, and the schedule of iterations stands where it belongs."""
     changes = dict(param_scheduler=WARM_UP, train_cfg__max_epochs=2)
@@ -91,7 +91,7 @@ def test_dropout_holds_from_here_on(pictures, tmp_path):
     assert run.status == [0] and 'model.layers.base.dropout: None -> 0.5' in said(run)
 
 
-@pytest.mark.parametrize('counts', ['epochs', 'iterations'])
+@pytest.mark.parametrize('counts', ['epochs', pytest.param('iterations', marks=pytest.mark.slow)])
 def test_nothing_is_left_to_train(counts, pictures, tmp_path):
     """A run that is started again behind its end has status 0, for whoever starts jobs until they are done."""
     changes = {} if counts == 'epochs' else by_iterations(8, every=4)

@@ -109,7 +109,8 @@ def _optimizer(cfg: Config) -> Iterator[str]:
         yield from _unknown(paramwise, f'{path}.paramwise_cfg', _PARAMWISE)
         for name, factors in (paramwise.get('custom_keys') or {}).items():
             if isinstance(factors, Mapping):
-                yield from _unknown(factors, f'{path}.paramwise_cfg.custom_keys.{name}', _MULTIPLIERS)
+                # Any other key is a setting of the optimizer's group, such as lars_exclude.
+                yield from _unknown(factors, f'{path}.paramwise_cfg.custom_keys.{name}', _MULTIPLIERS, is_open=True)
 
 
 def _constructs_itself(wrapper: Mapping) -> bool:

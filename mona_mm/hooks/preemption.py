@@ -57,7 +57,8 @@ class PreemptionHook(Hook):
 
     @checked
     def __init__(self) -> None:
-        self._signal = 0
+        self._signal = 0  # the first one that this process has received; only the handler sets it
+        self._common = 0  # the one that all processes act on
         self._first = 0.0
         self._owner = os.getpid()
         self._handlers: dict[int, Any] = {}
@@ -119,7 +120,7 @@ class PreemptionHook(Hook):
 
         Several processes may have different numbers of batches here, so they agree only behind the validation.
         """
-        if not self._handlers or not self._signal or get_world_size() > 1:
+        if not self._handlers or get_world_size() > 1 or not self._agreed():
             return
         averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)  # which has put its weights in the model
         if self._saved_at == runner.iter or not averaged:
@@ -132,11 +133,12 @@ class PreemptionHook(Hook):
 
     def _agreed(self) -> bool:
         """Whether any process was signalled; every process then knows the signal."""
+        self._common = self._signal
         if get_world_size() > 1:
             number = torch.tensor(self._signal)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
-            self._signal = int(number)
-        return bool(self._signal)
+            self._common = int(number)  # a signal that has come meanwhile is seen the next time
+        return bool(self._common)
 
     def _forget_outdated(self, runner: Runner, iteration: int) -> None:
         """Note the checkpoint that has just been written, and delete an earlier one of this hook."""
@@ -156,14 +158,14 @@ class PreemptionHook(Hook):
     def _leave(self, runner: Runner, batch_idx: int | None, epoch: int, iteration: int, within: str = '') -> None:
         if self._saved_at != iteration:
             self._save(runner, batch_idx, dict(epoch=epoch, iter=iteration))
-        name = signal.Signals(self._signal).name
+        name = signal.Signals(self._common).name
         within = f' within a {within}' if within else ''
         print_log(
             f'{name}: stopped after iteration {iteration}{within}. {how_to_go_on(runner)}', logger='current', level=30
         )
         if get_world_size() > 1:  # a launcher kills the others as soon as one has ended
             torch.distributed.barrier(group=self._group)
-        raise SystemExit(128 + self._signal)
+        raise SystemExit(128 + self._common)
 
     def _save(self, runner: Runner, batch_idx: int | None, meta: dict[str, int]) -> None:
         """Write a whole checkpoint, and its delta by the hook for that."""

@@ -23,7 +23,7 @@ _COMPARED = ('model', 'data_preprocessor', 'optim_wrapper', 'param_scheduler', '
 _INDIFFERENT = {'num_workers', 'persistent_workers', 'pin_memory', 'prefetch_factor', 'init_cfg', 'checkpoint'}
 """Keys that change no result, or nothing after the weights have been loaded."""
 
-_STRUCTURE = ('model.backbone', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'optim_wrapper.type')
+_STRUCTURE = ('model.', 'optim_wrapper.paramwise_cfg', 'optim_wrapper.constructor', 'optim_wrapper.type')
 """Where settings may change which parameters train, or their groups."""
 
 _MOVING = {'last_step', '_global_step', '_last_value', 'base_values', 'verbose'}
