@@ -15,7 +15,7 @@ class Adapter(StreamModule):
     .. math:: y = x + \mathrm{up}(\mathrm{Dropout}(\mathrm{GELU}(\mathrm{down}(x))))
 
     A module has :math:`2mn + m + n` parameters for :math:`m` channels and bottleneck :math:`n`. It does not start as
-    the identity: the published code initialises both projections with a truncated normal.
+    the identity, unless by ``zero_init``: the published code initialises both projections with a truncated normal.
 
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, as the baseline in the
     published code of Mona (CVPR 2025).
@@ -24,6 +24,7 @@ class Adapter(StreamModule):
         channels: width ``C`` of the token stream.
         bottleneck: hidden width.
         dropout: drop probability after the GELU.
+        zero_init: begin as the identity, with zeros in the up projection, in place of the published start.
 
     Raises:
         ConfigError: if ``bottleneck`` is not a whole number of at least 1, or ``dropout`` is not in [0, 1).
@@ -33,8 +34,11 @@ class Adapter(StreamModule):
     needs_grid = False
 
     @checked
-    def __init__(self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1) -> None:
+    def __init__(
+        self, channels: int, bottleneck: Width = 64, dropout: Probability = 0.1, zero_init: bool = False
+    ) -> None:
         super().__init__()
+        self.zero_init = zero_init
         self.down = nn.Linear(channels, bottleneck)
         self.act = nn.GELU()
         self.dropout = nn.Dropout(dropout)
@@ -46,6 +50,8 @@ class Adapter(StreamModule):
         for linear in (self.down, self.up):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        if self.zero_init:
+            nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``."""

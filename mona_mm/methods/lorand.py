@@ -58,6 +58,8 @@ class LoRand(StreamModule):
         channels: width ``C`` of the token stream.
         inner: rank of one product; 16 is the variant of the Mona paper's tables, 8 the smaller one.
         branches: number of products that are summed to one weight.
+        zero_init: begin as the identity, with zeros in the last factor and the bias of the up projection, in place of
+            the published start, which is random and perturbs the features of a plain ViT (see docs/which_method.md).
 
     Raises:
         ConfigError: if ``inner`` or ``branches`` is not a whole number of at least 1.
@@ -67,16 +69,22 @@ class LoRand(StreamModule):
     needs_grid = False
 
     @checked
-    def __init__(self, channels: int, inner: Width = 16, branches: Width = 4) -> None:
+    def __init__(self, channels: int, inner: Width = 16, branches: Width = 4, zero_init: bool = False) -> None:
         super().__init__()
+        self.zero_init = zero_init
         self.down = LoRandLinear(channels, channels // 2, inner, branches)
         self.act = nn.GELU()
         self.up = LoRandLinear(channels // 2, channels, inner, branches)
+        if zero_init:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise both projections, see :meth:`LoRandLinear.reset_parameters`."""
         self.down.reset_parameters()
         self.up.reset_parameters()
+        if self.zero_init:
+            nn.init.zeros_(self.up.b)
+            nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``."""

@@ -96,6 +96,7 @@ class Mona(StreamModule):
             ``'pointwise'`` convolution (whose norm has width ``bottleneck``).
         average: whether the depthwise convolutions are averaged; otherwise they are summed.
         dropout: drop probability after the GELU.
+        zero_init: begin as the identity, with zeros in the up projection, in place of the published start.
 
     Raises:
         ConfigError: if ``bottleneck`` is not a whole number of at least 1, ``kernel_sizes`` are not different odd
@@ -113,8 +114,10 @@ class Mona(StreamModule):
         scaled_norm: Sequence[Place] = ('down',),
         average: bool = True,
         dropout: Probability = 0.1,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
+        self.zero_init = zero_init
         self.filter_scale = 1 / len(kernel_sizes) if average else 1.0
         self.entrance = ScaledLayerNorm(channels) if 'down' in scaled_norm else nn.Identity()
         self.down = nn.Linear(channels, bottleneck)
@@ -139,6 +142,8 @@ class Mona(StreamModule):
             nn.init.zeros_(linear.bias)
         for conv in (*self.depthwise, self.pointwise):
             conv.reset_parameters()
+        if self.zero_init:
+            nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, skip the

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ def main() -> None:
             text = str(problem) if isinstance(problem, UserError) else f'{type(problem).__name__}: {problem}'
             AtomicLocalBackend().put_text(text, error)
             sys.exit(1)
-        result |= dict(machine=machine(), date=datetime.now(UTC).isoformat(timespec='seconds'))
+        result |= dict(machine=machine(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
         AtomicLocalBackend().put_text(json.dumps(result), folder / f'{step}.json')
         for checkpoint in (folder / 'run').glob('*.pth'):  # the trained weights have been copied already
             checkpoint.unlink()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +289,7 @@ class Queue:
             error = folder / f'{step}.error'
             signalled = f'ended by signal {-status}' if status < 0 else f'ended with status {status}, see {step}.log'
             record['error'] = error.read_text() if error.is_file() else signalled
-            return record | dict(date=datetime.now(UTC).isoformat(timespec='seconds'))
+            return record | dict(date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
         result = json.loads((folder / f'{step}.json').read_text())
         if step == 'test':  # a test is recorded with the costs of its training
             trained = records[Cell(cell.task, cell.method, cell.lr, cell.seed)]
