@@ -125,7 +125,7 @@ def build(case: Case, folder: Path) -> Net:
 def wrapped(model: nn.Module, strategy: str) -> nn.Module:
     """A model as a strategy wraps it in its ``prepare``, without the rest of a run."""
     made = object.__new__(STRATEGIES[strategy])
-    made.model_wrapper = made.sync_bn = None
+    made.model_wrapper, made.sync_bn, made.find_unused_parameters = None, None, False
     made.logger, made._world_size = MMLogger.get_current_instance(), distributed.get_world_size()
     return made._wrap_model(model)
 

@@ -33,7 +33,9 @@ from mona_mm.checkpoint.loading import load_from_delta
 from mona_mm.commands.cli import join_process_group
 from mona_mm.commands.strategy import use_strategy
 from mona_mm.errors import ConfigError
+from mona_mm.frozen.half_precision import kept_weights
 from mona_mm.hooks import LoadCheckHook
+from mona_mm.strategies.sharded import sharded_parameters
 from mona_mm.type_names import enter_scope
 
 # Methods of every kind, on one of the hosts by one of the strategies in turn, which also meet a checkpointed backbone,
@@ -75,6 +77,18 @@ def test_two_processes_equal_one(tmp_path):
     """Under every strategy two processes end, after steps of AdamW, where one on the joint batches does."""
     found = differences(SOME, tmp_path, 2, 3)
     assert {case: each for case, each in found.items() if each[0] > 1e-9} == {}
+
+
+def test_weights_in_half_precision_are_sharded(tmp_path):
+    """With frozen_dtype the weights in half precision are sharded, by FSDP1 too, and the steps are those of DDP."""
+    cases = [Case('vit', 'lora-bfloat16', strategy) for strategy in STRATEGIES]
+    in_processes(2, tmp_path, train_cases, cases, str(tmp_path), 2)
+    ddp, fsdp, fsdp2 = (torch.load(tmp_path / f'{number}.pt') for number in range(3))
+    assert_near(fsdp, ddp, 1e-6, least=0.01)
+    assert_near(fsdp2, ddp, 1e-6, least=0.01)
+    model = build(cases[0], tmp_path)
+    assert {p.dtype for p in sharded_parameters(model)} == {torch.bfloat16}
+    assert sharded_parameters(model) == set(kept_weights(model.backbone))
 
 
 @pytest.mark.slow
@@ -182,9 +196,9 @@ def test_the_command_line(strategy, detector_config, tmp_path):
 
 @pytest.mark.slow
 def test_where_float32_leaves_adamw(tmp_path):
-    """In float32 two processes equal one to 1e-6 too, but for the keys' biases under AdamW. Softmax does not see what is
-    added to all scores, so their gradients are zero but for rounding (exactly, in float64: 1e-17), which AdamW divides
-    by its own size; the outputs do not see it either."""
+    """In float32 two processes equal one to 1e-6 too, but for the keys' biases under AdamW. Softmax does not see what
+    is added to all scores, so their gradients are nothing but rounding, which AdamW divides by its own size; and the
+    outputs do not see it either."""
     cases = [Case('vit', tuning, 'ddp', 'adamw') for tuning in ('partial-1', 'bitfit')]
     in_processes(2, tmp_path, train_cases, cases, str(tmp_path), 10)
     for number, case in enumerate(cases):
@@ -208,8 +222,8 @@ def test_where_float32_leaves_adamw(tmp_path):
 
 
 def test_names_of_mmengines_own_strategies(tmp_path):
-    """A state dict with `module.` before every name, as mmengine's DDPStrategy hands to hooks, makes the same delta; its
-    FSDPStrategy, which would skip most of a delta, is refused one."""
+    """A state dict with `module.` before every name, as mmengine's DDPStrategy hands to hooks, makes the same delta;
+    its FSDPStrategy, which would skip most of a delta, is refused one."""
     model = build(Case('vit', 'mona'), tmp_path)
     averaged = {f'module.{name}': t + 1 for name, t in model.state_dict().items()}
     save_delta(model, tmp_path / 'a.delta.safetensors', state_dict=averaged)

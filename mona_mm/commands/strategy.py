@@ -13,7 +13,7 @@ STRATEGIES = dict(
     ddp='mona_mm.DDPStrategy',
     fsdp='mona_mm.FSDPStrategy',
     fsdp2='mona_mm.FSDP2Strategy',
-    deepspeed='DeepSpeedStrategy',
+    deepspeed='mona_mm.DeepSpeedStrategy',
 )
 _WITH_COPIES = ('EMAHook', 'mmdet.MeanTeacherHook')
 
@@ -48,6 +48,8 @@ def use_strategy(cfg: Config, name: str) -> None:
         strategy['sync_bn'] = cfg.get('sync_bn')
         if name == 'ddp':
             strategy['model_wrapper'] = _ddp(cfg)
+        else:
+            strategy['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
     cfg.strategy = {**strategy, **{key: value for key, value in (cfg.get('strategy') or {}).items() if key != 'type'}}
     cfg.runner_type = 'FlexibleRunner'
 
