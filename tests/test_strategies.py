@@ -32,9 +32,10 @@ from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.loading import load_from_delta
 from mona_mm.commands.cli import join_process_group
 from mona_mm.commands.strategy import use_strategy
-from mona_mm.errors import ConfigError
+from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.half_precision import kept_weights
 from mona_mm.hooks import LoadCheckHook
+from mona_mm.strategies.parts import load_part, read_part
 from mona_mm.strategies.sharded import sharded_parameters
 from mona_mm.type_names import enter_scope
 
@@ -164,6 +165,32 @@ def test_a_model_whose_trained_weights_are_sharded(tmp_path):
             assert_near(found['optimizer']['state'][number]['exp_avg'], state['exp_avg'], 1e-9, least=1e-3)
     alone = run(cases[0], tmp_path, 2, 'resumed', str(base), load_from=f'{tmp_path}/1-whole/epoch_1.pth', resume=True)
     assert_near(alone.state_dict(), expected['state_dict'], 1e-9, least=0.01)
+
+
+def test_sharded_checkpoints(tmp_path):
+    """Each process writes its part, from which a run goes on bit for bit, and the delta beside it is whole; the parts are
+    refused on another number of processes, and for another model."""
+    base = tmp_path / 'base.pth'
+    cases = [
+        Case('vit', tuning, strategy, dtype='float64') for tuning in ('full', 'mona') for strategy in ('fsdp', 'fsdp2')
+    ]
+    torch.save(MODELS.build(BACKBONES['vit']).double().state_dict(), base)
+    in_processes(2, tmp_path, run_in_parts, cases, str(tmp_path), str(base))
+    for number, case in enumerate(cases):
+        first, again = (torch.load(tmp_path / f'{number}-{name}.pt') for name in ('whole', 'resumed'))
+        assert_equal(again, first)
+        files = sorted(path.name for path in (tmp_path / f'{number}-whole/epoch_2.pth').iterdir())
+        assert files == ['rank0.pth', 'rank1.pth']
+        delta = tmp_path / f'{number}-whole/epoch_2.delta.safetensors'
+        assert delta.exists() == (case.tuning == 'mona')
+        if delta.exists():
+            tensors = read_delta(delta).tensors
+            assert_equal(tensors, {name: first[name] for name in tensors})
+    folder = str(tmp_path / '0-whole/epoch_1.pth')
+    with pytest.raises(CheckpointMismatchError, match='parts of 2 processes, and there are 4'):
+        read_part(folder, 0, 4)
+    with pytest.raises(CheckpointMismatchError, match='another name or shape'):
+        load_part(build(Case('vit', 'mona'), tmp_path).state_dict(), read_part(folder, 0, 2)['state_dict'], folder)
 
 
 @pytest.mark.slow

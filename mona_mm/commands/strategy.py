@@ -72,6 +72,7 @@ def _deepspeed(cfg: Config) -> dict[str, Any]:
     options: dict[str, Any] = dict(
         zero_optimization=dict(stage=1),  # what trains stays whole, so that deltas need no gathering
         gradient_accumulation_steps=wrapper.pop('accumulative_counts', 1),
+        train_micro_batch_size_per_gpu=cfg.train_dataloader.batch_size,
     )
     clip = wrapper.pop('clip_grad', None)
     if clip:
