@@ -23,6 +23,7 @@ from strategy_runs import (
     count_sent,
     run,
     run_and_resume,
+    run_in_parts,
     train_cases,
     trained,
 )
@@ -168,8 +169,8 @@ def test_a_model_whose_trained_weights_are_sharded(tmp_path):
 
 
 def test_sharded_checkpoints(tmp_path):
-    """Each process writes its part, from which a run goes on bit for bit, and the delta beside it is whole; the parts are
-    refused on another number of processes, and for another model."""
+    """Each process writes its part, from which a run goes on bit for bit, and the delta beside it is whole; the parts
+    are refused on another number of processes, and for another model."""
     base = tmp_path / 'base.pth'
     cases = [
         Case('vit', tuning, strategy, dtype='float64') for tuning in ('full', 'mona') for strategy in ('fsdp', 'fsdp2')
