@@ -67,7 +67,7 @@ def _ddp(cfg: Config) -> dict[str, Any]:
 def _deepspeed(cfg: Config) -> dict[str, Any]:
     """The options of mmengine's ``DeepSpeedStrategy``, to which accumulation, clipping and precision belong."""
     if importlib.util.find_spec('deepspeed') is None:
-        raise ConfigError('--strategy deepspeed needs the package deepspeed: pip install deepspeed.')
+        raise ConfigError('--strategy deepspeed needs the package deepspeed: pip install "deepspeed<0.16".')
     wrapper = cfg.optim_wrapper
     options: dict[str, Any] = dict(
         zero_optimization=dict(stage=1),  # what trains stays whole, so that deltas need no gathering

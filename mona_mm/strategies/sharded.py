@@ -216,15 +216,16 @@ class FSDP2Strategy(_ShardedStrategy):
 
 
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that are sharded: of the frozen ones, or of all if none is frozen, those of the dtype
-    that has the most bytes."""
-    parameters = list(model.parameters())
-    chosen = [p for p in parameters if not p.requires_grad] or parameters
+    """The parameters of a model that are sharded: of the frozen ones those of the dtype that has the most bytes; all, if
+    none is frozen."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        return set(model.parameters())
     sizes: Counter[torch.dtype] = Counter()
-    for p in chosen:
+    for p in frozen:
         sizes[p.dtype] += p.nbytes
     dtype = max(sizes, key=sizes.get)
-    return {p for p in chosen if p.dtype == dtype}
+    return {p for p in frozen if p.dtype == dtype}
 
 
 def _blocks_with(model: nn.Module, parameters: set[nn.Parameter]) -> list[nn.Module]:
