@@ -216,8 +216,10 @@ class FSDP2Strategy(_ShardedStrategy):
 
 
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that are sharded: of the frozen ones those of the dtype that has the most bytes; all, if
-    none is frozen."""
+    """The parameters of a model that are sharded.
+
+    They are those of the frozen ones whose dtype has the most bytes, or all, if none is frozen.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not frozen:
         return set(model.parameters())
