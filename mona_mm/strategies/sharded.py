@@ -13,7 +13,7 @@ block out as one tensor. With ``frozen_dtype`` these are the weights in half pre
 import inspect
 import os.path as osp
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ from mmengine.device import get_device
 from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, is_model_wrapper
 from mmengine.model.wrappers import MMFullyShardedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import weights_to_cpu
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
@@ -97,12 +96,12 @@ class _ShardedStrategy(DDPStrategy):
         Of a sharded checkpoint it is what this process holds.
         """
         if self.checkpoints == 'sharded':
-            return weights_to_cpu(local_state(self.model))
+            return _on_cpu(local_state(self.model))
         keep = has_whole(self.model)
         with whole(self.model) as model:
             if not keep:
                 return {}
-            return {name: t.to('cpu', copy=True) if torch.is_tensor(t) else t for name, t in model.state_dict().items()}
+            return _on_cpu(model.state_dict())
 
     def load_model_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Load a state dict, or a delta, into the whole model, and shard it anew."""
@@ -213,6 +212,11 @@ class FSDP2Strategy(_ShardedStrategy):
         for module in [*_blocks_with(model, parameters), model]:
             FULLY_SHARD(module, mesh=mesh, ignored_params=ignored, **(self.model_wrapper or {}))
         return model
+
+
+def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict on the CPU, which outlives what FSDP has gathered."""
+    return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
 
 
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
