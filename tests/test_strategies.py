@@ -149,6 +149,7 @@ def test_what_a_step_sends(tmp_path):
         assert sent.sharded <= sent.gathered <= 2 * padding * sent.sharded or not sent.sharded
 
 
+@pytest.mark.slow
 def test_a_model_whose_trained_weights_are_sharded(tmp_path):
     """Where nothing is frozen the weights and the state of the optimizer are gathered for a checkpoint, which goes on
     under another strategy, or on one process, as on its own."""
@@ -168,6 +169,7 @@ def test_a_model_whose_trained_weights_are_sharded(tmp_path):
     assert_near(alone.state_dict(), expected['state_dict'], 1e-9, least=0.01)
 
 
+@pytest.mark.slow
 def test_sharded_checkpoints(tmp_path):
     """Each process writes its part, from which a run goes on bit for bit, and the delta beside it is whole; the parts
     are refused on another number of processes, and for another model."""
