@@ -78,7 +78,7 @@ def differences(cases: list[Case], folder: Path, world: int, steps: int) -> dict
 def test_two_processes_equal_one(tmp_path):
     """Under every strategy two processes end, after steps of AdamW, where one on the joint batches does."""
     found = differences(SOME, tmp_path, 2, 3)
-    assert {case: each for case, each in found.items() if each[0] > 1e-9} == {}
+    assert {case: each for case, each in found.items() if each[0] > 1e-6} == {}
 
 
 def test_weights_in_half_precision_are_sharded(tmp_path):
