@@ -125,7 +125,7 @@ def build(case: Case, folder: Path) -> Net:
 def wrapped(model: nn.Module, strategy: str) -> nn.Module:
     """A model as a strategy wraps it in its ``prepare``, without the rest of a run."""
     made = object.__new__(STRATEGIES[strategy])
-    made.model_wrapper = made.sync_bn = None
+    made.model_wrapper, made.sync_bn, made.find_unused_parameters = None, None, False
     made.logger, made._world_size = MMLogger.get_current_instance(), distributed.get_world_size()
     return made._wrap_model(model)
 
@@ -248,7 +248,9 @@ class Pictures(Dataset):
         return dict(inputs=inputs.double(), targets=targets.double())
 
 
-def run(case: Case, folder: Path, epochs: int, name: str, base: str, **settings: Any) -> nn.Module:
+def run(
+    case: Case, folder: Path, epochs: int, name: str, base: str, checkpoints: str = 'whole', **settings: Any
+) -> nn.Module:
     """Train by mmengine's runner, with the hooks of the shipped configs: by the Runner in one process, by a
     FlexibleRunner in several.
 
@@ -258,6 +260,7 @@ def run(case: Case, folder: Path, epochs: int, name: str, base: str, **settings:
         epochs: the number of epochs, of two steps each.
         name: the name of the work dir in the folder.
         base: the pretrained base of the backbone.
+        checkpoints: whether those of sharded weights are ``'whole'`` or ``'sharded'``.
         settings: further arguments of the runner.
     """
     world = distributed.get_world_size() if distributed.is_initialized() else 1
@@ -294,6 +297,8 @@ def run(case: Case, folder: Path, epochs: int, name: str, base: str, **settings:
         runner = Runner(**arguments)
     else:
         strategy = dict(type=f'mona_mm.{STRATEGIES[case.strategy].__name__}')
+        if case.strategy != 'ddp':
+            strategy['checkpoints'] = checkpoints
         runner = FlexibleRunner(
             **arguments, strategy=strategy, launcher='pytorch', env_cfg=dict(dist_cfg=dict(backend='gloo'))
         )
@@ -315,6 +320,21 @@ def run_and_resume(cases: list[Case], folder: str, base: str, deltas: bool = Tru
         if deltas:
             delta = f'{folder}/{other}-whole/epoch_2.delta.safetensors'
             run(case, Path(folder), 1, f'{number}-from-delta', base, load_from=delta)
+    distributed.destroy_process_group()
+
+
+def run_in_parts(cases: list[Case], folder: str, base: str) -> None:
+    """Train two epochs by every case with sharded checkpoints, and the second of them again, resumed; and let the main
+    process write what both end with."""
+    distributed.init_process_group('gloo')
+    for number, case in enumerate(cases):
+        models = [run(case, Path(folder), 2, f'{number}-whole', base, 'sharded')]
+        options = dict(load_from=f'{folder}/{number}-whole/epoch_1.pth', resume=True)
+        models.append(run(case, Path(folder), 2, f'{number}-resumed', base, 'sharded', **options))
+        for name, model in zip(('whole', 'resumed'), models, strict=True):
+            with whole(model) as inside:
+                if distributed.get_rank() == 0:
+                    torch.save(inside.state_dict(), f'{folder}/{number}-{name}.pt')
     distributed.destroy_process_group()
 
 

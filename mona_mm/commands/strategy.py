@@ -13,7 +13,7 @@ STRATEGIES = dict(
     ddp='mona_mm.DDPStrategy',
     fsdp='mona_mm.FSDPStrategy',
     fsdp2='mona_mm.FSDP2Strategy',
-    deepspeed='DeepSpeedStrategy',
+    deepspeed='mona_mm.DeepSpeedStrategy',
 )
 _WITH_COPIES = ('EMAHook', 'mmdet.MeanTeacherHook')
 
@@ -48,6 +48,8 @@ def use_strategy(cfg: Config, name: str) -> None:
         strategy['sync_bn'] = cfg.get('sync_bn')
         if name == 'ddp':
             strategy['model_wrapper'] = _ddp(cfg)
+        else:
+            strategy['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
     cfg.strategy = {**strategy, **{key: value for key, value in (cfg.get('strategy') or {}).items() if key != 'type'}}
     cfg.runner_type = 'FlexibleRunner'
 
@@ -65,11 +67,12 @@ def _ddp(cfg: Config) -> dict[str, Any]:
 def _deepspeed(cfg: Config) -> dict[str, Any]:
     """The options of mmengine's ``DeepSpeedStrategy``, to which accumulation, clipping and precision belong."""
     if importlib.util.find_spec('deepspeed') is None:
-        raise ConfigError('--strategy deepspeed needs the package deepspeed: pip install deepspeed.')
+        raise ConfigError('--strategy deepspeed needs the package deepspeed: pip install "deepspeed<0.16".')
     wrapper = cfg.optim_wrapper
     options: dict[str, Any] = dict(
         zero_optimization=dict(stage=1),  # what trains stays whole, so that deltas need no gathering
         gradient_accumulation_steps=wrapper.pop('accumulative_counts', 1),
+        train_micro_batch_size_per_gpu=cfg.train_dataloader.batch_size,
     )
     clip = wrapper.pop('clip_grad', None)
     if clip:

@@ -13,16 +13,15 @@ block out as one tensor. With ``frozen_dtype`` these are the weights in half pre
 import inspect
 import os.path as osp
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from mmengine.device import get_device
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from mmengine.model import BaseDataPreprocessor, MMDistributedDataParallel, is_model_wrapper
 from mmengine.model.wrappers import MMFullyShardedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import weights_to_cpu
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
@@ -42,9 +41,16 @@ class _ShardedStrategy(DDPStrategy):
     """What FSDP1 and FSDP2 have in common."""
 
     @checked
-    def __init__(self, *, checkpoints: Literal['whole', 'sharded'] = 'whole', **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        checkpoints: Literal['whole', 'sharded'] = 'whole',
+        find_unused_parameters: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.checkpoints = checkpoints
+        self.find_unused_parameters = find_unused_parameters
         self._loads_parts = False
 
     def _shard(self, model: nn.Module, parameters: set[nn.Parameter]) -> nn.Module:
@@ -53,7 +59,10 @@ class _ShardedStrategy(DDPStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if is_model_wrapper(model):
             return model
-        model = self.convert_model(model.to(get_device()))
+        model = self.convert_model(model)
+        for module in model.modules():
+            if isinstance(module, BaseDataPreprocessor):
+                module.to(get_device())
         parameters = sharded_parameters(model)
         trains = any(p.requires_grad for p in parameters)
         size, rest = (sum(p.nbytes for p in group) for group in (parameters, set(model.parameters()) - parameters))
@@ -61,11 +70,20 @@ class _ShardedStrategy(DDPStrategy):
             f'{size / 2**20:,.1f} MiB of {"all" if trains else "frozen"} weights are sharded over {self.world_size} '
             f'processes; {rest / 2**20:,.1f} MiB are whole on each.'
         )
-        model = self._shard(model, parameters)
+        others = [p for p in model.parameters() if p not in parameters]
+        model = self._shard(model, parameters)  # block by block, since the whole may not fit on one device
+        for p in others:
+            p.data = p.data.to(get_device())
         if trains:
             return model
         # What is sharded must not be sent around at the start, and all processes have initialised or loaded the same.
-        return MMDistributedDataParallel(model, device_ids=local_devices(), init_sync=False, broadcast_buffers=False)
+        return MMDistributedDataParallel(
+            model,
+            device_ids=local_devices(),
+            init_sync=False,
+            broadcast_buffers=False,
+            find_unused_parameters=self.find_unused_parameters,
+        )
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> OptimWrapper:
         """Build the optimizer for the model's own names, by which ``paramwise_cfg`` selects parameters."""
@@ -78,12 +96,12 @@ class _ShardedStrategy(DDPStrategy):
         Of a sharded checkpoint it is what this process holds.
         """
         if self.checkpoints == 'sharded':
-            return weights_to_cpu(local_state(self.model))
+            return _on_cpu(local_state(self.model))
         keep = has_whole(self.model)
         with whole(self.model) as model:
             if not keep:
                 return {}
-            return {name: t.to('cpu', copy=True) if torch.is_tensor(t) else t for name, t in model.state_dict().items()}
+            return _on_cpu(model.state_dict())
 
     def load_model_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:
         """Load a state dict, or a delta, into the whole model, and shard it anew."""
@@ -148,6 +166,7 @@ class FSDPStrategy(_ShardedStrategy):
         checkpoints: ``'whole'`` gathers checkpoints, which are those of one process then, and resume on any number of
             processes under any strategy; ``'sharded'`` writes a folder with a file of each process, which resumes on as
             many processes under the same strategy. Deltas are whole in either case.
+        find_unused_parameters: see :class:`torch.nn.parallel.DistributedDataParallel`, which averages the gradients.
         model_wrapper: options of :class:`torch.distributed.fsdp.FullyShardedDataParallel`, such as
             ``dict(cpu_offload=True)``.
         sync_bn: see :class:`DDPStrategy`.
@@ -173,6 +192,7 @@ class FSDP2Strategy(_ShardedStrategy):
 
     Args:
         checkpoints: see :class:`FSDPStrategy`.
+        find_unused_parameters: see :class:`FSDPStrategy`.
         model_wrapper: options of ``torch.distributed.fsdp.fully_shard``, such as ``dict(reshard_after_forward=False)``.
         sync_bn: see :class:`DDPStrategy`.
         **kwargs: see mmengine's ``BaseStrategy``.
@@ -194,16 +214,24 @@ class FSDP2Strategy(_ShardedStrategy):
         return model
 
 
+def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict on the CPU, which outlives what FSDP has gathered."""
+    return {name: value.to('cpu', copy=True) if torch.is_tensor(value) else value for name, value in state.items()}
+
+
 def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model that are sharded: of the frozen ones, or of all if none is frozen, those of the dtype
-    that has the most bytes."""
-    parameters = list(model.parameters())
-    chosen = [p for p in parameters if not p.requires_grad] or parameters
+    """The parameters of a model that are sharded.
+
+    They are those of the frozen ones whose dtype has the most bytes, or all, if none is frozen.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        return set(model.parameters())
     sizes: Counter[torch.dtype] = Counter()
-    for p in chosen:
+    for p in frozen:
         sizes[p.dtype] += p.nbytes
     dtype = max(sizes, key=sizes.get)
-    return {p for p in chosen if p.dtype == dtype}
+    return {p for p in frozen if p.dtype == dtype}
 
 
 def _blocks_with(model: nn.Module, parameters: set[nn.Parameter]) -> list[nn.Module]:
