@@ -60,7 +60,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
             _require(metric.get('ann_file'), metric.get('ann_file'), split, hint)
         report.add(entry)
     if len(splits) > 1:
-        note_duplicates(report.split_of_images(), report.findings)
+        note_duplicates(report.splits_of_images(), report.findings)
     report.findings.raise_errors()
     report.judge()
     return report
