@@ -477,6 +477,19 @@ def test_published_configs(name, tmp_path):
         assert cfg.model.head.topk == (1,) and cfg.val_evaluator.topk == (1,)
 
 
+def test_count_params(tool, tmp_path):
+    """The tools that need no data take the classes of a folder, and write nothing."""
+    root = make_coco(tmp_path / 'data')
+    config = ['configs/custom/custom_retinanet_swin_t.py', '--json', '--cfg-options', f'work_dir={tmp_path / "work"}']
+    totals = []
+    for options in ([], ['--data', str(root)]):
+        status, out, error = tool('count_params.py', *config, *options)
+        assert status == 0, error
+        totals.append(json.loads(out[out.index('[') :])[0]['total'])
+    assert totals[0] - totals[1] == 9 * 78 * (256 * 9 + 1)  # nine anchors, 80 classes and 2
+    assert not (tmp_path / 'work').exists()
+
+
 def narrow(layout: str, root: Path, work: Path, name: str | None = None) -> Config:
     """A small model set to a folder."""
     name = name or Path(CONFIGS[TASKS[layout]]).stem
