@@ -394,6 +394,8 @@ def test_stratified():
     val = [labels[i] for i, split in enumerate(chosen) if split == 'val']
     assert 19 <= len(val) <= 21
     assert [sum(k in each for each in val) for k in range(4)] == [18, 6, 1, 0]
+    for share in (0.01, 0.99):
+        assert set(stratify([{0}] * 3, [1] * 3, dict(val=share), seed=0)) == {'train', 'val'}
 
 
 def test_equal_images_stay_on_one_side(use, tmp_path):
@@ -415,6 +417,25 @@ def test_equal_images_in_given_splits_are_named(use, tmp_path):
     _, report = use(root)
     (line,) = report.warning_lines()
     assert 'images are in train and val alike' in line and 'train/images/1.jpg = valid/images/1.jpg' in line
+
+
+def test_one_image_in_two_files(use, tmp_path):
+    """Files of one class each are joined; an image that a list has on both sides is named."""
+    root = make_coco(tmp_path / 'data')
+    file = root / 'annotations/all.json'
+    content = json.loads(file.read_text())
+    for label, name in ((3, 'cats'), (7, 'dogs')):
+        chosen = [a for a in content['annotations'] if a['category_id'] == label]
+        write_json(file.with_name(f'{name}.json'), {**content, 'annotations': chosen})
+    file.unlink()
+    cfg, report = use(root)
+    assert not report.warning_lines() and len(samples(cfg)) == 6
+    assert sum(len(info['instances']) for info in samples(cfg)) == 9
+    root = make_yolo(tmp_path / 'yolo')
+    shutil.rmtree(tmp_path / 'work')
+    (root / 'data.yaml').write_text('train: train/images\nval: train/images\nnames: [cat, dog]\n')
+    _, report = use(root)
+    assert any('4 images are in train and val alike (first: train/images/0.jpg)' in w for w in report.warning_lines())
 
 
 # The config ----------------------------------------------------------------------------------------------------------
@@ -454,6 +475,19 @@ def test_published_configs(name, tmp_path):
         assert cfg.default_hooks.checkpoint.save_best == 'coco/bbox_mAP'
     if name == 'swin_l_flowers102':
         assert cfg.model.head.topk == (1,) and cfg.val_evaluator.topk == (1,)
+
+
+def test_count_params(tool, tmp_path):
+    """The tools that need no data take the classes of a folder, and write nothing."""
+    root = make_coco(tmp_path / 'data')
+    config = ['configs/custom/custom_retinanet_swin_t.py', '--json', '--cfg-options', f'work_dir={tmp_path / "work"}']
+    totals = []
+    for options in ([], ['--data', str(root)]):
+        status, out, error = tool('count_params.py', *config, *options)
+        assert status == 0, error
+        totals.append(json.loads(out[out.index('[') :])[0]['total'])
+    assert totals[0] - totals[1] == 9 * 78 * (256 * 9 + 1)  # nine anchors, 80 classes and 2
+    assert not (tmp_path / 'work').exists()
 
 
 def narrow(layout: str, root: Path, work: Path, name: str | None = None) -> Config:

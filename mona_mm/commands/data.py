@@ -1,9 +1,11 @@
 """Check the data of a config before anything is built: the libraries read them, and what was read is looked at."""
 
+import contextlib
+import gc
 import os
 import os.path as osp
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mmcv
@@ -40,6 +42,23 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
         ConfigError: if the data cannot be read, or have other classes than the config, or in another order, or nothing
             could be learnt from them; one line for each kind of fault.
     """
+    with _without_collection():
+        return _check_data(cfg, splits)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Suspend the search for circular references, which takes a third of the time of reading a million objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
     hint = f'/path/to/it, the folder that holds {cfg.task}/' if cfg.get('tasks') else '/path/to/it'
     enter_scope(cfg)
     own = cfg.get('own_data') or {}
@@ -60,7 +79,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
             _require(metric.get('ann_file'), metric.get('ann_file'), split, hint)
         report.add(entry)
     if len(splits) > 1:
-        note_duplicates(report.split_of_images(), report.findings)
+        note_duplicates(report.splits_of_images(), report.findings)
     report.findings.raise_errors()
     report.judge()
     return report

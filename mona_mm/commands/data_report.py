@@ -97,13 +97,13 @@ class DataReport:
         if split.read:
             self.splits[split.name] = split
 
-    def split_of_images(self) -> dict[str, str]:
-        """The split of every image file, without those that are validation and test images alike."""
-        result: dict[str, str] = {}
+    def splits_of_images(self) -> dict[str, set[str]]:
+        """The splits that each image file is in; SPT measures sensitivity on training images, which is no fault."""
+        result: dict[str, set[str]] = {}
         for name, split in self.splits.items():
             for path in split.paths:
-                if path:
-                    result.setdefault(path, name)
+                if path and name != 'sensitivity':
+                    result.setdefault(path, set()).add(name)
         return result
 
     def judge(self) -> None:

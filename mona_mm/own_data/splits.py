@@ -2,11 +2,11 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from mona_mm.own_data.findings import Findings
 from mona_mm.own_data.images import equal_files
-from mona_mm.own_data.samples import OwnData, Sample
+from mona_mm.own_data.samples import SPLITS, OwnData, Sample
 
 
 def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float = 0.0) -> None:
@@ -31,6 +31,7 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
         only = next(iter(data.splits))
         data.notes.append(f'the folder has no training split: it is drawn from {only}')
         data.splits['train'] = data.splits.pop(only)
+    _join_listed_twice(data)
     shares = {}
     if not data.splits.get('val') and val > 0:
         shares['val'] = val
@@ -38,7 +39,15 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
         shares['test'] = test
     if shares:
         _draw(data, shares, seed)
-    _note_duplicates(data)
+    note_duplicates(_splits_of(data), data.findings)
+
+
+def _splits_of(data: OwnData) -> dict[str, set[str]]:
+    splits_of = defaultdict(set)
+    for split, samples in data.splits.items():
+        for sample in samples:
+            splits_of[str(sample.image)].add(split)
+    return splits_of
 
 
 def _draw(data: OwnData, shares: dict[str, float], seed: int) -> None:
@@ -103,23 +112,41 @@ def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, 
                 wanted[split, None] -= sizes[i]
                 for each in labels[i] or (-1,):
                     wanted[split, each] -= 1
-    for split in shares:
-        if len(labels) > 1 and split not in chosen.values():
-            chosen[order[0]] = split
+    for split in weights:  # none may be empty, however few images there are
+        sides = list(chosen.values())
+        if split not in sides and len(sides) >= len(weights):
+            fullest = max(weights, key=sides.count)
+            chosen[next(i for i in order if chosen[i] == fullest)] = split
     return [chosen[i] for i in range(len(labels))]
 
 
-def _note_duplicates(data: OwnData) -> None:
-    """Warn of images whose content is in more than one split."""
-    note_duplicates(
-        {str(sample.image): split for split, samples in data.splits.items() for sample in samples}, data.findings
-    )
+def _join_listed_twice(data: OwnData) -> None:
+    """Make one sample of an image that several files annotate, in place."""
+    for split, samples in data.splits.items():
+        first: dict[str, Sample] = {}
+        for sample in samples:
+            known = first.setdefault(str(sample.image), sample)
+            if known is not sample:
+                known.instances += sample.instances
+        data.splits[split] = list(first.values())
 
 
-def note_duplicates(split_of: dict[str, str], findings: Findings) -> None:
-    """Warn of images whose content is in more than one split, given the split of each path."""
-    for group in equal_files(split_of, split_of.get):
-        splits = ' and '.join(sorted({split_of[path] for path in group}))
-        names = [next(path for path in group if split_of[path] == split) for split in splits.split(' and ')[:2]]
-        example = ' = '.join('/'.join(path.split('/')[-3:]) for path in names)
-        findings.warn(f'images are in {splits} alike', example, 'scores will be too good')
+def note_duplicates(splits_of: Mapping[str, Collection[str]], findings: Findings) -> None:
+    """Warn of images that are in more than one split, themselves or by their content.
+
+    Args:
+        splits_of: the splits that each image file is in. The validation images may be the test images, too.
+        findings: where the warnings are noted.
+    """
+    for path, splits in splits_of.items():
+        if len(splits) > 1 and 'train' in splits:
+            _warn(findings, splits, [path])
+    side = {path: next(split for split in SPLITS if split in splits) for path, splits in splits_of.items()}
+    for group in equal_files(side, side.get):
+        splits = sorted({side[path] for path in group})
+        _warn(findings, splits, [next(path for path in group if side[path] == split) for split in splits[:2]])
+
+
+def _warn(findings: Findings, splits: Collection[str], paths: list[str]) -> None:
+    example = ' = '.join('/'.join(path.split('/')[-3:]) for path in paths)
+    findings.warn(f'images are in {" and ".join(sorted(splits))} alike', example, 'scores will be too good')
