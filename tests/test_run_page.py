@@ -265,8 +265,7 @@ def test_a_config_of_four_lines_gets_everything(make, tool, tmp_path):
     assert (work / 'epoch_2.delta.safetensors').is_file() and not list(work.glob('*.partial'))
     assert len(rows_of(work / 'results.csv')) == 2
     check_page(work)
-    delta = work / 'epoch_2.delta.safetensors'
-    status, out, err = tool('test.py', str(config), str(delta), '--work-dir', str(work), '--allow-other-base')
+    status, out, err = tool('test.py', str(config), str(work / 'epoch_2.pth'), '--work-dir', str(work))
     assert status == 0, err
     assert 'Tested' in check_page(work, 'test_')
     metric = main_metric(rows_of(work / 'results.csv')[0])
