@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mona_mm.commands.cli import build_runner, close_log_file
+from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.nn.wrappers import innermost
@@ -76,7 +76,7 @@ def dry_run(cfg: Config, delta_base: str | None = None, allow_other_base: bool =
     """
     hook = DryRunHook()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        cfg.work_dir = folder
+        use_temporary(cfg, folder)
         make_plan(cfg)
         runner = build_runner(cfg, delta_base, allow_other_base)
         runner.register_hook(hook, 'LOWEST')
