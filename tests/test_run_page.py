@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_tasks import classifier, segmentor
@@ -19,7 +20,7 @@ from toy_runs import log_of, mona_swin
 
 from mona_mm.commands.run_hooks import add_hooks
 from mona_mm.report.classification import ClassificationEvaluator
-from mona_mm.report.detection import DetectionEvaluator
+from mona_mm.report.detection import DetectionEvaluator, _polygons
 from mona_mm.report.evaluator import chosen
 from mona_mm.report.run import main_metric, read_results
 from mona_mm.report.segmentation import SegmentationEvaluator
@@ -116,6 +117,21 @@ def test_detections_are_confused_as_they_lie():
     assert confusion.truths == ['cat', 'dog', 'no object'] and confusion.predictions == ['cat', 'dog', 'missed']
     assert confusion.counts.tolist() == [[2, 0, 1], [0, 2, 1], [0, 0, 0]]
     assert 'F1 0.95' not in str(result.remarks)
+
+
+def test_outlines_of_annotations():
+    """Polygons as they are; of both kinds of run-length codes the outline of the mask."""
+    polygon = [3.0, 2.0, 9.0, 2.0, 9.0, 7.0, 3.0, 7.0]
+    assert _polygons([polygon])[0].tolist() == [[3, 2], [9, 2], [9, 7], [3, 7]]
+    mask = np.zeros((12, 14), np.uint8, order='F')
+    mask[2:8, 3:10] = 1
+    plain = mask.flatten(order='F')
+    changes = np.flatnonzero(np.diff(plain)) + 1
+    counts = np.diff([0, *changes, len(plain)]).tolist()
+    for codes in (coco_mask.encode(mask), dict(size=[12, 14], counts=counts)):
+        (outline,) = _polygons(codes)
+        assert {tuple(point) for point in outline.tolist()} == {(3, 2), (9, 2), (9, 7), (3, 7)}
+    assert _polygons(None) == []
 
 
 def test_label_maps_are_counted():
@@ -249,8 +265,7 @@ def test_a_config_of_four_lines_gets_everything(make, tool, tmp_path):
     assert (work / 'epoch_2.delta.safetensors').is_file() and not list(work.glob('*.partial'))
     assert len(rows_of(work / 'results.csv')) == 2
     check_page(work)
-    delta = work / 'epoch_2.delta.safetensors'
-    status, out, err = tool('test.py', str(config), str(delta), '--work-dir', str(work), '--allow-other-base')
+    status, out, err = tool('test.py', str(config), str(work / 'epoch_2.pth'), '--work-dir', str(work))
     assert status == 0, err
     assert 'Tested' in check_page(work, 'test_')
     metric = main_metric(rows_of(work / 'results.csv')[0])

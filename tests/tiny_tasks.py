@@ -37,9 +37,10 @@ test_dataloader = val_dataloader
 val_evaluator = test_evaluator = {metric}
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=1)
 val_cfg = dict(type='ValLoop')
+visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
-    type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3), paramwise_cfg=dict(norm_decay_mult=0.0),
+    type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05), paramwise_cfg=dict(norm_decay_mult=0.0),
 )
 default_hooks = dict(
     timer=dict(type='IterTimerHook'), logger=dict(type='LoggerHook', interval=1),

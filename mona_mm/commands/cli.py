@@ -172,6 +172,16 @@ _VARIABLES = dict(
 )
 
 
+def use_temporary(cfg: Config, folder: str) -> None:
+    """Set a config to leave everything in a folder that will be removed.
+
+    mmengine keeps visualizers by name, and with them the folder of the first runner that asked for the name: a name of
+    its own lets the next runner of this process have another.
+    """
+    cfg.work_dir, cfg.experiment_name = folder, osp.basename(folder)
+    cfg.pop('visualizer', None)
+
+
 def close_log_file(runner: Runner) -> None:
     """Close the log file of a runner whose work dir will be removed."""
     for handler in list(runner.logger.handlers):

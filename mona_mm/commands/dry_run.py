@@ -1,5 +1,6 @@
 """Try a training: build everything, make three steps, and say what a run needs in memory and time."""
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from mona_mm.commands.cli import build_runner, close_log_file
+from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.nn.wrappers import innermost
@@ -75,7 +76,7 @@ def dry_run(cfg: Config, delta_base: str | None = None, allow_other_base: bool =
     """
     hook = DryRunHook()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        cfg.work_dir = folder
+        use_temporary(cfg, folder)
         make_plan(cfg)
         runner = build_runner(cfg, delta_base, allow_other_base)
         runner.register_hook(hook, 'LOWEST')
@@ -149,7 +150,7 @@ def _recorded(model: nn.Module, found: dict[str, int]) -> Iterator[None]:
         contexts.pop().__exit__(None, None, None)
 
     handles = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-    for name, part in _parts(model).items():
+    for name, part in _parts(model):
         handles.append(part.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
         handles.append(part.register_forward_hook(lambda *_: [running.pop(), None][1]))
     try:
@@ -159,16 +160,16 @@ def _recorded(model: nn.Module, found: dict[str, int]) -> Iterator[None]:
             handle.remove()
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The children of a model, and the stages of its backbone."""
-    parts = dict(model.named_children())
-    path = backbone_path(model)
-    backbone = model.get_submodule(path) if path else model
-    for name in _STAGES:
-        stages = getattr(backbone, name, None)
-        if isinstance(stages, nn.ModuleList | nn.Sequential):
-            parts |= {f'{path}.{name}.{i}'.lstrip('.'): stage for i, stage in enumerate(stages)}
-    return {name: part for name, part in parts.items() if name != 'data_preprocessor'}
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module within a model, with the child of the model, or the stage of its backbone, that it belongs to.
+
+    Every module, since a detector calls the modules of its heads and not the heads themselves.
+    """
+    stage = re.compile(rf'{re.escape(backbone_path(model))}\.?(?:{"|".join(_STAGES)})\.\d+')
+    for path, module in model.named_modules():
+        if path:
+            found = stage.match(path)
+            yield found[0] if found else path.partition('.')[0], module
 
 
 def _shapes(batch: Any) -> str:

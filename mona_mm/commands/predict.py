@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
-from mona_mm.commands.cli import build_runner, close_log_file
+from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.config import adapt_to_device
 from mona_mm.commands.data import datasets
 from mona_mm.commands.planning import require_plan
@@ -88,7 +88,7 @@ def load_model(cfg: Config, weights: str, allow_other_base: bool = False) -> Loa
     cfg.load_from, cfg.resume, cfg.launcher, cfg.log_level = weights, False, 'none', 'WARNING'
     base = whole_model_base(cfg, weights) if weights.endswith(SUFFIX) else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        cfg.work_dir = folder
+        use_temporary(cfg, folder)
         runner = build_runner(cfg, base, allow_other_base)
         checkpoint = runner.load_checkpoint(weights)
         close_log_file(runner)

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.commands.predict import Predicted
 from mona_mm.commands.sources import write_image
+from mona_mm.errors import UserError
 from mona_mm.report.pictures import class_colour, draw_box, draw_labels, draw_outlines, outlines_of, palette, titled
 
 _TOP = 5  # the classes of an image that are written
@@ -29,6 +30,9 @@ class Writer(ABC):
         pictures: whether to draw pictures.
     """
 
+    field: str
+    """What a sample of the model must have."""
+
     def __init__(self, folder: Path, classes: Sequence[str], score: float, pictures: bool = True) -> None:
         self.folder = folder
         self.classes = list(classes)
@@ -36,7 +40,13 @@ class Writer(ABC):
         self.pictures = pictures
 
     def add(self, item: Predicted) -> None:
-        """Take a prediction."""
+        """Take a prediction.
+
+        Raises:
+            UserError: if it is not what this writer writes (a panoptic segmentation, for one).
+        """
+        if self.field not in item.sample:
+            raise UserError(f'The model predicts no {self.field}, but {", ".join(item.sample.keys())}.')
         self.take(item)
         if self.pictures:
             image = item.image()
@@ -64,6 +74,8 @@ class DetectionWriter(Writer):
 
     It is a data set as it is. The ids of categories are the numbers of the classes from 1 on.
     """
+
+    field = 'pred_instances'
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -123,6 +135,8 @@ class SegmentationWriter(Writer):
     A pixel whose class has a probability below the least score is 255 (65535 beyond 255 classes).
     """
 
+    field = 'pred_sem_seg'
+
     def _labels(self, item: Predicted) -> np.ndarray:
         labels = item.sample.pred_sem_seg.data[0].cpu().numpy()
         labels = labels.astype(np.uint8 if len(self.classes) < 255 else np.uint16)
@@ -148,8 +162,10 @@ class SegmentationWriter(Writer):
 class ClassificationWriter(Writer):
     """``predictions.csv``: the best class of each image with its score, and the best five.
 
-    Of an image that may have several classes, those of at least the least score.
+    Of an image that may have several classes, those of at least the least score, 0.5 if none is given.
     """
+
+    field = 'pred_score'
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -166,7 +182,7 @@ class ClassificationWriter(Writer):
         if label is not None and label.numel() == 1:
             found = best[0][0] if best[0][1] >= self.score else ''
         else:
-            found = ' '.join(name for name, score in best if score >= self.score)
+            found = ' '.join(name for name, score in best if score >= (self.score or 0.5))
         name = item.path if item.frame is None else f'{item.name}.jpg'
         self._rows.append([name, found, f'{best[0][1]:.4f}', '; '.join(f'{n} {s:.4f}' for n, s in best)])
 

@@ -13,10 +13,10 @@ from mona_mm.errors import ConfigError, UserError
 from mona_mm.type_names import is_type, type_name
 
 BACKENDS = dict(
-    tensorboard=('TensorboardVisBackend', 'tensorboard'),
+    tensorboard=('TensorboardVisBackend', 'torch.utils.tensorboard'),
     wandb=('WandbVisBackend', 'wandb'),
 )
-"""What a run can be watched with: the type of mmengine's backend, and the package that it needs."""
+"""What a run can be watched with: the type of mmengine's backend, and the module that it needs."""
 
 _MONITORS = dict(
     CocoMetric='coco/{}_mAP',
@@ -53,17 +53,17 @@ def watch(cfg: Config, names: Sequence[str]) -> None:
     """Let a run write its losses, learning rates and metrics for TensorBoard or Weights & Biases too, in place.
 
     Raises:
-        UserError: if a package is not installed.
+        UserError: if a package is not installed, or not with all that it needs.
     """
     if not cfg.get('visualizer'):
         cfg.visualizer = dict(type='Visualizer', name='visualizer')
     backends = list(dict.get(cfg.visualizer, 'vis_backends') or [dict(type='LocalVisBackend')])
     for name in names:
-        backend, package = BACKENDS[name]
+        backend, module = BACKENDS[name]
         try:
-            importlib.import_module(package)
+            importlib.import_module(module)
         except ImportError:
-            raise UserError(f'--watch {name} needs a package: pip install {package}') from None
+            raise UserError(f'--watch {name} needs a package: pip install {name}') from None
         if not any(is_type(existing, backend) for existing in backends):
             options = {}
             if name == 'wandb':

@@ -7,6 +7,11 @@ from typing import Any
 import cv2
 import numpy as np
 
+try:
+    from pycocotools import mask as coco_mask
+except ImportError:  # it comes with mmdet, which classifiers and segmentors do without
+    coco_mask = None
+
 from mona_mm.report.evaluator import Chart, Confusion, Curve, Evaluation, Evaluator, Picture, array, chosen, share
 from mona_mm.report.pictures import class_colour, draw_box, draw_outlines, outlines_of, read_image, titled
 
@@ -325,5 +330,10 @@ def _key(info: Mapping[str, Any]) -> Any:
 
 
 def _polygons(mask: Any) -> Outlines:
-    """The outlines of an annotation; none of run-length codes."""
-    return [np.asarray(polygon, np.float32).reshape(-1, 2) for polygon in mask] if isinstance(mask, list) else []
+    """The outlines of an annotation's mask: polygons, or run-length codes."""
+    if isinstance(mask, list):
+        return [np.asarray(polygon, np.float32).reshape(-1, 2) for polygon in mask]
+    if not isinstance(mask, dict) or coco_mask is None:
+        return []
+    codes = coco_mask.frPyObjects(mask, *mask['size']) if isinstance(mask['counts'], list) else mask
+    return outlines_of(coco_mask.decode(codes))

@@ -29,6 +29,6 @@ def evaluator_for(sample: Any, classes: Sequence[str], dataset: Any, images: int
         most: the largest number of images to look at.
     """
     for name, kind in _KINDS:
-        if name in sample:
+        if name in sample and (classes or kind is not SegmentationEvaluator):
             return kind(classes, dataset, images, most)
     return None
