@@ -79,10 +79,7 @@ def training_chart(table: Comparison, task: str, records: dict[Cell, Record]) ->
         cells = [Cell(task, row.method, row.lr, seed) for seed in table.seeds]
         curves = [records[cell]['losses'] for cell in cells if records.get(cell, {}).get('losses')]
         if curves:
-            iterations = [iteration for iteration, _ in curves[0]]
-            left.plot(
-                iterations, np.mean([[loss for _, loss in curve] for curve in curves], 0), color=colours[row.method]
-            )
+            left.plot(*zip(*_mean_curve(curves), strict=True), color=colours[row.method])
         rates = sorted(table.rates(task, row.method))
         first = [records.get(Cell(task, row.method, lr, table.seeds[0])) for lr in rates]
         found = [(r['lr'], r['score']) for r in first if r is not None and r['score'] is not None]
@@ -94,6 +91,15 @@ def training_chart(table: Comparison, task: str, records: dict[Cell, Record]) ->
     lines = [Line2D([], [], color=colours[row.method], label=row.method) for row in rows]
     figure.legend(handles=lines, loc='outside right center', fontsize='small')
     return figure
+
+
+def _mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """The mean loss by iteration. A run that was stopped and resumed can lack an iteration that others have."""
+    losses: dict[int, list[float]] = {}
+    for curve in curves:
+        for iteration, loss in curve:
+            losses.setdefault(iteration, []).append(loss)
+    return [(iteration, statistics.fmean(found)) for iteration, found in sorted(losses.items())]
 
 
 def class_chart(table: Comparison, task: str, records: dict[Cell, Record]) -> Figure | None:
