@@ -1,7 +1,7 @@
-"""Operators on boxes and offsets that are not finite, as a diverging model has: zeros there, and no other value changes.
+"""Operators on boxes and offsets that are not finite, as a diverging model has: zeros there, all else as without them.
 
-torchvision's kernels read outside of the memory for them, which ends the process. The maps have odd sides: with even ones
-the wrong addresses can wrap around to right ones.
+torchvision's kernels read outside of the memory for them, which ends the process. The maps have odd sides, since with
+even ones the wrong addresses can wrap around to right ones.
 """
 
 import pytest
