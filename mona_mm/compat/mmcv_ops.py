@@ -68,6 +68,20 @@ def _in_float32(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
+_OUTSIDE = -1e6
+"""A coordinate outside of every feature map, where a sample is zero and has no gradient."""
+
+
+def _with_finite_boxes(rois: Tensor) -> Tensor:
+    """RoIs ``(K, 5)``, of which those with a coordinate that is not finite are empty ones outside of the map.
+
+    A model that diverges has such boxes, and torchvision's kernels read outside of the memory for them.
+    """
+    (rois,) = _in_float32(rois)
+    outside = rois.new_tensor([0, *4 * [_OUTSIDE]])
+    return torch.where(torch.isfinite(rois).all(1, keepdim=True), rois, outside)
+
+
 def _add_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor, totals: Sequence[Tensor]
 ) -> None:
@@ -265,6 +279,7 @@ def roi_align_forward(
         aligned: whether coordinates are shifted by half a pixel, so that a sample at the centre of a pixel has the
             value of that pixel.
     """
+    rois = _with_finite_boxes(rois)
     if pool_mode == 0:
         _roi_align_max(
             input,
@@ -301,6 +316,7 @@ def roi_align_backward(
     of ``torch.use_deterministic_algorithms(True)``.
     """
     grad_output, rois, argmax_y, argmax_x = _in_float32(grad_output, rois, argmax_y, argmax_x)
+    rois = _with_finite_boxes(rois)
     if pool_mode == 0:
         channels, height, width = grad_input.shape[1:]
         positions, weights = _bilinear_taps(argmax_y.flatten(), argmax_x.flatten(), height, width)
@@ -385,6 +401,7 @@ def deform_roi_pool_forward(
     """
     pooled_size = (pooled_height, pooled_width)
     input, rois, offset = _in_float32(input, rois, offset)
+    rois = _with_finite_boxes(rois)
     bags, points = _deform_roi_bags(input, rois, offset, pooled_size, spatial_scale, sampling_ratio, gamma)
     positions, weights = _bilinear_taps(*points, *input.shape[2:])
     output.copy_(_pool(input, bags, positions, weights).unflatten(0, (-1, *pooled_size)).permute(0, 3, 1, 2))
@@ -412,6 +429,7 @@ def deform_roi_pool_backward(
     """
     pooled_size = (pooled_height, pooled_width)
     grad_output, input, rois, offset = _in_float32(grad_output, input, rois, offset)
+    rois = _with_finite_boxes(rois)
     bags, points = _deform_roi_bags(input, rois, offset, pooled_size, spatial_scale, sampling_ratio, gamma)
     positions, weights = _bilinear_taps(*points, *input.shape[2:])
     grad_cells = grad_output.permute(0, 2, 3, 1).flatten(0, 2)  # (cells, C)
@@ -719,6 +737,8 @@ def _deform_conv(
     input, weight, offset, *optional = _in_float32(input, weight, offset, *optional)
     mask = optional.pop(0) if mask is not None else None
     bias = optional.pop() if bias is not None else None
+    # As in mmcv, a tap whose position is not a number is outside. torchvision would read outside of the memory.
+    offset = offset.nan_to_num(_OUTSIDE, -_OUTSIDE, _OUTSIDE)
 
     if offset.requires_grad:
         taps = offset.detach().unflatten(1, (-1, *weight.shape[2:], 2))  # (B, groups, kh, kw, 2, H_out, W_out)
