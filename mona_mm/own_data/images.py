@@ -133,8 +133,11 @@ def _digest_of_middle(path: str) -> bytes:
 
 
 def _digest(path: str) -> bytes:
+    digest = hashlib.blake2b()
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').digest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
 
 
 class ImageIndex:
