@@ -299,7 +299,7 @@ def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('mona_mm.benchmark.module.rates', lambda *args: (1.0, 1.0))
     tool = str(ROOT / 'tools/benchmark.py')
     monkeypatch.setattr('sys.argv', ['benchmark.py', '--device', 'cpu', '--json', str(file)])
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match='130'):
         runpy.run_path(tool, run_name='__main__')
     assert [row['size'] for row in json.loads(file.read_text())['backbone']] == [[64, 64], [128, 128]]
     monkeypatch.setattr('sys.argv', ['benchmark.py', '--from-json', str(file), '--plot', str(picture)])

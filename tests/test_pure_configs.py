@@ -96,7 +96,7 @@ def test_config_stays_text(config):
     cfg.model_wrapper_cfg = dict(type=LazyObject('mmengine.model', 'MMDistributedDataParallel'))
     adapt_to_device(cfg)
     fine_tune_from(cfg, 'a.pth')
-    assert '<class' not in cfg.pretty_text and 'SyncBatchNorm' not in cfg.pretty_text and '/x/' in cfg.pretty_text
+    assert '<class' not in cfg.pretty_text and '.SyncBatchNorm' not in cfg.pretty_text and '/x/' in cfg.pretty_text
     assert [hook for hook in cfg.custom_hooks if hook.type is LoadCheckHook][0].other_classes
     assert len(cfg.custom_hooks) == 4
     again = Config.fromstring(cfg.pretty_text, '.py')

@@ -299,13 +299,14 @@ def names(cfg: Config) -> list[str]:
 
 
 OURS = ['ParamFreezeHook', 'LoadCheckHook', 'DeltaCheckpointHook', 'IterationSeedHook']
+OF_ALL = ['FiniteLossHook', 'ResumptionHook', 'ClockHook', 'WorkDirHook', 'RunReportHook', 'PreemptionHook']
 
 
 def test_hooks_are_added_once():
     ours = dict(model=dict(type='X', backbone=dict(type='PeftBackbone', base=dict(type='Y'))))
     cfg = Config(dict(ours, custom_hooks=[dict(type='EMAHook'), dict(type='ParamFreezeHook', trainable='neck')]))
     add_hooks(cfg)
-    assert names(cfg) == ['EMAHook', *OURS, 'RunReportHook'] and cfg.custom_hooks[1].trainable == 'neck'
+    assert names(cfg) == ['EMAHook', *OURS, *OF_ALL] and cfg.custom_hooks[1].trainable == 'neck'
     assert cfg.default_hooks.checkpoint == dict(type='mona_mm.SafeCheckpointHook', interval=1)
     before = json.dumps(cfg.to_dict())
     add_hooks(cfg)
@@ -313,14 +314,14 @@ def test_hooks_are_added_once():
 
 
 def test_hooks_of_other_models():
-    """A stock model gets the page alone; files that are not local keep their checkpoint hook."""
+    """A stock model gets the hooks of every run; files that are not local keep their checkpoint hook."""
     cfg = Config(dict(model=dict(type='X', backbone=dict(type='SwinTransformer'))))
     add_hooks(cfg)
-    assert names(cfg) == ['RunReportHook'] and 'default_hooks' not in cfg
+    assert names(cfg) == OF_ALL and 'default_hooks' not in cfg
     remote = dict(type='CheckpointHook', interval=2, backend_args=dict(backend='petrel'))
     cfg = Config(dict(model=dict(type='mona_mm.PeftModel', base={}), default_hooks=dict(checkpoint=remote)))
     add_hooks(cfg)
-    assert cfg.default_hooks.checkpoint == remote and names(cfg) == [*OURS, 'RunReportHook']
+    assert cfg.default_hooks.checkpoint == remote and names(cfg) == [*OURS, *OF_ALL]
 
 
 def test_own_runs_beside_each_other(tmp_path):

@@ -69,7 +69,7 @@ def main() -> None:
     cfg = read_run_config(args)
     if args.strategy:
         use_strategy(cfg, args.strategy)
-    report = check_data(cfg, ('train', 'val'))
+    report = check_data(cfg, ('train', 'val'), args.skip_unreadable)
     if args.fine_tune:
         if args.resume:
             raise ConfigError('--fine-tune starts a run, --resume continues one: give one of the two.')

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from mona_mm.commands.planning import check_options as check_spt
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.methods.base import build_method
-from mona_mm.options import Count, Positive, Ratio, check_options, show
+from mona_mm.options import Count, Ratio, check_options, show
 from mona_mm.type_names import enter_scope, is_type, look_up
 
 _NEAR = 0.75
@@ -215,7 +215,7 @@ def _loader_values(
 def _wrapper_values(accumulative_counts: Count = 1) -> None: ...
 
 
-def _optimizer_values(lr: Positive | None = None, weight_decay: Ratio | None = None) -> None: ...
+def _optimizer_values(lr: Ratio | None = None, weight_decay: Ratio | None = None) -> None: ...
 
 
 def _checkpoint_values(interval: int = -1, max_keep_ckpts: int = -1, save_last: bool = True) -> None: ...

@@ -30,8 +30,14 @@ def sensitivity_split(cfg: Config) -> str:
     return 'sensitivity' if cfg.get('sensitivity_dataloader') else 'train'
 
 
-def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
+def check_data(cfg: Config, splits: tuple[str, ...], skip_unreadable: bool = False) -> DataReport:
     """Check that the data of ``splits`` (``'train'``, ...) are there, can be read and fit the config.
+
+    Args:
+        cfg: the config.
+        splits: the names of the splits.
+        skip_unreadable: whether training images that are missing or cannot be read are no fault, since training leaves
+            them out.
 
     Returns:
         What was found; its warnings are no reason not to train.
@@ -43,7 +49,7 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
             could be learnt from them; one line for each kind of fault.
     """
     with _without_collection():
-        return _check_data(cfg, splits)
+        return _check_data(cfg, splits, skip_unreadable)
 
 
 @contextlib.contextmanager
@@ -58,7 +64,7 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
+def _check_data(cfg: Config, splits: tuple[str, ...], skip_unreadable: bool) -> DataReport:
     hint = f'/path/to/it, the folder that holds {cfg.task}/' if cfg.get('tasks') else '/path/to/it'
     enter_scope(cfg)
     own = cfg.get('own_data') or {}
@@ -74,6 +80,7 @@ def _check_data(cfg: Config, splits: tuple[str, ...]) -> DataReport:
             known[key] = reading
             if reading.dataset is not None:
                 _check_dataset(cfg, split, reading, report, entry)
+                _check_images(reading, report.findings, split, skip_unreadable and split == 'train')
         evaluator = cfg.get(f'{split}_evaluator') or []
         for metric in [evaluator] if isinstance(evaluator, dict) else evaluator:
             _require(metric.get('ann_file'), metric.get('ann_file'), split, hint)
@@ -114,7 +121,6 @@ def _check_dataset(cfg: Config, split: str, reading: Reading, report: DataReport
         _check_labels(cfg, reading, split)
     if split in ('train', 'val'):
         _check_heads(cfg, reading)
-    _check_images(reading, findings, split)
     entry.add(reading)
     report.classes = report.classes or reading.classes
     if reading.samples and not reading.kept:
@@ -410,13 +416,16 @@ def _check_meaning(reading: Reading, found: Counter, reduce_zero: bool, entry: S
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def _check_images(reading: Reading, findings: Findings, split: str) -> None:
+def _check_images(reading: Reading, findings: Findings, split: str, skip: bool) -> None:
     """Check that all images are there, and that some of them can be read and have the size of their annotations."""
     paths = [sample.get('img_path') for sample in reading.kept]
     if not reading.is_local or any(not isinstance(path, str) or '://' in path for path in paths):
         return
     missing = [path for path in paths if not osp.isfile(path)]
-    if missing:
+    note = findings.warn if skip else findings.error
+    if missing and skip:
+        findings.warn(f'images are missing and are left out ({split})', missing[0], count=len(missing))
+    elif missing:
         where = reading.ann_file or type_name(dict.get(reading.config, 'type'))
         what = 'The first image' if missing[0] == paths[0] else f'An image ({len(missing)} of {len(paths)})'
         raise MissingFileError(f'{what} of {where} does not exist: {missing[0]}. Put the images beside the list.')
@@ -427,10 +436,9 @@ def _check_images(reading: Reading, findings: Findings, split: str) -> None:
     for sample in _spread(reading.kept, _MOST_HEADERS):
         header = read_header(sample['img_path'])
         if header.problem:
-            text = f'images cannot be read ({split})'
-            findings.error(
-                text, f'{sample["img_path"]}: {header.problem}', 'mend them, or use --data-options skip=True'
-            )
+            if osp.isfile(sample['img_path']):
+                fix = '' if skip else 'mend them, or leave them out with --skip-unreadable or --data-options skip=True'
+                note(f'images cannot be read ({split})', f'{sample["img_path"]}: {header.problem}', fix)
             continue
         size = header.stored if stored else (header.width, header.height)
         said = (sample.get('width'), sample.get('height'))

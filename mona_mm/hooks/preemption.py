@@ -1,5 +1,6 @@
 """End a run on SIGTERM or SIGINT with a checkpoint, and keep the signals from the processes that load data."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -200,12 +201,15 @@ def _cpu_group() -> Any:
 
 
 def _shield(hook: PreemptionHook) -> None:
-    """Let a process that this one starts ignore signals that do not come from this one.
+    """Let a worker of a loader that this process starts ignore signals that do not come from this process.
 
     Ctrl-C in a terminal, and the end of a job in many clusters, signal every process. If a worker of a loader ended
     then, its batches would be lost, and the run with them. The parent's own SIGTERM, by which Python ends such
     processes, is obeyed.
     """
+    target = getattr(multiprocessing.current_process(), '_target', None)
+    if not getattr(target, '__module__', '').startswith('torch.utils.data'):
+        return  # another process, which may outlive the run or be a run of its own
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
