@@ -10,7 +10,7 @@ from small_runs import config, errors, finished, iterations, logged, make_pictur
 
 from mona_mm.errors import DivergedError
 from mona_mm.hooks import FiniteLossHook
-from mona_mm.hooks.going_on import image_names, resume_command
+from mona_mm.hooks.stop_messages import image_names, resume_command
 
 
 @pytest.fixture

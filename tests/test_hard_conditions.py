@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import in_processes
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from small_runs import by_iterations, config, errors, finished, iterations, logged, make_pictures, start
@@ -20,9 +21,10 @@ from small_runs import by_iterations, config, errors, finished, iterations, logg
 from mona_mm.commands import data
 from mona_mm.commands import lock_work_dir as locks
 from mona_mm.commands.failures import explained, in_one_line
-from mona_mm.commands.images import check_images
 from mona_mm.commands.lock_work_dir import WorkDirLock, lock_work_dir
+from mona_mm.commands.unreadable_images import check_images
 from mona_mm.errors import OutOfMemoryError, UserError, WorkDirError
+from mona_mm.own_data.images import read_header
 
 
 @pytest.fixture
@@ -86,6 +88,32 @@ def test_a_whole_image_with_more_behind_it_is_whole(tmp_path):
         loaded = [LoadImageFromFile()(dict(img_path=str(folder / f'{i}.jpg')))['img'] for i in (0, 1)]
         assert (loaded[0] == loaded[1]).all()
         assert LoadImageFromFile()(dict(img_path=str(folder / '2.jpg'))) is not None
+    finally:
+        LoadImageFromFile.__call__ = before
+    assert [read_header(folder / f'{i}.jpg').problem for i in (0, 1)] == ['', ''], 'as the check before training'
+
+
+class ElsewhereBackend(LocalBackend):
+    """A backend that maps the paths of annotations to those of files, as those of clusters do."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def get(self, filepath):
+        return super().get(Path(self.folder, Path(filepath).name))
+
+
+def test_images_that_a_backend_has_elsewhere(tmp_path):
+    """Their paths name no files here, so only what the backend returns is judged."""
+    from mmcv.transforms import LoadImageFromFile
+
+    register_backend('elsewhere', ElsewhereBackend, force=True)
+    folder = make_pictures(tmp_path / 'pictures', 1)
+    before = LoadImageFromFile.__call__
+    check_images()
+    try:
+        transform = LoadImageFromFile(backend_args=dict(backend='elsewhere', folder=str(folder)))
+        assert transform(dict(img_path='cluster:mine/0.jpg'))['img'].any()
     finally:
         LoadImageFromFile.__call__ = before
 

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     {'errors', 'registry', 'record', 'type_names', 'options', 'version', 'compat'},
-    {'nn', 'datasets', 'own_data'},
+    {'nn', 'datasets'},
     {'hosts'},
     {'methods', 'frozen'},
     {'checkpoint'},
-    {'spt', 'report'},
+    {'spt', 'report', 'own_data'},
     {'backbone', 'peft_model', 'hooks', 'models', 'strategies'},
     {'optim', 'commands'},
     {'reproduce', 'benchmark'},

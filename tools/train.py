@@ -13,10 +13,10 @@ from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
 from mona_mm.commands.data import check_data
 from mona_mm.commands.dry_run import dry_run
 from mona_mm.commands.failures import explained
-from mona_mm.commands.images import check_images
 from mona_mm.commands.lock_work_dir import lock_work_dir
 from mona_mm.commands.planning import make_plan
 from mona_mm.commands.strategy import STRATEGIES, use_strategy
+from mona_mm.commands.unreadable_images import check_images
 from mona_mm.commands.watching import add_watching
 from mona_mm.errors import ConfigError
 

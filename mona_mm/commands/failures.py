@@ -9,7 +9,7 @@ import torch
 from mmengine.runner import Runner
 
 from mona_mm.errors import OutOfMemoryError, UserError
-from mona_mm.hooks.going_on import how_to_go_on
+from mona_mm.hooks.stop_messages import how_to_go_on
 
 _WORKER = re.compile(r'DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (is killed by signal: (?P<signal>[\w ]+)|exited)')
 _NO_MEMORY = re.compile(r'out of memory|can.t allocate memory|not enough memory', re.IGNORECASE)

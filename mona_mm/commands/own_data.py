@@ -10,9 +10,10 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.commands.config_nodes import dicts_of, set_num_classes
 from mona_mm.errors import ConfigError
-from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data, write_whole
+from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data
 from mona_mm.own_data.images import walk
 from mona_mm.type_names import enter_scope, look_up, type_name
 
@@ -133,7 +134,7 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     empty = {split: [{}] for split in data.splits}
     datasets = write_data(data, request['task'], place) if write else empty
     if write:
-        write_whole(file, json.dumps(dict(key=key, found=found, datasets=datasets), indent=1))
+        AtomicLocalBackend().put_text(json.dumps(dict(key=key, found=found, datasets=datasets), indent=1), file)
     return {**found, 'datasets': datasets}
 
 

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mona_mm.errors import DivergedError
-from mona_mm.hooks.going_on import how_to_go_on, image_names
+from mona_mm.hooks.stop_messages import how_to_go_on, image_names
 from mona_mm.nn.wrappers import innermost
 from mona_mm.options import Count, checked
 from mona_mm.registry import HOOKS

@@ -22,7 +22,7 @@ from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.compat.safe_globals import portable_names
 from mona_mm.hooks.delta_checkpoint import DeltaCheckpointHook
-from mona_mm.hooks.going_on import checkpoint_hook, how_to_go_on
+from mona_mm.hooks.stop_messages import checkpoint_hook, how_to_go_on
 from mona_mm.options import checked
 from mona_mm.registry import HOOKS
 

@@ -1,6 +1,5 @@
 """Data in a folder of one's own: its layout recognised, read, checked, split, and written as the libraries read it."""
 
-from mona_mm.own_data.files import write_whole
 from mona_mm.own_data.findings import Finding, Findings, short
 from mona_mm.own_data.read import LAYOUTS, TASKS, read_folder
 from mona_mm.own_data.samples import Instance, OwnData, Sample
@@ -22,5 +21,4 @@ __all__ = [
     'read_folder',
     'short',
     'write_data',
-    'write_whole',
 ]

@@ -20,6 +20,10 @@ SUFFIXES = frozenset(
 LARGEST = 1 << 30
 """The most pixels that OpenCV decodes unless it is told otherwise."""
 
+_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
+"""The first bytes of a JPEG and a PNG, and the marker at the end of a whole one."""
+
+_TAIL = 1 << 12  # bytes at the end of a file in which the marker is looked for
 _EXAMPLE = 1 << 12  # bytes in the middle of a file that are compared before whole files are
 
 
@@ -49,8 +53,7 @@ def is_image(name: str) -> bool:
 def read_header(path: str | os.PathLike) -> Header:
     """Read the header of an image file, and its end, without decoding it where that is not needed."""
     try:
-        size = os.path.getsize(path)
-        if not size:
+        if not os.path.getsize(path):
             return Header(problem='the file is empty')
         with open_image(path) as image:
             stored, mode, kind = image.size, image.mode, image.format
@@ -64,7 +67,7 @@ def read_header(path: str | os.PathLike) -> Header:
     problem = ''
     if width * height >= LARGEST:
         problem = f'{width} x {height} pixels are more than OpenCV reads'
-    elif kind in ('JPEG', 'PNG') and not _is_whole(path, size, kind):
+    elif truncation(path):
         problem = 'the file is cut short'
     elif mode == 'F' or kind not in ('JPEG', 'PNG'):  # the kinds that OpenCV may not read
         problem = '' if load(path) is not None else f'OpenCV cannot read this {kind} file'
@@ -93,10 +96,30 @@ def load(path: str | os.PathLike) -> np.ndarray | None:
         return None
 
 
-def _is_whole(path: str | os.PathLike, size: int, kind: str) -> bool:
+def truncation(path: str | os.PathLike) -> str:
+    """Why a JPEG or PNG cannot be decoded to its end, in the decoder's words; empty if it can, and for other kinds.
+
+    OpenCV returns an image that is cut off, grey from there on, without an error. The end of the file is looked at, and
+    only one without its marker is decoded: other bytes may follow the image, or the marker alone may be missing.
+    """
     with open(path, 'rb') as file:
-        file.seek(max(0, size - 4096))
-        return (b'\xff\xd9' if kind == 'JPEG' else b'IEND') in file.read()
+        end = _ENDS.get(file.read(2))
+        if end is None:
+            return ''
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        if end in file.read():
+            return ''
+    try:
+        with open_image(path) as image:
+            image.load()
+    except Exception as reason:  # Pillow raises anything for a damaged file
+        return first_line(reason)
+    return ''
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip('.')
 
 
 def equal_files(paths: Iterable[str], side: Callable[[str], object] = str) -> list[list[str]]:

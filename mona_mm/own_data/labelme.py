@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError
 from mona_mm.own_data.coco import read_json
-from mona_mm.own_data.files import write_whole
 from mona_mm.own_data.images import split_of_path
 from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural
 from mona_mm.own_data.objects import Objects
@@ -112,8 +112,8 @@ def _extract(folder: Folder, path: Path, data: str) -> Path | None:
         suffix = (Image.open(io.BytesIO(content)).format or 'png').lower()
     except (binascii.Error, UnidentifiedImageError, ValueError):
         return None
-    file = folder.extracted / f'{"_".join(path.relative_to(folder.root).with_suffix("").parts)}.{suffix}'
-    write_whole(file, content)
+    file = folder.extracted / path.relative_to(folder.root).with_suffix(f'.{suffix}')
+    AtomicLocalBackend().put(content, file)
     return file
 
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from mona_mm.own_data.files import write_whole
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.own_data.masks import read_map, to_classes
 from mona_mm.own_data.objects import area_of
 from mona_mm.own_data.samples import OwnData, Sample
@@ -83,13 +83,13 @@ def _write_boxes(data: OwnData, split: str, samples: list[Sample], folder: Path)
     categories = [dict(id=i, name=name) for i, name in enumerate(data.classes, start=1)]
     content = dict(info={}, licenses=[], images=images, annotations=annotations, categories=categories)
     file = folder / f'{split}.json'
-    write_whole(file, json.dumps(content))
+    AtomicLocalBackend().put_text(json.dumps(content), file)
     return [dict(ann_file=str(file))]
 
 
 def _write_labels(data: OwnData, split: str, samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     file = folder / f'{split}.txt'
-    write_whole(file, ''.join(f'{sample.image} {sample.label}\n' for sample in samples))
+    AtomicLocalBackend().put_text(''.join(f'{sample.image} {sample.label}\n' for sample in samples), file)
     return [dict(ann_file=str(file))]
 
 
@@ -100,12 +100,12 @@ def _write_maps(data: OwnData, split: str, samples: list[Sample], folder: Path) 
         name = sample.image.relative_to(base).with_suffix('')
         content = _drawn(sample) if sample.label_map is None else to_classes(read_map(sample.label_map), data)
         file = folder / 'labels' / name.with_name(f'{name.name}.png')
-        write_whole(file, cv2.imencode('.png', content)[1].tobytes())
+        AtomicLocalBackend().put(cv2.imencode('.png', content)[1].tobytes(), file)
         by_suffix[sample.image.suffix].append(name.as_posix())
     written = []
     for number, (suffix, names) in enumerate(by_suffix.items()):
         file = folder / (f'{split}_{number}.txt' if number else f'{split}.txt')
-        write_whole(file, ''.join(f'{name}\n' for name in names))
+        AtomicLocalBackend().put_text(''.join(f'{name}\n' for name in names), file)
         prefix = dict(img_path=str(base), seg_map_path=str(folder / 'labels'))
         written.append(dict(ann_file=str(file), data_prefix=prefix, img_suffix=suffix))
     return written

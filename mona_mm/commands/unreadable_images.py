@@ -9,16 +9,12 @@ from typing import Any
 import cv2
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.logging import print_log
-from PIL import Image
 
 from mona_mm.errors import UnreadableImageError
+from mona_mm.own_data.images import first_line, open_image, truncation
 
 _UNREADABLE = (OSError, AssertionError, SyntaxError, cv2.error)
-"""What backends raise: cv2 for an empty file, PIL a SyntaxError for a broken PNG, mmcv an assertion for no image."""
-
-_TAIL = 4096
-_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND'}
-"""The first bytes of a JPEG and a PNG, and the marker at the end of a whole one."""
+"""What backends raise: cv2 for an empty file, Pillow a SyntaxError for a broken PNG, mmcv an assertion for no image."""
 
 
 class _Policy:
@@ -30,9 +26,8 @@ class _Policy:
 def check_images(skip: bool = False) -> None:
     """Let the transforms of all libraries that read images and label maps name a file that they cannot read.
 
-    A file that is cut off is found, too: decoders return such an image, grey from there on, without an error. The end
-    of each JPEG and PNG is looked at, which the system has just read, and only one without its marker is decoded again,
-    by a decoder that says whether anything is missing.
+    A local file that is cut off is found, too, see :func:`mona_mm.own_data.images.truncation`: its end, which the
+    system has just read, is looked at.
 
     It holds for this process and for worker processes that are forked from it, which is mmengine's way to start them.
 
@@ -57,7 +52,9 @@ def _checked(call: Callable, key: str) -> Callable:
             return call(transform, results)
         try:
             loaded = call(transform, results)
-            problem = _missing_part(path) if key == 'img_path' and loaded is not None else ''
+            # A backend may keep the file elsewhere, or map its path.
+            is_here = key == 'img_path' and loaded is not None and osp.isfile(path)
+            problem = truncation(path) if is_here else ''
         except _UNREADABLE as error:
             problem = _reason(path, error)
             if not problem:
@@ -89,32 +86,8 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return 'it may not be read'
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
-    except Exception as reason:  # PIL raises anything for a damaged file
-        return _first_line(reason, path)
+    except Exception as reason:  # Pillow raises anything for a damaged file
+        return first_line(reason).replace(f' {path!r}', '')
     return "the pipeline's decoder does not know its format" if 'failed to load image' in str(error) else ''
-
-
-def _missing_part(path: str) -> str:
-    """What is wrong with a file that a decoder has returned as an image; empty if nothing is."""
-    if '://' in path:
-        return ''
-    with open(path, 'rb') as file:
-        end = _ENDS.get(file.read(2))
-        if end is None:
-            return ''
-        file.seek(max(0, osp.getsize(path) - _TAIL))
-        if end in file.read():
-            return ''
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as reason:
-        return _first_line(reason, path)
-    return ''  # other bytes follow the image, or the marker alone is missing
-
-
-def _first_line(reason: Exception, path: str) -> str:
-    text = (str(reason) or type(reason).__name__).splitlines()[0].rstrip('.')
-    return text.replace(f' {path!r}', '') if 'cannot identify' in text else text
