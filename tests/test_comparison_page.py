@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from mona_mm.reproduce import MINI, Cell, Composer, draw_pictures, write_page
 from mona_mm.reproduce.carve import carve_coco, carve_labels, carve_voc, rarest
-from mona_mm.reproduce.charts import pareto_front
+from mona_mm.reproduce.charts import _mean_curve, pareto_front
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.pictures import f1, iou
 
@@ -80,6 +80,12 @@ def test_the_same_results_give_the_same_page(records, tmp_path):
 
 def test_page_without_results(tmp_path):
     assert 'no results yet' in write_page(MINI, {}, tmp_path).read_text()
+
+
+def test_mean_curve():
+    """Every iteration's mean is over the runs that have it: a resumed run can lack one, and begin with another."""
+    curves = [[(10, 2.0), (20, 1.0)], [(10, 4.0)], [(20, 3.0), (30, 5.0)]]
+    assert _mean_curve(curves) == [(10, 3.0), (20, 2.0), (30, 5.0)]
 
 
 def test_pareto_front():

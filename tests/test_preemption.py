@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: everything trained is saved, the command to go on is named, and the status is the signal's."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from small_runs import by_iterations, config, finished, iterations, make_picture
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.commands.config import find_last_checkpoint
+from mona_mm.hooks import PreemptionHook
 
 
 @pytest.fixture
@@ -92,6 +94,27 @@ def test_with_workers_and_a_signal_to_all(pictures, tmp_path):
     assert 'Traceback' not in run.text and 'killed' not in run.text
     assert 3 <= iterations(tmp_path / 'work') < 50 and (tmp_path / 'work/interrupted.pth').exists()
     assert not any(Path(f'/proc/{child}').exists() for child in children), 'its workers are gone'
+
+
+def test_other_processes_get_their_signals():
+    """Loaders' workers alone are kept from them: another process of a program that has trained ends as it would."""
+    hook = PreemptionHook()
+    context = multiprocessing.get_context('fork')
+    started = context.Event()
+
+    def wait():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        started.set()
+        time.sleep(60)
+
+    process = context.Process(target=wait)
+    process.start()
+    assert started.wait(30)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    ended, code = not process.is_alive(), process.exitcode
+    process.kill()
+    assert ended and code == -signal.SIGINT, hook
 
 
 def test_a_second_signal_ends_at_once(pictures, tmp_path):
