@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -40,7 +41,9 @@ from PIL import Image
 from mona_mm.commands.cli import build_runner
 from mona_mm.commands.config import adapt_to_device, load_config
 from mona_mm.commands.data import check_data
+from mona_mm.commands.lock_work_dir import WorkDirLock
 from mona_mm.commands.own_data import use_data
+from mona_mm.errors import WorkDirError
 from mona_mm.own_data.splits import stratify
 
 SCOPES = dict(boxes='mmdet', maps='mmseg', labels='mmpretrain')
@@ -370,6 +373,40 @@ def test_odd_maps(name, use, tmp_path):
 
 
 # Splits --------------------------------------------------------------------------------------------------------------
+
+
+def hold_lock(folder: str, held, release) -> None:
+    with WorkDirLock(folder):
+        held.set()
+        release.wait(60)
+
+
+def test_data_of_a_run_are_not_written_over(tmp_path):
+    """A run reads its label maps while it trains. Who asks for other data in its work dir is refused, who asks for the
+    same gets them, and when it is over others may be written."""
+    root, work = make_masks(tmp_path / 'data'), tmp_path / 'work'
+    config = str(ROOT / CONFIGS['maps'])
+
+    def read(seed: int):
+        return load_config(config, {'data.seed': seed}, str(root), str(work))
+
+    read(0)
+    before = {file: file.read_bytes() for file in (work / 'data').rglob('*') if file.is_file()}
+    context = multiprocessing.get_context('fork')
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold_lock, args=(str(work), held, release))
+    process.start()
+    assert held.wait(30)
+    try:
+        read(0)
+        with pytest.raises(WorkDirError, match=rf'Another run uses this work dir \(process {process.pid} on '):
+            read(1)
+        assert before == {file: file.read_bytes() for file in (work / 'data').rglob('*') if file.is_file()}
+    finally:
+        release.set()
+        process.join()
+    read(1)
+    assert json.loads((work / 'data/record.json').read_text())['key']['seed'] == 1
 
 
 def test_split_is_stated_and_repeats(use, tmp_path):

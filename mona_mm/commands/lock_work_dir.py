@@ -148,6 +148,25 @@ def lock_work_dir(work_dir: str) -> Iterator[None]:
         yield
 
 
+def refuse_if_used(work_dir: str | os.PathLike) -> None:
+    """Refuse a work dir that a run holds, for a process that will write there before it can take the lock itself.
+
+    Raises:
+        WorkDirError: if another run uses the work dir.
+    """
+    path = Path(work_dir, NAME)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # there is none, or the error is one of :class:`WorkDirLock`
+    try:
+        owner = _read(descriptor)
+        if owner is not None and _lives(owner, descriptor, locked=False):
+            raise _refusal(path, owner)
+    finally:
+        os.close(descriptor)
+
+
 def _lock(descriptor: int) -> bool:
     """Lock a file for this process; False if the file system cannot.
 

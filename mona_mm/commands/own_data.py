@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.commands.config_nodes import dicts_of, set_num_classes
+from mona_mm.commands.lock_work_dir import refuse_if_used
 from mona_mm.errors import ConfigError
 from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data
 from mona_mm.own_data.images import walk
@@ -42,7 +43,7 @@ def use_data(cfg: Config, data: dict[str, Any], work_dir: str, classes: Any = No
         write: whether the annotations are written.
 
     Raises:
-        UserError: if the data cannot be read, or do not fit the config.
+        UserError: if the data cannot be read, or do not fit the config, or a run that uses the work dir has others.
     """
     options = _options(data)
     task = _task(cfg)
@@ -117,6 +118,8 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['key'] == key and all(osp.isfile(d['ann_file']) for s in record['datasets'].values() for d in s):
             return {**record['found'], 'datasets': record['datasets']}
+    if write:
+        refuse_if_used(place.parent)  # whose label maps another run is reading
     arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
     data = read_folder(request['folder'], extracted=place / 'images' if write else None, **arguments)
     if request['task'] == 'maps' and all(s.label_map is None for samples in data.splits.values() for s in samples):
