@@ -30,6 +30,7 @@ from mona_mm.datasets.shapes import make_demo_dataset
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'
 REAL_CONFIG = REPOSITORY / 'configs/mona/cascade_swin_b_coco.py'
+OWN_DATA_CONFIG = REPOSITORY / 'configs/custom/custom_mask_rcnn_swin_t.py'
 
 ZOOM = 3  # the factor by which pictures are larger than the images
 SHEET_ROWS, SHEET_COLUMNS = 4, 2
@@ -216,6 +217,7 @@ def main() -> None:
     share = 100 * count.backbone_trainable / count.backbone_base_total
     checkpoint = osp.relpath(find_last_checkpoint(args.work_dir))
     tools, config = osp.relpath(REPOSITORY / 'tools'), osp.relpath(REAL_CONFIG)
+    own_data_config = osp.relpath(OWN_DATA_CONFIG)
     print(f"""
 Done in {minutes} min {seconds} s. On {len(hook.outputs)} images that training has not seen:
   {describe(hook.metrics)}
@@ -229,8 +231,8 @@ Next:
     python {tools}/test.py {osp.join(args.work_dir, CONFIG.name)} {checkpoint}
   the real one: Swin-B on COCO
     python {tools}/train.py {config} --cfg-options data_root=path/to/coco
-  your own data, in COCO's layout
-    python {tools}/train.py {config} --auto-scale-lr --cfg-options data_root=path/to/data classes="[cat,dog]\"""")
+  your own data, in a folder of any common layout
+    python {tools}/train.py {own_data_config} --data path/to/folder""")
 
 
 if __name__ == '__main__':
