@@ -225,6 +225,7 @@ Trained:    {count.backbone_trainable:,} parameters of {count.method}, {share:.1
             with neck and heads {count.trainable:,} of the model's {count.total:,}
 Checkpoint: {checkpoint}
 Pictures:   {sheet}, and every image in {folder}
+Page:       {osp.relpath(osp.join(args.work_dir, 'report.html'))}: curves, classes, confusion, best and worst images
 
 Next:
   evaluate the checkpoint again
