@@ -12,6 +12,7 @@ from mona_mm.report.html import INK
 
 _MANY = 30  # classes beyond which the cells of a confusion matrix cannot be told apart
 _WRITTEN = 12  # classes up to which every cell has its number
+_NAMED_INSIDE = 4  # lines up to which their names stand between the axes
 
 _STYLE = {
     'text.color': INK,
@@ -50,7 +51,9 @@ def line_chart(chart: Chart, log: bool = False) -> Figure:
         if log:
             axes.set_yscale('log')
         axes.grid(which='major')
-        if chart.lines:
+        if len(chart.lines) > _NAMED_INSIDE:  # beside the lines it would hide them
+            figure.legend(loc='outside lower center', ncols=3)
+        elif chart.lines:
             axes.legend(loc='best')
         return figure
 
