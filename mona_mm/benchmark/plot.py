@@ -1,16 +1,15 @@
 """A picture of cost against image size, as a PNG file."""
 
-import os
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mona_mm.benchmark.backbone import VARIANTS, Row, reference
 from mona_mm.commands.catalogue import method_colour
+from mona_mm.report.html import save_png
 
 _COLOURS_OF_VARIANTS = dict(
     stock='#999999',
@@ -44,8 +43,7 @@ def plot_cost(rows: Sequence[Row], path: str) -> None:
         part.suptitle(f'{suite}, {what}: batch {batch}, {dtype}')
         _panels(group, part.subplots(2, 2), inference)
         part.legend(handles=_legend(group), loc='outside right center', fontsize='small')
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=130)
+    save_png(figure, path, dpi=130)
 
 
 def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) -> None:

@@ -1,17 +1,17 @@
 """The report of what the data of a config hold: a few lines for the terminal, all of it for a file, and a picture."""
 
-import os
 import os.path as osp
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError
 from mona_mm.own_data import Findings, short
+from mona_mm.report.html import save_png
 
 _MOST_LINES = 15
 _MOST_SIZES = 20_000
@@ -191,10 +191,8 @@ class DataReport:
 
     def write(self, folder: str) -> str:
         """Write ``data_report.txt`` and ``labels.png`` into a folder; return the path of the text."""
-        os.makedirs(folder, exist_ok=True)
         file = osp.join(folder, 'data_report.txt')
-        with open(file, 'w', encoding='utf-8') as out:
-            out.write(self.text())
+        AtomicLocalBackend().put_text(self.text(), file)
         self.plot(osp.join(folder, 'labels.png'))
         return file
 
@@ -205,7 +203,6 @@ class DataReport:
         has_boxes, has_sizes = any(s.boxes for s in splits), any(s.sizes for s in splits)
         panels = 1 + has_boxes + has_sizes
         figure = Figure(figsize=(5.5 * panels, max(3.5, 0.2 * len(names) + 1.2)), layout='constrained')
-        FigureCanvasAgg(figure)
         axes = list(np.atleast_1d(figure.subplots(1, panels)))
         axis, places = axes.pop(0), np.arange(len(names))
         for i, split in enumerate(splits):
@@ -223,4 +220,4 @@ class DataReport:
                     points = np.array(getattr(split, attribute) or np.zeros((0, 2)), float)
                     axis.scatter(points[:, 0], points[:, 1], s=6, alpha=0.4, label=split.name)
                 axis.set(title=f'size of {title}', xlabel='width in pixels', ylabel='height in pixels')
-        figure.savefig(file, dpi=100)
+        save_png(figure, file, dpi=100)

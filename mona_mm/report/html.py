@@ -14,6 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from mona_mm.checkpoint.atomic import AtomicLocalBackend
+
 INK = '#010203'
 """The colour that stands for that of the page's text in a chart: dark on a light page, light on a dark one."""
 
@@ -104,7 +106,8 @@ def svg_of(chart: Figure) -> str:
     return re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
 
 
-def save_png(chart: Figure, file: Path) -> None:
-    """Write a chart to a PNG file, whose folder is created if it does not exist."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(chart).print_figure(file, dpi=110)
+def save_png(chart: Figure, file: str | Path, dpi: int = 110) -> None:
+    """Write a chart to a PNG file, completely or not at all; its folder is created if it does not exist."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(chart).print_figure(buffer, dpi=dpi)
+    AtomicLocalBackend().put(buffer.getvalue(), file)

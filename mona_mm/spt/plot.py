@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from mona_mm.hosts import LINEAR_SITES
+from mona_mm.report.html import save_png
 from mona_mm.spt.parts import Part
 from mona_mm.spt.plan import STREAM_GROUPS, Plan
 from mona_mm.spt.sensitivity import Sensitivity
@@ -148,6 +148,5 @@ def _share(plan: Plan, part: Part) -> float:
 
 
 def _save(figure: Figure, path: str) -> str:
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    FigureCanvasAgg(figure).print_figure(path, dpi=130)
+    save_png(figure, path, dpi=130)
     return path
