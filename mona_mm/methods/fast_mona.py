@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mona_mm.nn.depthwise import kernel_gradient
-from mona_mm.nn.products import by_onednn, linear
-
-# Rows of a product over the tokens that are processed at once on a CPU, so that they stay in its cache.
-_ROWS = 2048
+from mona_mm.nn.products import linear, over_tokens
 
 
 class ScaledNorm(NamedTuple):
@@ -163,19 +160,6 @@ def _mix(
     return q, torch.cat((p[:, :extra], r), 1) if extra else r
 
 
-def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a.T @ b`` of matrices with many rows."""
-    if not by_onednn(a.device.type, a.dtype):
-        return a.t().mm(b)
-    if len(a) <= _ROWS:
-        return linear(a.t(), b.t())
-    parts = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
-    out, *other_parts = parts
-    for part in other_parts:
-        out.add_(part)
-    return out
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, hidden, mask, kernel, kernel_bias, pointwise, pointwise_bias, *params = ctx.saved_tensors
     need = ctx.needs_input_grad
@@ -195,7 +179,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = torch.sub(x, branch, out=branch if branch.dtype == x.dtype else None)
         del branch
     if need_up:
-        grads[8] = _over_tokens(activated.flatten(0, 1), g).t()
+        grads[8] = over_tokens(activated.flatten(0, 1), g).t()
         grads[9] = g.sum(0)
     if not (need_x or need_down or need_filters or need_pointwise):
         return _returned(ctx, None, grads)
@@ -205,7 +189,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     extra = r.shape[1] - q.shape[1]
     dr_grid = dr[:, extra:].reshape(-1, dr.shape[-1])  # (B*H*W, n)
     if need_pointwise:
-        grads[6] = _over_tokens(dr_grid, q.flatten(0, 1)).view_as(params[6])
+        grads[6] = over_tokens(dr_grid, q.flatten(0, 1)).view_as(params[6])
         grads[7] = dr_grid.sum(0)
     if not (need_x or need_down or need_filters):
         return _returned(ctx, None, grads)
@@ -281,18 +265,18 @@ def _down_gradients(
     weight, bias, gamma, gammax, down, _ = params
     total = dp.sum(0, dtype=down.dtype)
     if mean is None:
-        grads[4], grads[5] = _over_tokens(dp, x.to(dp.dtype)), total
+        grads[4], grads[5] = over_tokens(dp, x.to(dp.dtype)), total
         return
     n = dp.shape[1]
     mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)
     if dp.dtype.itemsize >= 4:
-        p, q = _over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
+        p, q = over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
         q = q - dp.t().mm(mean * rstd)
     else:  # half precision would lose too much beside a mean far from zero
         centred = torch.sub(x, mean, out=torch.empty_like(x, dtype=dp.dtype))
         scale = rstd.mean()  # the reciprocal of a large deviation would underflow in float16
         stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
-        p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
+        p, q = over_tokens(stacked, centred).to(weight.dtype).split(n)
         q = q * scale
         p = p + dp.to(weight.dtype).t().mm(mean.to(weight.dtype))
     grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)
