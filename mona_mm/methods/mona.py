@@ -11,10 +11,14 @@ from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
 from mona_mm.methods.fast_mona import ScaledNorm, mona
 from mona_mm.methods.folded_mona import FoldedMona
-from mona_mm.nn.choice import Ways, bucket, run_with_gradients
+from mona_mm.nn.choice import Ways, bucket, measures, run_with_gradients
 from mona_mm.nn.tracing import is_hooked, is_traced
 from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
+
+_SMALL = 2**19
+"""The elements of the tokens and of the hidden state, of a batch, up to which intermediate results may be kept for the
+backward pass: in 32 bits 2 MiB a module. Above it a method would lose what it saves in memory."""
 
 Place = Literal['down', 'pointwise']
 """The layers before which a scaled LayerNorm can be."""
@@ -164,7 +168,8 @@ class Mona(StreamModule):
                 copied.append(copy.deepcopy(self) if is_training else self)
             run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
 
-        return _FORMS.choose((*where, *state, *size), run)
+        is_small = x.shape[0] * x.shape[1] * sum(self.down.weight.shape) <= _SMALL
+        return (_FORMS_ON_SMALL_GRIDS if is_small else _FORMS).choose((*where, *state, *size), run)
 
     def _plain(self, x: Tensor, hw: Grid) -> Tensor:
         p = self.down(self.entrance(x))
@@ -197,7 +202,7 @@ class Mona(StreamModule):
             for m in child.modules()
         )
 
-    def _fast(self, x: Tensor, hw: Grid) -> Tensor:
+    def _fast(self, x: Tensor, hw: Grid, keeps: bool = False) -> Tensor:
         norm = None
         if isinstance(self.entrance, ScaledLayerNorm):
             inner = self.entrance.norm
@@ -212,7 +217,12 @@ class Mona(StreamModule):
             (self.up.weight, self.up.bias),
             self.filter_scale,
             self.dropout.p if self.dropout.training else 0.0,
+            self.fast == 'exact' or not measures(),
+            keeps,
         )
+
+    def _kept(self, x: Tensor, hw: Grid) -> Tensor:
+        return self._fast(x, hw, keeps=True)
 
     def to_deploy(self) -> FoldedMona:
         """Make the form of this module for inference, in which its parameters are folded together."""
@@ -227,7 +237,8 @@ class Mona(StreamModule):
         return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
-_FORMS = Ways('mona', fast=Mona._fast, plain=Mona._plain)
+_FORMS = Ways('mona', recomputed=Mona._fast, plain=Mona._plain)
+_FORMS_ON_SMALL_GRIDS = Ways('mona_small', recomputed=Mona._fast, kept=Mona._kept, plain=Mona._plain)
 
 # The classes of the modules of a Mona.
 _PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}
