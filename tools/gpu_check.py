@@ -52,15 +52,18 @@ IMPORTED += ('scipy', 'matplotlib', 'pycocotools', 'pytest', 'peft', 'transforme
 GRACE = 5.0
 """The seconds that a stopped step has for its last words."""
 
+MINUTES = '{minutes}'
+"""What stands in a command for the minutes that its step may take."""
+
 
 @dataclass(frozen=True)
 class Step:
     """One process of a run.
 
     Args:
-        name: the name in the report and for `--steps`.
+        name: the name in the report and for ``--steps``.
         share: the share of the time, in proportion to the shares of the steps behind it.
-        command: the command.
+        command: the command, in which :data:`MINUTES` may stand.
         result: the JSON file, or folder of JSON files, that the command writes; None if it writes none.
         junit: the XML file that pytest writes; None if the step is no test run.
         skip: why the step cannot run here; empty if it can.
@@ -154,7 +157,6 @@ def run(args: argparse.Namespace) -> int:
     )
     report.write()
     report.log.write_text('', encoding='utf-8')
-    signal.signal(signal.SIGTERM, _interrupt)
     environment = make_environment(WORK / 'site')
     first = (install_step(args.folder, WORK), describe_step(WORK))
     # Half of the time would be left if both used up their limits.
@@ -163,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ('cuda' if found.get('cuda_available') else 'cpu')
     report.content['device'] = device
     material = unpack_material(args.folder, WORK)
-    steps = plan_steps(device, found, material, WORK, args.minutes)
+    steps = plan_steps(device, found, material, WORK)
     if args.steps:
         steps = [step for step in steps if step.name.startswith(tuple(args.steps))]
     run_steps(steps, report, deadline, environment)
@@ -202,7 +204,7 @@ def run_steps(steps: Sequence[Step], report: Report, deadline: float, environmen
         environment: the environment of the steps.
     """
     for i, step in enumerate(steps):
-        entry: dict[str, Any] = dict(name=step.name, command=' '.join(step.command))
+        entry: dict[str, Any] = dict(name=step.name)
         report.content['steps'].append(entry)
         limit = step_limit(deadline - time.monotonic(), [s.share for s in steps[i:] if not s.skip])
         if step.skip:
@@ -230,7 +232,8 @@ def run_step(step: Step, entry: dict[str, Any], limit: float, report: Report, en
     """Run the process of a step and note in its entry how it ended, and what it has written, also while it runs."""
     for path in filter(None, (step.result, step.junit)):  # of an earlier run
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    entry |= dict(status='running', limit=round(limit, 1))
+    command = [part.replace(MINUTES, f'{(limit - GRACE) / 60:.2f}') for part in step.command]
+    entry |= dict(command=' '.join(command), status='running', limit=round(limit, 1))
     report.write()
     started = noted = time.monotonic()
     with report.log.open('ab') as log:
@@ -238,7 +241,7 @@ def run_step(step: Step, entry: dict[str, Any], limit: float, report: Report, en
         log.flush()
         begin = log.tell()
         process = subprocess.Popen(
-            step.command,
+            command,
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -383,9 +386,7 @@ def describe_step(work: Path) -> Step:
     return Step('machine', 1, command, result)
 
 
-def plan_steps(
-    device: str, machine: Mapping[str, Any], material: Mapping[str, Any], work: Path, minutes: float
-) -> list[Step]:
+def plan_steps(device: str, machine: Mapping[str, Any], material: Mapping[str, Any], work: Path) -> list[Step]:
     """The steps of a device, the most important first.
 
     Args:
@@ -393,12 +394,11 @@ def plan_steps(
         machine: what :func:`describe` found.
         material: what :func:`unpack_material` found.
         work: the folder for the steps' files.
-        minutes: the time of the run.
     """
     suites = benchmark_steps(device, machine, work)
     first = [suite for suite in suites if suite.name.endswith(('module_bf16', 'swin_b_bf16'))]
     rest = [suite for suite in suites if suite not in first]
-    return [test_step(work), *first, *rest, cells_step(device, material, work, minutes)]
+    return [test_step(work), *first, *rest, cells_step(device, material, work)]
 
 
 def test_step(work: Path) -> Step:
@@ -450,7 +450,7 @@ def benchmark_steps(device: str, machine: Mapping[str, Any], work: Path) -> list
     return steps
 
 
-def cells_step(device: str, material: Mapping[str, Any], work: Path, minutes: float) -> Step:
+def cells_step(device: str, material: Mapping[str, Any], work: Path) -> Step:
     """The cells of the comparison `mini` for the data sets at hand."""
     tasks = [name.lower() for name in material['sets']]
     result = work / 'cells'
@@ -459,7 +459,7 @@ def cells_step(device: str, material: Mapping[str, Any], work: Path, minutes: fl
     command = [sys.executable, 'tools/reproduce.py', 'run', 'mini', '--device', device, '--tasks', *tasks]
     command += ['--methods', 'fixed', 'full', 'lora', 'adapter', 'mona', '--weights', str(material['weights'])]
     command += ['--data', str(material['data']), '--out', str(result), '--work-dir', str(work / 'runs')]
-    command += ['--minutes', f'{minutes:g}', '--jobs', '4' if device == 'cuda' else '1']
+    command += ['--minutes', MINUTES, '--jobs', '4' if device == 'cuda' else '1']
     return Step('cells', 2, tuple(command), result)
 
 
@@ -565,6 +565,7 @@ def size_of(path: Path) -> int:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = main()
     except KeyboardInterrupt:
