@@ -136,10 +136,12 @@ def run(
         base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | bases[arch]
         torch.manual_seed(0)
         stock = MODELS.build(base)
-        stock.init_weights()
+        with _quiet():
+            stock.init_weights()
         state = stock.state_dict()
         for placement in placements:
-            models = {name: build(name, base, state, placement, peft) for name in VARIANTS}
+            with _quiet():
+                models = {name: build(name, base, state, placement, peft) for name in VARIANTS}
             cases = {name: Case(model, None, device, dtype) for name, model in models.items()}
             for size in sizes:
                 images = torch.randn(batch, 3, *size, device=device)
@@ -251,7 +253,7 @@ def _rows(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A context without the line that each loaded delta writes to the log."""
+    """A context without the lines that each initialised parameter and each loaded delta write to the log."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)
     try:
