@@ -17,6 +17,7 @@ from mona_mm.methods import Method, build_method
 from mona_mm.methods import deploy as put_in_deploy_forms
 from mona_mm.methods.auxiliary import expect_auxiliary_losses
 from mona_mm.methods.base import start_from_base
+from mona_mm.nn import choice
 from mona_mm.options import Positive, checked, show
 from mona_mm.record import make_record
 from mona_mm.registry import METHODS, MODELS
@@ -29,7 +30,7 @@ def PeftBackbone(
     base: dict[str, Any],
     peft: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     trainable: Rules | None = None,
-    fast: bool = True,
+    fast: bool | Literal['static'] = True,
     compile: bool | dict[str, Any] = False,
     frozen_dtype: Literal['bfloat16', 'float16'] | None = None,
     cache_features: Positive | None = None,
@@ -52,8 +53,11 @@ def PeftBackbone(
         trainable: which parameters of the base train, a rule or a list of rules of :mod:`mona_mm.frozen.rules`. By
             default none under a method, all without one.
         fast: use the faster forms of the host's modules and of the method, which need less time and memory and compute
-            the same within rounding (see :mod:`mona_mm.hosts.fast`). With False the backbone computes the same as the
-            stock one, bit for bit, and the method uses its plain form.
+            the same within rounding (see :mod:`mona_mm.hosts.fast`). Which of them is fastest is measured at the first
+            call for a shape. ``'static'`` takes the same forms always, without a measurement, for results that are
+            equal bit for bit from one process to the next; it holds for the whole process, as
+            ``torch.use_deterministic_algorithms`` does, which has the same effect. With False the backbone computes the
+            same as the stock one, bit for bit, and the method uses its plain form.
         compile: compile the backbone, but not the model around it, with ``torch.compile``, whose arguments may be given
             as a dict. It compiles at the first call and whenever the size of the images changes, and needs a C++
             compiler on a CPU. Copies of the backbone are not compiled.
@@ -79,6 +83,8 @@ def PeftBackbone(
     backbone = build_base(base)
     find_host(backbone)
     pretrained_file(backbone)  # refuses what is no init_cfg, before anything is loaded
+    if fast == 'static':
+        choice.measure(False)
     if fast:  # before the method, whose classes must come in front of the fast ones
         for module in backbone.modules():
             make_fast(module)

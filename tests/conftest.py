@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
 from mona_mm.commands.config import load_config
+from mona_mm.nn import choice
 
 pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', 'fast_forms', 'shipped')
 
@@ -139,9 +140,11 @@ def golden_swin_config(metadata: dict[str, str]) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def fast_mona(monkeypatch):
-    """Every Mona takes its fast form, however few its tokens: the tests' maps are small."""
-    monkeypatch.setattr('mona_mm.methods.mona.PLAIN_TOKENS', 0)
+def fixed_choices(monkeypatch):
+    """Every choice between ways to compute the same is the first one, whatever is fastest on the machine of the tests.
+    ``choice.measure(True)`` measures in a test."""
+    monkeypatch.setattr(choice, '_measures', False)
+    monkeypatch.setattr(choice, '_chosen', {})
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import make_fast
-from mona_mm.hosts import swin as fast_attention
 from mona_mm.hosts.swin import FastWindowAttention, window_index
-
-
-@pytest.fixture(autouse=True)
-def fast_from_the_first_token(monkeypatch):
-    """Small maps take the fast form, too, so that small tests test it."""
-    monkeypatch.setattr(fast_attention, '_MIN_ELEMENTS', 0)
-
 
 SWINS = ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin']
 ATTENTION = dict(
@@ -163,26 +155,6 @@ def test_masks_follow_their_table():
         fast.train()
         fast(torch.randn(1, 170, 24), (10, 17))
     check_against_stock(fast)  # what was made in inference mode is fit for training
-
-
-def test_small_maps_whose_table_trains(monkeypatch):
-    """On a CPU they take the stock path, to the bit, where it is the faster; not without gradients, nor if the table
-    is frozen. What counts is all the windows' elements, padding and batch included."""
-    monkeypatch.setattr(fast_attention, '_MIN_ELEMENTS', 2 * 2 * 3 * 49 * 24)
-    calls = []
-    gather = fast_attention._Gather.apply
-    monkeypatch.setattr(fast_attention._Gather, 'apply', lambda *args: calls.append(args) or gather(*args))
-    stock, fast = (attention(fast=f) for f in (False, True))
-    assert_equal(run(fast, (14, 14), 2), run(stock, (14, 14), 2))
-    assert not calls
-    with torch.no_grad():
-        fast(torch.randn(2, 196, 24), (14, 14))
-    assert len(calls) == 2
-    assert_near(run(fast, (13, 15), 2), run(stock, (13, 15), 2))
-    assert len(calls) >= 4
-    calls.clear()
-    run(train_only(fast), (14, 14), 2)
-    assert calls
 
 
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])

@@ -11,7 +11,6 @@ from helpers import assert_equal, assert_near
 from mmcv.cnn.bricks.transformer import FFN
 
 from mona_mm import PeftBackbone
-from mona_mm.hosts import ffn as fast_ffn
 from mona_mm.hosts import make_fast
 from mona_mm.hosts.ffn import _ROWS, FrozenLayers
 
@@ -240,20 +239,6 @@ def test_layers_of_another_structure():
             change(module)
             module.requires_grad_(False)
         assert_equal([fast(x)], [stock(x)])
-
-
-def test_wide_streams(monkeypatch):
-    """Where the products are not oneDNN's, the first one is computed again for narrow streams alone."""
-    module, x = build(), torch.randn(2, 35, 24, requires_grad=True)
-    double, y = build().double(), x.detach().double().requires_grad_()
-    for widest in (24, 23):
-        monkeypatch.setattr(fast_ffn, '_WIDEST', widest)
-        assert is_fast(double, y) == (widest == 24)
-        with torch.autocast('cpu', torch.bfloat16):
-            assert is_fast(module, x) == (widest == 24)
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert is_fast(module, x) == (widest == 24)
-    assert is_fast(module, x)
 
 
 def test_transforms():

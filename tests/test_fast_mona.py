@@ -5,13 +5,14 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import needs_gpu
 from helpers import assert_near
 from torch import nn
 
-import mona_mm.methods.mona as mona_module
 from mona_mm.benchmark import module as benchmark
-from mona_mm.methods import Mona
+from mona_mm.methods import Mona, fast_mona
+from mona_mm.nn import choice
 from mona_mm.nn.products import linear
 
 GRIDS = {  # (batch, (H, W), extra tokens)
@@ -303,14 +304,11 @@ def test_what_falls_back_to_the_plain_form(monkeypatch):
     replaced.down = Replaced(24, 16)
     assert not is_fast(replaced)
     assert not is_fast(build(), x.bfloat16())
-    monkeypatch.setattr(mona_module, 'PLAIN_TOKENS', 265)
-    assert not is_fast(build())
-    monkeypatch.setattr(mona_module, 'PLAIN_TOKENS', 264)
     assert is_fast(build())
 
 
 def test_no_images():
-    """An empty batch goes through the plain form, with or without the limit for few tokens."""
+    """An empty batch goes through the plain form."""
     assert build()(torch.zeros(0, 12, 24), (3, 4)).shape == (0, 12, 24)
 
 
@@ -371,3 +369,57 @@ def test_transforms():
     (gradient,) = torch.autograd.grad(module(own, hw).square().sum(), own, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize('trains', ['all', 'input', 'down', 'up', 'filters'])
+@pytest.mark.parametrize('extra', [0, 1])
+@pytest.mark.parametrize('scaled_norm', [(), ('down',)], ids=['no norm', 'norm'])
+def test_kept_or_recomputed(scaled_norm, extra, trains):
+    """With its intermediate results kept, output and gradients are those of the form that computes them again."""
+    results = []
+    for form in (Mona._fast, Mona._kept):
+        torch.manual_seed(0)
+        module = build(scaled_norm=scaled_norm).requires_grad_(trains == 'all')
+        parts = dict(down=['down', 'entrance'], up=['up'], filters=['depthwise']).get(trains, [])
+        for part in parts:
+            getattr(module, part).requires_grad_(True)
+        torch.manual_seed(1)
+        x = torch.randn(2, 60 + extra, 24, requires_grad=trains in ('all', 'input'))
+        torch.manual_seed(2)
+        out = form(module, x, (6, 10))
+        (out * torch.linspace(-1, 1, 24)).sum().backward()
+        results.append([out.detach(), *(t.grad for t in (x, *module.parameters()) if t.requires_grad)])
+    assert len(results[0]) > 1
+    assert_near(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize('probability', [0.1, 0.5, 0.9, 1e-6, 1 - 1e-9])
+def test_masks_of_fewer_random_numbers(probability):
+    """Each element is dropped with the probability that is returned, which is the one asked for within 2^-17, and the
+    mean of a constant stays what it is."""
+    torch.manual_seed(0)
+    mask, used = fast_mona._draw_mask(torch.empty(3, 333_333), probability, exact=False)
+    assert mask.dtype == torch.bool and mask.shape == (3, 333_333)
+    assert used == pytest.approx(min(probability, 1 - 2**-16), abs=2**-17) and used < 1
+    count, deviation = mask.numel(), (mask.numel() * used * (1 - used)) ** 0.5
+    assert abs((~mask).sum().item() - count * used) <= 5 * deviation
+    halves = [part.float().mean() for part in mask.flatten()[:999_996].view(-1, 4).unbind(1)]
+    assert max(abs(half.item() - (1 - used)) for half in halves) <= 5 * 2 * deviation / count + 1e-9
+
+
+def test_exact_masks():
+    """With ``fast='exact'``, or where choices are fixed, the mask is that of ``torch.nn.functional.dropout``."""
+    x = torch.randn(1, 12, 24)
+    masks = []
+    for fast, measured in ((True, True), ('exact', True), (True, False)):
+        choice.measure(measured)
+        module = build(dropout=0.5)
+        module.fast = fast
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fast_mona, '_draw_mask', lambda *args: masks.append(args[2]) or (args[0] > 0, 0.5))
+            module._fast(x, (3, 4))
+    assert masks == [False, True, True]
+    torch.manual_seed(3)
+    mask, used = fast_mona._draw_mask(x, 0.3, exact=True)
+    torch.manual_seed(3)
+    assert torch.equal(mask, F.dropout(torch.ones_like(x), 0.3) != 0) and used == 0.3

@@ -79,7 +79,7 @@ def test_what_is_not_known_of_a_module_or_tensor(monkeypatch):
     assert (private.change_count(linear.weight),) == (private.change_count(linear.weight),)
     assert (private.change_count(Uncounted()),) != (private.change_count(Uncounted()),)
     monkeypatch.setattr(products, 'HAS_ONEDNN_LINEAR', False)
-    assert not products.by_onednn('cpu', torch.float32)
+    assert not products.has_ways(torch.ones(1, 1))
 
 
 def test_a_runner_without_the_private_names():

@@ -62,16 +62,6 @@ def test_forms_of_no_tokens_and_of_half_precision(form):
     assert_near(actual.double(), expected, tolerance)
 
 
-@pytest.mark.parametrize('share', [0.002, 0.05, 0.14, 0.16, 1.0])
-def test_choice_by_share(share, monkeypatch):
-    """On a CPU the sampled product below 15% of the weights, the dense product from there on."""
-    chosen = []
-    for form in (grad_by_dense_product, grad_by_sampled_product, grad_by_gather):
-        monkeypatch.setattr(sparse, form.__name__, lambda *a, n=form.__name__: chosen.append(n))
-    sparse_weight_grad(torch.zeros(3, 40), torch.zeros(3, 50), torch.arange(round(share * 2000)))
-    assert chosen == ['grad_by_dense_product' if share > 0.15 else 'grad_by_sampled_product']
-
-
 @pytest.mark.parametrize('count', [1, 6, 7 * 5])
 @pytest.mark.parametrize('cls', [nn.Linear, MmcvLinear])
 def test_linear_gradcheck(count, cls):

@@ -16,6 +16,7 @@ from torch import Tensor
 from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.compat.runner import loaded_file, resumes
 from mona_mm.errors import ConfigError
+from mona_mm.nn import choice
 from mona_mm.options import checked, show
 from mona_mm.registry import HOOKS
 
@@ -31,6 +32,10 @@ _MOVING = {'last_step', '_global_step', '_last_value', 'base_values', 'verbose'}
 
 _INFO = 'circumstances'
 """The entry of the message hub, and so of every checkpoint, under which a run writes down its circumstances."""
+
+
+_CHOICES = 'mona_mm_choices'
+"""The entry of a checkpoint that holds :func:`mona_mm.nn.choice.chosen`."""
 
 
 @HOOKS.register_module()
@@ -69,6 +74,8 @@ class ResumptionHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with this run, before the Runner loads its optimizer and schedulers."""
         meta = checkpoint.get('meta') or {}
+        if resumes(runner):
+            choice.restore(checkpoint.get(_CHOICES) or ())
         if not resumes(runner) or 'iter' not in meta or 'epoch' not in meta:
             return
         info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
@@ -80,6 +87,11 @@ class ResumptionHook(Hook):
         self._groups = [_settings(group) for group in _param_groups(runner)]
         self._schedulers = _states(runner)
         self._differs = self._other_schedule(checkpoint)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Write down which ways of computing this process has found to be fastest, so that the run that resumes from
+        the checkpoint takes the same and rounds as this one does."""
+        checkpoint[_CHOICES] = choice.chosen()
 
     def _check_loop(self, runner: Runner) -> None:
         """Refuse another kind of loop, and a checkpoint from beyond the end."""

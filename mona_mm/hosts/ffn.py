@@ -5,11 +5,9 @@ With frozen weights the stock FFN keeps only the GELU's input, which is four tim
 tensor that a block keeps. This form keeps the FFN's own input and recomputes the first product in the backward pass.
 
 That is a fifth product beside four. On a CPU the tokens are processed :data:`_ROWS` at a time, so that the wide
-activations stay in the processor's cache, and single-precision products use oneDNN (:mod:`mona_mm.nn.products`), which
-takes half of MKL's time (measured on an AMD EPYC with AVX-512): forward and backward then take half of the stock time
-at any width, the fifth product included. Elsewhere this form is used where the stream is at most :data:`_WIDEST` wide,
-as in the first stage of a Swin. There it costs least: the blocks of all stages have about the same number of
-operations, but each stage keeps half as much per block as the stage before.
+activations stay in the processor's cache, and single-precision products are made by the fastest library
+(:mod:`mona_mm.nn.products`). Whether this outweighs the fifth product depends on the processor and the shape, so that
+the form is compared with the stock one at the first call (:mod:`mona_mm.nn.choice`).
 
 The stock path runs where a weight trains, a dropout is active, a part is hooked or was replaced, the activation is not
 GELU, and under torch.compile, other tracers and ``torch.func``.
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from mona_mm.hosts.fast import fast_form_of
 from mona_mm.hosts.host import separate_linears
+from mona_mm.nn.choice import Ways, bucket, run_with_gradients
 from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
-from mona_mm.nn.products import by_onednn, linear
+from mona_mm.nn.products import linear
 from mona_mm.nn.tracing import is_hooked, is_traced
 
 FFN_LINEARS = separate_linears(fc1='ffn.layers.0.0', fc2='ffn.layers.1')
@@ -36,11 +35,6 @@ _LINEAR = {'torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear'}
 _ROWS = 1024
 """The number of tokens that are processed at once on a CPU. Values from 512 to 2048 are equally fast (measured at
 widths of 128 to 1024)."""
-
-_WIDEST = 192
-"""The largest width of a stream for which this form is used where oneDNN is not. With MKL, forward and backward take
-0.8 to 0.9 of the stock time for 12,544 tokens of 96 and of 192 channels, 1.0 to 1.2 for 128, 0.8 for 60,800 of 128, and
-1.25 for 3,136 of 256. For half precision and CUDA the limit is an estimate, not measured."""
 
 
 @fast_form_of('mmcv.cnn.bricks.transformer.FFN')
@@ -59,11 +53,21 @@ class FrozenLayers(Mixin):
         """Map ``(..., C)`` to ``(..., C)``."""
         if is_traced() or not self._fits(x):
             return super().forward(x)
-        fc1, fc2 = self[0][0], self[1]
         device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        where = device, x.dtype, torch.is_autocast_enabled(device)
+        size = *self[0][0].weight.shape, bucket(x.numel() // x.shape[-1])
+        keeps = x.requires_grad and torch.is_grad_enabled()
+        form = _FORMS.choose((*where, *size, keeps), lambda form: run_with_gradients(lambda t: form(self, t), x))
+        return form(self, x)
+
+    def _recomputed(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self[0][0], self[1]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return _FrozenFFN.apply(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+
+    def _stock(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
     def _fits(self, x: Tensor) -> bool:
         """Whether :class:`_FrozenFFN` computes the same as the stock layers for this input."""
@@ -75,7 +79,7 @@ class FrozenLayers(Mixin):
             return False
         mixed = torch.is_autocast_enabled(device)
         products = torch.get_autocast_dtype(device) if mixed else x.dtype
-        if not x.numel() or (x.shape[-1] > _WIDEST and not by_onednn(device, products)):
+        if not x.numel():
             return False
         if type(act) is not nn.GELU or act.approximate != 'none':
             return False
@@ -91,6 +95,9 @@ class FrozenLayers(Mixin):
         parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         return not trains and all(p.dtype in dtypes for p in parameters)
+
+
+_FORMS = Ways('frozen_ffn', recomputed=FrozenLayers._recomputed, stock=FrozenLayers._stock)
 
 
 def _is_sequence(module: nn.Module) -> bool:

@@ -16,18 +16,20 @@ backward pass. The stock modules do the following in every block of every step; 
 - They keep queries, keys, values, scores and probabilities. With
   :func:`~torch.nn.functional.scaled_dot_product_attention` no ``N x N`` matrix is kept.
 
-A bias table that trains (full tuning, BitFit) is read anew in every step, with its gradient. On CPUs its attention is
-computed by the plain formula, and so is attention in half precision, whose fused backward pass is several times slower
-there.
+A bias table that trains (full tuning, BitFit) is read anew in every step, with its gradient. Whether the fused
+attention or the plain formula is faster depends on the device, the dtype, and on whether the table trains. It is
+measured at the first call (:mod:`mona_mm.nn.choice`), and so is, if the table trains, whether the fast form as a whole
+is faster than the stock one.
 
-The stock path runs where the attention drops probabilities while training, where a module is hooked that the fast form
-does not call, under torch.compile and other tracers, and on CPUs for small maps whose table trains
-(:data:`_MIN_ELEMENTS`), where it is faster. The order of the windows differs from the stock one, which matters only to
-modules that draw random numbers per window: LoRA's ``drop_path`` drops other windows for the same seed.
+The stock path also runs where the attention drops probabilities while training, where a module is hooked that the fast
+form does not call, and under torch.compile and other tracers. The order of the windows differs from the stock one,
+which matters only to modules that draw random numbers per window: LoRA's ``drop_path`` drops other windows for the same
+seed.
 """
 
+import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -52,6 +54,7 @@ from mona_mm.hosts.host import (
     register_host,
     separate_linears,
 )
+from mona_mm.nn.choice import Ways, bucket, run_with_gradients
 from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
 from mona_mm.nn.tracing import is_hooked, is_traced
 
@@ -75,12 +78,6 @@ _WINDOW_MSA = {
 
 _SHIFT_MASK = -100.0
 """The value that the stock modules add to the score of two tokens that only the shift has brought together."""
-
-_MIN_ELEMENTS = 320_000
-"""The number of elements in the windows, padding included, from which the fast form is faster on a CPU when the table
-trains. Measured on one module, forward and backward, in shares of the stock time: 1.03 to 1.13 up to 32 x 32 tokens
-of 96 channels, 1.04 to 1.05 for 28 x 28 of 192 and 14 x 14 of 384 (a Swin-T at 224 x 224), 0.99 to 1.03 for 56 x 56 of
-96 at window 7 and 0.78 at window 12 (whence the limit), 0.82 for 112 x 112 of 128."""
 
 
 @fast_form_of(*_WINDOW_MSA)
@@ -188,6 +185,10 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tenso
     return ((q * scale) @ k.transpose(-2, -1) + mask).softmax(-1) @ v
 
 
+_FUSED_FIRST = Ways('window_attention', fused=_fused, plain=_plain)
+_PLAIN_FIRST = Ways('plain_first_window_attention', plain=_plain, fused=_fused)
+
+
 def _needs_stock_path(w_msa: nn.Module) -> bool:
     """Whether a ``WindowMSA`` drops probabilities, or has hooks on modules that the fast form does not call."""
     drop = w_msa.attn_drop
@@ -208,11 +209,37 @@ class FastWindowAttention(Mixin):
         w_msa = self.w_msa
         if is_traced() or _needs_stock_path(w_msa) or query.is_meta:  # an index on the meta device has no values
             return super().forward(query, hw_shape)
-        (batch, tokens, channels), (height, width), window = query.shape, hw_shape, self.window_size
+        tokens, (height, width) = query.shape[1], hw_shape
         if tokens != height * width:
             raise ValueError(f'There are {tokens} tokens, but the grid is {height} x {width}.')
-        if self._is_small(query, height, width):
-            return super().forward(query, hw_shape)
+        return self._choose(query, hw_shape)(self, query, hw_shape)
+
+    def _choose(self, x: Tensor, hw: Grid) -> Callable[['FastWindowAttention', Tensor, Grid], Tensor]:
+        """The faster form for the shape of ``x``. Only where the table trains is this one not always the faster."""
+        table = self.w_msa.relative_position_bias_table
+        if not (table.requires_grad and torch.is_grad_enabled()):
+            return FastWindowAttention._fast
+        parts = [*self.modules()][1:]
+        if is_hooked(*parts) or any(isinstance(part, Mixin) for part in parts):  # a trial would run a hook or a method
+            return FastWindowAttention._fast
+        where = x.device.type, x.dtype, torch.is_autocast_enabled(x.device.type)
+        state = x.requires_grad, self.w_msa.qkv.weight.requires_grad, self.window_size, self.shift_size
+        size = x.shape[-1], self.w_msa.num_heads, bucket(x.shape[0]), *map(bucket, hw)
+        copied: list[FastWindowAttention] = []
+
+        def run(form: Callable[[FastWindowAttention, Tensor, Grid], Tensor]) -> None:
+            if not copied:  # in a copy no hook of a parameter runs
+                copied.append(copy.deepcopy(self))
+            run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
+
+        return _FORMS.choose((*where, *state, *size), run)
+
+    def _stock(self, query: Tensor, hw: Grid) -> Tensor:
+        return super().forward(query, hw)
+
+    def _fast(self, query: Tensor, hw: Grid) -> Tensor:
+        w_msa, window = self.w_msa, self.window_size
+        (batch, tokens, channels), (height, width) = query.shape, hw
         shift = self._shift(min(height, width))
         index = window_index(batch, (int(height), int(width)), window, shift, query.device)
         x = query.reshape(-1, channels)
@@ -221,13 +248,6 @@ class FastWindowAttention(Mixin):
         x = self._attend(w_msa.effective() if hasattr(w_msa, 'effective') else w_msa, x, index.groups, shift)
         x = _Gather.apply(x.view(-1, channels), index.slot_of_token, None, index.token_of_slot, index.padding)
         return self.drop(x.view(batch, tokens, channels))
-
-    def _is_small(self, x: Tensor, height: int, width: int) -> bool:
-        """Whether the stock form is faster for ``x (B, H*W, C)``."""
-        window = self.window_size
-        padded = -(-height // window) * -(-width // window) * window**2
-        trains = self.w_msa.relative_position_bias_table.requires_grad and torch.is_grad_enabled()
-        return trains and x.device.type == 'cpu' and x.shape[0] * padded * x.shape[2] < _MIN_ELEMENTS
 
     def _shift(self, side: int) -> int:
         """The shift on a grid whose smaller side is ``side`` tokens long."""
@@ -246,7 +266,7 @@ class FastWindowAttention(Mixin):
         qkv = w_msa.qkv(x).reshape(count, length, 3, w_msa.num_heads, -1).permute(2, 0, 3, 1, 4)
         table = w_msa.relative_position_bias_table
         trains = table.requires_grad and torch.is_grad_enabled()
-        attend = _plain if qkv.device.type == 'cpu' and (trains or qkv.dtype.itemsize < 4) else _fused
+        attend = self._choose_attention(qkv, table, trains, w_msa.scale)
         dtype = qkv.dtype if attend is _fused else table.dtype
         masks = self._make_masks(table, dtype, shift) if trains else self._kept_masks(table, dtype, shift)
         parts = qkv.split(groups, 1) if len(groups) > 1 else (qkv,)
@@ -258,6 +278,20 @@ class FastWindowAttention(Mixin):
         ]
         x = parts[0] if len(parts) == 1 else torch.cat(parts)
         return w_msa.proj_drop(w_msa.proj(x))
+
+    def _choose_attention(self, qkv: Tensor, table: Tensor, trains: bool, scale: float) -> Callable[..., Tensor]:
+        """The faster form of the attention of ``qkv (3, windows, heads, N, d)``."""
+        _, windows, heads, length, width = qkv.shape
+        is_training = torch.is_grad_enabled() and qkv.requires_grad
+        key = qkv.device.type, qkv.dtype, heads, length, width, bucket(windows), trains, is_training
+
+        def run(attend: Callable[..., Tensor]) -> None:
+            mask = table.new_zeros(1, heads, length, length, dtype=qkv.dtype if attend is _fused else table.dtype)
+            mask.requires_grad_(trains)
+            run_with_gradients(lambda parts: attend(*parts.unbind(0), mask, scale), qkv, [mask])
+
+        ways = _PLAIN_FIRST if trains or qkv.dtype.itemsize < 4 else _FUSED_FIRST
+        return ways.choose(key, run)
 
     def _kept_masks(self, table: Tensor, dtype: torch.dtype, shift: int) -> list[Tensor]:
         if table.is_inference():
@@ -296,6 +330,8 @@ class FastWindowAttention(Mixin):
         new, arguments, state = super().__reduce_ex__(protocol)
         return new, arguments, {**state, '_masks': None}
 
+
+_FORMS = Ways('window_msa', fast=FastWindowAttention._fast, stock=FastWindowAttention._stock)
 
 _ATTENTION = (
     rf'(qkv|proj)\.{END}|q_bias|v_bias|logit_scale|cpb_mlp\.\d\.{END}|relative_position_bias_table'

@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mona_mm.nn.depthwise import kernel_gradient
-from mona_mm.nn.products import by_onednn, linear
-
-# Rows of a product over the tokens that are processed at once on a CPU, so that they stay in its cache.
-_ROWS = 2048
+from mona_mm.nn.products import linear, over_tokens
 
 
 class ScaledNorm(NamedTuple):
@@ -35,6 +32,8 @@ def mona(
     up: tuple[Tensor, Tensor],
     filter_scale: float,
     dropout: float = 0.0,
+    exact: bool = True,
+    keeps: bool = False,
 ) -> Tensor:
     """Compute :meth:`mona_mm.methods.Mona.forward` for a Mona without a scaled LayerNorm before the 1x1 convolution.
 
@@ -43,10 +42,10 @@ def mona(
     - The depthwise convolutions are one convolution, whose kernel is their sum and is built in every call.
     - Tokens stay ``(B, N, C)`` in memory; the grid is a view in channels-last format.
     - The backward pass keeps the output, the mean and reciprocal standard deviation of ``x``, the hidden state ``p``
-      and the dropout mask. Everything between is recomputed. ``x`` is recomputed as the output minus the branch, to
-      the precision of the output: beside a branch a million times as large it would be lost. The next LayerNorm in a
-      block keeps the output anyway. Changing the output in place is an error. In half precision (without autocast),
-      where the sum is rounded, ``x`` itself is kept.
+      and the dropout mask. Everything between is recomputed, unless ``keeps`` is True. ``x`` is recomputed as the
+      output minus the branch, to the precision of the output: beside a branch a million times as large it would be
+      lost. The next LayerNorm in a block keeps the output anyway. Changing the output in place is an error. In half
+      precision (without autocast), where the sum is rounded, ``x`` itself is kept.
     - The gradients of all parameters before ``p`` follow from one product of ``x`` with ``[dp, rstd * dp]``, so that
       nothing as wide as ``x`` is summed over the tokens.
 
@@ -61,7 +60,10 @@ def mona(
         pointwise: the weight ``(n, n, 1, 1)`` and bias of the 1x1 convolution.
         up: the weight ``(C, n)`` and bias of the up projection.
         filter_scale: the factor on the sum of the depthwise convolutions.
-        dropout: the drop probability; the mask is the one that ``torch.nn.functional.dropout`` draws.
+        dropout: the drop probability.
+        exact: whether the dropout mask is the one that ``torch.nn.functional.dropout`` draws. Otherwise it is drawn, on
+            a CPU, from a quarter of the random numbers, with a probability that is rounded to a multiple of 2^-16.
+        keeps: keep ``x`` and the results of the convolutions for the backward pass, in place of computing them again.
 
     Raises:
         RuntimeError: if the result is differentiated twice.
@@ -69,7 +71,19 @@ def mona(
     eps = norm.eps if norm else None
     entrance = norm[:4] if norm else (None,) * 4
     filters = [tensor for conv in depthwise for tensor in conv]
-    return _Mona.apply(x, hw, eps, filter_scale, dropout, *entrance, *down, *pointwise, *up, *filters)
+    settings = _Settings(hw, eps, filter_scale, dropout, exact, keeps)
+    return _Mona.apply(x, settings, *entrance, *down, *pointwise, *up, *filters)
+
+
+class _Settings(NamedTuple):
+    """The arguments of :func:`mona` that are no tensors, with the ``eps`` of the norm, or None without one."""
+
+    hw: tuple[int, int]
+    eps: float | None
+    scale: float
+    dropout: float
+    exact: bool
+    keeps: bool
 
 
 class _Mona(torch.autograd.Function):
@@ -77,24 +91,27 @@ class _Mona(torch.autograd.Function):
     # pointwise and up, and those of each depthwise convolution. Lists of gradients have the same order.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hw: tuple[int, int], eps: float | None, scale: float, drop: float, *params):
+    def forward(ctx: Any, x: Tensor, settings: _Settings, *params):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             x = x.contiguous()
-            hidden, mean, rstd = _down(x, eps, params[:6], dtype)
-            kernel, kernel_bias = merged_filters(list(zip(params[10::2], params[11::2], strict=True)), scale)
+            hidden, mean, rstd = _down(x, settings.eps, params[:6], dtype)
+            filters = list(zip(params[10::2], params[11::2], strict=True))
+            kernel, kernel_bias = merged_filters(filters, settings.scale)
             mixing = [t.to(dtype) for t in (kernel, kernel_bias, params[6].flatten(1), params[7])]
-            _, r = _mix(hidden, hw, *mixing)
+            q, r = _mix(hidden, settings.hw, *mixing)
             activated, mask = F.gelu(r), None
-            if drop:
-                mask = torch.native_dropout(activated, drop, True)[1]
+            if settings.dropout:
+                mask, drop = _draw_mask(activated, settings.dropout, settings.exact)
+                settings = settings._replace(dropout=drop)
                 activated = _dropped(activated, mask, drop)
             out = linear(activated, params[8].to(dtype), params[9].to(dtype))
             out = out.add_(x) if out.dtype == x.dtype else x + out
-        ctx.keeps_out = x.dtype.itemsize >= 4
-        ctx.save_for_backward(out if ctx.keeps_out else x, mean, rstd, hidden, mask, *mixing, *params)
-        ctx.hw, ctx.eps, ctx.scale, ctx.drop, ctx.dtype = hw, eps, scale, drop, dtype
+        ctx.keeps_out = x.dtype.itemsize >= 4 and not settings.keeps
+        mixed = (q, r, activated) if settings.keeps else (None, None, None)
+        ctx.save_for_backward(out if ctx.keeps_out else x, mean, rstd, hidden, mask, *mixed, *mixing, *params)
+        ctx.settings, ctx.dtype = settings, dtype
         return out
 
     @staticmethod
@@ -114,6 +131,18 @@ def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.d
         s, mean, rstd = torch.native_layer_norm(stat, x.shape[-1:], gamma * weight, gamma * bias, eps)
         s.addcmul_(stat, gammax)
     return linear(s.to(dtype), down.to(dtype), down_bias.to(dtype)), mean, rstd
+
+
+def _draw_mask(like: Tensor, probability: float, exact: bool) -> tuple[Tensor, float]:
+    """Draw a mask that is False with the given probability; return it and the probability with which it is so.
+
+    A random number of 64 bits makes four elements, of 16 bits each.
+    """
+    if exact or like.device.type != 'cpu':
+        return torch.native_dropout(like, probability, True)[1], probability
+    count, steps = like.numel(), min(round(probability * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return (bits[:count] >= steps - 2**15).view(like.shape), steps / 2**16
 
 
 def _dropped(hidden: Tensor, mask: Tensor | None, probability: float) -> Tensor:
@@ -163,56 +192,45 @@ def _mix(
     return q, torch.cat((p[:, :extra], r), 1) if extra else r
 
 
-def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``a.T @ b`` of matrices with many rows."""
-    if not by_onednn(a.device.type, a.dtype):
-        return a.t().mm(b)
-    if len(a) <= _ROWS:
-        return linear(a.t(), b.t())
-    parts = (linear(rows_a.t(), rows_b.t()) for rows_a, rows_b in zip(a.split(_ROWS), b.split(_ROWS), strict=True))
-    out, *other_parts = parts
-    for part in other_parts:
-        out.add_(part)
-    return out
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, hidden, mask, kernel, kernel_bias, pointwise, pointwise_bias, *params = ctx.saved_tensors
+    x, mean, rstd, hidden, mask, q, r, activated, *tensors = ctx.saved_tensors
+    kernel, kernel_bias, pointwise, pointwise_bias, *params = tensors
     need = ctx.needs_input_grad
-    need_x, need_down, need_pointwise, need_up = need[0], any(need[5:11]), any(need[11:13]), any(need[13:15])
-    need_filters = any(need[15:])
-    hw, dtype, batch = ctx.hw, ctx.dtype, x.shape[0]
+    need_x, need_down, need_pointwise, need_up = need[0], any(need[2:8]), any(need[8:10]), any(need[10:12])
+    need_filters = any(need[12:])
+    hw, drop, dtype, batch = ctx.settings.hw, ctx.settings.dropout, ctx.dtype, x.shape[0]
     grads: list[Tensor | None] = [None] * len(params)
 
-    q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias)
+    if r is None:
+        q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias)
     g = grad.contiguous().to(dtype).view(-1, grad.shape[-1])  # (B*N, C)
 
     recomputes_x = ctx.keeps_out and (need_down or (need_x and mean is not None))
-    if need_up or recomputes_x:
-        activated = _dropped(F.gelu(r), mask, ctx.drop)
+    if activated is None and (need_up or recomputes_x):
+        activated = _dropped(F.gelu(r), mask, drop)
     if recomputes_x:  # by the operations of the forward, so that the branch is the same
         branch = linear(activated, params[8].to(dtype), params[9].to(dtype))
         x = torch.sub(x, branch, out=branch if branch.dtype == x.dtype else None)
         del branch
     if need_up:
-        grads[8] = _over_tokens(activated.flatten(0, 1), g).t()
+        grads[8] = over_tokens(activated.flatten(0, 1), g).t()
         grads[9] = g.sum(0)
     if not (need_x or need_down or need_filters or need_pointwise):
         return _returned(ctx, None, grads)
 
-    dr = _dropped(linear(g, params[8].to(dtype).t()).view_as(r), mask, ctx.drop)
+    dr = _dropped(linear(g, params[8].to(dtype).t()).view_as(r), mask, drop)
     dr = torch.ops.aten.gelu_backward(dr, r)
     extra = r.shape[1] - q.shape[1]
     dr_grid = dr[:, extra:].reshape(-1, dr.shape[-1])  # (B*H*W, n)
     if need_pointwise:
-        grads[6] = _over_tokens(dr_grid, q.flatten(0, 1)).view_as(params[6])
+        grads[6] = over_tokens(dr_grid, q.flatten(0, 1)).view_as(params[6])
         grads[7] = dr_grid.sum(0)
     if not (need_x or need_down or need_filters):
         return _returned(ctx, None, grads)
 
     dq = linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
     if need_filters:
-        _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel.shape[-1], ctx.scale)
+        _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel.shape[-1], ctx.settings.scale)
     if not (need_x or need_down):
         return _returned(ctx, None, grads)
 
@@ -232,8 +250,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _returned(ctx: Any, dx: Tensor | None, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[5:], strict=True))
-    return (dx, None, None, None, None, *wanted)
+    wanted = (g if need else None for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
+    return (dx, None, *wanted)
 
 
 def _input_gradient(
@@ -281,18 +299,18 @@ def _down_gradients(
     weight, bias, gamma, gammax, down, _ = params
     total = dp.sum(0, dtype=down.dtype)
     if mean is None:
-        grads[4], grads[5] = _over_tokens(dp, x.to(dp.dtype)), total
+        grads[4], grads[5] = over_tokens(dp, x.to(dp.dtype)), total
         return
     n = dp.shape[1]
     mean, rstd = mean.view(-1, 1), rstd.view(-1, 1)
     if dp.dtype.itemsize >= 4:
-        p, q = _over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
+        p, q = over_tokens(torch.cat((dp, dp * rstd), 1), x).split(n)
         q = q - dp.t().mm(mean * rstd)
     else:  # half precision would lose too much beside a mean far from zero
         centred = torch.sub(x, mean, out=torch.empty_like(x, dtype=dp.dtype))
         scale = rstd.mean()  # the reciprocal of a large deviation would underflow in float16
         stacked = torch.cat((dp, (dp * (rstd / scale)).to(dp.dtype)), 1)
-        p, q = _over_tokens(stacked, centred).to(weight.dtype).split(n)
+        p, q = over_tokens(stacked, centred).to(weight.dtype).split(n)
         q = q * scale
         p = p + dp.to(weight.dtype).t().mm(mean.to(weight.dtype))
     grads[4] = q.mul(gamma * weight).addcmul_(p, gammax).addcmul_(total[:, None], gamma * bias)

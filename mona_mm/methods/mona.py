@@ -1,6 +1,7 @@
 """Mona: the multi-cognitive visual adapter."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -10,9 +11,14 @@ from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
 from mona_mm.methods.fast_mona import ScaledNorm, mona
 from mona_mm.methods.folded_mona import FoldedMona
+from mona_mm.nn.choice import Ways, bucket, measures, run_with_gradients
 from mona_mm.nn.tracing import is_hooked, is_traced
 from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
+
+_SMALL = 2**19
+"""The elements of the tokens and of the hidden state, of a batch, up to which intermediate results may be kept for the
+backward pass: in 32 bits 2 MiB a module. Above it a method would lose what it saves in memory."""
 
 Place = Literal['down', 'pointwise']
 """The layers before which a scaled LayerNorm can be."""
@@ -35,9 +41,6 @@ KernelSizes = Annotated[
         lambda sizes: sizes and len(set(sizes)) == len(sizes),
     ),
 ]
-
-PLAIN_TOKENS = 256
-"""The number of tokens in a batch below which the plain form is faster on a CPU."""
 
 
 class ScaledLayerNorm(nn.Module):
@@ -149,7 +152,26 @@ class Mona(StreamModule):
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, skip the
         convolutions."""
         if self.fast and not is_traced() and self._fits_fast(x):
-            return self._fast(x, hw)
+            return self._choose(x, hw)(self, x, hw)
+        return self._plain(x, hw)
+
+    def _choose(self, x: Tensor, hw: Grid) -> Callable[['Mona', Tensor, Grid], Tensor]:
+        """The faster form for the shape of ``x``."""
+        is_training = torch.is_grad_enabled() and (x.requires_grad or self.down.weight.requires_grad)
+        where = x.device.type, x.dtype, torch.is_autocast_enabled(x.device.type)
+        state = self.dropout.training, is_training, x.requires_grad
+        size = *self.down.weight.shape, len(self.depthwise), bucket(x.shape[0]), bucket(hw[0] * hw[1])
+        copied: list[Mona] = []
+
+        def run(form: Callable[[Mona, Tensor, Grid], Tensor]) -> None:
+            if not copied:  # in a copy no hook of a parameter runs
+                copied.append(copy.deepcopy(self) if is_training else self)
+            run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
+
+        is_small = x.shape[0] * x.shape[1] * sum(self.down.weight.shape) <= _SMALL
+        return (_FORMS_ON_SMALL_GRIDS if is_small else _FORMS).choose((*where, *state, *size), run)
+
+    def _plain(self, x: Tensor, hw: Grid) -> Tensor:
         p = self.down(self.entrance(x))
         extra = x.shape[1] - hw[0] * hw[1]
         if extra:
@@ -159,15 +181,14 @@ class Mona(StreamModule):
         return x + self.up(self.dropout(self.act(p)))
 
     def _fits_fast(self, x: Tensor) -> bool:
-        """Whether :func:`mona_mm.methods.fast_mona.mona` computes the same for ``x``, and faster.
+        """Whether :func:`mona_mm.methods.fast_mona.mona` computes the same for ``x``.
 
         It calls no submodule, so none may have a hook or have been replaced. Its parameters must have the dtype of the
         input, or float32 under autocast. It supports CPUs and CUDA.
         """
         if isinstance(self.middle, ScaledLayerNorm):
             return False
-        fewest = {'cpu': max(PLAIN_TOKENS, 1), 'cuda': 1}.get(x.device.type)
-        if fewest is None or x.shape[0] * x.shape[1] < fewest:
+        if x.device.type not in ('cpu', 'cuda') or not x.numel():
             return False
         if torch.is_autocast_enabled(x.device.type):
             dtype = None if x.dtype == torch.float64 else torch.float32
@@ -181,7 +202,7 @@ class Mona(StreamModule):
             for m in child.modules()
         )
 
-    def _fast(self, x: Tensor, hw: Grid) -> Tensor:
+    def _fast(self, x: Tensor, hw: Grid, keeps: bool = False) -> Tensor:
         norm = None
         if isinstance(self.entrance, ScaledLayerNorm):
             inner = self.entrance.norm
@@ -196,7 +217,12 @@ class Mona(StreamModule):
             (self.up.weight, self.up.bias),
             self.filter_scale,
             self.dropout.p if self.dropout.training else 0.0,
+            self.fast == 'exact' or not measures(),
+            keeps,
         )
+
+    def _kept(self, x: Tensor, hw: Grid) -> Tensor:
+        return self._fast(x, hw, keeps=True)
 
     def to_deploy(self) -> FoldedMona:
         """Make the form of this module for inference, in which its parameters are folded together."""
@@ -210,6 +236,9 @@ class Mona(StreamModule):
         grid = self.pointwise(self.middle(grid.movedim(1, -1)).movedim(-1, 1)) + grid
         return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
+
+_FORMS = Ways('mona', recomputed=Mona._fast, plain=Mona._plain)
+_FORMS_ON_SMALL_GRIDS = Ways('mona_small', recomputed=Mona._fast, kept=Mona._kept, plain=Mona._plain)
 
 # The classes of the modules of a Mona.
 _PARTS = {ScaledLayerNorm, nn.LayerNorm, nn.Linear, nn.ModuleList, nn.Conv2d, nn.Identity, nn.GELU, nn.Dropout}

@@ -1,24 +1,20 @@
-"""Depthwise convolutions whose kernels train: their gradient, which torch computes slowly on CPUs."""
+"""Depthwise convolutions whose kernels train: their gradient, for which there are several ways on a CPU."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of a grid that are summed at once in the gradient of a kernel on a CPU. No value from 8 to 32 is always fastest.
-_STRIP = 32
-
-# The smallest kernel whose gradient takes less time by :func:`kernel_gradient` than by torch's own function on a CPU.
-_SMALLEST = 5
+from mona_mm.nn.choice import Ways, bucket
 
 
 def kernel_gradient(grad: Tensor, grid: Tensor, size: int) -> Tensor:
     """Compute the gradient of a ``size x size`` depthwise kernel, whose padding keeps the size of the grid.
 
-    On a CPU the padded grid is correlated with the gradient, by a depthwise convolution that has the gradient as its
-    kernel, in a half to a sixth of the time of torch's own function. It works on strips of rows, so that no sum gets
-    too long for the precision of the dtype.
+    On a CPU there are torch's own function and a correlation, by a depthwise convolution of the padded grid that has
+    the gradient as its kernel. It works on strips of rows, so that no sum gets too long for the precision of the dtype.
 
     Args:
         grad: the gradient of the output, ``(B, n, H, W)``.
@@ -28,14 +24,24 @@ def kernel_gradient(grad: Tensor, grid: Tensor, size: int) -> Tensor:
     Returns:
         The gradient ``(n, 1, size, size)``.
     """
+    if grid.device.type != 'cpu' or not grid.numel():
+        return _by_torch(grad, grid, size)
+    batch, n, height, width = grid.shape
+    return _GRADIENT(grad, grid, size, key=(grid.dtype, size, n, bucket(batch), bucket(height), bucket(width)))
+
+
+def _by_torch(grad: Tensor, grid: Tensor, size: int) -> Tensor:
+    n, pad = grid.shape[1], size // 2
+    kernel = grid.new_empty(n, 1, size, size)
+    return torch.ops.aten.convolution_backward(
+        grad, grid, kernel, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], n, [False, True, False]
+    )[1]
+
+
+def _by_correlation(grad: Tensor, grid: Tensor, size: int, strip: int) -> Tensor:
     batch, n, height, width = grid.shape
     pad = size // 2
-    if grid.device.type != 'cpu':
-        kernel = grid.new_empty(n, 1, size, size)
-        return torch.ops.aten.convolution_backward(
-            grad, grid, kernel, None, [1, 1], [pad, pad], [1, 1], False, [0, 0], n, [False, True, False]
-        )[1]
-    strips = -(-height // _STRIP)
+    strips = -(-height // strip)
     rows = -(-height // strips)
     missing = strips * rows - height
     grid = F.pad(grid, (pad, pad, pad, pad + missing)).unfold(2, rows + 2 * pad, rows)  # (B, n, strips, width, rows)
@@ -45,6 +51,14 @@ def kernel_gradient(grad: Tensor, grid: Tensor, size: int) -> Tensor:
     return out.view(batch, n, strips, 1, size, size).sum((0, 2))
 
 
+_GRADIENT = Ways(
+    'depthwise_gradient',
+    strips_of_32=partial(_by_correlation, strip=32),
+    strips_of_8=partial(_by_correlation, strip=8),
+    stock=_by_torch,
+)
+
+
 def convolve(grid: Tensor, kernel: Tensor, bias: Tensor | None = None, fast: bool = True) -> Tensor:
     """Convolve a grid depthwise, with padding that keeps its size.
 
@@ -52,16 +66,15 @@ def convolve(grid: Tensor, kernel: Tensor, bias: Tensor | None = None, fast: boo
         grid: the grid, ``(B, n, H, W)``.
         kernel: the kernel, ``(n, 1, k, k)``, ``k`` odd, of the same dtype, except within autocast.
         bias: the bias, ``(n,)``.
-        fast: whether the backward pass may use :func:`kernel_gradient` where that is faster. Tracers cannot record it.
+        fast: whether the backward pass may use :func:`kernel_gradient`. Tracers cannot record it.
 
     Returns:
         The convolved grid, ``(B, n, H, W)``.
     """
-    size, groups = kernel.shape[-1], kernel.shape[0]
-    is_faster = grid.device.type == 'cpu' and size >= _SMALLEST and kernel.requires_grad and grid.dtype == kernel.dtype
-    if fast and is_faster and bias is None:
+    has_ways = grid.device.type == 'cpu' and kernel.requires_grad and grid.dtype == kernel.dtype
+    if fast and has_ways and bias is None:
         return _Convolution.apply(grid, kernel)
-    return F.conv2d(grid, kernel, bias, padding=size // 2, groups=groups)
+    return F.conv2d(grid, kernel, bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
 
 
 class _Convolution(torch.autograd.Function):

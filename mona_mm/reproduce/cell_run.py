@@ -32,6 +32,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
+from mona_mm.nn import choice
 from mona_mm.report.memory import peak_of_process
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.comparison import STOPPED
@@ -213,6 +214,7 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    choice.measure(False)  # so that a cell has the same bits whatever runs beside it
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process whose queue is gone to exit
         error = folder / f'{step}.error'

@@ -35,6 +35,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import PeftModules
 from mona_mm.nn.autocast import no_autocast
+from mona_mm.nn.choice import Ways, bucket
 from mona_mm.nn.mixin import Mixin, mix_in, mix_out, stock_class
 from mona_mm.nn.substitute import substitute
 from mona_mm.nn.tracing import is_traced
@@ -257,13 +258,6 @@ class _SparseLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_values, None, None
 
 
-_DENSE_FROM = {'cpu': 0.15, 'cuda': 0.004}
-"""The share of a weight's elements from which the whole product is cheaper than one dot product for each element. Both
-costs grow with N, so it does not depend on N. CPU: measured on two cores (AMD EPYC), where the costs are equal at a
-share of 0.12 to 0.3 for N from 200 to 12,800 and layers from 128 to 3072 wide. CUDA: not measured, but estimated from
-the memory bandwidth (2 to 4 TB/s, six passes over K x N numbers) and the speed in single precision (20 to 60 TFLOP/s)
-of a current accelerator. See :mod:`mona_mm.benchmark.spt`."""
-
 _ROWS = 512
 """The rows of N that the sampled product on a CPU processes at once, so that the factors stay in the cache."""
 
@@ -272,7 +266,7 @@ _ELEMENTS = 1 << 24
 
 
 def sparse_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
-    """Compute ``(grad.T @ x).flatten()[indices]`` by the cheapest form for the device and the number of indices.
+    """Compute ``(grad.T @ x).flatten()[indices]`` by the fastest form for the device and the number of indices.
 
     Args:
         grad: the gradient of the linear's output, ``(N, out)``.
@@ -282,12 +276,12 @@ def sparse_weight_grad(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     Returns:
         The elements ``(K,)``, in single precision if the form accumulates in it, or else in the dtype of ``grad``.
     """
-    size = grad.shape[1] * x.shape[1]
-    if len(indices) >= _DENSE_FROM.get(grad.device.type, _DENSE_FROM['cuda']) * size:
+    if not grad.numel():
         return grad_by_dense_product(grad, x, indices)
-    if grad.device.type == 'cpu':
-        return grad_by_sampled_product(grad, x, indices)
-    return grad_by_gather(grad, x, indices)
+    is_cpu = grad.device.type == 'cpu'
+    ways = _ON_CPU if is_cpu else _ELSEWHERE
+    key = grad.dtype, grad.shape[1], x.shape[1], bucket(len(grad)), bucket(len(indices))
+    return ways(grad, x, indices, key=key)
 
 
 def grad_by_dense_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
@@ -318,6 +312,10 @@ def grad_by_sampled_product(grad: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     for g, part in zip(grad.split(_ROWS), x.split(_ROWS), strict=True):
         total = torch.sparse.sampled_addmm(total, g.t(), part)
     return total.values()
+
+
+_ON_CPU = Ways('sparse_gradient', sampled=grad_by_sampled_product, dense=grad_by_dense_product)
+_ELSEWHERE = Ways('sparse_gradient_cuda', gather=grad_by_gather, dense=grad_by_dense_product)
 
 
 def rows_and_columns(indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
