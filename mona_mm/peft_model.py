@@ -1,6 +1,7 @@
 """Put methods beside single layers of any module, as ``type='mona_mm.PeftModel'`` in a config asks."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -254,16 +255,35 @@ def init_weights(self: nn.Module, inner: partial | None = None) -> None:
     If the whole base is loaded from a ``Pretrained`` file, the methods have their values from the file, or keep those
     that they were built with.
     """
-    if inner is not None:
-        inner()
-    elif hasattr(type(self), 'init_weights'):
-        type(self).init_weights(self)
-        if _is_loaded_whole(self):
-            return
-    modules = [module for layer in self.modules() if isinstance(layer, PeftLayer) for module in layer.peft.values()]
+    is_loaded = inner is None and hasattr(type(self), 'init_weights') and _is_loaded_whole(self)
+    layers = [layer for layer in self.modules() if isinstance(layer, PeftLayer)]
+    with contextlib.nullcontext() if is_loaded else _without_methods(layers):
+        if inner is not None:
+            inner()
+        elif hasattr(type(self), 'init_weights'):
+            type(self).init_weights(self)
+    if is_loaded:
+        return
+    modules = [module for layer in layers for module in layer.peft.values()]
     for module in modules:
         module.reset_parameters()
     start_from_base(self, modules)
+
+
+@contextlib.contextmanager
+def _without_methods(layers: Sequence[PeftLayer]) -> Iterator[None]:
+    """A context in which the layers have no modules of methods.
+
+    Some models initialise every linear layer within a part of theirs and expect each to have a bias.
+    """
+    held = [layer.peft for layer in layers]
+    for layer in layers:
+        layer.peft = PeftModules()
+    try:
+        yield
+    finally:
+        for layer, modules in zip(layers, held, strict=True):
+            layer.peft = modules
 
 
 def _is_loaded_whole(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+needs_gpu = pytest.mark.needs_gpu
 
 # One stage has a second block, whose windows are shifted: a block costs the same time in each stage.
 SWIN = dict(embed_dims=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 3, 4))
@@ -101,6 +101,8 @@ class _beside_the_checkout:
 
 
 def pytest_runtest_setup(item):
+    if item.get_closest_marker('needs_gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a GPU')
     _beside_the_checkout.allowed = item.get_closest_marker('real_images') is not None
 
 

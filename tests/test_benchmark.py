@@ -13,8 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import assert_equal, assert_near
+from mmengine.registry import MODELS
+from torch import nn
 
-from mona_mm.benchmark import backbone
+from mona_mm.benchmark import backbone, hf_peft
 from mona_mm.benchmark.backbone import (
     DEPLOYED,
     VARIANTS,
@@ -229,6 +231,56 @@ def test_memory_is_counted():
     assert case.kept() == 4 * 7 * 20
 
 
+def test_plain_vision_transformers():
+    """They are measured as Swins are, against the library's own on the plain path, with a class token."""
+    small = dict(embed_dims=64, num_layers=2, num_heads=2, feedforward_channels=128)
+    bases = dict(dinov2_s=backbone.VITS['dinov2_s'] | dict(arch=small, img_size=28))
+    methods = ['stock', 'mona', 'published_mona', 'spt']
+    measured = rows(archs=['dinov2_s'], sizes=[(28, 42)], bases=bases, methods=methods, repeats=1)
+    assert [row.variant for row in measured] == ['stock', 'full', 'published_mona', 'mona', 'spt']
+    assert all(row.floor > 0 and row.step > row.forward > 0 for row in measured)
+    assert '| DINOv2-S | 28x42 |' in backbone.line(measured[0])
+    sentences = backbone.targets(measured)
+    assert ['(target 0.80) of stock' in s for s in sentences] == [True, False] and 'full takes' in sentences[1]
+
+
+def test_against_huggingface_peft(tmp_path):
+    """Three variants for each placement: the same outputs, the same parameters beside the same layers; a row is read
+    back as it was written, and what each has saved is loaded."""
+    peft = pytest.importorskip('peft')
+    measured = list(hf_peft.run(archs='t', sizes=[(64, 64)], repeats=1, bases=TINY))
+    placed = [(row.placement, row.variant) for row in measured]
+    assert placed == [(placement, v) for placement in ('attention', 'all') for v in hf_peft.VARIANTS]
+    for theirs, layers, host in (measured[:3], measured[3:]):
+        assert theirs.step_ratio == theirs.load_ratio == 1 and theirs.difference == 0
+        assert layers.parameters == theirs.parameters <= host.parameters
+        assert max(layers.difference, host.difference) < 1e-5
+    lines = '\n'.join([hf_peft.header(measured[0]), *map(hf_peft.line, measured)]).splitlines()
+    assert len({text.count('|') for text in lines}) == 1
+    write_record(str(tmp_path / 'a.json'), {}, {'hf-peft': measured})
+    assert read_records([str(tmp_path / 'a.json')])[1] == {'hf-peft': measured}
+
+    state = MODELS.build(BASE).state_dict()
+    for variant in hf_peft.VARIANTS:
+        model, folder = hf_peft.build(variant, BASE, state, 'all', peft), tmp_path / variant
+        folder.mkdir()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            nn.init.normal_(parameter)
+        values = [parameter.detach().clone() for parameter in trained]
+        assert hf_peft.save(model, folder) > 4 * sum(p.numel() for p in trained)
+        for parameter in trained:
+            nn.init.zeros_(parameter)
+        hf_peft.load(model, folder, peft)
+        assert_equal([parameter.detach() for parameter in trained], values)
+
+
+def test_huggingface_peft_is_missed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'peft', None)
+    with pytest.raises(ConfigError, match="needs Hugging Face's PEFT .*requirements/extras.txt"):
+        hf_peft.import_peft()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -239,7 +291,9 @@ def test_memory_is_counted():
         ('--processor-time', 'give --threads 1'),
         ('--processor-time --threads 2', 'give --threads 1'),
         ('--suite spt --plot x.png', '--plot is of the suites backbone, detector'),
-        ('--suite spt --sizes 224', '--sizes is of the suites module, backbone, detector'),
+        ('--suite spt --sizes 224', '--sizes is of the suites module, backbone, detector, hf-peft'),
+        ('--suite module --arch dinov2_s', '--arch dinov2_s is of the suite backbone and of --against'),
+        ('--suite spt --against hf-peft', '--against measures no suite: leave out --suite'),
         ('--suite spt --precision bf16', '--precision is of the suites'),
         ('--suite module --methods mona', '--methods is of the suites'),
         ('--suite module --inference', '--inference is of the suites'),

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_gpu
 from helpers import assert_near
 from torch import nn
 
@@ -86,7 +87,7 @@ def test_bfloat16_on_every_grid(grid, form):
         assert distance[1] <= 3 * distance[0] + 3e-3, f'{name}: {distance}'
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@needs_gpu
 @pytest.mark.parametrize('grid', GRIDS)
 def test_cuda(grid, monkeypatch):
     """On a GPU, too: in float32 as above, under bfloat16 within its resolution, and with the same dropout mask."""

@@ -21,6 +21,7 @@ from mona_mm.compat import mmcv_ext
 import mmcv._ext
 import pytest
 import torch
+from conftest import needs_gpu
 from mmcv import ops
 from mmcv.ops.carafe import carafe_naive
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
@@ -33,10 +34,7 @@ pytestmark = pytest.mark.skipif(
     reason='mmcv is compiled here, so nothing stands in for it',
 )
 
-DEVICES = [
-    'cpu',
-    pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')),
-]
+DEVICES = ['cpu', pytest.param('cuda', marks=needs_gpu)]
 LOW_PRECISION = [torch.float16, torch.bfloat16]
 
 

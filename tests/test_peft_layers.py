@@ -615,3 +615,23 @@ def test_merged_state_is_that_of_a_stock_model():
     stock = MODELS.build(dict(type='Parts')).double()
     stock.load_state_dict(merged_state_dict(model))
     assert_near(stock(IMAGE.double()), model(IMAGE.double()), 1e-12)
+
+
+def test_a_base_that_initialises_linear_layers_of_its_parts():
+    """mmpretrain's ViT sets the weight and bias of every linear layer within its FFN, and LoRA's have no bias: the
+    base's are initialised as without a method, and then the method's."""
+    base = HOSTS['mmpretrain-vit']
+    model = PeftModel(base, [dict(path='layers.*.ffn.**', type='LoRA', rank=4)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    torch.manual_seed(3)
+    model.init_weights()
+    stock = MODELS.build(base)
+    torch.manual_seed(3)
+    stock.init_weights()
+    layer, same = model.layers[1].ffn.layers[1], stock.layers[1].ffn.layers[1]
+    assert_equal(layer.weight, same.weight)
+    assert_equal(layer.bias, same.bias)
+    lora = layer.peft['weight']
+    assert not lora.up.weight.any() and 0 < lora.down.weight.abs().max() < 7

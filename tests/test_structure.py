@@ -25,6 +25,7 @@ FLOORS = (
 
 LAZY = {
     ('benchmark/detector.py', 'mmdet'): 'importing mmdet.testing takes a second, and only this benchmark needs it',
+    ('benchmark/hf_peft.py', 'peft'): 'an extra, which takes seconds to import',
     ('commands/export.py', 'onnx'): 'an extra, which only an export needs',
     ('commands/export.py', 'onnxruntime'): 'an extra, which only an export needs',
     ('compat/mmcv_ops.py', 'mmcv'): 'mmcv.ops can be imported only after these operators have been registered',

@@ -1,5 +1,7 @@
 """Measure speed and memory, as ratios, in one run: python tools/benchmark.py --suite module|backbone|detector|spt
 
+With --against hf-peft, LoRA and that of Hugging Face's PEFT on the same networks.
+
 Every suite runs its variants in turns, such as the published formula, the stock host, the methods and full tuning. It
 prints medians, quartiles, and the time that the operations and bytes would take at the measured rates of this machine.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.benchmark import backbone, detector, module, spt
+from mona_mm.benchmark import backbone, detector, hf_peft, module, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
@@ -25,10 +27,10 @@ CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
 WHOLE = {'backbone', 'detector'}
 # The options that only some suites have. Their default is None, so that check() can tell whether they were given.
 OPTION_SUITES = dict(
-    sizes={'module', *WHOLE},
-    arch={'module', *WHOLE},
+    sizes={'module', *WHOLE, 'hf-peft'},
+    arch={'module', *WHOLE, 'hf-peft'},
     methods=WHOLE,
-    precision={'module', *WHOLE},
+    precision={'module', *WHOLE, 'hf-peft'},
     inference=WHOLE,
     plot=WHOLE,
     counts={'spt'},
@@ -37,10 +39,14 @@ OPTION_SUITES = dict(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Measure speed and memory, as ratios, in one run')
-    parser.add_argument('--suite', nargs='+', choices=SUITES, help='default: backbone')
+    suites = [suite for suite in SUITES if suite != 'hf-peft']
+    parser.add_argument('--suite', nargs='+', choices=suites, help='default: backbone')
+    parser.add_argument('--against', choices=['hf-peft'], help="LoRA beside that of Hugging Face's PEFT, no suite")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--sizes', nargs='+', metavar='SIZE', help='of images: 224, 800x1216 (default: 224 512)')
-    parser.add_argument('--arch', nargs='+', choices=backbone.ARCHS, help='of the Swin (default: b)')
+    parser.add_argument(
+        '--arch', nargs='+', choices=backbone.ARCHS, help='default: b; with --against all but b, l and dinov2_b'
+    )
     parser.add_argument(
         '--methods',
         nargs='+',
@@ -113,15 +119,17 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
 
     if args.json:
         write_record(args.json, machine, results)  # fails here, before measuring, if the file cannot be written
-    archs, batch = args.arch or ['b'], args.batch or 1
-    sizes = [parse_size(text) for text in args.sizes or ('224', '512')]
-    for suite in dict.fromkeys(args.suite or ['backbone']):
+    archs, batch = args.arch or (hf_peft.DEFAULT_ARCHS if args.against else ['b']), args.batch or 1
+    sizes = [parse_size(text) for text in args.sizes or (['224'] if args.against else ['224', '512'])]
+    for suite in chosen_suites(args):
         options = dict(device=args.device, repeats=args.repeats or 9, clock=clock)
         if suite == 'spt':
             rows = spt.run(**options, counts=args.counts or spt.COUNTS, tokens=(args.batch or 8) * spt.IMAGE)
         elif suite == 'module':
             hosts = [f'swin_{arch}' for arch in archs]
             rows = module.run(**options, hosts=hosts, sizes=sizes, batch=batch, dtype=dtype)
+        elif suite == 'hf-peft':
+            rows = hf_peft.run(**options, archs=archs, sizes=sizes, batch=batch, dtype=dtype)
         else:
             options |= dict(archs=archs, sizes=sizes, batch=batch, dtype=dtype)
             options |= dict(methods=args.methods, inference=bool(args.inference))
@@ -130,6 +138,11 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f'\nThe process used {peak:.1f} GiB of memory at most.')
     return results
+
+
+def chosen_suites(args: argparse.Namespace) -> list[str]:
+    """The suites to measure, each once."""
+    return [args.against] if args.against else list(dict.fromkeys(args.suite or ['backbone']))
 
 
 def show(suite: str, rows: Iterator[Any]) -> None:
@@ -166,7 +179,7 @@ def check(args: argparse.Namespace) -> None:
     if args.plot and not (args.plot.endswith('.png') and not osp.isdir(args.plot)):
         raise ConfigError(f'--plot {args.plot}: the picture is a file whose name ends in .png.')
     if args.from_json:
-        names = ('suite', 'sizes', 'arch', 'methods', 'batch', 'counts', 'repeats', 'precision', 'inference')
+        names = ('suite', 'against', 'sizes', 'arch', 'methods', 'batch', 'counts', 'repeats', 'precision', 'inference')
         given = [n for n in (*names, 'threads', 'processor_time', 'json') if getattr(args, n) not in (None, False)]
         if given:
             raise ConfigError(f'--from-json measures nothing: leave out --{given[0].replace("_", "-")}.')
@@ -178,10 +191,17 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f'--{name} {getattr(args, name)} must be at least 1.')
     if args.counts and not all(1 <= count <= spt.VIT_B[0] * spt.VIT_B[1] for count in args.counts):
         raise ConfigError(f'--counts must be from 1 to {spt.VIT_B[0] * spt.VIT_B[1]}, all weights of the layer.')
-    suites = args.suite or ['backbone']
+    if args.against and args.suite:
+        raise ConfigError('--against measures no suite: leave out --suite.')
+    suites = chosen_suites(args)
+    vits = [arch for arch in args.arch or () if arch in backbone.VITS]
+    if vits and not {'backbone', 'hf-peft'}.issuperset(suites):
+        raise ConfigError(f'--arch {vits[0]} is of the suite backbone and of --against; the others measure Swins.')
     for name, having in OPTION_SUITES.items():
         if getattr(args, name) is not None and not having.intersection(suites):
             raise ConfigError(f'--{name} is of the suites {", ".join(s for s in SUITES if s in having)}; give --suite.')
+    if args.against:
+        hf_peft.import_peft()
     device = check_device(args.device)
     if args.processor_time and (args.threads != 1 or device.type != 'cpu'):
         raise ConfigError('--processor-time is that of one thread: give --threads 1, on a CPU.')

@@ -1,11 +1,13 @@
-"""The time and memory of a training step and of inference of a Swin with every method, stock, and fully tuned.
+"""The time and memory of a training step and of inference of a backbone with every method, stock, and fully tuned.
+
+The backbones are mmdet's Swins and mmpretrain's plain vision transformers: ViT-B/16 and DINOv2-S and -B.
 
 A step is forward, backward and AdamW. In addition to the methods, by their published names, the variants are:
 
 ===================  ==================================================================================================
-``stock``            mmdet's backbone, all of which trains
+``stock``            the library's backbone, all of which trains
 ``full``             the same backbone on the fast path, with which the methods are compared
-``published_mona``   mmdet's blocks with the operations of Mona's published code, one by one
+``published_mona``   the library's blocks with the operations of Mona's published code, one by one
 ``spt``              SPT with LoRA of rank 8 on every q and v, and as many single weights of every fc1 as a LoRA has
 ===================  ==================================================================================================
 
@@ -14,8 +16,8 @@ overhead of the modules that a method leaves in the backbone, and for the deploy
 
 ===================  ==================================================================================================
 ``mona_folded``      Mona with everything that does not depend on the input computed once
-``lora_merged``      mmdet's backbone with LoRA merged into its weights
-``spt_merged``       mmdet's backbone with the structured LoRA and the single weights of ``spt`` merged into its weights
+``lora_merged``      the library's backbone with LoRA merged into its weights
+``spt_merged``       the same with the structured LoRA and the single weights of ``spt``
 ===================  ==================================================================================================
 """
 
@@ -58,12 +60,27 @@ from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import SparseDelta
 
-ARCHS: dict[str, dict[str, Any]] = {
+SWINS: dict[str, dict[str, Any]] = {
     't': dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7),
     'b': dict(embed_dims=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32), window_size=7),
     'l': dict(embed_dims=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48), window_size=7),
 }
-"""The Swins of the published settings, by size."""
+"""The Swins of the published settings, by size: arguments of mmdet's class."""
+
+_VIT = dict(type='mmpretrain.VisionTransformer', out_type='featmap')
+_DINOV2 = dict(**_VIT, img_size=518, patch_size=14, layer_scale_init_value=1e-5)
+VITS: dict[str, dict[str, Any]] = {
+    'vit_b': dict(**_VIT, arch='b', img_size=224, patch_size=16),
+    'dinov2_s': dict(**_DINOV2, arch='dinov2-small'),
+    'dinov2_b': dict(**_DINOV2, arch='dinov2-base'),
+}
+"""Plain vision transformers: arguments of mmpretrain's class."""
+
+ARCHS = {**SWINS, **VITS}
+"""The backbones, by the names that the command line takes."""
+
+LABELS = dict(t='Swin-T', b='Swin-B', l='Swin-L', vit_b='ViT-B/16', dinov2_s='DINOv2-S', dinov2_b='DINOv2-B')
+"""The names of the backbones in tables and pictures."""
 
 PEFT = dict(mona='Mona', adapter='Adapter', adaptformer='AdaptFormer', lora='LoRA', lorand='LoRand')
 DEPLOYED = dict(mona_folded='mona', lora_merged='lora', spt_merged='spt')
@@ -302,14 +319,14 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     bases: dict[str, dict[str, Any]] = ARCHS,
 ) -> Iterator[Row]:
-    """Measure every variant on every Swin at every size, and yield the rows of a size as soon as it is measured.
+    """Measure every variant on every backbone at every size, and yield the rows of a size as soon as it is measured.
 
     The variants take turns, as :func:`~mona_mm.benchmark.timing.take_turns` describes.
 
     Args:
         device: the device to measure on.
         repeats: the number of rounds, after one that is not counted.
-        archs: the Swins, by their names in ``bases``.
+        archs: the backbones, by their names in ``bases``.
         sizes: the sizes ``(height, width)`` of the images.
         methods: the variants to measure, from :data:`VARIANTS`, as for :func:`choose_variants`.
         batch: the number of images.
@@ -317,7 +334,7 @@ def run(
         inference: whether to measure inference instead of training.
         clock: a function that returns the time in seconds. On a busy machine, ``time.thread_time`` with one thread
             leaves out the time of other processes.
-        bases: the arguments of mmdet's Swin, by name.
+        bases: the arguments of the backbones by name; without a ``type`` they are those of mmdet's Swin.
 
     Raises:
         ConfigError: if training is measured and a variant exists only for inference.
@@ -325,7 +342,7 @@ def run(
     variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
-        base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2, **bases[arch])
+        base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | bases[arch]
         cases = build_cases(variants, partial(build_backbone, base=base), device, dtype)
         for size in sizes:
             images = torch.randn(batch, 3, *size, device=device)
@@ -439,7 +456,7 @@ def line(row: Row) -> str:
         time_, ratio, spread = row.step, row.step_ratio, row.step_ratio_spread
     return cells(
         (
-            f'Swin-{row.arch.upper()}',
+            LABELS[row.arch],
             f'{row.size[0]}x{row.size[1]}',
             f'{row.batch}',
             row.dtype,
@@ -459,8 +476,9 @@ def targets(rows: Sequence[Row]) -> list[str]:
     found = {(r.suite, r.arch, r.size, r.batch, r.dtype, r.step is None, r.variant): r for r in rows}
     for group in dict.fromkeys(key[:-1] for key in found):
         suite, arch, size, batch, dtype, inference = group
-        place = f'{suite}, Swin-{arch.upper()} {size[0]}x{size[1]}, batch {batch}, {dtype}'
-        for variant, other, time_limit, memory_limit in _DEPLOYMENT if inference else _TARGETS:
+        place = f'{suite}, {LABELS[arch]} {size[0]}x{size[1]}, batch {batch}, {dtype}'
+        limits = _DEPLOYMENT if inference else _VIT_TARGETS if arch in VITS else _TARGETS
+        for variant, other, time_limit, memory_limit in limits:
             a, b = found.get((*group, variant)), found.get((*group, other))
             if a is None or b is None:
                 continue
@@ -472,6 +490,12 @@ def targets(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
+_VIT_TARGETS = (
+    ('mona', 'stock', 0.80, None),
+    ('full', 'stock', 1.00, None),
+    ('lora', 'stock', 0.72, None),
+    ('adapter', 'stock', 0.75, None),
+)
 _TARGETS = (('mona', 'adapter', 1.10, 1.10), ('mona', 'full', 0.75, 0.50), ('full', 'stock', 1.00, None))
 _DEPLOYMENT = tuple((variant, 'stock', None, None) for variant in ('mona', 'mona_folded')) + tuple(
     (variant, 'stock', 1.00, None) for variant in ('lora_merged', 'spt_merged')

@@ -76,12 +76,14 @@ class PublishedMona(nn.Module):
         self.mona = mona
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        m, (batch, tokens, _) = self.mona, x.shape
+        m, (batch, tokens, _), grid = self.mona, x.shape, hw[0] * hw[1]
         p = m.down(m.entrance.norm(x) * m.entrance.gamma + x * m.entrance.gammax)
+        others, p = p.split((tokens - grid, grid), 1)  # class and register tokens, which a Swin does not have
         p = p.reshape(batch, *hw, -1).permute(0, 3, 1, 2)
         q = (m.depthwise[0](p) + m.depthwise[1](p) + m.depthwise[2](p)) / 3 + p
         r = q + m.pointwise(q)
-        r = r.permute(0, 2, 3, 1).reshape(batch, tokens, -1)
+        r = r.permute(0, 2, 3, 1).reshape(batch, grid, -1)
+        r = torch.cat((others, r), 1) if tokens > grid else r
         return x + m.up(m.dropout(F.gelu(r)))
 
 

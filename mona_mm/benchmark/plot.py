@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mona_mm.benchmark.backbone import VARIANTS, Row, reference
+from mona_mm.benchmark.backbone import LABELS, VARIANTS, Row, reference
 from mona_mm.commands.catalogue import method_colour
 from mona_mm.report.html import save_png
 
@@ -18,8 +18,8 @@ _COLOURS_OF_VARIANTS = dict(
     lora_merged='#99cc77',
     spt_merged='#cccc88',
 )
-_ARCHS = dict(t=('T', 'o', ':'), b=('B', 's', '--'), l=('L', '^', '-'))
-"""The letter, the marker and the line style of each Swin."""
+_ARCHS = dict(t=('o', ':'), b=('s', '--'), l=('^', '-'), vit_b=('D', '--'), dinov2_s=('v', ':'), dinov2_b=('P', '-.'))
+"""The marker and the line style of each backbone."""
 
 
 def plot_cost(rows: Sequence[Row], path: str) -> None:
@@ -27,7 +27,7 @@ def plot_cost(rows: Sequence[Row], path: str) -> None:
 
     The size of an image is shown as the side of a square with as many pixels. Every suite, batch and type gets four
     panels: time, memory, and the ratios of both to the reference. The colours tell the variants, the markers and line
-    styles the Swins; the bars are quartiles.
+    styles the backbones; the bars are quartiles.
 
     Args:
         rows: the rows of :mod:`mona_mm.benchmark.backbone` or :mod:`mona_mm.benchmark.detector`.
@@ -53,7 +53,7 @@ def _panels(rows: list[Row], axes: Sequence[Sequence[Axes]], inference: bool) ->
         lines.setdefault((row.arch, row.variant), []).append(row)
     for (arch, variant), line in lines.items():
         sides = [_side(row) for row in line]
-        _, marker, linestyle = _ARCHS[arch]
+        marker, linestyle = _ARCHS[arch]
         style = dict(color=_colour(variant), marker=marker, linestyle=linestyle, markersize=4, linewidth=1.3)
         for axis, times, scale in ((time, _times(line), 1e-3), (time_ratio, _ratios(line), 1.0)):
             middle = [scale * t for t, _ in times]
@@ -100,8 +100,9 @@ def _legend(rows: list[Row]) -> list[Line2D]:
     variants = [variant for variant in VARIANTS if variant in {row.variant for row in rows}]
     archs = [arch for arch in _ARCHS if arch in {row.arch for row in rows}]
     found = [Line2D([], [], color=_colour(variant), linewidth=3, label=variant) for variant in variants]
-    for name, marker, linestyle in (_ARCHS[arch] for arch in archs):
-        found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=f'Swin-{name}'))
+    for arch in archs:
+        marker, linestyle = _ARCHS[arch]
+        found.append(Line2D([], [], color='#555555', marker=marker, linestyle=linestyle, label=LABELS[arch]))
     return found
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from mona_mm.benchmark import backbone, module, spt
+from mona_mm.benchmark import backbone, hf_peft, module, spt
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError, MissingFileError
 
-SUITES = dict(module=module, backbone=backbone, detector=backbone, spt=spt)
+SUITES = {'module': module, 'backbone': backbone, 'detector': backbone, 'spt': spt, 'hf-peft': hf_peft}
 """The suites by name, each with the module that has its ``Row``, ``header`` and ``line``."""
 
 
