@@ -1,5 +1,6 @@
 """Options that any config takes: where a run can be watched, scores of classes, early stopping, and a dry run."""
 
+import os
 import re
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def test_a_dry_run_writes_nothing(tool, tmp_path):
     assert status == 0, err
     assert not work.exists() and 'What trains:' in out and 'a batch: 2 images of (3, 32, 32)' in out
     sizes = {name: float(size) for size, name in re.findall(r'^ +([\d.,]+) MiB  (.*)$', out, re.M)}
+    assert sizes.pop('the whole process, with Python and its libraries') > 100
     largest = sizes.pop('in all, at the largest moment of a step')
     kept = sum(size for name, size in sizes.items() if name != 'gradients')
     assert kept - 0.3 <= largest <= 3 * sum(sizes.values())
@@ -146,20 +148,24 @@ def test_memory_of_tensors_is_followed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scale', [384, 512])
-def test_memory_is_estimated_within_15_percent(scale, tool, tmp_path):
-    """The estimate of a dry run against the growth of the process that it measures, by the tool in its own process."""
+def test_memory_is_estimated_within_15_percent(tmp_path):
+    """The estimates of a dry run against what it measures, in a process of its own, whose allocator gives back at once
+    what tensors free: the tensors, and the whole process."""
     config = classifier(tmp_path)
-    text = config.read_text().replace("dict(type='Resize', scale=32)", f"dict(type='Resize', scale={scale})")
-    config.write_text(text)
+    config.write_text(config.read_text().replace("dict(type='Resize', scale=32)", "dict(type='Resize', scale=640)"))
     command = [sys.executable, 'tools/train.py', str(config), '--work-dir', str(tmp_path / 'work'), '--dry-run']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    (estimated,) = re.findall(r'([\d.,]+) MiB  in all', done.stdout)
-    (measured,) = re.findall(r'measured: ([\d.,]+) MiB, at most', done.stdout)
-    estimated, measured = (float(number.replace(',', '')) for number in (estimated, measured))
-    assert measured > 100, 'large enough to be measured'
-    assert estimated == pytest.approx(measured, rel=0.15)
+
+    def number(pattern: str) -> float:
+        return float(re.search(pattern, done.stdout)[1].replace(',', ''))
+
+    tensors, grown = number(r'([\d.,]+) MiB  in all'), number(r'measured: ([\d.,]+) MiB, at most')
+    assert grown > 100, 'large enough to be measured'
+    assert tensors == pytest.approx(grown, rel=0.15)
+    process = number(r'([\d.,]+) MiB  the whole process')
+    assert process == pytest.approx(number(r'measured: ([\d.,]+) MiB for the whole process'), rel=0.15)
 
 
 @pytest.mark.slow

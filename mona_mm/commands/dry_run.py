@@ -134,6 +134,9 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
     if hook.live is not None:  # gradients come as activations go, and operators need more for a moment
         largest = weights + parts['moments of the optimizer'] + hook.live
         lines.append(f'  {largest / 2**20:9,.1f} MiB  in all, at the largest moment of a step')
+        if hook.before is not None and not torch.cuda.is_available():
+            whole = hook.before - weights + largest
+            lines.append(f'  {whole / 2**20:9,.1f} MiB  the whole process, with Python and its libraries')
     lines += [f'measured: {text}' for text in _measured(hook, weights)]
     timed = hook.seconds[-_TIMED:]
     steps, step = runner.max_iters, sum(timed) / max(len(timed), 1)
@@ -152,7 +155,7 @@ def _measured(hook: DryRunHook, weights: int) -> Iterator[str]:
         yield f'{torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB of the GPU, at most'
     elif peak is not None and hook.before is not None:
         yield f'{(peak - hook.before + weights) / 2**20:,.1f} MiB, at most: weights, and what these steps added'
-    yield f'{peak_of_process() / 2**20:,.1f} MiB for the whole process, at most, with Python and its libraries'
+    yield f'{peak_of_process() / 2**20:,.1f} MiB for the whole process, at most'
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
