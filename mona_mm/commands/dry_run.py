@@ -1,10 +1,10 @@
-"""Try a training: build everything, make three steps, and say what a run needs in memory and time."""
+"""Try a training: build everything, make a few steps, and say what a run needs in memory and time."""
 
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,13 +19,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
+from mona_mm.nn.live_memory import live_memory
 from mona_mm.nn.wrappers import innermost
-from mona_mm.report.memory import peak_memory
+from mona_mm.report.memory import forget_peak, peak_of_process, peak_since, resident
 
 _STAGES = ('stages', 'layers', 'blocks')
 """The names of the lists in which backbones keep their stages."""
 
-_STEPS = 3  # the first of which is not timed
+_STEPS = 4
+_TIMED = 2  # the last of them: the first ones are watched, which takes time
 
 
 class _Enough(Exception):
@@ -33,7 +35,11 @@ class _Enough(Exception):
 
 
 class DryRunHook(Hook):
-    """Look at the first step of a training, time the next ones, and end it."""
+    """Watch the first steps of a training, time the next ones, and end it.
+
+    Of the first step it is seen what is kept for the backward pass; of the second, in which the optimizer has its
+    moments, how much memory is in use at once.
+    """
 
     priority = 'LOWEST'
 
@@ -41,21 +47,32 @@ class DryRunHook(Hook):
         self.seconds: list[float] = []
         self.activations: dict[str, int] = {}
         self.batch = ''
+        self.live: int | None = None
+        self.before: int | None = None
+        self._watching: AbstractContextManager | None = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Begin to count what the first step keeps for its backward pass."""
-        if not self.seconds:
+        """Begin to watch or to time a step."""
+        step = len(self.seconds)
+        if step == 0:
             self.batch = _shapes(data_batch)
-            self._recording = _recorded(innermost(runner.model), self.activations)
-            self._recording.__enter__()
+            self.before = resident()
+            forget_peak()
+            self._watching = _recorded(innermost(runner.model), self.activations)
+        elif step == 1:
+            self._watching = live_memory()
+        self._memory = None if self._watching is None else self._watching.__enter__()
         self._begin = time.perf_counter()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Count and time; end after the last step."""
-        if not self.seconds:
-            self._recording.__exit__(None, None, None)
+        if self._watching is not None:
+            self._watching.__exit__(None, None, None)
+            self._watching = None
+        if self._memory is not None:
+            self.live = self._memory.peak
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
@@ -75,15 +92,26 @@ def dry_run(cfg: Config, delta_base: str | None = None, allow_other_base: bool =
         What was found, as lines of text.
     """
     hook = DryRunHook()
+    return _text(try_steps(cfg, hook, delta_base, allow_other_base), hook)
+
+
+def try_steps(
+    cfg: Config, hook: DryRunHook | None = None, delta_base: str | None = None, allow_other_base: bool = False
+) -> Runner:
+    """Train a few steps of a config, which is changed; nothing of it stays on the disk.
+
+    Returns:
+        The runner that has made them.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         use_temporary(cfg, folder)
         make_plan(cfg)
         runner = build_runner(cfg, delta_base, allow_other_base)
-        runner.register_hook(hook, 'LOWEST')
+        runner.register_hook(hook or DryRunHook(), 'LOWEST')
         with suppress(_Enough):
             runner.train()
         close_log_file(runner)
-    return _text(runner, hook)
+    return runner
 
 
 def _text(runner: Runner, hook: DryRunHook) -> str:
@@ -102,15 +130,32 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
         **{f'activations, {name}': size for name, size in hook.activations.items()},
     }
     lines += [f'  {size / 2**20:9,.1f} MiB  {name}' for name, size in parts.items() if size]
-    lines.append(f'  {sum(parts.values()) / 2**20:9,.1f} MiB  in all')
-    lines += [f'measured: {name} {size}' for name, size in peak_memory().items()]
-    steps, step = runner.max_iters, sum(hook.seconds[1:]) / max(len(hook.seconds) - 1, 1)
-    if len(hook.seconds) > 1:
+    weights = parts['weights']
+    if hook.live is not None:  # gradients come as activations go, and operators need more for a moment
+        largest = weights + parts['moments of the optimizer'] + hook.live
+        lines.append(f'  {largest / 2**20:9,.1f} MiB  in all, at the largest moment of a step')
+        if hook.before is not None and not torch.cuda.is_available():
+            whole = hook.before - weights + largest
+            lines.append(f'  {whole / 2**20:9,.1f} MiB  the whole process, with Python and its libraries')
+    lines += [f'measured: {text}' for text in _measured(hook, weights)]
+    timed = hook.seconds[-_TIMED:]
+    steps, step = runner.max_iters, sum(timed) / max(len(timed), 1)
+    if len(hook.seconds) == _STEPS:
         lines.append(
             f'time: {step:.3g} s a step, {steps:,} steps: {timedelta(seconds=round(step * steps))} without loading of '
             'images and evaluation'
         )
     return '\n'.join(lines)
+
+
+def _measured(hook: DryRunHook, weights: int) -> Iterator[str]:
+    """What the steps have taken, in words."""
+    peak = peak_since()
+    if torch.cuda.is_available():
+        yield f'{torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB of the GPU, at most'
+    elif peak is not None and hook.before is not None:
+        yield f'{(peak - hook.before + weights) / 2**20:,.1f} MiB, at most: weights, and what these steps added'
+    yield f'{peak_of_process() / 2**20:,.1f} MiB for the whole process, at most'
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
