@@ -132,7 +132,7 @@ def extend_own_table(
     if folder is not None:
         path = Path(folder).expanduser().absolute()
         options = dict(dict(test=0.2), **(options or {}))
-        file = _shipped(str(path), options.get('layout')) if config is None else str(Path(config).absolute())
+        file = quick_config(str(path), options.get('layout')) if config is None else str(Path(config).absolute())
         name = re.sub(r'[^\w.]+', '_', path.name) or 'data'  # no hyphen, which separates the parts of a cell's name
         task = dict(folder=str(path), config=file, kind=_kind(file, path, options, work_dir), options=options)
         if name in table.tasks and table.tasks[name]['folder'] != str(path):
@@ -146,7 +146,7 @@ def extend_own_table(
     return table, chosen
 
 
-def _shipped(folder: str, layout: str | None) -> str:
+def quick_config(folder: str, layout: str | None = None) -> str:
     """The quick config for what a folder holds, relative to ``configs/``."""
     task = task_of_folder(folder, layout)
     has_masks = task == 'boxes' and read_folder(folder, task, layout, skip=True).has_masks
