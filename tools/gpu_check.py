@@ -419,7 +419,7 @@ def benchmark_steps(device: str, machine: Mapping[str, Any], work: Path) -> list
     # Two images of 800x1216, the published setting, take Swin-B some 30 GiB where all of it trains in float32.
     pair = '2' if machine.get('gpu_memory_gib', 0) >= 40 else '1'
     methods = ('--methods', 'stock', 'full', 'published_mona', 'mona', 'adapter', 'lora', 'spt')
-    repeats = ('--repeats', '7' if cuda else '1')
+    repeats = ('--repeats', '7') if cuda else ('--repeats', '1', '--threads', '1')
     few = ('--methods', 'mona', 'lora')
     suites: list[tuple[str, float, tuple[str, ...]]] = []
     if cuda:
