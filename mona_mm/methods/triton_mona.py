@@ -233,6 +233,25 @@ def _precision() -> str:
 
 
 @triton.jit
+def _statistics(first, is_row, channels, eps, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    # The mean and reciprocal standard deviation of rows that begin at the pointers ``first (ROWS, 1)``, in parts by
+    # Chan's formula, which a mean far from zero does not harm.
+    centre = tl.zeros((ROWS,), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)  # of the distances from the mean
+    for start in range(0, channels, WIDE):
+        wide = start + tl.arange(0, WIDE)
+        is_wide = wide < channels
+        value = tl.load(first + wide[None, :], mask=is_row[:, None] & is_wide[None, :], other=0.0).to(tl.float32)
+        size = tl.minimum(channels - start, WIDE).to(tl.float32)
+        part = tl.sum(value, 1) / size
+        distance = tl.where(is_wide[None, :], value - part[:, None], 0.0)
+        share = size / (start + size)
+        squares += tl.sum(distance * distance, 1) + (part - centre) * (part - centre) * (start * share)
+        centre += (part - centre) * share
+    return centre, 1.0 / tl.sqrt(squares / channels + eps)
+
+
+@triton.jit
 def _down_kernel(
     x,
     weight,
@@ -262,19 +281,7 @@ def _down_kernel(
     centre = tl.zeros((ROWS,), tl.float32)
     scale = tl.zeros((ROWS,), tl.float32)
     if HAS_NORM:
-        squares = tl.zeros((ROWS,), tl.float32)  # of the distances from the mean, by Chan's formula for parts
-        for start in range(0, channels, WIDE):
-            wide = start + tl.arange(0, WIDE)
-            is_wide = wide < channels
-            value = tl.load(x + start_of_row + wide[None, :], mask=is_row[:, None] & is_wide[None, :], other=0.0)
-            value = value.to(tl.float32)
-            size = tl.minimum(channels - start, WIDE).to(tl.float32)
-            part = tl.sum(value, 1) / size
-            distance = tl.where(is_wide[None, :], value - part[:, None], 0.0)
-            share = size / (start + size)
-            squares += tl.sum(distance * distance, 1) + (part - centre) * (part - centre) * (start * share)
-            centre += (part - centre) * share
-        scale = 1.0 / tl.sqrt(squares / channels + eps)
+        centre, scale = _statistics(x + start_of_row, is_row, channels, eps, ROWS, WIDE)
         tl.store(mean + row, centre, mask=is_row)
         tl.store(rstd + row, scale, mask=is_row)
     total = tl.zeros((ROWS, NARROW), tl.float32)
