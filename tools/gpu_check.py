@@ -53,7 +53,7 @@ GRACE = 5.0
 """The seconds that a stopped step has for its last words."""
 
 MINUTES = '{minutes}'
-"""What stands in a command for the minutes that its step may take."""
+"""What stands in a command for the minutes that it may plan with: those of its step without a start and an end."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def run_step(step: Step, entry: dict[str, Any], limit: float, report: Report, en
     """Run the process of a step and note in its entry how it ended, and what it has written, also while it runs."""
     for path in filter(None, (step.result, step.junit)):  # of an earlier run
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    command = [part.replace(MINUTES, f'{(limit - GRACE) / 60:.2f}') for part in step.command]
+    command = [part.replace(MINUTES, f'{0.85 * limit / 60:.2f}') for part in step.command]
     entry |= dict(command=' '.join(command), status='running', limit=round(limit, 1))
     report.write()
     started = noted = time.monotonic()
