@@ -22,9 +22,12 @@ def backbone_pair(host, **options):
 
 def step(model, size=(50, 70), batch=2):
     torch.manual_seed(1)
-    outs = list(model(torch.randn(batch, 3, *size)))
+    device = next(model.parameters()).device
+    outs = list(model(torch.randn(batch, 3, *size).to(device)))
     if any(out.requires_grad for out in outs):
-        weights = [torch.randn(out.shape) / 30 for out in outs]  # behind a LayerNorm squares would add up to a constant
+        weights = [
+            torch.randn(out.shape).to(device) / 30 for out in outs
+        ]  # behind a LayerNorm squares would add up to a constant
         sum((out * weight).sum() for out, weight in zip(outs, weights, strict=True)).backward()
     return [*(o.detach() for o in outs), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 

@@ -72,7 +72,7 @@ def test_steps(check, tmp_path):
     assert not child.exists() or 'Z (zombie)' in child.read_text()
     assert (failed['status'], failed['rc']) == ('failed', 3)
     assert failed['tests'] == dict(passed=1, failed=1, skipped=1, failures={'a::c': 'assert 1'})
-    assert float(failed['tail']) == pytest.approx((failed['limit'] - check.GRACE) / 60, abs=0.01)
+    assert float(failed['tail']) == pytest.approx(0.85 * failed['limit'] / 60, abs=0.01)
     assert check.summary([first, out, hanging, failed]) == '1 done, 1 left out, 1 stopped at its limit, 1 failed'
     check.run_steps(steps[:1], report, time.monotonic() + 0.5, {})
     assert json.loads(file.read_text())['steps'][-1] == dict(name='first', status='left out', why='no time was left')

@@ -33,6 +33,7 @@ LAZY = {
     ('compat/safe_globals.py', 'numpy'): 'a later numpy may lack these names, which are used only for saving',
     ('hosts/pvt.py', 'mmdet'): 'only the conversion of official PVT checkpoints needs mmdet, which is slow to import',
     ('methods/adapter_plus.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
+    ('methods/fast_mona.py', 'mona_mm'): 'importing Triton takes seconds, and only a GPU needs it',
     ('methods/lora.py', 'mmcv'): 'importing mmcv takes a second, and importing methods must not',
     ('models/dinov2.py', 'mona_mm'): 'the class derives from one of mmpretrain, which takes seconds to import',
     ('models/hf_backbone.py', 'transformers'): 'an extra, which takes seconds to import',
@@ -144,7 +145,8 @@ def test_imports_inside_functions_are_slow_ones():
         for module in imported_modules(function)
     }
     assert lazy == set(LAZY)
-    assert {file for file, package in LAZY if package == 'mona_mm'} == {'models/dinov2.py'}, 'a circle is no reason'
+    own = {file for file, package in LAZY if package == 'mona_mm'}
+    assert own == {'models/dinov2.py', 'methods/fast_mona.py'}, 'a circle is no reason'
 
 
 @pytest.mark.parametrize('folder', ['mona_mm', 'tools'])

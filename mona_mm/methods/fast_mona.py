@@ -1,7 +1,9 @@
 """Mona as one autograd function: the same mathematics with fewer operations and less memory for the backward pass."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,16 @@ from torch.autograd.function import once_differentiable
 
 from mona_mm.nn.depthwise import kernel_gradient
 from mona_mm.nn.products import linear, over_tokens
+
+Kernels = Literal['none', 'convolutions', 'all']
+"""The parts of :func:`mona` that run as Triton kernels (:mod:`mona_mm.methods.triton_mona`)."""
+
+
+_WIDEST = 256
+"""The largest bottleneck for the kernels, a block of which holds all of it."""
+
+_LARGEST_KERNEL = 7
+"""The largest side of a depthwise kernel for them, which unroll the taps of a row."""
 
 
 class ScaledNorm(NamedTuple):
@@ -34,6 +46,7 @@ def mona(
     dropout: float = 0.0,
     exact: bool = True,
     keeps: bool = False,
+    kernels: Kernels = 'none',
 ) -> Tensor:
     """Compute :meth:`mona_mm.methods.Mona.forward` for a Mona without a scaled LayerNorm before the 1x1 convolution.
 
@@ -64,6 +77,7 @@ def mona(
         exact: whether the dropout mask is the one that ``torch.nn.functional.dropout`` draws. Otherwise it is drawn, on
             a CPU, from a quarter of the random numbers, with a probability that is rounded to a multiple of 2^-16.
         keeps: keep ``x`` and the results of the convolutions for the backward pass, in place of computing them again.
+        kernels: the parts that run as Triton kernels, with the same results within rounding.
 
     Raises:
         RuntimeError: if the result is differentiated twice.
@@ -71,7 +85,7 @@ def mona(
     eps = norm.eps if norm else None
     entrance = norm[:4] if norm else (None,) * 4
     filters = [tensor for conv in depthwise for tensor in conv]
-    settings = _Settings(hw, eps, filter_scale, dropout, exact, keeps)
+    settings = _Settings(hw, eps, filter_scale, dropout, exact, keeps, kernels)
     return _Mona.apply(x, settings, *entrance, *down, *pointwise, *up, *filters)
 
 
@@ -84,6 +98,7 @@ class _Settings(NamedTuple):
     dropout: float
     exact: bool
     keeps: bool
+    kernels: Kernels
 
 
 class _Mona(torch.autograd.Function):
@@ -96,18 +111,23 @@ class _Mona(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             x = x.contiguous()
-            hidden, mean, rstd = _down(x, settings.eps, params[:6], dtype)
+            parts = _parts(settings.kernels)
+            hidden, mean, rstd = parts.down(x, settings.eps, params[:6], dtype)
             filters = list(zip(params[10::2], params[11::2], strict=True))
             kernel, kernel_bias = merged_filters(filters, settings.scale)
             mixing = [t.to(dtype) for t in (kernel, kernel_bias, params[6].flatten(1), params[7])]
-            q, r = _mix(hidden, settings.hw, *mixing)
-            activated, mask = F.gelu(r), None
+            q, r = _mix(hidden, settings.hw, *mixing, parts.convolve)
+            activated = mask = None
             if settings.dropout:
-                mask, drop = _draw_mask(activated, settings.dropout, settings.exact)
+                mask, drop = _draw_mask(r, settings.dropout, settings.exact)
                 settings = settings._replace(dropout=drop)
-                activated = _dropped(activated, mask, drop)
-            out = linear(activated, params[8].to(dtype), params[9].to(dtype))
-            out = out.add_(x) if out.dtype == x.dtype else x + out
+            if settings.keeps or parts.up is None:
+                activated = _dropped(F.gelu(r), mask, settings.dropout)
+            if parts.up is None:
+                out = linear(activated, params[8].to(dtype), params[9].to(dtype))
+                out = out.add_(x) if out.dtype == x.dtype else x + out
+            else:
+                out = parts.up(x, r, mask, settings.dropout, params[8], params[9])
         ctx.keeps_out = x.dtype.itemsize >= 4 and not settings.keeps
         mixed = (q, r, activated) if settings.keeps else (None, None, None)
         ctx.save_for_backward(out if ctx.keeps_out else x, mean, rstd, hidden, mask, *mixed, *mixing, *params)
@@ -119,6 +139,37 @@ class _Mona(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         with torch.autocast(grad.device.type, enabled=False):
             return _backward(ctx, grad)
+
+
+def kernels_fit(x: Tensor, bottleneck: int, kernel_size: int) -> bool:
+    """Whether the Triton kernels can compute the parts of :func:`mona` for tokens ``x``."""
+    device = x.device.type
+    if device != 'cuda' or importlib.util.find_spec('triton') is None:
+        return False
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    is_known = dtype in dtypes and x.dtype in (dtype, torch.float32)
+    return is_known and bottleneck <= _WIDEST and kernel_size <= _LARGEST_KERNEL
+
+
+class _Parts(NamedTuple):
+    """The functions that compute the parts; the plain form of ``up``, None, is in the functions that need it."""
+
+    down: Callable
+    convolve: Callable
+    filter_gradients: Callable
+    up: Callable | None
+
+
+@functools.cache
+def _parts(kernels: Kernels) -> _Parts:
+    if kernels == 'none':
+        return _Parts(_down, _convolve, _filter_sums, None)
+    from mona_mm.methods import triton_mona  # here, because importing Triton takes seconds
+
+    if kernels == 'convolutions':
+        return _Parts(_down, triton_mona.convolve, triton_mona.filter_gradients, None)
+    return _Parts(triton_mona.down, triton_mona.convolve, triton_mona.filter_gradients, triton_mona.up)
 
 
 def _down(x: Tensor, eps: float | None, params: Sequence[Tensor], dtype: torch.dtype):
@@ -180,13 +231,30 @@ def _tokens(grid: Tensor) -> Tensor:
     return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
+def _convolve(tokens: Tensor, hw: tuple[int, int], kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Convolve the grid of tokens ``(B, N, n)`` depthwise and add the grid itself; return tokens ``(B, H*W, n)``."""
+    grid = _grid(tokens, hw)
+    out = F.conv2d(grid, kernel, bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
+    return _tokens(out).add_(_tokens(grid))
+
+
+def _filter_sums(grad: Tensor, tokens: Tensor, hw: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the kernel and the bias of :func:`_convolve` from that of its output."""
+    grad = _grid(grad, hw)
+    return kernel_gradient(grad, _grid(tokens, hw), size), grad.sum((0, 2, 3))
+
+
 def _mix(
-    p: Tensor, hw: tuple[int, int], kernel: Tensor, kernel_bias: Tensor, pointwise: Tensor, pointwise_bias: Tensor
+    p: Tensor,
+    hw: tuple[int, int],
+    kernel: Tensor,
+    kernel_bias: Tensor,
+    pointwise: Tensor,
+    pointwise_bias: Tensor,
+    convolve: Callable,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``q (B, H*W, n)`` of the grid and ``r (B, N, n)`` of all tokens; see :class:`mona_mm.methods.Mona`."""
-    grid = _grid(p, hw)
-    q = F.conv2d(grid, kernel, kernel_bias, padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
-    q = _tokens(q).add_(_tokens(grid))
+    q = convolve(p, hw, kernel, kernel_bias)
     r = linear(q, pointwise, pointwise_bias).add_(q)
     extra = p.shape[1] - r.shape[1]
     return q, torch.cat((p[:, :extra], r), 1) if extra else r
@@ -199,16 +267,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_down, need_pointwise, need_up = need[0], any(need[2:8]), any(need[8:10]), any(need[10:12])
     need_filters = any(need[12:])
     hw, drop, dtype, batch = ctx.settings.hw, ctx.settings.dropout, ctx.dtype, x.shape[0]
-    grads: list[Tensor | None] = [None] * len(params)
+    parts, grads = _parts(ctx.settings.kernels), [None] * len(params)
 
     if r is None:
-        q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias)
+        q, r = _mix(hidden, hw, kernel, kernel_bias, pointwise, pointwise_bias, parts.convolve)
     g = grad.contiguous().to(dtype).view(-1, grad.shape[-1])  # (B*N, C)
 
     recomputes_x = ctx.keeps_out and (need_down or (need_x and mean is not None))
-    if activated is None and (need_up or recomputes_x):
+    if activated is None and (need_up or (recomputes_x and parts.up is None)):
         activated = _dropped(F.gelu(r), mask, drop)
-    if recomputes_x:  # by the operations of the forward, so that the branch is the same
+    if recomputes_x and parts.up is not None:
+        x = parts.up(x, r, mask, drop, params[8], params[9], -1)
+    elif recomputes_x:  # by the operations of the forward, so that the branch is the same
         branch = linear(activated, params[8].to(dtype), params[9].to(dtype))
         x = torch.sub(x, branch, out=branch if branch.dtype == x.dtype else None)
         del branch
@@ -228,14 +298,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not (need_x or need_down or need_filters):
         return _returned(ctx, None, grads)
 
-    dq = linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, *hw, -1).permute(0, 3, 1, 2)
+    dq = linear(dr_grid, pointwise.t()).add_(dr_grid).view(batch, hw[0] * hw[1], -1)
     if need_filters:
-        _filter_gradients(grads, params[10:], _grid(hidden, hw), dq, kernel.shape[-1], ctx.settings.scale)
+        sums = parts.filter_gradients(dq, hidden, hw, kernel.shape[-1])
+        _filter_gradients(grads, params[10:], *sums, ctx.settings.scale)
     if not (need_x or need_down):
         return _returned(ctx, None, grads)
 
-    dp = F.conv2d(dq, kernel.flip(2, 3), padding=kernel.shape[-1] // 2, groups=kernel.shape[0])
-    dp = _tokens(dp).add_(_tokens(dq))
+    dp = parts.convolve(dq, hw, kernel.flip(2, 3))
     if extra:
         dp = torch.cat((dr[:, :extra], dp), 1)
     dp = dp.flatten(0, 1)  # (B*N, n)
@@ -269,12 +339,12 @@ def _input_gradient(
 
 
 def _filter_gradients(
-    grads: list[Tensor | None], filters: Sequence[Tensor], grid: Tensor, dq: Tensor, size: int, scale: float
+    grads: list[Tensor | None], filters: Sequence[Tensor], merged: Tensor, bias: Tensor, scale: float
 ) -> None:
     """Write the gradients of the depthwise convolutions, each of which is the centre of the merged kernel's, to
     ``grads``."""
-    merged = kernel_gradient(dq, grid, size).to(filters[0].dtype) * scale
-    bias = dq.sum((0, 2, 3)).to(filters[1].dtype) * scale
+    merged = merged.to(filters[0].dtype) * scale
+    bias = bias.to(filters[1].dtype) * scale
     for i in range(0, len(filters), 2):
         grads[10 + i] = _centre(merged, filters[i].shape[-1]).contiguous()
         grads[11 + i] = bias.clone()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
-from mona_mm.methods.fast_mona import ScaledNorm, mona
+from mona_mm.methods.fast_mona import Kernels, ScaledNorm, kernels_fit, mona
 from mona_mm.methods.folded_mona import FoldedMona
 from mona_mm.nn.choice import Ways, bucket, measures, run_with_gradients
 from mona_mm.nn.tracing import is_hooked, is_traced
@@ -169,7 +169,10 @@ class Mona(StreamModule):
             run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
 
         is_small = x.shape[0] * x.shape[1] * sum(self.down.weight.shape) <= _SMALL
-        return (_FORMS_ON_SMALL_GRIDS if is_small else _FORMS).choose((*where, *state, *size), run)
+        forms = _FORMS_ON_SMALL_GRIDS if is_small else _FORMS
+        if x.device.type == 'cuda':
+            forms = _FORMS_ON_CUDA
+        return forms.choose((*where, *state, *size), run)
 
     def _plain(self, x: Tensor, hw: Grid) -> Tensor:
         p = self.down(self.entrance(x))
@@ -202,7 +205,7 @@ class Mona(StreamModule):
             for m in child.modules()
         )
 
-    def _fast(self, x: Tensor, hw: Grid, keeps: bool = False) -> Tensor:
+    def _fast(self, x: Tensor, hw: Grid, keeps: bool = False, kernels: Kernels = 'none') -> Tensor:
         norm = None
         if isinstance(self.entrance, ScaledLayerNorm):
             inner = self.entrance.norm
@@ -219,10 +222,19 @@ class Mona(StreamModule):
             self.dropout.p if self.dropout.training else 0.0,
             self.fast == 'exact' or not measures(),
             keeps,
+            kernels,
         )
 
     def _kept(self, x: Tensor, hw: Grid) -> Tensor:
         return self._fast(x, hw, keeps=True)
+
+    def _by_kernels(self, x: Tensor, hw: Grid, kernels: Kernels = 'all') -> Tensor:
+        """:meth:`_fast` with Triton kernels, or as it is where they do not fit."""
+        size = max(conv.kernel_size[0] for conv in self.depthwise)
+        return self._fast(x, hw, kernels=kernels if kernels_fit(x, self.down.out_features, size) else 'none')
+
+    def _by_convolution_kernels(self, x: Tensor, hw: Grid) -> Tensor:
+        return self._by_kernels(x, hw, 'convolutions')
 
     def to_deploy(self) -> FoldedMona:
         """Make the form of this module for inference, in which its parameters are folded together."""
@@ -237,6 +249,14 @@ class Mona(StreamModule):
         return grid.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
+_FORMS_ON_CUDA = Ways(
+    'mona_cuda',
+    recomputed=Mona._fast,
+    kept=Mona._kept,
+    plain=Mona._plain,
+    kernels=Mona._by_kernels,
+    convolution_kernels=Mona._by_convolution_kernels,
+)
 _FORMS = Ways('mona', recomputed=Mona._fast, plain=Mona._plain)
 _FORMS_ON_SMALL_GRIDS = Ways('mona_small', recomputed=Mona._fast, kept=Mona._kept, plain=Mona._plain)
 

@@ -1,36 +1,48 @@
 """Parts of Mona's fast form as Triton kernels for CUDA, each with the signature of its plain form in ``fast_mona.py``.
 
 A kernel reads and writes wide tensors once where the plain form does so several times, and the depthwise convolution
-works on tokens as they are in memory. Sums are in float32 for every dtype but float64, which :func:`supports` refuses.
-All sums have a fixed order, so that equal inputs give equal bits.
+works on tokens as they are in memory. Sums are in float32 and have a fixed order, so that equal inputs give equal bits.
 
 Importing this module imports Triton. It is imported where a tensor is on a GPU, and by nothing else.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 256
-"""The largest bottleneck for which the kernels are meant, because a block holds all of it."""
-
-LARGEST_KERNEL = 7
-"""The largest side of a depthwise kernel, because the taps of a row are unrolled."""
-
 _CHUNKS = 256
 """The number of partial sums of a filter gradient, at most."""
 
 
-def supports(dtype: torch.dtype, bottleneck: int, kernel_size: int) -> bool:
-    """Whether the kernels compute in this dtype, for this bottleneck and this depthwise kernel."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return dtype in dtypes and bottleneck <= WIDEST and kernel_size <= LARGEST_KERNEL
+def _reported(function: Callable) -> Callable:
+    """Let a kernel that cannot be compiled or launched be told once, and raise an error by which it is not chosen."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton's have no class in common
+            _warn(function.__name__, f'{type(error).__name__}: {error}')
+            raise RuntimeError(f'the Triton kernel of {function.__name__!r} failed: {error}') from error
+
+    return run
 
 
+@functools.cache
+def _warn(name: str, error: str) -> None:
+    warnings.warn(f'The Triton kernel of {name!r} failed, so other forms are used: {error[:500]}', stacklevel=2)
+
+
+@_reported
 def down(
     x: Tensor, eps: float | None, params: Sequence[Tensor | None], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -76,6 +88,7 @@ def down(
     return out, mean, rstd
 
 
+@_reported
 def convolve(tokens: Tensor, hw: tuple[int, int], kernel: Tensor, bias: Tensor | None = None) -> Tensor:
     """Convolve the grid of tokens depthwise, and add the grid itself.
 
@@ -108,6 +121,7 @@ def convolve(tokens: Tensor, hw: tuple[int, int], kernel: Tensor, bias: Tensor |
     return out
 
 
+@_reported
 def filter_gradients(grad: Tensor, tokens: Tensor, hw: tuple[int, int], size: int) -> tuple[Tensor, Tensor]:
     """Compute the gradients of the kernel and the bias of :func:`convolve`.
 
@@ -144,6 +158,7 @@ def filter_gradients(grad: Tensor, tokens: Tensor, hw: tuple[int, int], size: in
     return total[:, :size].permute(2, 0, 1).unsqueeze(1), total[0, size]
 
 
+@_reported
 def up(
     base: Tensor,
     hidden: Tensor,
@@ -218,6 +233,25 @@ def _precision() -> str:
 
 
 @triton.jit
+def _statistics(first, is_row, channels, eps, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    # The mean and reciprocal standard deviation of rows that begin at the pointers ``first (ROWS, 1)``, in parts by
+    # Chan's formula, which a mean far from zero does not harm.
+    centre = tl.zeros((ROWS,), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)  # of the distances from the mean
+    for start in range(0, channels, WIDE):
+        wide = start + tl.arange(0, WIDE)
+        is_wide = wide < channels
+        value = tl.load(first + wide[None, :], mask=is_row[:, None] & is_wide[None, :], other=0.0).to(tl.float32)
+        size = tl.minimum(channels - start, WIDE).to(tl.float32)
+        part = tl.sum(value, 1) / size
+        distance = tl.where(is_wide[None, :], value - part[:, None], 0.0)
+        share = size / (start + size)
+        squares += tl.sum(distance * distance, 1) + (part - centre) * (part - centre) * (start * share)
+        centre += (part - centre) * share
+    return centre, 1.0 / tl.sqrt(squares / channels + eps)
+
+
+@triton.jit
 def _down_kernel(
     x,
     weight,
@@ -247,19 +281,7 @@ def _down_kernel(
     centre = tl.zeros((ROWS,), tl.float32)
     scale = tl.zeros((ROWS,), tl.float32)
     if HAS_NORM:
-        squares = tl.zeros((ROWS,), tl.float32)  # of the distances from the mean, by Chan's formula for parts
-        for start in range(0, channels, WIDE):
-            wide = start + tl.arange(0, WIDE)
-            is_wide = wide < channels
-            value = tl.load(x + start_of_row + wide[None, :], mask=is_row[:, None] & is_wide[None, :], other=0.0)
-            value = value.to(tl.float32)
-            size = tl.minimum(channels - start, WIDE).to(tl.float32)
-            part = tl.sum(value, 1) / size
-            distance = tl.where(is_wide[None, :], value - part[:, None], 0.0)
-            share = size / (start + size)
-            squares += tl.sum(distance * distance, 1) + (part - centre) * (part - centre) * (start * share)
-            centre += (part - centre) * share
-        scale = 1.0 / tl.sqrt(squares / channels + eps)
+        centre, scale = _statistics(x + start_of_row, is_row, channels, eps, ROWS, WIDE)
         tl.store(mean + row, centre, mask=is_row)
         tl.store(rstd + row, scale, mask=is_row)
     total = tl.zeros((ROWS, NARROW), tl.float32)
