@@ -4,7 +4,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,15 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
-from mona_mm.nn.live_memory import live_memory
 from mona_mm.nn.wrappers import innermost
 from mona_mm.report.memory import forget_peak, peak_of_process, peak_since, resident
 
 _STAGES = ('stages', 'layers', 'blocks')
 """The names of the lists in which backbones keep their stages."""
 
-_STEPS = 4
-_TIMED = 2  # the last of them: the first ones are watched, which takes time
+_STEPS = 3  # the first of which is not timed
 
 
 class _Enough(Exception):
@@ -35,11 +33,7 @@ class _Enough(Exception):
 
 
 class DryRunHook(Hook):
-    """Watch the first steps of a training, time the next ones, and end it.
-
-    Of the first step it is seen what is kept for the backward pass; of the second, in which the optimizer has its
-    moments, how much memory is in use at once.
-    """
+    """Look at the first step of a training, time the next ones, and end it."""
 
     priority = 'LOWEST'
 
@@ -47,32 +41,24 @@ class DryRunHook(Hook):
         self.seconds: list[float] = []
         self.activations: dict[str, int] = {}
         self.batch = ''
-        self.live: int | None = None
         self.before: int | None = None
-        self._watching: AbstractContextManager | None = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Begin to watch or to time a step."""
-        step = len(self.seconds)
-        if step == 0:
+        """Begin to count what the first step keeps for its backward pass."""
+        if not self.seconds:
             self.batch = _shapes(data_batch)
             self.before = resident()
             forget_peak()
-            self._watching = _recorded(innermost(runner.model), self.activations)
-        elif step == 1:
-            self._watching = live_memory()
-        self._memory = None if self._watching is None else self._watching.__enter__()
+            self._recording = _recorded(innermost(runner.model), self.activations)
+            self._recording.__enter__()
         self._begin = time.perf_counter()
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Count and time; end after the last step."""
-        if self._watching is not None:
-            self._watching.__exit__(None, None, None)
-            self._watching = None
-        if self._memory is not None:
-            self.live = self._memory.peak
+        if not self.seconds:
+            self._recording.__exit__(None, None, None)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
@@ -121,7 +107,7 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
         'Dry run: nothing is written.',
         f'model: {type(model).__name__}, {count_trainable(model).trainable:,} parameters train',
         f'data: {len(loader.dataset):,} training images, {len(loader):,} batches; a batch: {hook.batch}',
-        'memory, estimated:',
+        'memory:',
     ]
     parts = {
         'weights': _bytes([*model.parameters(), *model.buffers()]),
@@ -130,17 +116,16 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
         **{f'activations, {name}': size for name, size in hook.activations.items()},
     }
     lines += [f'  {size / 2**20:9,.1f} MiB  {name}' for name, size in parts.items() if size]
-    weights = parts['weights']
-    if hook.live is not None:  # gradients come as activations go, and operators need more for a moment
-        largest = weights + parts['moments of the optimizer'] + hook.live
-        lines.append(f'  {largest / 2**20:9,.1f} MiB  in all, at the largest moment of a step')
-        if hook.before is not None and not torch.cuda.is_available():
-            whole = hook.before - weights + largest
-            lines.append(f'  {whole / 2**20:9,.1f} MiB  the whole process, with Python and its libraries')
-    lines += [f'measured: {text}' for text in _measured(hook, weights)]
-    timed = hook.seconds[-_TIMED:]
-    steps, step = runner.max_iters, sum(timed) / max(len(timed), 1)
-    if len(hook.seconds) == _STEPS:
+    known, largest = sum(parts.values()), _largest(hook, parts['weights'])
+    if largest is None:
+        lines.append(f'  {known / 2**20:9,.1f} MiB  in all')
+    else:
+        rest = max(0, largest - known)
+        lines.append(f'  {rest / 2**20:9,.1f} MiB  what operators need for a moment, and the allocator keeps')
+        lines.append(f'  {largest / 2**20:9,.1f} MiB  in all, as measured in these steps')
+    lines.append(f'  {peak_of_process() / 2**20:9,.1f} MiB  of the process at most, with Python and its libraries')
+    steps, step = runner.max_iters, sum(hook.seconds[1:]) / max(len(hook.seconds) - 1, 1)
+    if len(hook.seconds) > 1:
         lines.append(
             f'time: {step:.3g} s a step, {steps:,} steps: {timedelta(seconds=round(step * steps))} without loading of '
             'images and evaluation'
@@ -148,14 +133,12 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
     return '\n'.join(lines)
 
 
-def _measured(hook: DryRunHook, weights: int) -> Iterator[str]:
-    """What the steps have taken, in words."""
-    peak = peak_since()
+def _largest(hook: DryRunHook, weights: int) -> int | None:
+    """The largest memory of the steps in bytes, weights included; None on systems that do not say it."""
     if torch.cuda.is_available():
-        yield f'{torch.cuda.max_memory_allocated() / 2**20:,.1f} MiB of the GPU, at most'
-    elif peak is not None and hook.before is not None:
-        yield f'{(peak - hook.before + weights) / 2**20:,.1f} MiB, at most: weights, and what these steps added'
-    yield f'{peak_of_process() / 2**20:,.1f} MiB for the whole process, at most'
+        return torch.cuda.max_memory_allocated()
+    peak = peak_since()
+    return None if peak is None or hook.before is None else peak - hook.before + weights
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
