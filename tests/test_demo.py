@@ -236,10 +236,10 @@ def test_demo(tmp_path):
     found = [precision.findall(output)[-2:] for output in outputs]  # Mona's and the frozen backbone's
     box, box50, mask, mask50 = map(float, found[0][0])
     assert box > float(found[0][1][0])
-    assert box > 0.5
-    assert box50 > 0.7
-    assert mask > 0.45
-    assert mask50 > 0.65
+    assert box > 0.3
+    assert box50 > 0.5
+    assert mask > 0.3
+    assert mask50 > 0.5
     assert found[0] == found[1]
 
     work_dir = tmp_path / 'work_dirs/demo'

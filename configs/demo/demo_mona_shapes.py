@@ -1,4 +1,4 @@
-# The demo (`make demo`): Mona in Cascade Mask R-CNN, learning drawn shapes on one CPU core in about two minutes.
+# The demo (`make demo`): Mona in Cascade Mask R-CNN, learning drawn shapes on one CPU core in about a minute.
 #
 # The base file is the full-size config: Swin-B, COCO, 36 epochs. This config makes its parts narrow and its images
 # small. The Swin has no pretrained weights here: it stays at its random initial values, frozen, and Mona learns to use
@@ -90,7 +90,7 @@ model = dict(
 )
 
 # The batches are small and the learning rate is high, because training starts from scratch and is short.
-max_epochs = 4
+max_epochs = 2
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
 param_scheduler = [
