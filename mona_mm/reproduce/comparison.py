@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mona_mm.commands.config import load_config
 from mona_mm.commands.recipe import apply_recipe
@@ -22,6 +24,10 @@ DEVICES = ('cpu', 'cuda')
 
 STOPPED = 75
 """The exit status of a cell's process that was told to stop and can be resumed."""
+
+
+_SETTINGS = {*inspect.signature(Runner.__init__).parameters}
+"""The keys of a config that a Runner reads; others are variables of the files that it is made of."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +146,13 @@ class Comparison:
         return not configs or method in configs
 
     def rates(self, task: str, method: str) -> tuple[float, ...]:
-        """The learning rates of a method on a task, in the order in which they are tried: the middle one first."""
+        """The learning rates of a method on a task, in the order in which they are tried: the middle one, then those
+        above it, which have been the best for most methods, then those below."""
         rates = self.learning_rates
         if not rates:
             return (_learning_rate(configs_folder() / self.task(task).configs[method]),)
         middle = rates[len(rates) // 2]
-        return (middle, *(lr for lr in rates if lr != middle))
+        return (middle, *(lr for lr in rates if lr > middle), *(lr for lr in rates if lr < middle))
 
 
 @functools.cache  # a file is read once, though many tasks share it
@@ -265,10 +272,12 @@ class Composer:
         return cfg
 
     def fingerprint(self, cell: Cell) -> str:
-        """A digest of a cell's config that does not depend on the location of data, weights and work dir."""
+        """A digest of a cell's config that does not depend on the location of data, weights and work dir, nor on what
+        the base files name for themselves."""
         cell = Cell(cell.task, cell.method, cell.lr, cell.seed)
         if cell not in self._fingerprints:
-            text = json.dumps(self.compose(cell).to_dict(), sort_keys=True, default=str)
+            config = {key: value for key, value in self.compose(cell).to_dict().items() if key in _SETTINGS}
+            text = json.dumps(config, sort_keys=True, default=str)
             own = self.folder(cell.task) if self.table.task(cell.task).own_data is not None else None
             places = ((self.weights, 'WEIGHTS'), (own, 'OWN'), (self.data, 'DATA'), (self.work_dir, 'WORK'))
             for path, name in ((path, name) for path, name in places if path is not None):
