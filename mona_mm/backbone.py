@@ -30,7 +30,7 @@ def PeftBackbone(
     base: dict[str, Any],
     peft: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
     trainable: Rules | None = None,
-    fast: bool | Literal['static'] = True,
+    fast: bool | Literal['exact', 'static'] = True,
     compile: bool | dict[str, Any] = False,
     frozen_dtype: Literal['bfloat16', 'float16'] | None = None,
     cache_features: Positive | None = None,
@@ -54,10 +54,12 @@ def PeftBackbone(
             default none under a method, all without one.
         fast: use the faster forms of the host's modules and of the method, which need less time and memory and compute
             the same within rounding (see :mod:`mona_mm.hosts.fast`). Which of them is fastest is measured at the first
-            call for a shape. ``'static'`` takes the same forms always, without a measurement, for results that are
-            equal bit for bit from one process to the next; it holds for the whole process, as
-            ``torch.use_deterministic_algorithms`` does, which has the same effect. With False the backbone computes the
-            same as the stock one, bit for bit, and the method uses its plain form.
+            call for a shape (:mod:`mona_mm.nn.choice`). ``'exact'`` draws the dropout masks of Mona as
+            ``torch.nn.functional.dropout`` does, which takes four times as many random numbers. ``'static'`` takes the
+            same forms always, without a measurement, for results that are equal bit for bit from one process to the
+            next; it holds for the whole process, as ``torch.use_deterministic_algorithms`` does, which has the same
+            effect. With False the backbone computes the same as the stock one, bit for bit, and the method uses its
+            plain form.
         compile: compile the backbone, but not the model around it, with ``torch.compile``, whose arguments may be given
             as a dict. It compiles at the first call and whenever the size of the images changes, and needs a C++
             compiler on a CPU. Copies of the backbone are not compiled.
@@ -96,9 +98,9 @@ def PeftBackbone(
             f'deploy=True: {"a backbone without method" if method is None else method.name} has no form for inference '
             '(Mona has one). Leave deploy out.'
         )
-    if not fast:
+    if fast is not True:
         for module in method_modules(backbone):
-            module.fast = False
+            module.fast = fast
     make_record(backbone).config = _plain_config(peft)  # a delta records it, to name the method that it belongs to
     if trainable is None:
         trainable = 'all' if method is None else 'none'

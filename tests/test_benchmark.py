@@ -16,7 +16,7 @@ from helpers import assert_equal, assert_near
 from mmengine.registry import MODELS
 from torch import nn
 
-from mona_mm.benchmark import backbone, hf_peft
+from mona_mm.benchmark import backbone, hf_peft, plain
 from mona_mm.benchmark.backbone import (
     DEPLOYED,
     VARIANTS,
@@ -242,6 +242,21 @@ def test_plain_vision_transformers():
     assert '| DINOv2-S | 28x42 |' in backbone.line(measured[0])
     sentences = backbone.targets(measured)
     assert ['(target 0.80) of stock' in s for s in sentences] == [True, False] and 'full takes' in sentences[1]
+
+
+def test_against_the_plain_forms(tmp_path):
+    """A row for every method that has both forms, with their ratio; a row is read back as it was written, and the
+    sentence counts those that are slower than they may be."""
+    measured = list(plain.run(archs='t', sizes=[(64, 64)], repeats=1, methods=['full', 'mona', 'stock'], bases=TINY))
+    assert [row.variant for row in measured] == ['full', 'mona']
+    assert all(row.ratio == pytest.approx(row.step / row.plain) and row.plain_kept > 0 < row.kept for row in measured)
+    lines = '\n'.join([plain.header(measured[0]), *map(plain.line, measured)]).splitlines()
+    assert len({text.count('|') for text in lines}) == 1
+    write_record(str(tmp_path / 'a.json'), {}, {'plain': measured})
+    assert read_records([str(tmp_path / 'a.json')])[1] == {'plain': measured}
+    fast, slow = (replace(measured[0], ratio=ratio) for ratio in (1.02, 1.04))
+    (sentence,) = plain.targets([fast, slow])
+    assert sentence.startswith('fast / plain: 2 cases, 1 above 1.03') and sentence.count('\n') == 1
 
 
 def test_against_huggingface_peft(tmp_path):

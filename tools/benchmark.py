@@ -1,6 +1,7 @@
 """Measure speed and memory, as ratios, in one run: python tools/benchmark.py --suite module|backbone|detector|spt
 
-With --against hf-peft, LoRA and that of Hugging Face's PEFT on the same networks.
+With --against hf-peft, LoRA and that of Hugging Face's PEFT on the same networks; with --against plain, every method by
+the faster forms and by the plain ones.
 
 Every suite runs its variants in turns, such as the published formula, the stock host, the methods and full tuning. It
 prints medians, quartiles, and the time that the operations and bytes would take at the measured rates of this machine.
@@ -8,7 +9,6 @@ prints medians, quartiles, and the time that the operations and bytes would take
 
 import argparse
 import os.path as osp
-import platform
 import re
 import resource
 import time
@@ -18,19 +18,21 @@ from typing import Any
 import torch
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.benchmark import backbone, detector, hf_peft, module, spt
+from mona_mm.benchmark import backbone, detector, hf_peft, module, plain, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
+from mona_mm.report.processor import processor_name
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
 WHOLE = {'backbone', 'detector'}
+AGAINST = ('hf-peft', 'plain')
 # The options that only some suites have. Their default is None, so that check() can tell whether they were given.
 OPTION_SUITES = dict(
-    sizes={'module', *WHOLE, 'hf-peft'},
-    arch={'module', *WHOLE, 'hf-peft'},
-    methods=WHOLE,
-    precision={'module', *WHOLE, 'hf-peft'},
+    sizes={'module', *WHOLE, *AGAINST},
+    arch={'module', *WHOLE, *AGAINST},
+    methods={*WHOLE, 'plain'},
+    precision={'module', *WHOLE, *AGAINST},
     inference=WHOLE,
     plot=WHOLE,
     counts={'spt'},
@@ -39,9 +41,13 @@ OPTION_SUITES = dict(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Measure speed and memory, as ratios, in one run')
-    suites = [suite for suite in SUITES if suite != 'hf-peft']
+    suites = [suite for suite in SUITES if suite not in AGAINST]
     parser.add_argument('--suite', nargs='+', choices=suites, help='default: backbone')
-    parser.add_argument('--against', choices=['hf-peft'], help="LoRA beside that of Hugging Face's PEFT, no suite")
+    parser.add_argument(
+        '--against',
+        choices=AGAINST,
+        help="no suite, but LoRA beside that of Hugging Face's PEFT, or each method beside its plain form (fast=False)",
+    )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--sizes', nargs='+', metavar='SIZE', help='of images: 224, 800x1216 (default: 224 512)')
     parser.add_argument(
@@ -119,7 +125,8 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
 
     if args.json:
         write_record(args.json, machine, results)  # fails here, before measuring, if the file cannot be written
-    archs, batch = args.arch or (hf_peft.DEFAULT_ARCHS if args.against else ['b']), args.batch or 1
+    default = {'hf-peft': hf_peft.DEFAULT_ARCHS, 'plain': ('t', 'dinov2_s')}.get(args.against, ['b'])
+    archs, batch = args.arch or default, args.batch or 1
     sizes = [parse_size(text) for text in args.sizes or (['224'] if args.against else ['224', '512'])]
     for suite in chosen_suites(args):
         options = dict(device=args.device, repeats=args.repeats or 9, clock=clock)
@@ -128,6 +135,9 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
         elif suite == 'module':
             hosts = [f'swin_{arch}' for arch in archs]
             rows = module.run(**options, hosts=hosts, sizes=sizes, batch=batch, dtype=dtype)
+        elif suite == 'plain':
+            options |= dict(archs=archs, sizes=sizes, batch=batch, dtype=dtype)
+            rows = plain.run(**options, methods=args.methods)
         elif suite == 'hf-peft':
             rows = hf_peft.run(**options, archs=archs, sizes=sizes, batch=batch, dtype=dtype)
         else:
@@ -155,8 +165,8 @@ def show(suite: str, rows: Iterator[Any]) -> None:
             print(head)
         print(SUITES[suite].line(row), flush=True)
         seen.append(row)
-    if suite in WHOLE:
-        print('\n' + '\n'.join(backbone.targets(seen)))
+    if suite in WHOLE or suite == 'plain':
+        print('\n' + '\n'.join(SUITES[suite].targets(seen)))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -195,12 +205,12 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError('--against measures no suite: leave out --suite.')
     suites = chosen_suites(args)
     vits = [arch for arch in args.arch or () if arch in backbone.VITS]
-    if vits and not {'backbone', 'hf-peft'}.issuperset(suites):
+    if vits and not {'backbone', *AGAINST}.issuperset(suites):
         raise ConfigError(f'--arch {vits[0]} is of the suite backbone and of --against; the others measure Swins.')
     for name, having in OPTION_SUITES.items():
         if getattr(args, name) is not None and not having.intersection(suites):
             raise ConfigError(f'--{name} is of the suites {", ".join(s for s in SUITES if s in having)}; give --suite.')
-    if args.against:
+    if args.against == 'hf-peft':
         hf_peft.import_peft()
     device = check_device(args.device)
     if args.processor_time and (args.threads != 1 or device.type != 'cpu'):
@@ -230,7 +240,7 @@ def measure_machine(args: argparse.Namespace, dtype: torch.dtype, clock) -> dict
     operations, moved = module.rates(args.device, dtype, clock)
     cuda = torch.device(args.device).type == 'cuda'
     return dict(
-        device=torch.cuda.get_device_name(args.device) if cuda else f'{platform.machine()} CPU',
+        device=torch.cuda.get_device_name(args.device) if cuda else processor_name(),
         threads=str(torch.get_num_threads()),
         clock='processor time' if args.processor_time else 'wall-clock time',
         torch=torch.__version__,

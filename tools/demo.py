@@ -1,7 +1,11 @@
-"""Train and evaluate a small model, in minutes on a CPU: python tools/demo.py [--work-dir DIR] [--data-root DIR]
+"""Train and evaluate a small model with Mona, and beside it the same one with a frozen backbone, on a CPU.
 
-The demo draws a small data set, trains configs/demo/demo_mona_shapes.py on it, evaluates the model, and makes pictures
-of the predictions.
+    python tools/demo.py                               # drawn shapes, on random weights
+    python tools/demo.py --weights FILE --data FOLDER  # real images, on a pretrained DINOv2 ViT-S/14
+
+The first form draws a small data set and trains configs/demo/demo_mona_shapes.py on it. The second one takes a folder
+of boxes, masks, label maps or classes of any common layout (docs/own_data.md) and the quick config for what it holds.
+Nothing is downloaded.
 """
 
 import argparse
@@ -9,11 +13,13 @@ import contextlib
 import io
 import os
 import os.path as osp
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import cv2
 import numpy as np
@@ -26,11 +32,23 @@ import mona_mm
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
 from mona_mm.commands.config import find_last_checkpoint
 from mona_mm.datasets.shapes import make_demo_dataset
+from mona_mm.errors import MissingFileError, UserError
+from mona_mm.report.run import read_results
+from mona_mm.reproduce import quick_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'
 REAL_CONFIG = REPOSITORY / 'configs/mona/cascade_swin_b_coco.py'
 OWN_DATA_CONFIG = REPOSITORY / 'configs/custom/custom_mask_rcnn_swin_t.py'
+
+SCORES = {
+    'coco/bbox_mAP': 'box AP',
+    'coco/segm_mAP': 'mask AP',
+    'mIoU': 'mIoU',
+    'accuracy/top1': 'top-1',
+}
+"""The scores that are shown, by their names among the metrics."""
+FROZEN = ('model.backbone.peft=None', 'model.backbone.trainable=none')
 
 ZOOM = 3  # the factor by which pictures are larger than the images
 SHEET_ROWS, SHEET_COLUMNS = 4, 2
@@ -38,6 +56,26 @@ GAP, MARGIN, TITLE = 4, 16, 40  # the space in pixels within a pair, around pair
 FONT, WHITE = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255)
 SCORE_THR = 0.5  # predictions with a lower score are not drawn
 COLOURS = ((80, 170, 255), (120, 220, 90), (255, 160, 70), (220, 110, 255))  # the colours of the classes, BGR
+
+
+class Task(NamedTuple):
+    """What the demo trains.
+
+    Args:
+        config: the config file.
+        options: settings that replace some of the config.
+        data: a folder of images and annotations for ``--data``; None if the config names its data.
+    """
+
+    config: Path
+    options: dict[str, Any]
+    data: str | None
+
+    def arguments(self, work_dir: str) -> list[str]:
+        """The arguments of tools/train.py."""
+        data = [] if self.data is None else ['--data', self.data]
+        options = [f'{key}={value}' for key, value in self.options.items()]
+        return [str(self.config), '--work-dir', work_dir, *data, '--cfg-options', *options]
 
 
 class DemoHook(Hook):
@@ -59,7 +97,7 @@ class DemoHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Show the table of the parameters that train."""
         self._say(f'What trains:\n{mona_mm.count_trainable(runner.model).table()}\n')
-        self._say('(The loss may rise for a while: the more shapes are found, the more boxes and masks it is about.)')
+        self._say('(The loss may rise for a while: the more objects are found, the more boxes and masks it is about.)')
         self._start = self._last = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -84,7 +122,7 @@ class DemoHook(Hook):
         self.outputs += outputs
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Show the average precisions."""
+        """Show the scores."""
         self.metrics = metrics
         self._say(f'validation after {runner.iter} iterations: {describe(metrics)}')
 
@@ -97,11 +135,13 @@ class DemoHook(Hook):
 
 
 def describe(metrics: dict[str, float]) -> str:
-    """Format the average precisions as one line."""
-    parts = [
-        f'{name} AP {metrics[f"coco/{key}_mAP"]:.3f} (AP50 {metrics[f"coco/{key}_mAP_50"]:.3f})'
-        for name, key in (('box', 'bbox'), ('mask', 'segm'))
-    ]
+    """Format the scores as one line."""
+    parts = []
+    for key, name in SCORES.items():
+        if key in metrics:
+            half = metrics.get(f'{key}_50')
+            digits = 3 if key.startswith('coco') else 1
+            parts.append(f'{name} {metrics[key]:.{digits}f}' + ('' if half is None else f' (AP50 {half:.3f})'))
     return ', '.join(parts)
 
 
@@ -182,13 +222,12 @@ def write_pictures(outputs: list[BaseDataElement], classes: tuple[str, ...], wor
     return sheet, folder
 
 
-def train(work_dir: str, data_root: str, terminal: TextIO) -> tuple[Runner, DemoHook]:
+def train(task: Task, work_dir: str, terminal: TextIO) -> tuple[Runner, DemoHook]:
     """Train and validate as ``tools/train.py`` does, but with only a few lines on the terminal."""
-    # The model is so small that a second thread makes it a sixth faster at best, and on a busy machine half as fast.
+    # A second thread makes models so small a sixth faster at best, and on a busy machine half as fast.
     torch.set_num_threads(1)
     hook = DemoHook(terminal)
-    args = run_parser('').parse_args([str(CONFIG), '--work-dir', work_dir])
-    args.cfg_options = {'data_root': data_root}
+    args = run_parser('').parse_args(task.arguments(work_dir))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # The log file has the rest: the config and hundreds of lines. The warnings are about the code of the libraries.
         warnings.simplefilter('ignore')
@@ -198,19 +237,83 @@ def train(work_dir: str, data_root: str, terminal: TextIO) -> tuple[Runner, Demo
     return runner, hook
 
 
+@contextlib.contextmanager
+def frozen_run(task: Task, work_dir: str) -> Iterator[subprocess.Popen]:
+    """Train the same model without a method, its backbone frozen, in a process beside this one."""
+    os.makedirs(work_dir, exist_ok=True)
+    command = [sys.executable, str(REPOSITORY / 'tools/train.py'), *task.arguments(work_dir), *FROZEN]
+    with open(osp.join(work_dir, 'output.txt'), 'w', encoding='utf-8') as log:
+        environment = dict(os.environ, OMP_NUM_THREADS='1')
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def scores_of_frozen(process: subprocess.Popen, work_dir: str) -> dict[str, float]:
+    """Wait until the frozen run ends; return its last scores.
+
+    Raises:
+        UserError: if it has failed.
+    """
+    rows = read_results(Path(work_dir, 'results.csv'), sys.maxsize) if process.wait() == 0 else []
+    if not rows:
+        raise UserError(f'The run with a frozen backbone failed: {osp.join(work_dir, "output.txt")} says why.')
+    return rows[-1]
+
+
+def choose(args: argparse.Namespace) -> Task:
+    """Say what is trained, and on what images; draw them if none were named.
+
+    Raises:
+        UserError: if only one of ``--weights`` and ``--data`` is given, or they do not exist.
+    """
+    if (args.weights is None) != (args.data is None):
+        raise UserError('--weights FILE (of a DINOv2 ViT-S/14) and --data FOLDER go together.')
+    if args.weights is None:
+        print(
+            f'Data: drawn shapes in {args.data_root}, and random weights. (Real images: --weights, a file of DINOv2 '
+            'ViT-S/14, and --data, a folder of images and annotations.)',
+            flush=True,
+        )
+        make_demo_dataset(args.data_root)
+        return Task(CONFIG, dict(data_root=args.data_root), None)
+    if not osp.isfile(args.weights):
+        raise MissingFileError(f'--weights {args.weights}: there is no such file.')
+    task = Task(
+        REPOSITORY / 'configs' / quick_config(args.data),
+        {'model.backbone.base.init_cfg.checkpoint': osp.abspath(args.weights), 'randomness.seed': 0},
+        args.data,
+    )
+    print(f'Data: {args.data}; a DINOv2 ViT-S/14 from {args.weights}', flush=True)
+    return task
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Train, evaluate and picture a small model on drawn shapes')
+    parser = argparse.ArgumentParser(description='Train, evaluate and picture a small model, with Mona and without')
     parser.add_argument('--work-dir', default=osp.join('work_dirs', 'demo'), help='folder for what comes out')
     parser.add_argument('--data-root', default=osp.join('data', 'demo_shapes'), help='folder for the drawn images')
+    parser.add_argument(
+        '--weights', metavar='FILE', help='a DINOv2 ViT-S/14, in the names of Meta, timm or Hugging Face'
+    )
+    parser.add_argument('--data', metavar='FOLDER', help='real images with annotations of any common layout')
     args = parser.parse_args()
 
     start = time.monotonic()
-    print(f'Data: drawn shapes in {args.data_root}', flush=True)
-    make_demo_dataset(args.data_root)
-    print(f'Training {osp.relpath(CONFIG)}, log in {args.work_dir}\n', flush=True)
-    runner, hook = train(args.work_dir, args.data_root, sys.stdout)
-    classes = runner.val_dataloader.dataset.metainfo['classes']
-    sheet, folder = write_pictures(hook.outputs, classes, args.work_dir)
+    task = choose(args)
+    frozen_dir = osp.join(args.work_dir, 'frozen')
+    print(f'Training {osp.relpath(task.config)}, log in {args.work_dir}')
+    print(f'and beside it the same with a frozen backbone, in {frozen_dir}\n', flush=True)
+    with frozen_run(task, frozen_dir) as process:
+        runner, hook = train(task, args.work_dir, sys.stdout)
+        frozen = scores_of_frozen(process, frozen_dir)
+    pictures = ''
+    if task.data is None:
+        classes = runner.val_dataloader.dataset.metainfo['classes']
+        sheet, folder = write_pictures(hook.outputs, classes, args.work_dir)
+        pictures = f'\nPictures:   {sheet}, and every image in {folder}'
 
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
     count = mona_mm.count_trainable(runner.model)
@@ -220,16 +323,16 @@ def main() -> None:
     own_data_config = osp.relpath(OWN_DATA_CONFIG)
     print(f"""
 Done in {minutes} min {seconds} s. On {len(hook.outputs)} images that training has not seen:
-  {describe(hook.metrics)}
+  {count.method}:{' ' * (6 - len(count.method))} {describe(hook.metrics)}
+  frozen: {describe(frozen)}
 Trained:    {count.backbone_trainable:,} parameters of {count.method}, {share:.1f}% of the frozen backbone;
             with neck and heads {count.trainable:,} of the model's {count.total:,}
-Checkpoint: {checkpoint}
-Pictures:   {sheet}, and every image in {folder}
+Checkpoint: {checkpoint}{pictures}
 Page:       {osp.relpath(osp.join(args.work_dir, 'report.html'))}: curves, classes, confusion, best and worst images
 
 Next:
   evaluate the checkpoint again
-    python {tools}/test.py {osp.join(args.work_dir, CONFIG.name)} {checkpoint}
+    python {tools}/test.py {osp.join(args.work_dir, task.config.name)} {checkpoint}
   the real one: Swin-B on COCO
     python {tools}/train.py {config} --cfg-options data_root=path/to/coco
   your own data, in a folder of any common layout

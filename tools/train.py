@@ -1,13 +1,17 @@
-"""Train a model: python tools/train.py CONFIG [--data DIR] [--work-dir D] [--resume [PATH]] [--fine-tune CKPT] [--amp]
+"""Train a model: python tools/train.py CONFIG [--data DIR] [--work-dir D] [--batch N|auto] [--resume [PATH]]
 
 Several processes: tools/dist_train.sh CONFIG GPUS [--strategy ddp|fsdp|fsdp2|deepspeed] [...]
 """
 
 import argparse
 
+from mmengine.config import Config
+from mmengine.logging import print_log
+
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
+from mona_mm.commands.batch import batch_argument, set_batch
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser, show_report
 from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
 from mona_mm.commands.data import check_data
@@ -15,6 +19,7 @@ from mona_mm.commands.dry_run import dry_run
 from mona_mm.commands.failures import explained
 from mona_mm.commands.lock_work_dir import lock_work_dir
 from mona_mm.commands.planning import make_plan
+from mona_mm.commands.recipe import apply_recipe
 from mona_mm.commands.strategy import STRATEGIES, use_strategy
 from mona_mm.commands.unreadable_images import check_images
 from mona_mm.commands.watching import add_watching
@@ -26,6 +31,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='train with automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate to the real batch size (linear rule)'
+    )
+    parser.add_argument(
+        '--batch',
+        type=batch_argument,
+        metavar='N|auto[:GIB]',
+        help='images in a step, or as many as the memory has room for (of GIB at most); the learning rate follows',
     )
     parser.add_argument(
         '--resume',
@@ -59,7 +70,7 @@ def parse_args() -> argparse.Namespace:
         help='end when the main metric has not improved for N evaluations, and keep the best checkpoint',
     )
     parser.add_argument(
-        '--dry-run', action='store_true', help='make three steps, print what memory and time the run needs, and end'
+        '--dry-run', action='store_true', help='make a few steps, print what memory and time the run needs, and end'
     )
     return parser.parse_args()
 
@@ -85,6 +96,7 @@ def main() -> None:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise ConfigError(f'--auto-scale-lr: {args.config} does not say auto_scale_lr=dict(base_batch_size=...).')
         cfg.auto_scale_lr.enable = True
+    settle_batch_and_schedule(cfg, args)
     if args.dry_run:
         print(dry_run(cfg, delta_base, args.allow_other_base))
         return
@@ -94,6 +106,14 @@ def main() -> None:
         runner = build_runner(cfg, delta_base, args.allow_other_base)
         with explained(runner):
             runner.train()
+
+
+def settle_batch_and_schedule(cfg: Config, args: argparse.Namespace) -> None:
+    """Set the batch that ``--batch`` asks for, and what the config's recipe makes of the data; say both."""
+    given = args.cfg_options or {}
+    lines = set_batch(cfg, args.batch, given) if args.batch else []
+    for line in lines + apply_recipe(cfg, given):
+        print_log(line, logger='current')
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
-# The schedule for data of one's own, whose number of images is not known here: 2,000 iterations, evaluated every 200.
-_base_ = ['./default_runtime.py']
+# The schedule for data of one's own: with --data that of the recipe, else 2,000 iterations, evaluated every 200.
+_base_ = ['./default_runtime.py', './small_data.py']
 
 train_dataloader = dict(
     batch_size=4,

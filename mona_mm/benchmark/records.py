@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from mona_mm.benchmark import backbone, hf_peft, module, spt
+from mona_mm.benchmark import backbone, hf_peft, module, plain, spt
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError, MissingFileError
 
-SUITES = {'module': module, 'backbone': backbone, 'detector': backbone, 'spt': spt, 'hf-peft': hf_peft}
+SUITES = {'module': module, 'backbone': backbone, 'detector': backbone, 'spt': spt, 'hf-peft': hf_peft, 'plain': plain}
 """The suites by name, each with the module that has its ``Row``, ``header`` and ``line``."""
 
 

@@ -77,6 +77,18 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         'VOC, YOLO, '
         'LabelMe, label maps, a folder per class',
     )
+    add_data_options(parser)
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Settings,
+        metavar='KEY=VALUE',
+        help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add ``--data-options`` to a command."""
     parser.add_argument(
         '--data-options',
         nargs='+',
@@ -85,13 +97,6 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         help='how to read --data: val=0.2 and test=0 (shares of the images, where the folder has no such '
         'split), seed=0, '
         'layout=NAME, skip=True (leave out images that cannot be read)',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Settings,
-        metavar='KEY=VALUE',
-        help='settings that replace those of the config, e.g. data_root=data/mine train_dataloader.batch_size=4',
     )
 
 

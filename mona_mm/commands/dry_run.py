@@ -1,4 +1,4 @@
-"""Try a training: build everything, make three steps, and say what a run needs in memory and time."""
+"""Try a training: build everything, make a few steps, and say what a run needs in memory and time."""
 
 import re
 import tempfile
@@ -20,7 +20,7 @@ from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
 from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.nn.wrappers import innermost
-from mona_mm.report.memory import peak_memory
+from mona_mm.report.memory import forget_peak, peak_of_process, peak_since, resident
 
 _STAGES = ('stages', 'layers', 'blocks')
 """The names of the lists in which backbones keep their stages."""
@@ -41,11 +41,14 @@ class DryRunHook(Hook):
         self.seconds: list[float] = []
         self.activations: dict[str, int] = {}
         self.batch = ''
+        self.before: int | None = None
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Begin to count what the first step keeps for its backward pass."""
         if not self.seconds:
             self.batch = _shapes(data_batch)
+            self.before = resident()
+            forget_peak()
             self._recording = _recorded(innermost(runner.model), self.activations)
             self._recording.__enter__()
         self._begin = time.perf_counter()
@@ -75,15 +78,26 @@ def dry_run(cfg: Config, delta_base: str | None = None, allow_other_base: bool =
         What was found, as lines of text.
     """
     hook = DryRunHook()
+    return _text(try_steps(cfg, hook, delta_base, allow_other_base), hook)
+
+
+def try_steps(
+    cfg: Config, hook: DryRunHook | None = None, delta_base: str | None = None, allow_other_base: bool = False
+) -> Runner:
+    """Train a few steps of a config, which is changed; nothing of it stays on the disk.
+
+    Returns:
+        The runner that has made them.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         use_temporary(cfg, folder)
         make_plan(cfg)
         runner = build_runner(cfg, delta_base, allow_other_base)
-        runner.register_hook(hook, 'LOWEST')
+        runner.register_hook(hook or DryRunHook(), 'LOWEST')
         with suppress(_Enough):
             runner.train()
         close_log_file(runner)
-    return _text(runner, hook)
+    return runner
 
 
 def _text(runner: Runner, hook: DryRunHook) -> str:
@@ -93,7 +107,7 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
         'Dry run: nothing is written.',
         f'model: {type(model).__name__}, {count_trainable(model).trainable:,} parameters train',
         f'data: {len(loader.dataset):,} training images, {len(loader):,} batches; a batch: {hook.batch}',
-        'memory, estimated:',
+        'memory:',
     ]
     parts = {
         'weights': _bytes([*model.parameters(), *model.buffers()]),
@@ -102,8 +116,14 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
         **{f'activations, {name}': size for name, size in hook.activations.items()},
     }
     lines += [f'  {size / 2**20:9,.1f} MiB  {name}' for name, size in parts.items() if size]
-    lines.append(f'  {sum(parts.values()) / 2**20:9,.1f} MiB  in all')
-    lines += [f'measured: {name} {size}' for name, size in peak_memory().items()]
+    known, largest = sum(parts.values()), _largest(hook, parts['weights'])
+    if largest is None:
+        lines.append(f'  {known / 2**20:9,.1f} MiB  in all')
+    else:
+        rest = max(0, largest - known)
+        lines.append(f'  {rest / 2**20:9,.1f} MiB  what operators need for a moment, and the allocator keeps')
+        lines.append(f'  {largest / 2**20:9,.1f} MiB  in all, as measured in these steps')
+    lines.append(f'  {peak_of_process() / 2**20:9,.1f} MiB  of the process at most, with Python and its libraries')
     steps, step = runner.max_iters, sum(hook.seconds[1:]) / max(len(hook.seconds) - 1, 1)
     if len(hook.seconds) > 1:
         lines.append(
@@ -111,6 +131,14 @@ def _text(runner: Runner, hook: DryRunHook) -> str:
             'images and evaluation'
         )
     return '\n'.join(lines)
+
+
+def _largest(hook: DryRunHook, weights: int) -> int | None:
+    """The largest memory of the steps in bytes, weights included; None on systems that do not say it."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = peak_since()
+    return None if peak is None or hook.before is None else peak - hook.before + weights
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

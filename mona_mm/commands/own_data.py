@@ -61,7 +61,8 @@ def use_data(cfg: Config, data: dict[str, Any], work_dir: str, classes: Any = No
     _set_evaluators(cfg, task, found)
     for key in ('data_root', 'task', 'tasks', 'dataset_type', 'train_pipeline', 'test_pipeline', 'classes', 'metainfo'):
         cfg._cfg_dict.pop(key, None)  # they would say what no longer holds
-    cfg.own_data = {key: found[key] for key in ('folder', 'layout', 'task', 'notes', 'warnings', 'seed', 'val', 'test')}
+    kept = ('folder', 'layout', 'task', 'images', 'notes', 'warnings', 'seed', 'val', 'test')
+    cfg.own_data = {key: found[key] for key in kept}
 
 
 def _options(data: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def _fingerprint(folder: str) -> str:
 def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     """Read and write the data, or take what an earlier run with the same work dir has written of the same files."""
     file = place / 'record.json'
-    key = dict(request, files=_fingerprint(request['folder']), version=1)
+    key = dict(request, files=_fingerprint(request['folder']), version=2)
     if file.is_file():
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['key'] == key and all(osp.isfile(d['ann_file']) for s in record['datasets'].values() for d in s):
@@ -133,6 +134,7 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     data.findings.raise_errors()
     found = dict(request, layout=data.layout, classes=list(data.classes), palette=[list(c) for c in palette(data)])
     found |= dict(has_masks=has_masks, keep_orientation=data.keep_orientation, notes=data.notes)
+    found['images'] = {split: len(samples) for split, samples in data.splits.items()}
     found['warnings'] = [finding.line() for finding in data.findings.warnings.values()]
     empty = {split: [{}] for split in data.splits}
     datasets = write_data(data, request['task'], place) if write else empty

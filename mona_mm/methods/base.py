@@ -58,7 +58,7 @@ class PeftModule(nn.Module):
     link: int | None = None
     """The width of the queries that :meth:`queries` computes; None for a module that takes no part in any."""
 
-    fast: bool = True
+    fast: bool | str = True
     """Whether ``forward`` may use a form with fewer operations, where the method has one."""
 
     def reset_parameters(self) -> None:

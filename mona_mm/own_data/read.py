@@ -60,6 +60,27 @@ def read_folder(
     return data
 
 
+def task_of_folder(root: str, layout: str | None = None) -> str:
+    """What kind of model the data in a folder are for, a key of :data:`TASKS`, by their layout.
+
+    Args:
+        root: the folder.
+        layout: the layout, one of :data:`LAYOUTS`; by default it is recognised.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+        ConfigError: if no layout is recognised.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise MissingFileError(f'--data {root}: there is no such folder.')
+    folder = Folder(path.resolve(), list(walk(path.resolve())))
+    for task, layouts in _LAYOUTS.items():
+        if any(each.name == layout if layout else each.recognise(folder) for each in layouts):
+            return task
+    raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.')
+
+
 def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[Layout, list[Layout]]:
     if layout is not None:
         if layout not in _ALL:

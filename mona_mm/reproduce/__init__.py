@@ -10,6 +10,7 @@ from mona_mm.reproduce.comparison import (
     check_material,
 )
 from mona_mm.reproduce.full_size import TABLES, find_comparison
+from mona_mm.reproduce.own_table import OWN, OwnTable, extend_own_table, quick_config, read_own_table
 from mona_mm.reproduce.page import write_page
 from mona_mm.reproduce.pictures import draw_pictures
 from mona_mm.reproduce.published import published_results
@@ -23,6 +24,7 @@ __all__ = [
     'DEVICES',
     'FORMATS',
     'MINI',
+    'OWN',
     'RUNS',
     'TABLES',
     'Cell',
@@ -31,6 +33,7 @@ __all__ = [
     'Composer',
     'Heading',
     'Metric',
+    'OwnTable',
     'Queue',
     'Run',
     'Task',
@@ -38,12 +41,15 @@ __all__ = [
     'check_material',
     'collect',
     'draw_pictures',
+    'extend_own_table',
     'find_comparison',
     'is_results',
     'load_results',
     'on_type',
     'plan',
     'published_results',
+    'quick_config',
+    'read_own_table',
     'read_records',
     'register_task',
     'render',

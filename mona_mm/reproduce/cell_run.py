@@ -34,6 +34,7 @@ from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.nn import choice
 from mona_mm.report.memory import peak_of_process
+from mona_mm.report.processor import processor_name
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.comparison import STOPPED
 
@@ -124,13 +125,8 @@ def peak_memory() -> int:
 
 def machine() -> dict[str, Any]:
     """The processor, GPU, number of threads and versions with which a cell is run."""
-    model = platform.processor() or platform.machine()
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        lines = [line.partition(':')[2].strip() for line in info.read_text().splitlines() if 'model name' in line]
-        model = lines[0] if lines else model
     return dict(
-        processor=model,
+        processor=processor_name(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         threads=torch.get_num_threads(),
         torch=torch.__version__,

@@ -12,9 +12,11 @@ from typing import Any
 from mmengine.config import Config
 
 from mona_mm.commands.config import load_config
+from mona_mm.commands.recipe import apply_recipe
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.reproduce.carve import carve_coco, carve_labels, carve_voc
 from mona_mm.reproduce.cells import configs_folder
+from mona_mm.type_names import is_type
 
 DEVICES = ('cpu', 'cuda')
 
@@ -39,6 +41,8 @@ class ComparedTask:
         credit: the source and the licence of the images, if pictures of them may be shown with it.
         configs: the complete config file of each method, as ``config``, where they have settings of their own.
         options: the options of the command line that choose the task in such a file.
+        own_data: the options of ``--data`` where ``folder`` is one of the user's own, in any layout, to which the
+            config is set; None otherwise.
     """
 
     name: str
@@ -51,6 +55,7 @@ class ComparedTask:
     credit: str | None = None
     configs: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    own_data: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -225,14 +230,15 @@ class Composer:
     Args:
         table: the table of the cells.
         data: the folder that holds a subfolder for each dataset.
-        weights: the checkpoint of the pretrained backbone.
+        weights: the checkpoint of the pretrained backbone; None for that of each config.
         device: one of :data:`DEVICES`; ``'cuda'`` trains in bfloat16, except with configs that have their own settings.
         work_dir: the folder of the cells' work dirs and of the annotation files of carved splits.
     """
 
-    def __init__(self, table: Comparison, data: Path, weights: Path, device: str, work_dir: Path) -> None:
+    def __init__(self, table: Comparison, data: Path, weights: Path | None, device: str, work_dir: Path) -> None:
         self.table = table
-        self.data, self.weights, self.work_dir = data.absolute(), weights.absolute(), work_dir.absolute()
+        self.data, self.work_dir = data.absolute(), work_dir.absolute()
+        self.weights = None if weights is None else weights.absolute()
         self.device = device
         self._bases: dict[tuple[str, str], Config] = {}
         self._fingerprints: dict[Cell, str] = {}
@@ -263,7 +269,9 @@ class Composer:
         cell = Cell(cell.task, cell.method, cell.lr, cell.seed)
         if cell not in self._fingerprints:
             text = json.dumps(self.compose(cell).to_dict(), sort_keys=True, default=str)
-            for path, name in ((self.weights, 'WEIGHTS'), (self.data, 'DATA'), (self.work_dir, 'WORK')):
+            own = self.folder(cell.task) if self.table.task(cell.task).own_data is not None else None
+            places = ((self.weights, 'WEIGHTS'), (own, 'OWN'), (self.data, 'DATA'), (self.work_dir, 'WORK'))
+            for path, name in ((path, name) for path, name in places if path is not None):
                 text = text.replace(json.dumps(str(path))[1:-1], name)
             self._fingerprints[cell] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprints[cell]
@@ -281,13 +289,25 @@ class Composer:
         if (name, method) not in self._bases:
             task = self.table.task(name)
             file = configs_folder() / (task.configs[method] if method else task.config)
-            cfg = load_config(str(file), dict(task.options, data_root=str(self.folder(name))))
-            if not method:
+            if task.own_data is None:
+                cfg = load_config(str(file), dict(task.options, data_root=str(self.folder(name))))
+            else:
+                cfg = self._on_own_data(str(file), task)
+            if not method and self.weights is not None:
                 cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(self.weights))
             if task.carve is not None:
                 task.carve(cfg, self.work_dir / 'splits' / name)
             self._bases[name, method] = cfg
         return self._bases[name, method]
+
+    def _on_own_data(self, file: str, task: ComparedTask) -> Config:
+        """A config set to a folder of the user's, with its stock backbone and the schedule of its recipe."""
+        data = dict(task.own_data, folder=str(self.folder(task.name)))
+        cfg = load_config(file, {}, data, str(self.work_dir / 'splits' / task.name))
+        if is_type(cfg.model.backbone, 'mona_mm.PeftBackbone'):
+            cfg.model.backbone = cfg.model.backbone.base
+        apply_recipe(cfg, ('optim_wrapper.optimizer.lr',))  # whose values the table has
+        return cfg
 
 
 def check_material(composer: Composer, tasks: list[str]) -> None:
@@ -297,7 +317,7 @@ def check_material(composer: Composer, tasks: list[str]) -> None:
         MissingFileError: if a folder or file does not exist; the error names the option that sets it.
     """
     composed = any(not composer.table.task(name).configs for name in tasks)
-    if composed and not composer.weights.is_file():
+    if composed and composer.weights is not None and not composer.weights.is_file():
         raise MissingFileError(f'There are no weights {composer.weights}. Name the file with --weights FILE.')
     for name in tasks:
         folder = composer.folder(name)

@@ -27,7 +27,7 @@ _COLUMNS = (
 
 
 def write_page(
-    table: Comparison, records: dict[str, dict[Cell, Record]], folder: Path, protocol: str = 'protocol.md'
+    table: Comparison, records: dict[str, dict[Cell, Record]], folder: Path, protocol: str | None = 'protocol.md'
 ) -> Path:
     """Write ``TABLE.html``, and the chart of each task as ``TABLE-TASK.png``, into a folder.
 
@@ -37,7 +37,7 @@ def write_page(
         table: the comparison.
         records: the results by type of device.
         folder: the folder to write into.
-        protocol: the address of the protocol, relative to the folder.
+        protocol: the address of the protocol, relative to the folder; None if none was written.
 
     Returns:
         The path of the page.
@@ -50,8 +50,12 @@ def write_page(
                 parts += _task_part(table, task, found, device, folder)
                 parts += [_picture_part(p, folder / 'pictures') for p in pictures if p.task == task.name]
     count = sum(map(len, records.values()))
-    body = f"""<p>Every method adapts the same pretrained backbone, with the same three learning rates, schedule and
-seeds; the <a href="{html.escape(protocol)}">protocol</a> was written before the first run. This page is written by
+    rates = {3: 'three'}.get(len(table.learning_rates), str(len(table.learning_rates)))
+    written = (
+        f'; the <a href="{html.escape(protocol)}">protocol</a> was written before the first run' if protocol else ''
+    )
+    body = f"""<p>Every method adapts the same pretrained backbone, with the same {rates} learning rates, schedule and
+seeds{written}. This page is written by
 <code>tools/reproduce.py page {html.escape(table.name)}</code> from the {count} results in <code>runs/</code>.</p>
 {''.join(parts) or '<p>There are no results yet.</p>'}"""
     file = folder / f'{table.name}.html'
