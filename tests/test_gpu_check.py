@@ -34,9 +34,12 @@ def python(code: str, *arguments: object) -> tuple[str, ...]:
 
 
 def test_limits(check):
-    """A step has its share of what is left, after the grace, and the last one all of it."""
+    """A step has its share of what is left, after the grace, and the last one all of it; and what is enough for it, at
+    the cost of those behind it."""
     assert check.step_limit(100.3, [1, 3]) == pytest.approx(25)
     assert check.step_limit(75.3, [3]) == pytest.approx(75)
+    assert check.step_limit(100.3, [1, 3], enough=60) == pytest.approx(60)
+    assert check.step_limit(40.3, [1, 3], enough=60) == pytest.approx(40)
     assert check.step_limit(-1, [1]) == check.step_limit(9, []) == 0
 
 
@@ -50,6 +53,7 @@ def test_steps(check, tmp_path):
     running += 'open(sys.argv[2], "w"))'
     hanging = (
         'import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); '
+        'signal.signal(signal.SIGINT, signal.SIG_IGN); '
         'child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"]); '
         'open(sys.argv[1], "w").write(str([child.pid])); print("hangs", flush=True); time.sleep(60)'
     )
@@ -74,8 +78,11 @@ def test_steps(check, tmp_path):
     assert failed['tests'] == dict(passed=1, failed=1, skipped=1, failures={'a::c': 'assert 1'})
     assert float(failed['tail']) == pytest.approx(0.85 * failed['limit'] / 60, abs=0.01)
     assert check.summary([first, out, hanging, failed]) == '1 done, 1 left out, 1 stopped at its limit, 1 failed'
-    check.run_steps(steps[:1], report, time.monotonic() + 0.5, {})
-    assert json.loads(file.read_text())['steps'][-1] == dict(name='first', status='left out', why='no time was left')
+    late = check.Step('late', 1, steps[0].command, enough=60)
+    check.run_steps([late], report, time.monotonic() + 15, {})
+    assert json.loads(file.read_text())['steps'][-1] == dict(
+        name='late', status='left out', why='too little time was left'
+    )
 
 
 @pytest.mark.parametrize('device', ['cuda', 'cpu'])

@@ -107,7 +107,7 @@ def test_a_kernel_that_fails(monkeypatch):
 
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
         warnings.simplefilter('error')
-        triton_mona._reported(full)()
+        triton_mona._reported(full)(torch.zeros(1))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)

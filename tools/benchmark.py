@@ -12,6 +12,7 @@ import os.path as osp
 import re
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from mona_mm.benchmark import backbone, detector, hf_peft, module, plain, spt
 from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
+from mona_mm.nn.choice import chosen
 from mona_mm.report.processor import processor_name
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
@@ -145,9 +147,21 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
             options |= dict(methods=args.methods, inference=bool(args.inference))
             rows = backbone.run(**options) if suite == 'backbone' else detector.run(CONFIGS, **options)
         show(suite, keep(rows, suite))
+    print(f'\nForms that were chosen by measurement: {describe_choices() or "none"}')
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f'\nThe process used {peak:.1f} GiB of memory at most.')
+    print(f'The process used {peak:.1f} GiB of memory at most.')
     return results
+
+
+def describe_choices() -> str:
+    """For each kind of computation, how many shapes every form was chosen for."""
+    counts: dict[str, Counter] = {}
+    for name, *_, form in chosen():
+        counts.setdefault(name, Counter())[form] += 1
+    return '; '.join(
+        f'{name}: ' + ', '.join(f'{form} {count}' for form, count in forms.most_common())
+        for name, forms in sorted(counts.items())
+    )
 
 
 def chosen_suites(args: argparse.Namespace) -> list[str]:

@@ -63,6 +63,7 @@ class Step:
     Args:
         name: the name in the report and for ``--steps``.
         share: the share of the time, in proportion to the shares of the steps behind it.
+        enough: the seconds that it should have even if nothing is left for those behind it.
         command: the command, in which :data:`MINUTES` may stand.
         result: the JSON file, or folder of JSON files, that the command writes; None if it writes none.
         junit: the XML file that pytest writes; None if the step is no test run.
@@ -75,6 +76,7 @@ class Step:
     result: Path | None = None
     junit: Path | None = None
     skip: str = ''
+    enough: float = 0.0
 
 
 @dataclass
@@ -197,7 +199,8 @@ def make_environment(work: Path) -> dict[str, str]:
 def run_steps(steps: Sequence[Step], report: Report, deadline: float, environment: Mapping[str, str]) -> None:
     """Run steps one by one until the deadline.
 
-    A step's limit is its share of the time that is left, so that what a step does not use goes to those behind it.
+    A step's limit is its share of the time that is left, so that what a step does not use goes to those behind it, or
+    the time that is enough for it. One that would have less than a third of that is left out.
 
     Args:
         steps: the steps, the most important first.
@@ -208,11 +211,11 @@ def run_steps(steps: Sequence[Step], report: Report, deadline: float, environmen
     for i, step in enumerate(steps):
         entry: dict[str, Any] = dict(name=step.name)
         report.content['steps'].append(entry)
-        limit = step_limit(deadline - time.monotonic(), [s.share for s in steps[i:] if not s.skip])
+        limit = step_limit(deadline - time.monotonic(), [s.share for s in steps[i:] if not s.skip], step.enough)
         if step.skip:
             entry |= dict(status='left out', why=step.skip)
-        elif limit < 1:
-            entry |= dict(status='left out', why='no time was left')
+        elif limit < max(1, step.enough / 3):
+            entry |= dict(status='left out', why='too little time was left')
         else:
             run_step(step, entry, limit, report, environment)
         report.write()
@@ -225,9 +228,10 @@ def _more(entry: Mapping[str, Any]) -> str:
     return ''.join(f', {part}' for part in parts if part)
 
 
-def step_limit(left: float, shares: Sequence[float]) -> float:
+def step_limit(left: float, shares: Sequence[float], enough: float = 0.0) -> float:
     """The seconds that the first of several steps may take, of those that are left to all of them."""
-    return max(0.0, (left - GRACE) * shares[0] / sum(shares)) if shares else 0.0
+    left = max(0.0, left - GRACE)
+    return max(left * shares[0] / sum(shares), min(enough, left)) if shares else 0.0
 
 
 def run_step(step: Step, entry: dict[str, Any], limit: float, report: Report, environment: Mapping[str, str]) -> None:
@@ -278,7 +282,7 @@ def run_step(step: Step, entry: dict[str, Any], limit: float, report: Report, en
 
 def stop(process: subprocess.Popen) -> None:
     """End a step and every process that it started: by a signal that it may answer, and then by one that it cannot."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # at the first, pytest writes its results
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
@@ -404,12 +408,15 @@ def plan_steps(device: str, machine: Mapping[str, Any], material: Mapping[str, A
 
 
 def test_step(work: Path) -> Step:
-    """The tests that are marked ``needs_gpu``; only files that name the mark are collected, which is quicker."""
+    """The tests that are marked ``needs_gpu``, those of the fast forms first; only files that name the mark are
+    collected, which is quicker."""
     files = [file for file in sorted((ROOT / 'tests').glob('test_*.py')) if 'needs_gpu' in file.read_text('utf-8')]
+    first = ('test_triton_mona.py', 'test_on_gpu.py', 'test_fast_mona.py')
+    files.sort(key=lambda file: first.index(file.name) if file.name in first else len(first))
     junit = work / 'tests.xml'
     options = ('-m', 'needs_gpu', '-q', '-rfE', '-p', 'no:cacheprovider', '--timeout', '120', f'--junitxml={junit}')
     names = (str(file.relative_to(ROOT)) for file in files)
-    return Step('tests', 3, (sys.executable, '-m', 'pytest', *options, *names), junit=junit)
+    return Step('tests', 3, (sys.executable, '-m', 'pytest', *options, *names), junit=junit, enough=150)
 
 
 def benchmark_steps(device: str, machine: Mapping[str, Any], work: Path) -> list[Step]:
@@ -449,7 +456,7 @@ def benchmark_steps(device: str, machine: Mapping[str, Any], work: Path) -> list
             command = (sys.executable, 'tools/benchmark.py', *options, *repeats, *own)
             lacks_peft = name == 'hf_peft' and 'peft' not in machine.get('versions', {})
             skip = 'peft cannot be imported here' if lacks_peft else ''
-            steps.append(Step(f'{name}_{precision}', share, command, result, skip=skip))
+            steps.append(Step(f'{name}_{precision}', share, command, result, skip=skip, enough=60 * share))
     return steps
 
 

@@ -144,12 +144,17 @@ class _Mona(torch.autograd.Function):
 def kernels_fit(x: Tensor, bottleneck: int, kernel_size: int) -> bool:
     """Whether the Triton kernels can compute the parts of :func:`mona` for tokens ``x``."""
     device = x.device.type
-    if device != 'cuda' or importlib.util.find_spec('triton') is None:
+    if device != 'cuda' or not _has_triton():
         return False
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     is_known = dtype in dtypes and x.dtype in (dtype, torch.float32)
     return is_known and bottleneck <= _WIDEST and kernel_size <= _LARGEST_KERNEL
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec('triton') is not None
 
 
 class _Parts(NamedTuple):

@@ -25,9 +25,10 @@ def _reported(function: Callable) -> Callable:
     """Let a kernel that cannot be compiled or launched be told once, and raise an error by which it is not chosen."""
 
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> Any:  # of which the first is a tensor
         try:
-            return function(*args)
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+                return function(*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # Triton's have no class in common
