@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import PARAM_SCHEDULERS
 from own_folders import CLASSES, image, make_coco, make_folders, make_masks
 from tiny_tasks import classifier
 
@@ -80,6 +82,24 @@ def test_what_the_user_says_stays(tmp_path):
     cfg = of_folder('custom_retinanet_swin_t', tmp_path / 'data', tmp_path / 'work', 400, own)
     apply_recipe(cfg, own)
     assert cfg.param_scheduler[0].end == 5 and cfg.train_cfg.max_iters == 4000
+
+
+@pytest.mark.parametrize('steps', [6, 30, 300])
+def test_the_whole_rate_is_reached(steps, tmp_path):
+    """However short the schedule: after the warm-up the rate is the config's, and at the end it is near zero."""
+    options = {'train_cfg.max_iters': steps}
+    cfg = of_folder('quick_fcn_dinov2_s', make_masks(tmp_path / 'data'), tmp_path / 'work', 80, options)
+    apply_recipe(cfg, options)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = [PARAM_SCHEDULERS.build({**each, 'optimizer': optimizer}) for each in cfg.param_scheduler]
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert rates[0] < 0.1 and max(rates) == pytest.approx(1, abs=0.3 if steps == 6 else 0.02)
+    assert optimizer.param_groups[0]['lr'] < 0.05
 
 
 def test_no_recipe(tmp_path):

@@ -181,17 +181,18 @@ def _stretch(cfg: Config, unit: str, configured: int, total: int, iterations: in
     schedulers = [schedulers] if isinstance(schedulers, dict) else schedulers
     same = [each for each in schedulers if each.get('by_epoch', True) == (unit == 'epochs')]
     old = max((each['end'] for each in same if each.get('end')), default=configured)
+    least = 2 if unit == 'steps' else 1  # after a warm-up of a single step mmengine's rate stays where that began
     for each in schedulers:
         if not any(each is other for other in same):  # a warm-up in steps within a schedule in epochs
             if is_type(each, *_WARM_UPS) and each.get('end'):
-                each['end'] = min(each['end'], max(1, iterations // 10))
+                each['end'] = min(each['end'], max(2, iterations // 10))
             continue
         for key in _LENGTHS:
             value = each.get(key)
             if isinstance(value, list | tuple):
-                each[key] = sorted({max(1, round(n * total / old)) for n in value})
+                each[key] = sorted({max(least, round(n * total / old)) for n in value})
             elif isinstance(value, int) and value:
-                each[key] = max(1, round(value * total / old))
+                each[key] = max(least, round(value * total / old))
 
 
 # The data and the model ----------------------------------------------------------------------------------------------
