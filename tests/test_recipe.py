@@ -240,10 +240,10 @@ QUICK = {
 
 @pytest.mark.parametrize('name', QUICK)
 def test_quick_configs(name, tmp_path):
-    """Each takes a folder, has a method in its backbone, and at most 150 steps."""
+    """Each takes a folder, has a method in its backbone, and at most 200 steps."""
     cfg = of_folder(name, QUICK[name](tmp_path / 'data'), tmp_path / 'work', 5000)
     apply_recipe(cfg)
-    assert cfg.train_cfg.max_iters <= 150
+    assert cfg.train_cfg.max_iters <= 200
     cfg.model.backbone.base.init_cfg = None
     model = build_on_meta(cfg)
     trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}

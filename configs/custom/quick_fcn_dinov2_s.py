@@ -1,4 +1,4 @@
-_base_ = ['../_base_/mini_maps.py', '../_base_/quick.py']
+_base_ = ['../_base_/mini_camvid.py', '../_base_/quick.py']  # whose data --data replaces
 
 model = dict(backbone=dict(_delete_=True, **_base_.quick_backbone), decode_head=dict(num_classes=2))
 # The best of three rates in docs/which_method.md: of every method, and where the whole backbone trains.

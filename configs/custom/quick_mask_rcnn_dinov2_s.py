@@ -1,4 +1,4 @@
-_base_ = ['../_base_/mini_masks.py', '../_base_/quick.py']
+_base_ = ['../_base_/mini_nuclei.py', '../_base_/quick.py']  # whose data --data replaces
 
 model = dict(
     backbone=dict(_delete_=True, **_base_.quick_backbone),
