@@ -95,6 +95,7 @@ def test_table_targets_and_picture(measured, tmp_path):
     assert (tmp_path / 'new' / 'cost.png').read_bytes()[:4] == b'\x89PNG'
 
 
+@pytest.mark.slow
 def test_inference():
     """Forwards alone, without gradients, against the stock backbone; nothing is kept, and merged forms are of its size
     and operations."""
@@ -377,6 +378,7 @@ def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
     assert '| Swin-T | 128x128 |' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unbuffered', [pytest.param('', marks=pytest.mark.slow), '1'], ids=['buffered', 'unbuffered'])
 def test_closed_pipe(unbuffered):
     """A tool whose reader has gone ends quietly; a broken pipe elsewhere is an error as before."""

@@ -73,6 +73,7 @@ def test_page(records, tmp_path):
     assert (tmp_path / 'mini-camvid.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_page(records, tmp_path):
     pages = [write_page(MINI, {'cpu': records}, tmp_path / name).read_bytes() for name in ('a', 'b')]
     assert pages[0] == pages[1]

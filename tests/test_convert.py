@@ -472,6 +472,7 @@ def test_only_heads_begin_anew_for_other_classes():
     assert _class_layers(current, given) == {'head.fc.weight'}
 
 
+@pytest.mark.slow
 def test_your_own_classes_from_a_trained_detector(detector_config, tmp_path, tool):
     """--fine-tune is all it takes to go from four classes to two: every tensor of the trained detector is in the new
     one before its first step, but for the heads' last layers, which the log names; without it, or with a neck of

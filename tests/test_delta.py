@@ -245,6 +245,7 @@ def test_the_base_is_loaded_where_nobody_did(base_file, tmp_path):
         load_delta(build(tmp_path / 'other.pth', METHODS['lora']), tmp_path / 'a.delta.safetensors')
 
 
+@pytest.mark.slow
 def test_the_whole_model_that_a_run_started_from(base_file, tmp_path):
     """A delta names the whole model below it, itself on a delta or not. It is found at its place or beside the delta,
     and loaded into a fresh model; where it is gone or another one, the refusal names it and the model stays as it was.
@@ -732,6 +733,7 @@ def test_deltas_of_a_resumed_run(base_file, tmp_path):
     assert whole_model_base(Config(dict(load_from='gone.pth', resume=True))) is whole_model_base(Config()) is None
 
 
+@pytest.mark.slow
 def test_the_tools_on_a_resumed_config(tmp_path, detector, tool):
     """The config that a resumed run dumped merges and tests its delta when what it continued from is gone; a base that
     is gone is one line. The whole model that it first started from is loaded, though the delta does not name it."""
@@ -956,6 +958,7 @@ def classifier(tmp_path, host: str, peft: dict) -> str:
     return str(tmp_path / 'config.py')
 
 
+@pytest.mark.slow
 def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
     """SwinV2's load hook drops buffers that it recomputes: its checkpoint is whole all the same, and its delta merges
     into one that the stock model loads, whole models in load_from and init_cfg alike."""
@@ -993,6 +996,7 @@ def test_extract_and_merge_of_a_swin_v2(tmp_path, tool):
         assert not torch.allclose(stock(x), MODELS.build(load_config(config).model).eval()(x), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_plans_of_spt_beside_the_file(tmp_path, tool):
     """A config that names no plan: tools/delta.py finds it beside the checkpoint or the delta, and else says where it
     looked; tools/count_params.py counts what is known without one and goes on, and with the plan all of it."""

@@ -300,6 +300,7 @@ def test_installing_again_changes_nothing():
     assert sys.meta_path == before
 
 
+@pytest.mark.slow
 def test_installing_is_cheap_and_torchvision_waits_for_the_first_call():
     """Installing imports nothing heavy, and importing mmcv.ops does not yet import torchvision."""
     printed = run_python("""

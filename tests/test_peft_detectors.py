@@ -387,6 +387,7 @@ def write_config(folder: Path) -> str:
     return str(folder / 'config.py')
 
 
+@pytest.mark.slow
 def test_the_command_lines(tmp_path, tool):
     """A run prints what matched and writes a delta; the tools count, describe and merge it, and the merged file is a
     stock model's with a stock config."""
@@ -416,6 +417,7 @@ def test_the_command_lines(tmp_path, tool):
         assert_near(mona_mm.merge(model)(x), stock(x), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_with_mona_is_merged_with_a_config_of_its_own(tmp_path, tool):
     """Its Mona is folded, and LoRA stays beside its layers."""
     cfg = retinanet(neck__in_channels=[24, 48, 96, 192])

@@ -50,6 +50,7 @@ print(private.may_be_transformed(), *(isinstance(each, kinds) for each, kinds in
 """
 
 
+@pytest.mark.slow
 def test_a_torch_without_the_private_names():
     """The plain forms are taken, and torch's own layers are still known for what they are."""
     package = str(ROOT / 'mona_mm')  # without its __init__, which imports everything

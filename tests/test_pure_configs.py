@@ -148,6 +148,7 @@ def _dicts(node):
         yield from _dicts(child)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'library', ['mmdet', *(pytest.param(name, marks=pytest.mark.slow) for name in ('mmseg', 'mmpretrain'))]
 )

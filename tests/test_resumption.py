@@ -75,6 +75,7 @@ def test_another_number_of_images(batch, processes, pictures, tmp_path):
     assert rates(tmp_path / 'work')[8:] == pytest.approx(rates(tmp_path / 'straight')[2 * length :], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_another_batch_by_iterations(pictures, tmp_path):
     finished(config(pictures, tmp_path / 'work', **by_iterations(4)))
     changes = by_iterations(6) | dict(train_dataloader__batch_size=4)

@@ -275,6 +275,7 @@ def spt_detector(config, **options):
     return config
 
 
+@pytest.mark.slow
 def test_a_missing_plan_is_made_in_two_processes_and_found_again(detector_config, tmp_path, tool):
     """`tools/train.py` says that it makes the plan, stores it in the work dir, and trains exactly that under DDP;
     `tools/test.py` finds it there and repeats the scores."""

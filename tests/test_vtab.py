@@ -376,6 +376,7 @@ def test_vtab_images_are_the_published_ones(data):
             assert np.array_equal(sample['inputs'].flip(0).permute(1, 2, 0).numpy(), np.array(expected))
 
 
+@pytest.mark.slow
 def test_fgvc_images_are_the_published_ones(data):
     """Test images are torchvision's: 256x256, bicubic, the centre; training images are a crop of that, flipped or not.
     Labels are the places of the ids among those of train.json, whatever the split holds."""
@@ -575,6 +576,7 @@ def tool(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_command_lines(tool, data, tmp_path):
     """Two tasks with one config, each in a folder of its own with its plan; testing finds that plan; a plan of another
     task is refused; an unknown task ends in one line."""
