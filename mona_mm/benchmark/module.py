@@ -139,7 +139,12 @@ class _Case:
 
 def _difference(case: _Case, other: _Case) -> float:
     other.x, other.grad = case.x, case.grad
+    fast = getattr(case.module, 'fast', False)
+    if fast:
+        case.module.fast = 'exact'  # the dropout masks of the others
     pairs = zip(case.results(), other.results(), strict=True)
+    if fast:
+        case.module.fast = fast
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
