@@ -246,7 +246,7 @@ def exact_mona() -> nn.Module:
 BLOCKS = {
     'mona': (exact_mona, ((10, 17),), [['recomputed'], ['kept'], ['plain']]),
     'frozen_ffn': (frozen_ffn, (), [['recomputed'], ['stock']]),
-    'attention': (lambda: swin_attention(False), ((10, 17),), [['fused'], ['plain']]),
+    'attention': (lambda: swin_attention(False), ((10, 17),), [['fast', 'fused'], ['fast', 'plain'], ['stock']]),
     'trained attention': (lambda: swin_attention(True), ((10, 17),), [['fast', 'plain'], ['fast', 'fused'], ['stock']]),
 }
 
@@ -282,7 +282,7 @@ def test_blocks(name, mode, times):
             out = [out.detach(), x.grad, *(p.grad for p in trained)]
         results.append(out if isinstance(out, list) else [out])
         chosen = {way for *_, way in choice.chosen()}
-        assert chosen & {*form} or (mode, name) == ('no_grad', 'trained attention'), chosen
+        assert chosen >= {*form}, chosen
     for result in results[1:]:
         assert_near(result, results[0], 1e-5 if mode != 'autocast' else 0.05)
 

@@ -18,8 +18,8 @@ backward pass. The stock modules do the following in every block of every step; 
 
 A bias table that trains (full tuning, BitFit) is read anew in every step, with its gradient. Whether the fused
 attention or the plain formula is faster depends on the device, the dtype, and on whether the table trains. It is
-measured at the first call (:mod:`mona_mm.nn.choice`), and so is, if the table trains, whether the fast form as a whole
-is faster than the stock one.
+measured at the first call (:mod:`mona_mm.nn.choice`), and so is whether the fast form as a whole is faster than the
+stock one.
 
 The stock path also runs where the attention drops probabilities while training, where a module is hooked that the fast
 form does not call, and under torch.compile and other tracers. The order of the windows differs from the stock one,
@@ -54,7 +54,7 @@ from mona_mm.hosts.host import (
     register_host,
     separate_linears,
 )
-from mona_mm.nn.choice import Ways, bucket, run_with_gradients
+from mona_mm.nn.choice import Ways, bucket, measures, run_with_gradients
 from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
 from mona_mm.nn.tracing import is_hooked, is_traced
 
@@ -215,24 +215,26 @@ class FastWindowAttention(Mixin):
         return self._choose(query, hw_shape)(self, query, hw_shape)
 
     def _choose(self, x: Tensor, hw: Grid) -> Callable[['FastWindowAttention', Tensor, Grid], Tensor]:
-        """The faster form for the shape of ``x``. Only where the table trains is this one not always the faster."""
-        table = self.w_msa.relative_position_bias_table
-        if not (table.requires_grad and torch.is_grad_enabled()):
+        """The faster form for the shape of ``x``."""
+        if not measures():
             return FastWindowAttention._fast
         parts = [*self.modules()][1:]
         if is_hooked(*parts) or any(isinstance(part, Mixin) for part in parts):  # a trial would run a hook or a method
             return FastWindowAttention._fast
+        grad, trains = torch.is_grad_enabled(), any(p.requires_grad for p in self.parameters())
         where = x.device.type, x.dtype, torch.is_autocast_enabled(x.device.type)
-        state = x.requires_grad, self.w_msa.qkv.weight.requires_grad, self.window_size, self.shift_size
-        size = x.shape[-1], self.w_msa.num_heads, bucket(x.shape[0]), *map(bucket, hw)
+        table = self.w_msa.relative_position_bias_table
+        state = grad, grad and x.requires_grad, grad and trains, grad and table.requires_grad
+        windows = self.w_msa.num_heads, self.window_size, self.shift_size
+        size = x.shape[-1], bucket(x.shape[0]), *map(bucket, hw)
         copied: list[FastWindowAttention] = []
 
         def run(form: Callable[[FastWindowAttention, Tensor, Grid], Tensor]) -> None:
             if not copied:  # in a copy no hook of a parameter runs
-                copied.append(copy.deepcopy(self))
+                copied.append(copy.deepcopy(self) if trains else self)
             run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
 
-        return _FORMS.choose((*where, *state, *size), run)
+        return _FORMS.choose((*where, *state, *windows, *size), run)
 
     def _stock(self, query: Tensor, hw: Grid) -> Tensor:
         return super().forward(query, hw)
