@@ -167,6 +167,22 @@ def test_threads_measure_once(times):
     assert taken.count('first') == 1 + choice._ROUNDS
 
 
+def test_a_thread_that_is_waited_for_does_not_wait(times, monkeypatch):
+    """A backward pass on a GPU runs in a thread of its device, for which the one that measures waits."""
+    monkeypatch.setattr(choice, '_PATIENCE', 0.05)
+    inner = Ways('inner', one=identity, two=same)
+
+    def in_another_thread(x):
+        thread = threading.Thread(target=inner, args=(x,))
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive()
+        return x
+
+    assert Ways('outer', first=in_another_thread, second=same).choose((), lambda way: way(torch.ones(1)))
+    assert {key for key, *_ in choice.chosen()} == {'outer'}
+
+
 SHAPES = [(130, 24, 16), (1, 8, 4), (2500, 8, 24)]
 
 
@@ -318,3 +334,19 @@ def test_a_resumed_run_takes_the_same(times, make_runner):
     resumed.train()
     assert {key: way for key, *_, way in choice.chosen()}['mona_small'] == 'plain'
     assert_equal(state(resumed.model), straight)
+
+
+def test_in_a_checkpointed_backbone():
+    """What activation checkpointing keeps and counts is the forward's alone, though a first call measures and the
+    recomputation does not."""
+
+    def build():
+        torch.manual_seed(0)
+        return PeftBackbone(
+            dict(HOSTS['mmdet-swin'], with_cp=True), dict(type='Mona', bottleneck=8), fast='exact'
+        ).train()
+
+    static = step_of(build(), (64, 64), 1)
+    choice.measure(True)
+    assert_near(step_of(build(), (64, 64), 1), static, 2e-5, least=1e-3)
+    assert choice.chosen()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 _ROUNDS = 5
 _SECONDS = 0.02
@@ -31,6 +32,10 @@ so long that the preparations of a first call do not count in them."""
 
 _MARGIN = 0.03
 """Another way is taken in place of the first if it takes less of its time by more than this share."""
+
+_PATIENCE = 5.0
+"""The seconds for which a thread waits for another one to end its measurement. Then it takes the first way once: what
+is being measured may itself wait for this thread, as a backward pass on a GPU waits for that of its device."""
 
 _measures = True
 _chosen: dict[tuple, str] = {}
@@ -92,7 +97,9 @@ class Ways:
         return self.ways[name if name in self.ways else self.first]
 
     def _measure(self, key: tuple, run: Callable[[Callable], Any]) -> str:
-        with _lock:
+        if not _lock.acquire(timeout=_PATIENCE):
+            return self.first
+        try:
             if key in _chosen:  # by another thread meanwhile
                 return _chosen[key]
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -103,12 +110,15 @@ class Ways:
             is_worth_it = fastest in best and best[fastest] <= (1 - _MARGIN) * first
             _chosen[key] = fastest if is_worth_it or self.first not in best else self.first
             return _chosen[key]
+        finally:
+            _lock.release()
 
     def _times(self, run: Callable[[Callable], Any]) -> dict[str, float]:
         """The shortest time of each way that works, in seconds."""
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         best: dict[str, float] = {}
-        with torch.random.fork_rng(devices):
+        # The hooks hide what a trial keeps from those around it, such as activation checkpointing's, which count it.
+        with torch.random.fork_rng(devices), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
             for name, way in self.ways.items():
                 try:
                     before = len(_chosen)
