@@ -26,8 +26,9 @@ STOPPED = 75
 """The exit status of a cell's process that was told to stop and can be resumed."""
 
 
-_SETTINGS = {*inspect.signature(Runner.__init__).parameters}
-"""The keys of a config that a Runner reads; others are variables of the files that it is made of."""
+_SETTINGS = {*inspect.signature(Runner.__init__).parameters, 'own_data'}
+"""The keys of a config that a Runner reads, and what a folder of ``--data`` holds; others are variables of the files
+that it is made of."""
 
 
 @dataclass(frozen=True)
