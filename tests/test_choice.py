@@ -350,3 +350,14 @@ def test_in_a_checkpointed_backbone():
     choice.measure(True)
     assert_near(step_of(build(), (64, 64), 1), static, 2e-5, least=1e-3)
     assert choice.chosen()
+
+
+@pytest.mark.parametrize(
+    'entry', ['text', 3, None, {'a': 1}, [], [[]], [['name', 1.5, 'way']], [['name', [1], 'way']], [['name', 'way'], 7]]
+)
+def test_what_a_checkpoint_may_hold(entry):
+    """Whatever stands in a checkpoint in place of choices is left out, and what is right beside it is taken."""
+    choice.restore(entry)
+    assert choice.chosen() == ([['name', 'way']] if entry == [['name', 'way'], 7] else [])
+    choice.restore([['name', 'torch.float32', 'torch.load', 'way']])
+    assert [*choice._chosen] == [('name', torch.float32, 'torch.load')]

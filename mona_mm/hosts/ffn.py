@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mona_mm.hosts.fast import fast_form_of
 from mona_mm.hosts.host import separate_linears
-from mona_mm.nn.choice import Ways, bucket, run_with_gradients
+from mona_mm.nn.choice import Ways, bucket
 from mona_mm.nn.mixin import Mixin, mix_in, qualified_name
 from mona_mm.nn.products import linear
 from mona_mm.nn.tracing import is_hooked, is_traced
@@ -53,12 +53,8 @@ class FrozenLayers(Mixin):
         """Map ``(..., C)`` to ``(..., C)``."""
         if is_traced() or not self._fits(x):
             return super().forward(x)
-        device = x.device.type
-        where = device, x.dtype, torch.is_autocast_enabled(device)
-        size = *self[0][0].weight.shape, bucket(x.numel() // x.shape[-1])
-        keeps = x.requires_grad and torch.is_grad_enabled()
-        form = _FORMS.choose((*where, *size, keeps), lambda form: run_with_gradients(lambda t: form(self, t), x))
-        return form(self, x)
+        key = *self[0][0].weight.shape, bucket(x.numel() // x.shape[-1])
+        return _FORMS.choose_form(self, x, key=key)(self, x)
 
     def _recomputed(self, x: Tensor) -> Tensor:
         fc1, fc2 = self[0][0], self[1]

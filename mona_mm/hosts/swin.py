@@ -27,7 +27,6 @@ which matters only to modules that draw random numbers per window: LoRA's ``drop
 seed.
 """
 
-import copy
 import re
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
@@ -221,20 +220,10 @@ class FastWindowAttention(Mixin):
         parts = [*self.modules()][1:]
         if is_hooked(*parts) or any(isinstance(part, Mixin) for part in parts):  # a trial would run a hook or a method
             return FastWindowAttention._fast
-        grad, trains = torch.is_grad_enabled(), any(p.requires_grad for p in self.parameters())
-        where = x.device.type, x.dtype, torch.is_autocast_enabled(x.device.type)
-        table = self.w_msa.relative_position_bias_table
-        state = grad, grad and x.requires_grad, grad and trains, grad and table.requires_grad
-        windows = self.w_msa.num_heads, self.window_size, self.shift_size
-        size = x.shape[-1], bucket(x.shape[0]), *map(bucket, hw)
-        copied: list[FastWindowAttention] = []
-
-        def run(form: Callable[[FastWindowAttention, Tensor, Grid], Tensor]) -> None:
-            if not copied:  # in a copy no hook of a parameter runs
-                copied.append(copy.deepcopy(self) if trains else self)
-            run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
-
-        return _FORMS.choose((*where, *state, *windows, *size), run)
+        w_msa, windows = self.w_msa, (self.w_msa.num_heads, self.window_size, self.shift_size)
+        trained = w_msa.relative_position_bias_table.requires_grad, w_msa.qkv.weight.requires_grad
+        key = x.shape[-1], *windows, *trained, bucket(x.shape[0]), *map(bucket, hw)
+        return _FORMS.choose_form(self, x, hw, key=key)
 
     def _stock(self, query: Tensor, hw: Grid) -> Tensor:
         return super().forward(query, hw)

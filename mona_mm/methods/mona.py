@@ -1,6 +1,5 @@
 """Mona: the multi-cognitive visual adapter."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
@@ -11,7 +10,7 @@ from mona_mm.hosts import Grid
 from mona_mm.methods.base import StreamModule
 from mona_mm.methods.fast_mona import Kernels, ScaledNorm, kernels_fit, mona
 from mona_mm.methods.folded_mona import FoldedMona
-from mona_mm.nn.choice import Ways, bucket, measures, run_with_gradients
+from mona_mm.nn.choice import Ways, bucket, measures
 from mona_mm.nn.tracing import is_hooked, is_traced
 from mona_mm.options import Probability, Rule, Width, checked
 from mona_mm.registry import METHODS
@@ -157,22 +156,13 @@ class Mona(StreamModule):
 
     def _choose(self, x: Tensor, hw: Grid) -> Callable[['Mona', Tensor, Grid], Tensor]:
         """The faster form for the shape of ``x``."""
-        is_training = torch.is_grad_enabled() and (x.requires_grad or self.down.weight.requires_grad)
-        where = x.device.type, x.dtype, torch.is_autocast_enabled(x.device.type)
-        state = self.dropout.training, is_training, x.requires_grad
-        size = *self.down.weight.shape, len(self.depthwise), bucket(x.shape[0]), bucket(hw[0] * hw[1])
-        copied: list[Mona] = []
-
-        def run(form: Callable[[Mona, Tensor, Grid], Tensor]) -> None:
-            if not copied:  # in a copy no hook of a parameter runs
-                copied.append(copy.deepcopy(self) if is_training else self)
-            run_with_gradients(lambda tokens: form(copied[0], tokens, hw), x, copied[0].parameters())
-
+        sizes = (conv.kernel_size[0] for conv in self.depthwise)
+        key = self.dropout.training, self.down.weight.requires_grad, *self.down.weight.shape, *sizes
         is_small = x.shape[0] * x.shape[1] * sum(self.down.weight.shape) <= _SMALL
         forms = _FORMS_ON_SMALL_GRIDS if is_small else _FORMS
         if x.device.type == 'cuda':
             forms = _FORMS_ON_CUDA
-        return forms.choose((*where, *state, *size), run)
+        return forms.choose_form(self, x, hw, key=(*key, bucket(x.shape[0]), bucket(hw[0] * hw[1])))
 
     def _plain(self, x: Tensor, hw: Grid) -> Tensor:
         p = self.down(self.entrance(x))

@@ -13,13 +13,14 @@ As ``torch.backends.cudnn.benchmark``, this setting is the process's. What was c
 (:class:`mona_mm.hooks.ResumptionHook`), so that a resumed run goes on with the same ways.
 """
 
+import copy
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 _ROUNDS = 5
@@ -96,6 +97,32 @@ class Ways:
             name = self._measure(key, run)
         return self.ways[name if name in self.ways else self.first]
 
+    def choose_form(self, module: nn.Module, x: Tensor, *args: Any, key: tuple) -> Callable:
+        """The fastest of the forms of a module's forward, functions of the module, ``x`` and ``args``.
+
+        A trial runs forward and backward as training does, and changes no gradient. If parameters need one, it runs on
+        a copy of the module, so that no hook of theirs is called.
+
+        Args:
+            module: the module.
+            x: its input.
+            args: the other arguments of the forms.
+            key: what the choice depends on beside the device and dtype of ``x``, autocast, and whether ``x`` needs a
+                gradient. Whether the parameters need one must be in it.
+        """
+        device = x.device.type
+        gradients = torch.is_grad_enabled()
+        key = (device, x.dtype, torch.is_autocast_enabled(device), gradients, gradients and x.requires_grad, *key)
+        trials: list[nn.Module] = []
+
+        def run(form: Callable) -> None:
+            if not trials:
+                trains = gradients and any(p.requires_grad for p in module.parameters())
+                trials.append(copy.deepcopy(module) if trains else module)
+            run_with_gradients(lambda tokens: form(trials[0], tokens, *args), x, trials[0].parameters())
+
+        return self.choose(key, run)
+
     def _measure(self, key: tuple, run: Callable[[Callable], Any]) -> str:
         if not _lock.acquire(timeout=_PATIENCE):
             return self.first
@@ -155,8 +182,7 @@ def _seconds(run: Callable[[Callable], Any], way: Callable) -> float:
 def run_with_gradients(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor] = ()) -> None:
     """Run a function of ``x`` as training does: forward, and backward if gradients are on and anything needs one.
 
-    It neither changes gradients nor adds to the graph of ``x``. The parameters should be copies where they may have
-    hooks.
+    It neither changes gradients nor adds to the graph of ``x``. Hooks of the parameters are called.
     """
     wanted = [p for p in parameters if p.requires_grad]
     if not (torch.is_grad_enabled() and (x.requires_grad or wanted)):
@@ -165,25 +191,27 @@ def run_with_gradients(function: Callable[[Tensor], Tensor], x: Tensor, paramete
         return
     x = x.detach().requires_grad_(x.requires_grad)
     out = function(x)
-    torch.autograd.grad(out, [*wanted, x] if x.requires_grad else wanted, out.detach())
+    torch.autograd.grad(out, [*wanted, x] if x.requires_grad else wanted, out.detach(), allow_unused=True)
 
 
 def chosen() -> list[list]:
     """What has been chosen in this process, as lists of a key's parts and the name of the way, for a checkpoint."""
-    return [[*map(_plain, key), name] for key, name in _chosen.items()]
+    return [[*map(_plain, key), name] for key, name in list(_chosen.items())]  # other threads may choose meanwhile
 
 
-def restore(choices: Sequence[Sequence]) -> None:
-    """Take what :func:`chosen` returned, in place of all choices of this process."""
+def restore(choices: Any) -> None:
+    """Take what :func:`chosen` returned, in place of all choices of this process; what has another form is left out."""
     _chosen.clear()
-    for *key, name in choices:
-        _chosen[tuple(map(_parse, key))] = name
+    for entry in choices if isinstance(choices, list | tuple) else ():
+        if isinstance(entry, list | tuple) and entry and all(isinstance(part, str | int) for part in entry):
+            *key, name = entry
+            _chosen[tuple(map(_parse, key))] = name
 
 
 def _plain(part: Any) -> Any:
     return str(part) if isinstance(part, torch.dtype) else part
 
 
-def _parse(part: Any) -> Any:
-    is_dtype = isinstance(part, str) and part.startswith('torch.')
-    return getattr(torch, part.removeprefix('torch.')) if is_dtype else part
+def _parse(part: str | int) -> Any:
+    dtype = getattr(torch, part.removeprefix('torch.'), None) if str(part).startswith('torch.') else None
+    return dtype if isinstance(dtype, torch.dtype) else part
