@@ -4,7 +4,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mona_mm import PeftBackbone
-from mona_mm.hosts.swin import FastWindowAttention
+from mona_mm.hosts.window_attention import FastWindowAttention
 
 
 def backbone_pair(host, **options):

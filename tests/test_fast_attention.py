@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import make_fast
-from mona_mm.hosts.swin import FastWindowAttention, window_index
+from mona_mm.hosts.window_attention import FastWindowAttention, window_index
 
 SWINS = ['mmdet-swin', 'mmseg-swin', 'mmpretrain-swin']
 ATTENTION = dict(

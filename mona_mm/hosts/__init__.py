@@ -43,6 +43,7 @@ from mona_mm.hosts import (  # noqa: F401  they register themselves
     timm,
     twins,
     vit,
+    window_attention,
 )
 from mona_mm.hosts.block import HookedBlock, PeftBlock, StockLinear
 from mona_mm.hosts.fast import make_fast
