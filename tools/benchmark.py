@@ -10,7 +10,6 @@ prints medians, quartiles, and the time that the operations and bytes would take
 import argparse
 import os.path as osp
 import re
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from mona_mm.benchmark.records import SUITES, read_records, write_record
 from mona_mm.commands.cli import run
 from mona_mm.errors import ConfigError
 from mona_mm.nn.choice import chosen
+from mona_mm.report.memory import peak_of_process
 from mona_mm.report.processor import processor_name
 
 CONFIGS = osp.join(osp.dirname(osp.dirname(osp.abspath(__file__))), 'configs')
@@ -148,8 +148,7 @@ def measure(args: argparse.Namespace) -> dict[str, list]:
             rows = backbone.run(**options) if suite == 'backbone' else detector.run(CONFIGS, **options)
         show(suite, keep(rows, suite))
     print(f'\nForms that were chosen by measurement: {describe_choices() or "none"}')
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f'The process used {peak:.1f} GiB of memory at most.')
+    print(f'The process used {peak_of_process() / 2**30:.1f} GiB of memory at most.')
     return results
 
 

@@ -127,6 +127,11 @@ class Row:
     floor: float
 
 
+def base_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The config of a stock backbone; arguments without a ``type`` are those of mmdet's Swin."""
+    return dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | arguments
+
+
 def build_backbone(variant: str, base: dict[str, Any], fast: bool | None = None) -> nn.Module:
     """Build the backbone of a variant; ``fast``, unless it is None, sets whether it takes the fast path."""
     if variant == 'stock':
@@ -342,7 +347,7 @@ def run(
     variants = choose_variants(methods, inference)
     speed = rates(device, dtype, clock)
     for arch in archs:
-        base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | bases[arch]
+        base = base_config(bases[arch])
         cases = build_cases(variants, partial(build_backbone, base=base), device, dtype)
         for size in sizes:
             images = torch.randn(batch, 3, *size, device=device)

@@ -29,7 +29,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mona_mm.backbone import PeftBackbone
-from mona_mm.benchmark.backbone import ARCHS, LABELS, Case
+from mona_mm.benchmark.backbone import ARCHS, LABELS, Case, base_config
 from mona_mm.benchmark.timing import cells, heading, return_freed_memory, take_turns, times, with_spread
 from mona_mm.checkpoint.delta import load_delta, save_delta
 from mona_mm.errors import ConfigError
@@ -133,7 +133,7 @@ def run(
     """
     peft = import_peft()
     for arch in archs:
-        base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | bases[arch]
+        base = base_config(bases[arch])
         torch.manual_seed(0)
         stock = MODELS.build(base)
         with _quiet():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mona_mm.benchmark.backbone import ARCHS, DEPLOYED, LABELS, VARIANTS, Case, build_backbone
+from mona_mm.benchmark.backbone import ARCHS, DEPLOYED, LABELS, VARIANTS, Case, base_config, build_backbone
 from mona_mm.benchmark.timing import cells, heading, return_freed_memory, take_turns, times, with_spread
 
 TOLERATED = 0.03
@@ -61,7 +61,7 @@ def run(
     """
     variants = [variant for variant in methods or VARIANTS if variant not in _FIXED_FORMS]
     for arch in archs:
-        base = dict(type='mmdet.SwinTransformer', drop_path_rate=0.2) | bases[arch]
+        base = base_config(bases[arch])
         for variant in variants:
             cases = {}
             for fast in (False, True):

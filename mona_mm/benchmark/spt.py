@@ -16,7 +16,6 @@ gradient of the weights is also timed alone. The variants are:
 import gc
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from mona_mm.benchmark.module import rates
 from mona_mm.benchmark.timing import cells, heading, seconds, take_turns, times, times_floor, wait, with_spread
 from mona_mm.nn.replaced import replaced
+from mona_mm.report.memory import peak_since, resident
 from mona_mm.spt import sparse
 
 VIT_B = (3072, 768)
@@ -293,14 +293,9 @@ def _peak_of_process(sender, threads: int, variant: str, *args) -> None:
     case.optimizer.zero_grad()
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')  # resets the high-water mark to the memory in use now
-    before = _status('VmRSS')
+    before = resident()
     case.step()
-    sender.send(_status('VmHWM') - before)
-
-
-def _status(field: str) -> int:
-    """Read a size in bytes from the status that Linux keeps of this process."""
-    return 1024 * int(re.search(rf'{field}:\s+(\d+)', Path('/proc/self/status').read_text()).group(1))
+    sender.send(peak_since() - before)
 
 
 def header(row: Row) -> str:
