@@ -38,7 +38,7 @@ from mona_mm.reproduce import published_results
 
 PARTS = (  # of other configs, no configs themselves
     *('default_runtime', 'adamw_swin', 'classifier', 'classification_swin_l', 'dense_swin_l', 'detection_swin_l'),
-    *('small_data', 'quick'),
+    *('small_data', 'quick', 'retinanet', 'mask_rcnn'),
 )
 # In test_vtab.py, test_compare.py, test_own_data.py, test_dinov2.py, test_peft_detectors.py and test_lora_family.py.
 ELSEWHERE = re.compile(r'(^|_)(vtab|fgvc)|^(spt|mini|custom)_|dino|_(principal|minor)$')

@@ -8,3 +8,5 @@ dinov2_s = dict(
         type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth'
     ),
 )
+dinov2_s_with_mona = dict(type='mona_mm.PeftBackbone', base=dinov2_s, peft=dict(type='Mona', bottleneck=64))
+pyramid = dict(type='mona_mm.SimpleFeaturePyramid', in_channels=384, out_channels=256)

@@ -1,10 +1,3 @@
 _base_ = ['../_base_/custom_classifier.py']
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mona_mm.PeftBackbone',
-        base={{_base_.model.backbone}},
-        peft=dict(type='Mona', bottleneck=64),
-    )
-)
+model = dict(backbone=dict(_delete_=True, **_base_.dinov2_s_with_mona))
