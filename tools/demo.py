@@ -34,20 +34,13 @@ from mona_mm.commands.config import find_last_checkpoint
 from mona_mm.datasets.shapes import make_demo_dataset
 from mona_mm.errors import MissingFileError, UserError
 from mona_mm.report.run import read_results
-from mona_mm.reproduce import quick_config
+from mona_mm.reproduce import SCORES, quick_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / 'configs/demo/demo_mona_shapes.py'
 REAL_CONFIG = REPOSITORY / 'configs/mona/cascade_swin_b_coco.py'
 OWN_DATA_CONFIG = REPOSITORY / 'configs/custom/custom_mask_rcnn_swin_t.py'
 
-SCORES = {
-    'coco/bbox_mAP': 'box AP',
-    'coco/segm_mAP': 'mask AP',
-    'mIoU': 'mIoU',
-    'accuracy/top1': 'top-1',
-}
-"""The scores that are shown, by their names among the metrics."""
 FROZEN = ('model.backbone.peft=None', 'model.backbone.trainable=none')
 
 ZOOM = 3  # the factor by which pictures are larger than the images
@@ -137,7 +130,7 @@ class DemoHook(Hook):
 def describe(metrics: dict[str, float]) -> str:
     """Format the scores as one line."""
     parts = []
-    for key, name in SCORES.items():
+    for key, name, _ in SCORES.values():
         if key in metrics:
             half = metrics.get(f'{key}_50')
             digits = 3 if key.startswith('coco') else 1

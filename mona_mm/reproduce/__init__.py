@@ -10,7 +10,7 @@ from mona_mm.reproduce.comparison import (
     check_material,
 )
 from mona_mm.reproduce.full_size import TABLES, find_comparison
-from mona_mm.reproduce.own_table import OWN, OwnTable, extend_own_table, quick_config, read_own_table
+from mona_mm.reproduce.own_table import OWN, SCORES, OwnTable, extend_own_table, quick_config, read_own_table
 from mona_mm.reproduce.page import write_page
 from mona_mm.reproduce.pictures import draw_pictures
 from mona_mm.reproduce.published import published_results
@@ -26,6 +26,7 @@ __all__ = [
     'MINI',
     'OWN',
     'RUNS',
+    'SCORES',
     'TABLES',
     'Cell',
     'ComparedTask',

@@ -27,7 +27,7 @@ _CONFIGS = dict(
     maps='custom/quick_fcn_dinov2_s.py',
     labels='custom/quick_classifier_dinov2_s.py',
 )
-_SCORES = dict(
+SCORES = dict(
     boxes=('coco/bbox_mAP', 'box AP', 100.0),
     masks=('coco/segm_mAP', 'mask AP', 100.0),
     maps=('mIoU', 'mIoU', 1.0),
@@ -56,7 +56,7 @@ class OwnTable:
         """The table as one that :class:`mona_mm.reproduce.queue.Queue` can run."""
         tasks = []
         for name, task in self.tasks.items():
-            metric, label, percent = _SCORES[task['kind']]
+            metric, label, percent = SCORES[task['kind']]
             options = dict(task['options'])
             tasks.append(ComparedTask(name, task['config'], task['folder'], metric, label, percent, own_data=options))
         return Comparison(
