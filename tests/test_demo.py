@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -203,10 +204,13 @@ def test_a_frozen_run_that_fails(demo, tmp_path, monkeypatch):
     ):
         demo['scores_of_frozen'](process, str(tmp_path / 'frozen'))
     assert 'missing.py' in (tmp_path / 'frozen/output.txt').read_text()
-    monkeypatch.setattr(sys, 'executable', 'sleep')
+    sleeper = tmp_path / 'sleeper'
+    sleeper.write_text('#!/bin/sh\nexec sleep 20\n')
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(sleeper))
     with pytest.raises(KeyboardInterrupt), demo['frozen_run'](task, str(tmp_path / 'frozen')) as process:
         raise KeyboardInterrupt
-    assert process.poll() is not None
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_scores_are_read(demo, tmp_path):
