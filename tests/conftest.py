@@ -1,5 +1,6 @@
 """What the tests share: small hosts of every kind, small data, a small detector, and the independent evidence."""
 
+import gc
 import json
 import os
 import runpy
@@ -98,6 +99,13 @@ class _beside_the_checkout:
     """Whether the test that runs may look there."""
 
     allowed = False
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported out of garbage collection: mmengine collects whenever it reads a data set, and each time
+    goes through the objects of all libraries, which is a tenth of the whole run."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):

@@ -1,5 +1,6 @@
 """tools/write_metafiles.py as a module: what is listed for `mim search`."""
 
+import functools
 import importlib.util
 import sys
 
@@ -10,4 +11,5 @@ TOOL = sys.modules.setdefault('write_metafiles', importlib.util.module_from_spec
 _SPEC.loader.exec_module(TOOL)
 
 BUDGET, COUNT, METHODS, PUBLISHED = TOOL.BUDGET, TOOL.COUNT, TOOL.CATALOGUE, TOOL.PUBLISHED
-configs, listed = TOOL.configs, TOOL.listed
+configs = TOOL.configs
+listed = functools.cache(TOOL.listed)  # reading all of the files takes a second
