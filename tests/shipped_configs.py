@@ -107,6 +107,8 @@ def scaled_down(config, most: int = 16):
             value = min(value, most)
         elif key == 'num_cp':  # needs fairscale
             value = -1
+        elif key == 'batch_augments' and value:  # images are of one size here, and would be padded to a megapixel
+            value = [step for step in value if 'FixedSizePad' not in str(step['type'])] or None
         elif key == 'type' and value == 'MMSyncBN':  # needs several processes
             value = 'BN'
         else:
