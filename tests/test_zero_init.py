@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mona_mm.methods import Adapter, LoRand, Mona
+from mona_mm.methods import Adapter, CoLin, LoRand, Mona
 
-METHODS = {'Mona': Mona, 'Adapter': Adapter, 'LoRand': LoRand}
+METHODS = {'Mona': Mona, 'Adapter': Adapter, 'LoRand': LoRand, 'CoLin': CoLin}
 
 
 @pytest.mark.parametrize('name', METHODS)

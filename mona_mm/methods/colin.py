@@ -123,6 +123,8 @@ class CoLin(StreamModule):
         rank: rank of both projections.
         branches: number :math:`k` of vectors of scales, which are used as their sum.
         orthogonality: factor :math:`\lambda` of the term in the loss; 0 leaves it out.
+        zero_init: begin as the identity, with zeros in the factor B and the bias of the up projection, in place of the
+            published start, which is random and perturbs the features of a plain ViT (see docs/which_method.md).
 
     Raises:
         ConfigError: if ``bottleneck``, ``rank`` or ``branches`` is not a whole number of at least 1, ``rank`` exceeds
@@ -139,6 +141,7 @@ class CoLin(StreamModule):
         rank: Width = 28,
         branches: Width = 4,
         orthogonality: Ratio = 0.5,
+        zero_init: bool = False,
     ) -> None:
         super().__init__()
         if rank > min(channels, bottleneck):
@@ -147,6 +150,7 @@ class CoLin(StreamModule):
                 f'and bottleneck={bottleneck}: a projection between the two has no higher rank.'
             )
         self.orthogonality = float(orthogonality)
+        self.zero_init = zero_init
         self.down = CoLinLinear(channels, bottleneck, rank)
         self.depthwise = GatedDepthwise(bottleneck)
         self.up = CoLinLinear(bottleneck, channels, rank)
@@ -160,6 +164,9 @@ class CoLin(StreamModule):
         self.down.reset_parameters(len(self.g))
         self.g.copy_(self.up.reset_parameters(len(self.g)))
         self.depthwise.reset_parameters()
+        if self.zero_init:
+            nn.init.zeros_(self.up.b)
+            nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor, hw: Grid) -> Tensor:
         """Map tokens ``(B, N, C)`` to ``(B, N, C)``. Class and register tokens, which come first, skip the
