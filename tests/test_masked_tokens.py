@@ -1,4 +1,5 @@
-"""Masked autoencoders leave tokens out, so that those of a block are no grid."""
+"""Backbones of pretraining: those that leave tokens out, so that the tokens of a block are no grid, and those that keep
+what another part of the model reads."""
 
 import pytest
 import torch
@@ -36,3 +37,19 @@ def test_a_map_of_single_tokens_is_not(peft):
     assert tokens.shape == (2, 5, 16)
     tokens.square().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if '.peft.' in name)
+
+
+@pytest.mark.parametrize('fast', [True, False])
+def test_what_a_forward_keeps_for_others_is_there(fast):
+    """BEiT's forward assigns the bias of the positions to the backbone, where the neck of BEiT v2 reads it. It is that
+    of the last call, as in the stock backbone."""
+    base = dict(type='mmpretrain.BEiTPretrainViT', arch=dict(ARCH, embed_dims=16), img_size=32, patch_size=8)
+    model = PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=4), fast=fast)
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            model.rel_pos_bias.relative_position_bias_table.normal_()
+        model(torch.rand(2, 3, 32, 32), mask=torch.zeros(2, 4, 4))
+        found.append(model.shared_rel_pos_bias)
+        assert torch.equal(found[-1], model.rel_pos_bias())
+    assert not torch.equal(*found)

@@ -24,7 +24,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.hosts.host import BlockSpec, Grid
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
-from mona_mm.nn.substitute import substitute
+from mona_mm.nn.substitute import call_substituted
 from mona_mm.nn.tracing import is_traced
 
 _NOT_TOLD = (
@@ -243,8 +243,7 @@ class PeftBlock(Mixin):
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the attention module, with the method's additions in the weights that the host reads directly."""
-        weights = self.weights()
-        return (substitute(self, weights) if weights else self).attn(*args, **kwargs)
+        return call_substituted(self, self.weights(), lambda block: block.attn(*args, **kwargs))
 
 
 class HookedBlock(PeftBlock):
@@ -261,8 +260,11 @@ class HookedBlock(PeftBlock):
         """The stock forward of the block, with the additions of its stream sites."""
         # The stock block's own checkpoint would recompute without the state of the call; see PeftBlock.forward.
         parts = {**self.weights(), **({'with_cp': False} if getattr(self, 'with_cp', False) else {})}
-        stock = substitute(self, parts) if parts else self
-        out = super(PeftBlock, stock).forward(*args, **kwargs)
+
+        def stock(block: nn.Module) -> Any:
+            return super(PeftBlock, block).forward(*args, **kwargs)
+
+        out = call_substituted(self, parts, stock)
         x, other_outputs = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         call = _call_of(self)
         middle = self.spec.mid_layout or self.spec.layout

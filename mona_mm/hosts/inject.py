@@ -13,7 +13,7 @@ from mona_mm.hosts.block import HookedBlock, PassedGrid, PeftBlock, hook_sites, 
 from mona_mm.hosts.host import BlockSpec, Grid, GridSource, Host, find_host
 from mona_mm.hosts.sites import PeftModules, method_modules
 from mona_mm.nn.mixin import mix_in, mix_out
-from mona_mm.nn.substitute import substitute
+from mona_mm.nn.substitute import call_substituted, substitute
 
 
 class Site(NamedTuple):
@@ -219,7 +219,7 @@ def forward_on_grid(
         grid: list[Grid] = []
         parts[path] = _watched(backbone.get_submodule(path), find, grid)
         parts |= {block: _OnGrid(backbone.get_submodule(block), grid) for block in blocks}
-    return type(backbone).forward(substitute(backbone, parts), *args, **kwargs)
+    return call_substituted(backbone, parts, lambda stand_in: type(backbone).forward(stand_in, *args, **kwargs))
 
 
 def _watched(child: nn.Module, find: Callable, grid: list[Grid]) -> nn.Module:

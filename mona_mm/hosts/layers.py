@@ -23,7 +23,7 @@ from mona_mm.hosts.host import BlockSpec, Linear, find_host, is_host
 from mona_mm.hosts.inject import Site
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import mix_in, qualified_name, stock_class
-from mona_mm.nn.substitute import substitute
+from mona_mm.nn.substitute import call_substituted
 
 _LINEARS = ('torch.nn.modules.linear.Linear', 'mmcv.cnn.bricks.wrappers.Linear')
 _CONVOLUTIONS = ('torch.nn.modules.conv.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv2d')
@@ -150,8 +150,11 @@ class PeftLayer(PeftBlock):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward, with the additions to its weights and to its output."""
-        weights = self.weights()
-        out = super(PeftBlock, substitute(self, weights) if weights else self).forward(*args, **kwargs)
+
+        def stock(layer: nn.Module) -> Any:
+            return super(PeftBlock, layer).forward(*args, **kwargs)
+
+        out = call_substituted(self, self.weights(), stock)
         for name, linear in self.spec.linears.items():
             if linear.is_called:
                 x = args[0] if args else kwargs['input']

@@ -37,7 +37,7 @@ from mona_mm.hosts import PeftModules
 from mona_mm.nn.autocast import no_autocast
 from mona_mm.nn.choice import Ways, bucket
 from mona_mm.nn.mixin import Mixin, mix_in, mix_out, stock_class
-from mona_mm.nn.substitute import substitute
+from mona_mm.nn.substitute import call_substituted, substitute
 from mona_mm.nn.tracing import is_traced
 
 # torch warns about the CSR format, of which only the sampled product is used, with indices that SparseDelta checks.
@@ -122,11 +122,18 @@ class SparseModule(Mixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if 'weight' in self.peft and _is_linear(stock_class(self)):
             return self._linear(*args, **kwargs)
-        return super(SparseModule, self.effective()).forward(*args, **kwargs)
+
+        def stock(module: nn.Module) -> Any:
+            return super().forward(*args, **kwargs)
+
+        return call_substituted(self, self._effective_parameters(), stock)
 
     def effective(self) -> nn.Module:
         """Make a stand-in for this module that has the effective parameters, for one call."""
-        return substitute(self, {name: delta(getattr(self, name)) for name, delta in self.peft.items()})
+        return substitute(self, self._effective_parameters())
+
+    def _effective_parameters(self) -> dict[str, Tensor]:
+        return {name: delta(getattr(self, name)) for name, delta in self.peft.items()}
 
     def _linear(self, input: Tensor) -> Tensor:
         delta, bias = self.peft['weight'], self.bias
