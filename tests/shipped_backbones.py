@@ -59,7 +59,7 @@ def different_backbones(library: str) -> dict[str, dict]:
                 continue  # shipped_configs.py names it
             for base in backbones_in(model):
                 base = {key: value for key, value in base.items() if key not in ('init_cfg', 'pretrained')}
-                base = {key: -1 if key == 'frozen_stages' else value for key, value in base.items()}
+                base = {key: value for key, value in base.items() if key != 'frozen_stages'}
                 base = one_process(base)
                 key = digest(plain(base))
                 entry = found.setdefault(key, dict(config=base, scope=config.get('default_scope', library), paths=[]))

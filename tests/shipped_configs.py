@@ -525,7 +525,7 @@ def with_peft(config, method: str):
     result = {key: with_peft(value, method) for key, value in config.items()}
     base = result.get('backbone')
     if isinstance(base, dict) and 'type' in base:
-        base = {key: -1 if key == 'frozen_stages' else value for key, value in base.items()}
+        base = {key: value for key, value in base.items() if key != 'frozen_stages'}
         peft = dict(type=f'mona_mm.{method}', **PEFT.get(method, {}))
         result['backbone'] = dict(type='mona_mm.PeftBackbone', base=base, peft=peft)
     return result

@@ -1,6 +1,7 @@
 """Every method on every host: what injecting promises, whatever is injected."""
 
 import importlib
+import re
 import sys
 from dataclasses import replace
 
@@ -244,12 +245,16 @@ def test_mixed_precision_of_the_methods_without_modules(host, rule, dtype, devic
         (dict(HOSTS['mmseg-swin'], frozen_stages=2), 2),
         (dict(HOSTS['mmpretrain-swin'], frozen_stages=0), 0),
         (dict(HOSTS['mmpretrain-vit'], frozen_stages=2), 2),
+        (dict(type='mmpretrain.EfficientNet', arch='b0', frozen_stages=2), 2),
     ],
 )
 def test_frozen_stages_under_a_method_are_refused(base, stages):
-    """The host would freeze the method's modules again at every `.train()`: refused, with the reason."""
-    with pytest.raises(ConfigError, match=rf'frozen_stages={stages}.*frozen_stages=-1'):
+    """The host would freeze the method's modules again at every `.train()`: refused, with the reason and the value that
+    is taken instead."""
+    with pytest.raises(ConfigError, match=rf'frozen_stages={stages} ') as refused:
         PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=8))
+    advised = int(re.search(r'set frozen_stages=(-?\d)', str(refused.value))[1])
+    PeftBackbone(base=dict(base, frozen_stages=advised), peft=dict(type='Mona', bottleneck=8))
     without = PeftBackbone(base=base)  # without a method it is the host's own business, and is respected
     without.train()
     assert 0 < len(record_of(without).freeze.trainable) < len(list(without.parameters()))

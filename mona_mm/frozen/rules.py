@@ -17,6 +17,7 @@ a module type, ``'Conv2d'``         every parameter directly in modules of that 
 The second names are those of the methods in the tables of the Mona paper and in reports.
 """
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -245,9 +246,20 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
         raise ConfigError(
             f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
             f'the {method} modules in them, and repeats it at every .train(), even after the model '
-            'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages=-1, and select in '
+            f'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages={_no_stages(type(host))}, '
+            'and select in '
             '`trainable` which parameters of the base train.'
         )
+
+
+def _no_stages(cls: type) -> int:
+    """The value of ``frozen_stages`` with which a backbone freezes none: its default where that does, as 0 in an
+    EfficientNet, which takes no -1."""
+    for each in cls.__mro__:
+        parameter = inspect.signature(each.__init__).parameters.get('frozen_stages')
+        if parameter is not None:
+            return min(parameter.default, 0) if isinstance(parameter.default, int) else -1
+    return -1
 
 
 def check_trainable(model: nn.Module) -> None:
