@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import assert_equal, assert_near, in_processes, run_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -167,6 +171,40 @@ def test_a_model_whose_trained_weights_are_sharded(tmp_path):
             assert_near(found['optimizer']['state'][number]['exp_avg'], state['exp_avg'], 1e-9, least=1e-3)
     alone = run(cases[0], tmp_path, 2, 'resumed', str(base), load_from=f'{tmp_path}/1-whole/epoch_1.pth', resume=True)
     assert_near(alone.state_dict(), expected['state_dict'], 1e-9, least=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('c++') is None, reason='DeepSpeed compiles what it sends by on a CPU')
+def test_deepspeed(demo_data, tmp_path, monkeypatch):
+    """A run by DeepSpeed on two processes, stopped after one of two epochs and resumed from its folder, writes the
+    deltas of one by mmengine's own Runner on two, as near as two sums of two numbers are."""
+    pytest.importorskip('deepspeed')
+    monkeypatch.setenv('DS_ACCELERATOR', 'cpu')
+    settings = [
+        '--cfg-options',
+        f'data_root={demo_data}',
+        'train_cfg.val_interval=9',
+        'randomness.seed=0',
+        'default_hooks.checkpoint.max_keep_ckpts=-1',
+    ]
+
+    def train(name: str, *options: str) -> None:
+        file = str(ROOT / 'configs/demo/demo_mona_shapes.py')
+        command = ['bash', str(ROOT / 'tools/dist_train.sh'), file, '2', '--work-dir', str(tmp_path / name)]
+        done = subprocess.run(
+            [*command, *options, *settings], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    environment = dict(os.environ, PYTHON=sys.executable, PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    train('plain')
+    train('deepspeed', '--strategy', 'deepspeed')
+    whole = read_delta(tmp_path / 'deepspeed/epoch_2.delta.safetensors').tensors
+    assert_near(whole, read_delta(tmp_path / 'plain/epoch_2.delta.safetensors').tensors, 1e-5, least=1e-3)
+    shutil.rmtree(tmp_path / 'deepspeed/epoch_2.pth')
+    (tmp_path / 'deepspeed/last_checkpoint').write_text(str(tmp_path / 'deepspeed/epoch_1.pth'))
+    train('deepspeed', '--strategy', 'deepspeed', '--resume')
+    assert_equal(read_delta(tmp_path / 'deepspeed/epoch_2.delta.safetensors').tensors, whole)
 
 
 @pytest.mark.slow
