@@ -101,11 +101,26 @@ class _beside_the_checkout:
     allowed = False
 
 
+def leave_modules_out_of_garbage_collection(seen: list[int]) -> None:
+    """Garbage is not looked for among the objects of what has been imported, when much has been since the last time:
+    mmengine collects whenever it reads a data set, and each time would go through all libraries, which come as the
+    tests need them. That is a tenth of the whole run."""
+    if len(sys.modules) > seen[-1] + 100:
+        seen.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()
+
+
+_MODULES_SEEN = [0]
+
+
 def pytest_collection_finish(session):
-    """Leave what is imported out of garbage collection: mmengine collects whenever it reads a data set, and each time
-    goes through the objects of all libraries, which is a tenth of the whole run."""
-    gc.collect()
-    gc.freeze()
+    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
 
 
 def pytest_runtest_setup(item):
