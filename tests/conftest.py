@@ -7,8 +7,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.logging import MessageHub, MMLogger
@@ -35,6 +38,16 @@ needs_gpu = pytest.mark.needs_gpu
 
 # One stage has a second block, whose windows are shifted: a block costs the same time in each stage.
 SWIN = dict(embed_dims=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 3, 4))
+# For runs, checkpoints and deltas, which are of all modules alike: a block in each of two stages.
+SMALL_SWIN = dict(
+    type='mmdet.SwinTransformer',
+    drop_path_rate=0.3,
+    embed_dims=24,
+    depths=(1, 1),
+    num_heads=(1, 2),
+    strides=(4, 2),
+    out_indices=(0, 1),
+)
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
 HOSTS = {
     'mmdet-swin': dict(type='mmdet.SwinTransformer', drop_path_rate=0.3, **SWIN),
@@ -181,6 +194,33 @@ def quick_runners(monkeypatch):
         monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
 
 
+class _Undrawn:
+    """In the place of matplotlib's canvases: an empty picture of the same kind."""
+
+    def __init__(self, chart) -> None:
+        assert isinstance(chart, Figure)
+
+    def print_svg(self, file, metadata) -> None:
+        file.write('<svg></svg>')
+
+    def print_figure(self, file, dpi) -> None:
+        file.write(cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+
+
+@pytest.fixture
+def drawn_charts():
+    """Charts are drawn in this test."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn_charts(request, monkeypatch):
+    """The charts of pages and reports are made and not drawn, also in processes that are forked from a test: drawing
+    takes two thirds of a small run. What is about charts has the fixture ``drawn_charts``."""
+    if 'drawn_charts' not in request.fixturenames:
+        for canvas in ('FigureCanvasSVG', 'FigureCanvasAgg'):
+            monkeypatch.setattr(f'mona_mm.report.html.{canvas}', _Undrawn)
+
+
 @pytest.fixture(params=HOSTS)
 def host(request) -> dict:
     """The config of a small backbone of each supported kind."""
@@ -223,7 +263,7 @@ def base_file(tmp_path_factory) -> Path:
     """The pretrained base: a Swin's random weights."""
     file = tmp_path_factory.mktemp('base') / 'base.pth'
     torch.manual_seed(11)
-    model = MODELS.build(HOSTS['mmdet-swin'])
+    model = MODELS.build(SMALL_SWIN)
     model.init_weights()
     torch.save(model.state_dict(), file)
     return file

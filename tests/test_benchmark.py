@@ -81,7 +81,7 @@ def test_which_variants():
         choose_variants(['mona', 'lora_merged'], False)
 
 
-def test_table_targets_and_picture(measured, tmp_path):
+def test_table_targets_and_picture(drawn_charts, measured, tmp_path):
     """A line of the table for every row, three sentences for every size, and a PNG of several Swins and batches."""
     lines = table(measured)
     assert len(lines) == 2 + len(measured)

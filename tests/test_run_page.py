@@ -232,7 +232,7 @@ def check_page(folder, prefix='') -> str:
     return text
 
 
-def test_a_detector_writes_its_page(detector_config, tool, tmp_path):
+def test_a_detector_writes_its_page(drawn_charts, detector_config, tool, tmp_path):
     """One epoch, by the tool: every evaluation is in the table with its metrics and the scores of each class."""
     detector_config.merge_from_dict({'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1})
     detector_config.custom_hooks = []
@@ -250,7 +250,7 @@ def test_a_detector_writes_its_page(detector_config, tool, tmp_path):
 
 
 @pytest.mark.parametrize('make', [pytest.param(classifier, marks=pytest.mark.slow), segmentor])
-def test_a_config_of_four_lines_gets_everything(make, tool, tmp_path):
+def test_a_config_of_four_lines_gets_everything(drawn_charts, make, tool, tmp_path):
     """A config without any of our bases, trained by the tool: what trains, the check of frozen weights, deltas, safe
     checkpoints and the page; a terminal of at most 40 lines before the first line of training; and a test's page."""
     config, work = make(tmp_path), tmp_path / 'work'
