@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.backends.backend_agg
-import matplotlib.figure
+import matplotlib.figure  # noqa: F401  imported here, so that the processes need not do it
 import mmcv
-import mmcv.ops  # noqa: F401  these are imported here, so that the processes need not do it
+import mmcv.ops
 import numpy as np
 import torch
 from helpers import run_tool

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import HOSTS
 from fast_forms import step as step_of
-from helpers import assert_equal, assert_near
+from helpers import assert_equal, assert_near, pairwise
 from mmcv.cnn.bricks.transformer import FFN
 from torch import nn
 from torch.utils.data import DataLoader
@@ -303,7 +303,14 @@ def test_blocks(name, mode, times):
         assert_near(result, results[0], 1e-5 if mode != 'autocast' else 0.05)
 
 
-@pytest.mark.parametrize('method', ['Mona', 'Adapter', None])
+@pytest.mark.parametrize(
+    ('method', 'host'),
+    pairwise(
+        dict(Mona='Mona', Adapter='Adapter', none=None),
+        HOSTS,
+        common=lambda method, host: method == 'Mona' or host in ('mmdet-swin', 'mmpretrain-vit'),
+    ),
+)
 def test_a_backbone_with_measured_choices(method, host):
     """Whatever is fastest here, a training step equals that of the fixed choices within rounding."""
 

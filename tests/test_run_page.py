@@ -236,6 +236,7 @@ def test_a_detector_writes_its_page(drawn_charts, detector_config, tool, tmp_pat
     """One epoch, by the tool: every evaluation is in the table with its metrics and the scores of each class."""
     detector_config.merge_from_dict({'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1})
     detector_config.custom_hooks = []
+    detector_config.train_dataloader.dataset.indices = 2
     detector_config.dump(tmp_path / 'mine.py')
     status, out, err = tool('train.py', str(tmp_path / 'mine.py'), '--work-dir', str(tmp_path / 'work <1>'))
     assert status == 0, err
@@ -245,7 +246,7 @@ def test_a_detector_writes_its_page(drawn_charts, detector_config, tool, tmp_pat
     assert 'method (Mona)' in text and '.delta.safetensors' in text and 'largest memory' in text
     assert all(f'<td>{name}</td>' in text for name in ('disc', 'square', 'triangle', 'star'))
     (row,) = rows_of(tmp_path / 'work <1>/results.csv')
-    assert row['iteration'] == '6' and float(row['coco/bbox_mAP']) >= 0
+    assert row['iteration'] == '2' and float(row['coco/bbox_mAP']) >= 0
     assert any(name.startswith('class/') for name in row)
 
 
