@@ -88,8 +88,10 @@ def test_what_the_plan_says_trains(host, spt):
         list(STRUCTURED),
         CLONES,
         list(PRECISIONS),
-        common=lambda host, kind, _, dtype: (
-            is_common_structured(host, kind) and (dtype == 'torch.bfloat16' or host == 'mmpretrain-vit')
+        common=lambda host, kind, clone, dtype: (
+            is_common_structured(host, kind)
+            and (clone == 'deepcopy') == (host == 'mmdet-swin')
+            and (dtype == 'torch.float16') == (host == 'mmpretrain-vit')
         ),
     ),
 )
