@@ -33,6 +33,9 @@ pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', '
 # wants to know whether they change a result.
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
+# Imports and models make many objects and hardly any garbage: it is looked for a thirtieth as often.
+gc.set_threshold(20_000, 20, 20)
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
 
