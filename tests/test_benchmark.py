@@ -337,7 +337,7 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
+def test_killed_run_keeps_its_figures(drawn_charts, monkeypatch, tmp_path, capsys):
     """What was measured before a run ends is in the file, and a picture can be drawn of it."""
 
     def rows(size):

@@ -43,7 +43,11 @@ def times(monkeypatch):
 
 def all_ways() -> list[Ways]:
     """Those of the package, and of the test that runs."""
-    return [thing for thing in gc.get_objects() if type(thing) is Ways]  # isinstance would look into dead proxies
+    gc.unfreeze()  # conftest.py leaves what is imported out of garbage collection
+    try:
+        return [thing for thing in gc.get_objects() if type(thing) is Ways]  # isinstance would look into dead proxies
+    finally:
+        gc.freeze()
 
 
 def identity(x):

@@ -287,7 +287,7 @@ def test_a_page_never_stops_a_run(make_runner, tmp_path):
     assert not (work / 'report.html').exists()
 
 
-def test_a_model_that_predicts_something_else_has_a_page(make_runner, tmp_path):
+def test_a_model_that_predicts_something_else_has_a_page(drawn_charts, make_runner, tmp_path):
     """Without boxes, label maps or scores there are still the curves and the metrics."""
     runner = make_runner(mona_swin(), hooks=[dict(type='mona_mm.RunReportHook')])
     runner.train()

@@ -24,12 +24,12 @@ class Images(Dataset):
 
 
 class Toy(BaseModel):
-    """A backbone, a head, a loss."""
+    """A Swin, a head, a loss."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(48, 1)
+        self.head = nn.Linear(backbone.num_features[-1], 1)
 
     def forward(self, inputs, mode='tensor'):
         out = self.head(self.backbone(inputs)[-1].mean((2, 3)))
