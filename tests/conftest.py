@@ -1,14 +1,19 @@
 """What the tests share: small hosts of every kind, small data, a small detector, and the independent evidence."""
 
+import copy
 import gc
 import json
 import os
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.logging import MessageHub, MMLogger
@@ -28,13 +33,45 @@ pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', '
 # wants to know whether they change a result.
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', 1)))
 
+# Imports and models make many objects and hardly any garbage: it is looked for a thirtieth as often.
+gc.set_threshold(20_000, 20, 20)
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
+
+_read_config = Config._file2dict
+
+
+@cache
+def _what_it_says(file: str, args: tuple, kwargs: tuple) -> tuple:
+    return _read_config(file, *args, **dict(kwargs))
+
+
+def _read_config_once(filename, *args, **kwargs):
+    """mmengine copies a config and each file that it is based on to another folder, parses it four times and executes
+    it, a fifth of a second in all: the shipped configs, which no test changes, are read once."""
+    file = os.path.abspath(filename)
+    if not file.startswith(f'{ROOT}/configs/') or not os.path.isfile(file):
+        return _read_config(filename, *args, **kwargs)
+    return copy.deepcopy(_what_it_says(file, args, tuple(sorted(kwargs.items()))))
+
+
+Config._file2dict = staticmethod(_read_config_once)
 
 needs_gpu = pytest.mark.needs_gpu
 
 # One stage has a second block, whose windows are shifted: a block costs the same time in each stage.
 SWIN = dict(embed_dims=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 3, 4))
+# For runs, checkpoints and deltas, which are of all modules alike: a block in each of two stages.
+SMALL_SWIN = dict(
+    type='mmdet.SwinTransformer',
+    drop_path_rate=0.3,
+    embed_dims=24,
+    depths=(1, 1),
+    num_heads=(1, 2),
+    strides=(4, 2),
+    out_indices=(0, 1),
+)
 VIT = dict(embed_dims=32, num_layers=3, num_heads=2, feedforward_channels=64)
 HOSTS = {
     'mmdet-swin': dict(type='mmdet.SwinTransformer', drop_path_rate=0.3, **SWIN),
@@ -101,11 +138,26 @@ class _beside_the_checkout:
     allowed = False
 
 
+def leave_modules_out_of_garbage_collection(seen: list[int]) -> None:
+    """Garbage is not looked for among the objects of what has been imported, when much has been since the last time:
+    mmengine collects whenever it reads a data set, and each time would go through all libraries, which come as the
+    tests need them. That is a tenth of the whole run."""
+    if len(sys.modules) > seen[-1] + 100:
+        seen.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()
+
+
+_MODULES_SEEN = [0]
+
+
 def pytest_collection_finish(session):
-    """Leave what is imported out of garbage collection: mmengine collects whenever it reads a data set, and each time
-    goes through the objects of all libraries, which is a tenth of the whole run."""
-    gc.collect()
-    gc.freeze()
+    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
 
 
 def pytest_runtest_setup(item):
@@ -166,6 +218,33 @@ def quick_runners(monkeypatch):
         monkeypatch.setattr(f'{module}.FormatCode', lambda text, **_: (text, True), raising=False)
 
 
+class _Undrawn:
+    """In the place of matplotlib's canvases: an empty picture of the same kind."""
+
+    def __init__(self, chart) -> None:
+        assert isinstance(chart, Figure)
+
+    def print_svg(self, file, metadata) -> None:
+        file.write('<svg></svg>')
+
+    def print_figure(self, file, dpi) -> None:
+        file.write(cv2.imencode('.png', np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+
+
+@pytest.fixture
+def drawn_charts():
+    """Charts are drawn in this test."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn_charts(request, monkeypatch):
+    """The charts of pages and reports are made and not drawn, also in processes that are forked from a test: drawing
+    takes two thirds of a small run. What is about charts has the fixture ``drawn_charts``."""
+    if 'drawn_charts' not in request.fixturenames:
+        for canvas in ('FigureCanvasSVG', 'FigureCanvasAgg'):
+            monkeypatch.setattr(f'mona_mm.report.html.{canvas}', _Undrawn)
+
+
 @pytest.fixture(params=HOSTS)
 def host(request) -> dict:
     """The config of a small backbone of each supported kind."""
@@ -208,7 +287,7 @@ def base_file(tmp_path_factory) -> Path:
     """The pretrained base: a Swin's random weights."""
     file = tmp_path_factory.mktemp('base') / 'base.pth'
     torch.manual_seed(11)
-    model = MODELS.build(HOSTS['mmdet-swin'])
+    model = MODELS.build(SMALL_SWIN)
     model.init_weights()
     torch.save(model.state_dict(), file)
     return file

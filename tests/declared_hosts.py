@@ -3,6 +3,7 @@
 _TRANSFORMER = dict(embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48)
 _MMSEG = dict(img_size=64, patch_size=16, embed_dims=24, num_layers=2, num_heads=2, mlp_ratio=2, out_indices=(0, 1))
 _FOUR = dict(embed_dims=[16] * 4, num_heads=[1, 1, 2, 2], mlp_ratios=[2] * 4, sr_ratios=[8, 4, 2, 1])
+_TWO_STAGES = dict(num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1))
 _ALL = dict(out_indices=(0, 1, 2, 3))
 
 
@@ -26,7 +27,7 @@ def _convolutional() -> dict[str, dict]:
             more = dict(groups=2, width_per_group=4) if name == 'ResNeXt' and library == 'mmpretrain' else {}
             more = dict(groups=2, base_width=4) if name == 'ResNeXt' and library != 'mmpretrain' else more
             found[f'{library}-{name.lower()}'] = dict(
-                type=f'{library}.{name}', depth=50, base_channels=8, **_ALL, **more
+                type=f'{library}.{name}', depth=50, base_channels=8, **_TWO_STAGES, **more
             )
         found[f'{library}-hrnet'] = _hrnet(library)
     return found
@@ -45,7 +46,7 @@ _OTHER_CONVOLUTIONAL = {
     ),
     'mmdet-res2net': dict(type='mmdet.Res2Net', depth=50, base_channels=8, scales=2, base_width=4, **_ALL),
     'mmdet-resnest': dict(type='mmdet.ResNeSt', depth=50, base_channels=8, **_ALL),
-    'mmdet-resnet-caffe': dict(type='mmdet.ResNet', depth=50, base_channels=8, style='caffe', **_ALL),
+    'mmdet-resnet-caffe': dict(type='mmdet.ResNet', depth=50, base_channels=8, style='caffe', **_TWO_STAGES),
     'mmdet-trident': dict(
         type='mmdet.TridentResNet',
         depth=50,

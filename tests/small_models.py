@@ -1,7 +1,7 @@
 """A small model around a Swin with every method and rule, its data, and what training makes of it."""
 
 import torch
-from conftest import HOSTS
+from conftest import SMALL_SWIN
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS
 from suite import METHOD_CONFIGS
@@ -50,7 +50,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def small_config(base_file, method, **model) -> dict:
-    base = dict(HOSTS['mmdet-swin'], init_cfg=dict(type='Pretrained', checkpoint=str(base_file)))
+    base = dict(SMALL_SWIN, init_cfg=dict(type='Pretrained', checkpoint=str(base_file)))
     return dict(type='SmallModel', backbone=dict(type='mona_mm.PeftBackbone', base=base, **method), **model)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401  imported here, so that the processes need not do it
 import mmcv
+import mmcv.ops
 import numpy as np
 import torch
 from helpers import run_tool
@@ -26,6 +27,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement
 from torch import nn
 
+import mona_mm.commands.check_config
 import mona_mm.datasets
 import mona_mm.hooks
 import mona_mm.models  # noqa: F401  imported here, so that the processes need not do it

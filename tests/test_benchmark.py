@@ -81,7 +81,7 @@ def test_which_variants():
         choose_variants(['mona', 'lora_merged'], False)
 
 
-def test_table_targets_and_picture(measured, tmp_path):
+def test_table_targets_and_picture(drawn_charts, measured, tmp_path):
     """A line of the table for every row, three sentences for every size, and a PNG of several Swins and batches."""
     lines = table(measured)
     assert len(lines) == 2 + len(measured)
@@ -337,7 +337,7 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
     assert len(error.strip().splitlines()) == 1
 
 
-def test_killed_run_keeps_its_figures(monkeypatch, tmp_path, capsys):
+def test_killed_run_keeps_its_figures(drawn_charts, monkeypatch, tmp_path, capsys):
     """What was measured before a run ends is in the file, and a picture can be drawn of it."""
 
     def rows(size):

@@ -56,7 +56,7 @@ def records() -> dict:
     return {cell: record(cell, score, int(cell.method != 'fixed') * 500) for cell, score in made.items()}
 
 
-def test_page(records, tmp_path):
+def test_page(drawn_charts, records, tmp_path):
     """It holds every method's scores and costs, the charts, what failed, and no address of another file."""
     text = write_page(MINI, {'cpu': records}, tmp_path).read_text()
     rows = [re.sub('<.*?>', ' ', row).split() for row in re.findall('<tr>.*?</tr>', text)]
@@ -74,7 +74,7 @@ def test_page(records, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_results_give_the_same_page(records, tmp_path):
+def test_the_same_results_give_the_same_page(drawn_charts, records, tmp_path):
     pages = [write_page(MINI, {'cpu': records}, tmp_path / name).read_bytes() for name in ('a', 'b')]
     assert pages[0] == pages[1]
 

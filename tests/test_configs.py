@@ -203,10 +203,14 @@ def test_the_depthwise_rule(given):
 
 def is_common(name: str) -> bool:
     """Mona's configs, and of every other method that of one task, each task with a method: that the methods of one task
-    share its settings is what test_fair_is_one_setting shows. Of the ablations one: the others differ in Mona alone."""
+    share its settings is what test_fair_is_one_setting shows. Of the ablations one: the others differ in Mona alone. Of
+    the tasks under fair settings one as well, which differs in Mona's own settings as the others do."""
     method = method_of(name)
     ablation = name in ABLATIONS and not name.endswith('design2')
-    return (method == 'mona' and not ablation) or name == f'{method}_{TASKS[METHODS.index(method) % len(TASKS)]}'
+    fair = name in ('fair_swin_l_flowers102', 'fair_swin_l_oxfordpets')
+    return (
+        method == 'mona' and not ablation and not fair
+    ) or name == f'{method}_{TASKS[METHODS.index(method) % len(TASKS)]}'
 
 
 @pytest.mark.parametrize(
@@ -548,10 +552,20 @@ def small_run(task: str, root: Path, work_dir: Path) -> None:
     assert list(work_dir.glob(f'best_{SCORES[task][0].replace("/", "_")}_*.pth'))
 
 
-@pytest.mark.parametrize('task', [task for task in SCORES if task != 'cascade_swin_b_coco'])
+CLASSIFIED_ALIKE = ('swin_l_voc2007', 'swin_l_oxfordpets')  # as Flowers102, from lists of other forms
+
+
+@pytest.mark.parametrize(
+    'task',
+    [
+        pytest.param(task, marks=[pytest.mark.slow] * (task in CLASSIFIED_ALIKE))
+        for task in SCORES
+        if task != 'cascade_swin_b_coco'
+    ],
+)
 def test_trains_and_evaluates(task, tiny_data, tmp_path, monkeypatch):
     """Every task but COCO's (see the next test) in its original layout: a Runner builds everything, trains, evaluates,
-    and keeps the best checkpoint by the published score."""
+    and keeps the best checkpoint by the published score; two of the four that classify in `make test-all`."""
     if task == 'swin_l_voc2007':
         with pytest.raises(MissingFileError, match='trainval_one_label.txt'):
             check_data(load_config(str(CONFIGS[task]), dict(data_root=str(tiny_data[task]))), ('train',))

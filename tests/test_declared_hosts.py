@@ -366,7 +366,7 @@ def test_activation_checkpoints_around_blocks(name, option):
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(name, marks=[] if name == 'mmseg-mit' else [pytest.mark.slow])
+        pytest.param(name, marks=[] if name == 'mmseg-vit' else [pytest.mark.slow])
         for name in DECLARED
         if name not in VARIANTS
     ],

@@ -197,17 +197,17 @@ def test_what_real_images_need(demo, given, tmp_path, monkeypatch):
 
 def test_a_frozen_run_that_fails(demo, tmp_path, monkeypatch):
     """Its output is kept, and the demo names it. It ends with the demo."""
-    task = demo['Task'](tmp_path / 'missing.py', dict(a=1), None)
+    task, program = demo['Task'](tmp_path / 'missing.py', dict(a=1), None), tmp_path / 'program'
+    monkeypatch.setattr(sys, 'executable', str(program))
+    program.write_text('#!/bin/sh\necho "cannot run $@"\nexit 2\n')
+    program.chmod(0o755)
     with (
         demo['frozen_run'](task, str(tmp_path / 'frozen')) as process,
         pytest.raises(UserError, match='output.txt says'),
     ):
         demo['scores_of_frozen'](process, str(tmp_path / 'frozen'))
     assert 'missing.py' in (tmp_path / 'frozen/output.txt').read_text()
-    sleeper = tmp_path / 'sleeper'
-    sleeper.write_text('#!/bin/sh\nexec sleep 20\n')
-    sleeper.chmod(0o755)
-    monkeypatch.setattr(sys, 'executable', str(sleeper))
+    program.write_text('#!/bin/sh\nexec sleep 20\n')
     with pytest.raises(KeyboardInterrupt), demo['frozen_run'](task, str(tmp_path / 'frozen')) as process:
         raise KeyboardInterrupt
     assert process.returncode == -signal.SIGTERM

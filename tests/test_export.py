@@ -18,11 +18,15 @@ from mona_mm.hosts import PeftBlock, find_host
 from mona_mm.nn.mixin import mix_out, qualified_name, stock_class
 from mona_mm.spt.sparse import attach_sparse, merge_sparse
 
-pairs = pytest.mark.parametrize(('host', 'method'), COVER)
+QUICK = (
+    *(('Swin', method) for method in METHODS if method != 'AdaptFormer'),
+    *(('ViT', 'Mona'), ('SwinV2', 'LoRA'), ('ConvNeXt', 'LoRA'), ('PVTv2', 'single weights')),
+)
+"""Every host once, and on the first every method; AdaptFormer is an Adapter beside the FFN."""
 
 
 def seconds_each(*quick: tuple[str, str], of: list = COVER):
-    """All pairs as a parameter, of which `make test` has only these."""
+    """All pairs as a parameter, of which `make test` has only these, and `make test-all` has all."""
     return pytest.mark.parametrize(
         ('host', 'method'), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in quick)) for pair in of]
     )
@@ -30,7 +34,7 @@ def seconds_each(*quick: tuple[str, str], of: list = COVER):
 
 @seconds_each(
     *((host, 'LoRA') for host in ('SwinV2', 'PVTv2', 'ConvNeXt')),
-    *(('Swin', method) for method in ('Mona', 'CoLin', 'Rein', 'DoRA', 'single weights')),
+    *(('Swin', method) for method in ('CoLin', 'Rein', 'single weights')),
     ('ViT', 'Mona'),
 )
 def test_traced_and_saved(host, method):
@@ -50,7 +54,7 @@ def test_traced_and_saved(host, method):
         assert all(map(torch.equal, model(other), expected))
 
 
-@seconds_each(('Swin', 'Mona'), ('Swin', 'LoRA'), ('ViT', 'single weights'), ('PVTv2', 'Adapter'))
+@seconds_each(('Swin', 'Mona'), ('ViT', 'single weights'))
 def test_exported(host, method):
     """torch.export computes for another image what the model does."""
     model, other = adapted(host, method), image(64, 64, seed=9)
@@ -62,7 +66,7 @@ def test_exported(host, method):
         assert all(map(torch.equal, model(other), expected))
 
 
-@pairs
+@seconds_each(*QUICK)
 def test_torch_func(host, method):
     """functional_call with other values, and vmap over images, against one call after the other."""
     model = adapted(host, method)
@@ -92,7 +96,7 @@ def test_derivatives_in_forward_mode(method):
 
 
 @seconds_each(
-    *(('Swin', 'Mona'), ('Swin', 'Adapter'), ('ViT', 'LoRA'), ('PVTv2', 'single weights')),
+    *(('Swin', 'Mona'), ('ViT', 'LoRA')),
     of=[pair for pair in COVER if pair[0] in ('Swin', 'ViT', 'PVTv2')],
 )
 def test_counters(host, method):
@@ -107,7 +111,7 @@ def test_counters(host, method):
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(('host', 'method'), [p for p in COVER if p[0] != 'SwinV2'])
+@seconds_each(*QUICK, of=[p for p in COVER if p[0] != 'SwinV2'])
 def test_dynamic_quantization(host, method):
     """Linears in 8 bits: near the model in single precision, and the method still reached. (SwinV2 reads the weight of
     a linear by itself, which no quantized one has; the stock one fails as well.)"""
@@ -135,7 +139,7 @@ class Twice(nn.Module):
         return x / 2
 
 
-@pairs
+@seconds_each(*QUICK)
 def test_parametrized(host, method):
     """Every weight parametrized, or weight-normalised, computes what it did; copies do; classes are known again."""
     model = adapted(host, method)

@@ -21,10 +21,17 @@ from mona_mm.record import record_of
 
 STILL = {name: dict(host, drop_path_rate=0.0) for name, host in HOSTS.items()}
 WITH_END = [name for name in HOSTS if 'swinv2' not in name and ('swin' in name or 'vit' in name)]
-CASES = [(name, 'partial_1') for name in WITH_END] + [(name, 'fixed') for name in HOSTS]
+COMMON_WITH_END = ('mmdet-swin', 'mmpretrain-swin', 'mmpretrain-vit')
+CASES = [
+    pytest.param((name, rule), id=f'{name}-{rule}', marks=[] if common else [pytest.mark.slow])
+    for rule, names in (('partial_1', WITH_END), ('fixed', HOSTS))
+    for name in names
+    for common in [(name in COMMON_WITH_END) == (rule == 'partial_1')]
+]
+"""Every rule on every host that has something to keep; `make test` has every host once."""
 
 
-@pytest.fixture(params=CASES, ids='-'.join)
+@pytest.fixture(params=CASES)
 def pair(request) -> tuple[nn.Module, nn.Module]:
     """The same backbone without and with kept features."""
     return make_pair(*request.param)

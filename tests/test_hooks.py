@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HOSTS, needs_gpu
+from conftest import HOSTS, SMALL_SWIN, needs_gpu
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
@@ -53,7 +53,7 @@ def test_only_what_should_train_moves(make_runner, options, monkeypatch):
     elif options == 'frozen-bf16':
         backbone = mona_swin(frozen_dtype='bfloat16')
     elif options == 'with_cp':
-        backbone = PeftBackbone(base=dict(HOSTS['mmdet-swin'], with_cp=True), peft=dict(type='Mona', bottleneck=8))
+        backbone = PeftBackbone(base=dict(SMALL_SWIN, with_cp=True), peft=dict(type='Mona', bottleneck=8))
     runner = make_runner(backbone, hooks, epochs=2, **kwargs)
     before = state(runner.model)
     # init_weights re-initialises the random base before training: compare from there on
@@ -151,12 +151,12 @@ def test_optimizer_gets_only_what_trains(make_runner):
 
 def test_hook_alone_freezes_a_stock_model(make_runner):
     """On a stock config in one process the hook freezes by its rules, and the optimizer drops what it froze."""
-    runner = make_runner(stock_swin(), [dict(type='mona_mm.ParamFreezeHook', trainable=['backbone.stages.3', 'head'])])
+    runner = make_runner(stock_swin(), [dict(type='mona_mm.ParamFreezeHook', trainable=['backbone.stages.1', 'head'])])
     before = {}
     runner.register_hook(Recorder(before), priority='LOWEST')
     runner.train()
     moved = {name for name, t in state(runner.model).items() if not torch.equal(t, before[name])}
-    assert moved == {n for n, _ in runner.model.named_parameters() if n.startswith(('backbone.stages.3.', 'head.'))}
+    assert moved == {n for n, _ in runner.model.named_parameters() if n.startswith(('backbone.stages.1.', 'head.'))}
     held = {id(p) for g in runner.optim_wrapper.optimizer.param_groups for p in g['params']}
     assert held == {id(p) for p in runner.model.parameters() if p.requires_grad}
 
@@ -183,9 +183,7 @@ def test_hook_rules_that_match_nothing_or_contradict(make_runner):
 
 
 def test_nothing_trainable_is_an_error(make_runner):
-    runner = make_runner(
-        FrozenModel(base=HOSTS['mmdet-swin'], trainable='none'), [dict(type='mona_mm.ParamFreezeHook')]
-    )
+    runner = make_runner(FrozenModel(base=SMALL_SWIN, trainable='none'), [dict(type='mona_mm.ParamFreezeHook')])
     freeze(runner.model.head, 'none')
     hook = next(h for h in runner.hooks if type(h).__name__ == 'ParamFreezeHook')
     with pytest.raises(FreezeError, match='No parameter of the model trains'):
@@ -358,9 +356,9 @@ def test_load_from_that_does_not_fit_is_refused(make_runner, tmp_path):
     torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
     make_runner(mona_swin(), check, load_from=str(tmp_path / 'stock.pth')).train()
 
-    stock['head.weight'] = torch.zeros(3, 192)
+    stock['head.weight'] = torch.zeros(3, 48)
     torch.save(dict(state_dict=stock), tmp_path / 'head.pth')
-    with pytest.raises(CheckpointMismatchError, match=r'head\.pth .*head\.weight \(3, 192\) instead of \(1, 192\)'):
+    with pytest.raises(CheckpointMismatchError, match=r'head\.pth .*head\.weight \(3, 48\) instead of \(1, 48\)'):
         make_runner(mona_swin(), check, load_from=str(tmp_path / 'head.pth')).train()
 
 

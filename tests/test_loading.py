@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, SMALL_SWIN
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, BaseTTAModel, MMDistributedDataParallel, PretrainedInit
@@ -76,8 +76,8 @@ class Loaded(Hook):
     before_test = before_train
 
 
-def network(peft=MONA, host='mmdet-swin', classes=2, trainable=None, **base) -> BaseModel:
-    backbone = dict(HOSTS[host], **base)
+def network(peft=MONA, host='small-swin', classes=2, trainable=None, **base) -> BaseModel:
+    backbone = dict(SMALL_SWIN if host == 'small-swin' else HOSTS[host], **base)
     if peft or trainable:
         backbone = dict(type='mona_mm.PeftBackbone', base=backbone, peft=peft, trainable=trainable)
     return MODELS.build(dict(type='Network', backbone=backbone, classes=classes))
@@ -268,8 +268,8 @@ def test_fine_tuning_for_other_classes(prefix, ema, start, tmp_path):
     model = network()
     _, state = start(model, tmp_path / 'five.pth', check=dict(other_classes=True), hooks=hooks)
     assert equal(state, source.state_dict(), [n for n in source.state_dict() if n.startswith('backbone.')])
-    assert state['head.weight'].shape == (2, 192)
-    with pytest.raises(CheckpointMismatchError, match=r'head\.weight \(5, 192\) instead of \(2, 192\).*--fine-tune'):
+    assert state['head.weight'].shape == (2, 48)
+    with pytest.raises(CheckpointMismatchError, match=r'head\.weight \(5, 48\) instead of \(2, 48\).*--fine-tune'):
         start(network(), tmp_path / 'five.pth', hooks=hooks)
 
 

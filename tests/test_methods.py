@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import HOSTS
-from helpers import assert_near
+from helpers import assert_near, pairwise
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -28,7 +28,9 @@ SIZES = (
 )
 
 
-@pytest.mark.parametrize('size', [0, 1, 2], ids=['T', 'B', 'L'])
+@pytest.mark.parametrize(
+    'size', [0, pytest.param(1, marks=pytest.mark.slow), 2], ids=['T', 'B', 'L']
+)  # B and L differ in width alone
 @pytest.mark.parametrize('method', COUNTS)
 def test_published_counts(method, size):
     """Exactly the published numbers of trainable parameters."""
@@ -159,9 +161,10 @@ FORMULAS = {
 }
 
 
-@pytest.mark.parametrize('dropped', [False, True], ids=['kept', 'dropped'])
-@pytest.mark.parametrize('method', ['Mona', 'Adapter', 'AdaptFormer', 'LoRand'])
-@pytest.mark.parametrize('name', FORMULAS)
+@pytest.mark.parametrize(
+    ('name', 'method', 'dropped'),
+    pairwise(list(FORMULAS), ['Mona', 'Adapter', 'AdaptFormer', 'LoRand'], dict(kept=False, dropped=True)),
+)
 def test_placement_in_other_blocks(name, method, dropped):
     """Each method's formula around the stock branches of every other kind of block: before DropPath or after it, before
     a norm that ends the branch or after it, beside the FFN from what enters it."""

@@ -553,7 +553,7 @@ SCORES = dict(boxes='coco/bbox_mAP', maps='mIoU', labels='accuracy/top1')
 @pytest.mark.parametrize(
     'layout', ['coco', *(pytest.param(name, marks=pytest.mark.slow) for name in ('voc', 'masks')), 'folders']
 )
-def test_trains(layout, tmp_path):
+def test_trains(drawn_charts, layout, tmp_path):
     """A folder, one option, a trained and evaluated model; the config in the work dir does the same by itself."""
     root, work = MAKERS[layout](tmp_path / 'data'), tmp_path / 'work'
     cfg = narrow(layout, root, work)

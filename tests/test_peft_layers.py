@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HOSTS
+from conftest import HOSTS, SMALL_SWIN
 from helpers import assert_equal, assert_near
 from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule, ExponentialMovingAverage
@@ -482,14 +482,12 @@ def test_what_a_host_reads_without_calling():
 def test_a_host_as_base(base_file):
     """The base may be a host, whose pretrained file is loaded with PeftBackbone's checks."""
     pretrained = dict(type='Pretrained', checkpoint=str(base_file))
-    model = PeftModel(base=dict(HOSTS['mmdet-swin'], init_cfg=pretrained), targets=[dict(LORA, path='**.qkv')])
+    model = PeftModel(base=dict(SMALL_SWIN, init_cfg=pretrained), targets=[dict(LORA, path='**.qkv')])
     model.init_weights()
     state = torch.load(base_file)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     assert all((p == 0).all() == name.endswith('up.weight') for name, p in model.named_parameters() if '.peft.' in name)
-    wrong = PeftModel(
-        base=dict(HOSTS['mmdet-swin'], embed_dims=48, init_cfg=pretrained), targets=[dict(LORA, path='**.qkv')]
-    )
+    wrong = PeftModel(base=dict(SMALL_SWIN, embed_dims=48, init_cfg=pretrained), targets=[dict(LORA, path='**.qkv')])
     with pytest.raises(CheckpointMismatchError):
         wrong.init_weights()
     with pytest.raises(ConfigError, match='cannot itself be a PeftBackbone'):

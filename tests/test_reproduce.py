@@ -106,6 +106,7 @@ def work_dirs(demo_data, tmp_path_factory):
     root = tmp_path_factory.mktemp('runs')
     cfg = load_config(str(ROOT / 'configs/demo/demo_mona_shapes.py'), dict(data_root=str(demo_data)))
     cfg.train_dataloader.batch_size = 1
+    cfg.train_dataloader.dataset.indices = 2
     cfg.train_cfg.update(max_epochs=3, val_interval=1)
     cfg.default_hooks.logger.interval = 2
     cfg.work_dir = str(root / 'resumed')

@@ -212,7 +212,8 @@ def test_downloads(served, base_file, monkeypatch):
     assert download_place(f'{served}/no.pth?a=b') == f'{torch.hub.get_dir()}/checkpoints/no.pth'
 
 
-def test_damaged_checkpoints(tmp_path):
+@pytest.mark.parametrize('count', [100, pytest.param(400, marks=pytest.mark.slow)])
+def test_damaged_checkpoints(count, tmp_path):
     """Whatever a damage makes of torch's old format or a compressed .npz, the error is the package's own; so it is of
     a plan of the published code, and of a file that holds no names."""
     tensors = {f'layer.{i}.weight': torch.arange(40.0) + i for i in range(4)}
@@ -221,7 +222,7 @@ def test_damaged_checkpoints(tmp_path):
     rng, kinds = random.Random(1), set()
     for name in ('a.pth', 'a.npz'):
         data, bad = (tmp_path / name).read_bytes(), tmp_path / f'bad.{name}'
-        for _ in range(400):
+        for _ in range(count):
             damaged = bytearray(data)
             for _ in range(rng.randrange(1, 4)):
                 damaged[rng.randrange(len(data))] = rng.randrange(256)
@@ -279,7 +280,11 @@ def corrupted(data: bytes, other: bytes, rng: random.Random) -> bytes:
     return bytes(damaged)
 
 
-def test_two_thousand_corruptions(base_file, tmp_path):
+MANY = pytest.mark.parametrize('count', [300, pytest.param(2000, marks=pytest.mark.slow)])
+
+
+@MANY
+def test_many_corruptions(count, base_file, tmp_path):
     """Each is refused with the error that says so, and the model is what it was."""
     model = build(base_file, METHODS['lora'])
     model.init_weights()
@@ -292,7 +297,7 @@ def test_two_thousand_corruptions(base_file, tmp_path):
     data, other = (file.read_bytes() for file in files)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rng, bad, harmless = random.Random(0), tmp_path / 'bad.delta.safetensors', 0
-    for _ in range(2000):
+    for _ in range(count):
         damaged = corrupted(data, other, rng)
         if damaged == data:
             harmless += 1
@@ -305,7 +310,8 @@ def test_two_thousand_corruptions(base_file, tmp_path):
     load_delta(model, files[0])
 
 
-def test_two_thousand_corruptions_of_a_plan(tmp_path):
+@MANY
+def test_many_corruptions_of_a_plan(count, tmp_path):
     """Each is refused with the error that says so: the checksum is over indices, sites and counts alike."""
     hosts = HOSTS['mmpretrain-vit'], HOSTS['mmdet-swin']
     files = [tmp_path / f'{i}.safetensors' for i in range(2)]
@@ -313,7 +319,7 @@ def test_two_thousand_corruptions_of_a_plan(tmp_path):
         plan_for(host, dict(type='LoRA', rank=2)).save(file)
     data, other = (file.read_bytes() for file in files)
     rng, bad, harmless = random.Random(0), tmp_path / 'bad.safetensors', 0
-    for _ in range(2000):
+    for _ in range(count):
         damaged = corrupted(data, other, rng)
         if damaged == data:
             harmless += 1

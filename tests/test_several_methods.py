@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import HOSTS
+from conftest import HOSTS, SMALL_SWIN
 from helpers import assert_equal, assert_near
 from mmengine.registry import MODELS
 from safetensors import safe_open
@@ -28,7 +28,7 @@ from mona_mm.reproduce.logs import Log
 
 LORA, MONA = dict(type='LoRA', rank=4, sites=['q', 'v']), dict(type='Mona', bottleneck=8)
 FFN = dict(type='LoRA', rank=2, sites=['fc1', 'fc2'], name='ffn')
-BACKBONES = {name: HOSTS[name] for name in ('mmdet-swin', 'mmpretrain-vit')}
+BACKBONES = {'mmdet-swin': dict(SMALL_SWIN, depths=(2, 1)), 'mmpretrain-vit': HOSTS['mmpretrain-vit']}
 
 
 @pytest.fixture(params=BACKBONES)

@@ -731,10 +731,13 @@ def test_sensitivity_round_trip(tmp_path):
 
 @pytest.mark.parametrize(
     ('name', 'kind'),
-    [(list(TINY)[i % len(TINY)], kind) for i, kind in enumerate(KINDS)],
+    [
+        pytest.param(list(TINY)[i % len(TINY)], kind, marks=[pytest.mark.slow] * (i not in (0, len(KINDS) - 1)))
+        for i, kind in enumerate(KINDS)
+    ],
     ids=lambda value: value if isinstance(value, str) else value['type'] if value else 'none',
 )
-def test_pictures(name, kind, tmp_path):
+def test_pictures(drawn_charts, name, kind, tmp_path):
     """Every kind of plan can be drawn; the pictures are PNGs of a readable size."""
     import cv2
 

@@ -344,7 +344,7 @@ def tool(monkeypatch, capsys):
 DEMO = 'configs/demo/demo_mona_shapes.py'
 
 
-def test_command_line(tool, demo_data, tmp_path):
+def test_command_line(drawn_charts, tool, demo_data, tmp_path):
     """Measure once, plan twice: the plan and the pictures are where they were asked for, and the second plan, of
     another kind and budget, needs no data."""
     status, out, err = tool(

@@ -9,7 +9,7 @@ from conftest import HOSTS, ROOT
 from declared_hosts import DECLARED
 from foreign_hosts import FOREIGN
 from mmengine.registry import MODELS
-from suite import COMMON, COMMON_STRUCTURED, METHOD_CONFIGS, STRUCTURED, types
+from suite import COMMON, COMMON_IN_HALF_PRECISION, COMMON_STRUCTURED, METHOD_CONFIGS, STRUCTURED, types
 
 from mona_mm import hosts
 from mona_mm.methods import StreamModule
@@ -40,10 +40,12 @@ def test_every_method_and_host_is_covered(monkeypatch):
 
 
 def test_every_method_and_host_is_covered_by_default():
-    """The choice of pairs for `make test` names each host, and each method twice at least."""
+    """The choice of pairs for `make test` names each host, and each method twice at least, once in half precision."""
     assert COMMON.keys() == HOSTS.keys() and all(COMMON.values())
     chosen = [method for methods in COMMON.values() for method in methods]
     assert all(chosen.count(method) >= 2 for method in METHOD_CONFIGS) and set(chosen) == set(METHOD_CONFIGS)
+    low = [method for methods in COMMON_IN_HALF_PRECISION.values() for method in methods]
+    assert COMMON_IN_HALF_PRECISION.keys() == HOSTS.keys() and set(low) == set(METHOD_CONFIGS)
     structured = [kind for kinds in COMMON_STRUCTURED.values() for kind in kinds]
     assert COMMON_STRUCTURED.keys() <= HOSTS.keys()
     assert all(structured.count(kind) >= 2 for kind in STRUCTURED) and set(structured) == set(STRUCTURED)

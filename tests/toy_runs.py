@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
-from conftest import HOSTS
+from conftest import SMALL_SWIN
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
@@ -24,12 +24,12 @@ class Images(Dataset):
 
 
 class Toy(BaseModel):
-    """A backbone, a head, a loss."""
+    """A Swin, a head, a loss."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(192, 1)
+        self.head = nn.Linear(backbone.num_features[-1], 1)
 
     def forward(self, inputs, mode='tensor'):
         out = self.head(self.backbone(inputs)[-1].mean((2, 3)))
@@ -45,11 +45,11 @@ class Score(BaseMetric):
 
 
 def stock_swin() -> nn.Module:
-    return MODELS.build(HOSTS['mmdet-swin'])
+    return MODELS.build(SMALL_SWIN)
 
 
 def mona_swin(**kwargs) -> nn.Module:
-    return PeftBackbone(base=HOSTS['mmdet-swin'], peft=dict(type='Mona', bottleneck=8), **kwargs)
+    return PeftBackbone(base=SMALL_SWIN, peft=dict(type='Mona', bottleneck=8), **kwargs)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
