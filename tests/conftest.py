@@ -39,7 +39,7 @@ gc.set_threshold(20_000, 20, 20)
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / 'tests/golden'
 
-_read_config = Config._file2dict
+_read_config = getattr(Config, '_file2dict', None)  # private: another mmengine may have none
 
 
 @cache
@@ -56,7 +56,8 @@ def _read_config_once(filename, *args, **kwargs):
     return copy.deepcopy(_what_it_says(file, args, tuple(sorted(kwargs.items()))))
 
 
-Config._file2dict = staticmethod(_read_config_once)
+if _read_config is not None:
+    Config._file2dict = staticmethod(_read_config_once)
 
 needs_gpu = pytest.mark.needs_gpu
 
