@@ -21,7 +21,7 @@ from torch import nn
 
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint.merge import merged_state_dict
-from mona_mm.errors import ConfigError
+from mona_mm.errors import ConfigError, UnsupportedHostError
 from mona_mm.hosts import STREAM_SITES, Host, find_host, method_modules
 from mona_mm.methods import StreamModule
 from mona_mm.registry import METHODS
@@ -433,3 +433,9 @@ def test_a_plan_at_a_site_that_a_block_lacks_is_refused(tmp_path):
     Plan(architecture, dict(type='Mona', bottleneck=2), {block: ('post_attn',)}, (), {}).save(file)
     with pytest.raises(ConfigError, match=rf'Mona at {block}\.post_attn.*no such site.*LoRA'):
         PeftBackbone(base=copy.deepcopy(DECLARED['mmpretrain-edgenext']), peft=dict(type='SPT', plan=str(file)))
+
+
+def test_a_backbone_that_was_converted_for_inference_is_refused():
+    """The blocks of a deployed LeViT have other layers than those that train."""
+    with pytest.raises(UnsupportedHostError, match=r'LeViT is not a supported host: .*holds no Residual .*deploy=True'):
+        PeftBackbone(base=dict(type='mmpretrain.LeViT', arch='128s', deploy=True), peft=dict(type='LoRA'))

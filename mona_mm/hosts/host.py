@@ -182,7 +182,7 @@ class BlockSpec:
     Args:
         cls: the qualified name of the class. Blocks of other classes, subclasses included, are left alone.
         has: the path of a module or parameter, or several, that tell blocks of one class apart: only those that have
-            all of them are meant. Where several descriptions fit a block, the first one counts.
+            all of them, and the linear layers, are meant. Where several descriptions fit a block, the first one counts.
         linears: the linear layers of a block, by site.
         branches: the ends of the branches ``'attn'`` and ``'ffn'``, as far as the block has them.
         mixin: the :class:`mona_mm.hosts.block.PeftBlock` that has the block's forward with sites; None for the stock
@@ -231,8 +231,9 @@ class BlockSpec:
         object.__setattr__(self, 'sites', (*stream, *self.linears))
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a module of the class has all that tells the meant blocks apart."""
-        return all(_has(module, path) for path in ((self.has,) if isinstance(self.has, str) else self.has))
+        """Whether a module of the class has all that tells the meant blocks apart, and the linear layers."""
+        told_by = (self.has,) if isinstance(self.has, str) else self.has
+        return all(_has(module, path) for path in (*told_by, *(linear.weight for linear in self.linears.values())))
 
     def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
         """The widths of a block's site: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear
@@ -377,7 +378,8 @@ def find_host(backbone: nn.Module) -> Host:
     """The :class:`Host` that describes a backbone object, with descriptions of those blocks alone that it holds.
 
     Raises:
-        UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the class named there.
+        UnsupportedHostError: if its class is not in :data:`HOSTS`, or it holds no block of the classes named there with
+            the layers named there.
     """
     name, reason = qualified_name(type(backbone)), ''
     for cls in type(backbone).__mro__:
@@ -386,7 +388,13 @@ def find_host(backbone: nn.Module) -> Host:
         held = None if host is None else host.within(backbone)
         if held is not None and held.specs:
             return held
-        if host is not None or reason:
+        if host is not None:
+            blocks = ' or '.join(sorted({spec.cls.rpartition('.')[2] for spec in host.specs}))
+            reason = (
+                f'it holds no {blocks} with the layers that a method attaches to, as where it was converted for '
+                'inference (deploy=True)'
+            )
+        if reason:
             break
     raise UnsupportedHostError(
         f'{name} is not a supported host{f": {reason}" if reason else ""}. Supported backbones: {_supported()}. To '
