@@ -53,3 +53,21 @@ def test_what_a_forward_keeps_for_others_is_there(fast):
         found.append(model.shared_rel_pos_bias)
         assert torch.equal(found[-1], model.rel_pos_bias())
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    'peft', [dict(type='LoRA', rank=2), dict(type='Adapter', bottleneck=4)], ids=lambda p: p['type']
+)
+def test_blocks_that_get_the_stream_by_its_name(peft):
+    """CAE's encoder calls its blocks with keywords, and leaves tokens out."""
+    base = dict(type='mmpretrain.CAEPretrainViT', arch=ARCH, img_size=32, patch_size=8, layer_scale_init_value=0.1)
+    model = PeftBackbone(base=base, peft=peft).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if '.peft.' in name:
+                p.normal_(std=0.1)
+    mask = torch.arange(16).repeat(2, 1) >= 4
+    tokens = model(torch.rand(2, 3, 32, 32), mask=mask)
+    assert tokens.shape == (2, 5, 16)
+    tokens.square().sum().backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if '.peft.' in name)

@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.host import BlockSpec, Grid
+from mona_mm.hosts.host import BlockSpec, Grid, input_of
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import call_substituted
@@ -169,8 +169,9 @@ class PeftBlock(Mixin):
             grid = passed.hw
         elif self.spec.grid is not None:
             grid = self.spec.grid.of_call(self, args, kwargs)
-        elif self.spec.layout != 'BNC' and args:  # for sites within the block where its tokens are (B, N, C)
-            grid = tuple(args[0].shape[1:3] if self.spec.layout == 'BHWC' else args[0].shape[2:])
+        elif self.spec.layout != 'BNC':  # for sites within the block where its tokens are (B, N, C)
+            sizes = input_of(args, kwargs).shape
+            grid = tuple(sizes[1:3] if self.spec.layout == 'BHWC' else sizes[2:])
         around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
         _RUNNING.call = call
         try:
@@ -270,8 +271,9 @@ class HookedBlock(PeftBlock):
         middle = self.spec.mid_layout or self.spec.layout
         if call.shift is not None:
             x = x + _as_layout(call.shift, middle, self.spec.layout, call.grid)
-        residual = args[0]
-        if self.spec.mid_norm is not None:
+        if self.spec.mid_norm is None:
+            residual = input_of(args, kwargs)
+        else:
             residual = _as_layout(call.residual, middle, self.spec.layout, call.grid)
         x = self.apply_at('post_ffn', self.add_parallel_ffn(x, residual))
         return x if other_outputs is None else (x, *other_outputs)

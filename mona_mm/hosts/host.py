@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -140,8 +140,13 @@ class SquareGrid:
 
     def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
         """The grid from the number of tokens, ``(B, N, C)``, in a block's call."""
-        side = math.isqrt(args[0].shape[1])
+        side = math.isqrt(input_of(args, kwargs).shape[1])
         return side, side
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The stream in a block's call, its first argument, which some backbones give by its name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -> Grid:

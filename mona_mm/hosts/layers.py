@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mona_mm.hosts.block import PeftBlock, StockLinear, keep_calling
-from mona_mm.hosts.host import BlockSpec, Linear, find_host, is_host
+from mona_mm.hosts.host import BlockSpec, Linear, find_host, input_of, is_host
 from mona_mm.hosts.inject import Site
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import mix_in, qualified_name, stock_class
@@ -157,7 +157,7 @@ class PeftLayer(PeftBlock):
         out = call_substituted(self, self.weights(), stock)
         for name, linear in self.spec.linears.items():
             if linear.is_called:
-                x = args[0] if args else kwargs['input']
+                x = input_of(args, kwargs)
                 out = out + self._addition(self.peft[name], x, out)
         return out
 
