@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,25 +97,33 @@ def test_with_workers_and_a_signal_to_all(pictures, tmp_path):
     assert not any(Path(f'/proc/{child}').exists() for child in children), 'its workers are gone'
 
 
-def test_other_processes_get_their_signals():
-    """Loaders' workers alone are kept from them: another process of a program that has trained ends as it would."""
-    hook = PreemptionHook()
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('during', [True, False], ids=['during a run', 'after it'])
+def test_other_processes_get_their_signals(during, number):
+    """Loaders' workers alone are kept from them: another process of a program that trains, or has trained, ends as it
+    would without the hook. VOC's evaluation ends those of its pool by SIGTERM, and waits for them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # pytest's own raises KeyboardInterrupt
+    hook, runner = PreemptionHook(), SimpleNamespace(hooks=[])
+    hook.before_train(runner)
+    if not during:
+        hook.after_train(runner)
     context = multiprocessing.get_context('fork')
     started = context.Event()
 
     def wait():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         started.set()
         time.sleep(60)
 
     process = context.Process(target=wait)
     process.start()
     assert started.wait(30)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(10)
     ended, code = not process.is_alive(), process.exitcode
     process.kill()
-    assert ended and code == -signal.SIGINT, hook
+    hook.after_train(runner)
+    signal.signal(signal.SIGINT, before)
+    assert ended and code == -number
 
 
 def test_a_second_signal_ends_at_once(pictures, tmp_path):

@@ -201,15 +201,20 @@ def _cpu_group() -> Any:
 
 
 def _shield(hook: PreemptionHook) -> None:
-    """Let a worker of a loader that this process starts ignore signals that do not come from this process.
+    """Let a worker of a loader that this process starts ignore signals that do not come from this process, and leave
+    them to other processes.
 
     Ctrl-C in a terminal, and the end of a job in many clusters, signal every process. If a worker of a loader ended
     then, its batches would be lost, and the run with them. The parent's own SIGTERM, by which Python ends such
-    processes, is obeyed.
+    processes, is obeyed. Any other process, as those among which an evaluation divides its images, gets back what the
+    signals did before the run: with the run's handlers it would outlive the ``terminate`` of its pool, which would wait
+    for it without end.
     """
     target = getattr(multiprocessing.current_process(), '_target', None)
     if not getattr(target, '__module__', '').startswith('torch.utils.data'):
-        return  # another process, which may outlive the run or be a run of its own
+        for number, handler in hook._handlers.items():
+            signal.signal(number, handler)
+        return
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
