@@ -210,8 +210,7 @@ def _shield(hook: PreemptionHook) -> None:
     signals did before the run: with the run's handlers it would outlive the ``terminate`` of its pool, which would wait
     for it without end.
     """
-    target = getattr(multiprocessing.current_process(), '_target', None)
-    if not getattr(target, '__module__', '').startswith('torch.utils.data'):
+    if not is_loader_worker():
         for number, handler in hook._handlers.items():
             signal.signal(number, handler)
         return
@@ -220,6 +219,12 @@ def _shield(hook: PreemptionHook) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def is_loader_worker() -> bool:
+    """Whether this process was started by a torch loader."""
+    target = getattr(multiprocessing.current_process(), '_target', None)
+    return getattr(target, '__module__', '').startswith('torch.utils.data')
 
 
 def _obey_parent(parent: int) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from datetime import datetime, timezone
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
+from mona_mm.hooks.preemption import SIGNALS, is_loader_worker
 from mona_mm.nn import choice
 from mona_mm.report.memory import peak_of_process
 from mona_mm.report.processor import processor_name
@@ -208,8 +210,13 @@ def main() -> None:
     def stop(*_: Any) -> None:
         hook.stopping = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    def leave_signals(_: CellHook) -> None:  # to processes that an evaluation starts, and ends by SIGTERM
+        if not is_loader_worker():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    register_after_fork(hook, leave_signals)
     choice.measure(False)  # so that a cell has the same bits whatever runs beside it
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process whose queue is gone to exit
