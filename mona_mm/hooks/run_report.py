@@ -208,9 +208,9 @@ class RunReportHook(Hook):
         facts |= peak_memory()
         facts |= _files(runner)
         facts['this page'] = f'took {self.own_seconds:.1f} s of the run so far'
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
-        )
+        threads = torch.get_num_threads()
+        cpu = f'CPU, {threads} thread{"s" if threads > 1 else ""}'
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
         facts['device'] = f'{get_world_size()} x {device}' if get_world_size() > 1 else device
         facts['versions'] = ', '.join(
             f'{name} {sys.modules[name].__version__}'
