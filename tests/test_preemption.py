@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,8 +102,8 @@ def test_with_workers_and_a_signal_to_all(pictures, tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize('during', [True, False], ids=['during a run', 'after it'])
 def test_other_processes_get_their_signals(during, number):
-    """Loaders' workers alone are kept from them: another process of a program that trains, or has trained, ends as it
-    would without the hook. VOC's evaluation ends those of its pool by SIGTERM, and waits for them."""
+    """Workers alone are kept from them: another process of a program that trains, or has trained, ends as it would
+    without the hook."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # pytest's own raises KeyboardInterrupt
     hook, runner = PreemptionHook(), SimpleNamespace(hooks=[])
     hook.before_train(runner)
@@ -124,6 +126,35 @@ def test_other_processes_get_their_signals(during, number):
     hook.after_train(runner)
     signal.signal(signal.SIGINT, before)
     assert ended and code == -number
+
+
+def test_workers_of_a_pool():
+    """During a run they ignore signals from elsewhere, behind which their parent would wait for them without end, and
+    obey the SIGTERM of their parent, by which VOC's evaluation ends them."""
+    hook = PreemptionHook()
+    hook.before_train(SimpleNamespace(hooks=[]))
+    pool = multiprocessing.get_context('fork').Pool(2)
+    try:
+        pids = set(pool.map(_own_pid, range(20), chunksize=1))
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+            subprocess.run(['kill', '-TERM', str(pid)], check=True)
+        assert set(pool.map_async(_own_pid, range(20), chunksize=1).get(20)) == pids
+        pool.map_async(time.sleep, (60, 60), chunksize=1)
+        time.sleep(0.5)  # until both are at it
+        ending = threading.Thread(target=pool.terminate, daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive()
+    finally:
+        for worker in pool._pool:
+            worker.kill()
+        hook.after_train(None)
+
+
+def _own_pid(_: int) -> int:
+    time.sleep(0.02)
+    return os.getpid()
 
 
 def test_a_second_signal_ends_at_once(pictures, tmp_path):

@@ -30,6 +30,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NAME = 'interrupted'
 """The name of the checkpoint that is written outside of the usual intervals, without its ending."""
 
+_POOLS = ('multiprocessing.pool', 'concurrent.futures.process')
+"""The modules of the functions that the workers of a pool run."""
+
 _ECHO = 2.0
 """Seconds in which further signals count as the same one: a terminal signals every process of its group, and the
 launcher then passes the signal on to the same processes."""
@@ -48,7 +51,7 @@ class PreemptionHook(Hook):
     Several processes agree on the signal after every iteration by one reduction of a single number on their CPUs, so
     that all of them save at the same iteration, whichever of them was signalled. One process does not wait for the end
     of a validation, unless averaged weights are being validated that no checkpoint holds yet. The processes that load
-    data ignore both signals, but not their parent's.
+    data, and those of pools, ignore both signals, but not their parent's.
 
     Raises:
         SystemExit: with 128 + the number of the signal, when everything is saved.
@@ -201,17 +204,26 @@ def _cpu_group() -> Any:
 
 
 def _shield(hook: PreemptionHook) -> None:
-    """Let a worker of a loader that this process starts ignore signals that do not come from this process, and leave
-    them to other processes.
+    shield_workers(hook._handlers)
 
-    Ctrl-C in a terminal, and the end of a job in many clusters, signal every process. If a worker of a loader ended
-    then, its batches would be lost, and the run with them. The parent's own SIGTERM, by which Python ends such
-    processes, is obeyed. Any other process, as those among which an evaluation divides its images, gets back what the
-    signals did before the run: with the run's handlers it would outlive the ``terminate`` of its pool, which would wait
-    for it without end.
+
+def shield_workers(handlers: Mapping[int, Any]) -> None:
+    """Let a worker that this process has just become ignore signals that do not come from its parent; call it behind a
+    fork.
+
+    Ctrl-C in a terminal, and the end of a job in many clusters, signal every process. If a worker of a loader, or of
+    the pool among which an evaluation divides its images, ended then, its work would be lost, and its parent would wait
+    for it without end. The parent's own SIGTERM, by which Python ends such processes, is obeyed. To any other process
+    the signals do what they did before the run.
+
+    Args:
+        handlers: the signals that the run handles now, with what they did before; none before and after a run, when
+            pools get their signals as other processes do.
     """
-    if not is_loader_worker():
-        for number, handler in hook._handlers.items():
+    target = getattr(multiprocessing.current_process(), '_target', None)
+    module = getattr(target, '__module__', '')
+    if not (module.startswith('torch.utils.data') or (handlers and module.startswith(_POOLS))):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         return
     if not hasattr(signal, 'sigwaitinfo'):  # not on macOS
@@ -219,12 +231,6 @@ def _shield(hook: PreemptionHook) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def is_loader_worker() -> bool:
-    """Whether this process was started by a torch loader."""
-    target = getattr(multiprocessing.current_process(), '_target', None)
-    return getattr(target, '__module__', '').startswith('torch.utils.data')
 
 
 def _obey_parent(parent: int) -> None:

@@ -33,7 +33,7 @@ from mona_mm.commands.data import check_data
 from mona_mm.commands.planning import make_plan, require_plan
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
-from mona_mm.hooks.preemption import SIGNALS, is_loader_worker
+from mona_mm.hooks.preemption import SIGNALS, shield_workers
 from mona_mm.nn import choice
 from mona_mm.report.memory import peak_of_process
 from mona_mm.report.processor import processor_name
@@ -210,13 +210,8 @@ def main() -> None:
     def stop(*_: Any) -> None:
         hook.stopping = True
 
-    def leave_signals(_: CellHook) -> None:  # to processes that an evaluation starts, and ends by SIGTERM
-        if not is_loader_worker():
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     before = {number: signal.signal(number, stop) for number in SIGNALS}
-    register_after_fork(hook, leave_signals)
+    register_after_fork(hook, lambda _: shield_workers(before))
     choice.measure(False)  # so that a cell has the same bits whatever runs beside it
     with (folder / 'lock').open('w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process whose queue is gone to exit
