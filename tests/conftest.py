@@ -139,26 +139,29 @@ class _beside_the_checkout:
     allowed = False
 
 
-def leave_modules_out_of_garbage_collection(seen: list[int]) -> None:
+class _imported:
+    """How many modules there were when they were last left out of garbage collection."""
+
+    modules = 0
+
+
+def leave_modules_out_of_garbage_collection() -> None:
     """Garbage is not looked for among the objects of what has been imported, when much has been since the last time:
     mmengine collects whenever it reads a data set, and each time would go through all libraries, which come as the
     tests need them. That is a tenth of the whole run."""
-    if len(sys.modules) > seen[-1] + 100:
-        seen.append(len(sys.modules))
+    if len(sys.modules) > _imported.modules + 100:
+        _imported.modules = len(sys.modules)
         gc.collect()
         gc.freeze()
 
 
-_MODULES_SEEN = [0]
-
-
 def pytest_collection_finish(session):
-    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
+    leave_modules_out_of_garbage_collection()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    leave_modules_out_of_garbage_collection(_MODULES_SEEN)
+    leave_modules_out_of_garbage_collection()
 
 
 def pytest_runtest_setup(item):

@@ -43,7 +43,7 @@ def test_a_map_of_single_tokens_is_not(peft):
 def test_what_a_forward_keeps_for_others_is_there(fast):
     """BEiT's forward assigns the bias of the positions to the backbone, where the neck of BEiT v2 reads it. It is that
     of the last call, as in the stock backbone."""
-    base = dict(type='mmpretrain.BEiTPretrainViT', arch=dict(ARCH, embed_dims=16), img_size=32, patch_size=8)
+    base = dict(type='mmpretrain.BEiTPretrainViT', arch=ARCH, img_size=32, patch_size=8)
     model = PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=4), fast=fast)
     found = []
     for _ in range(2):

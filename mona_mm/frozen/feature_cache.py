@@ -34,7 +34,7 @@ from mona_mm.hosts import HOSTS, GridSource, find_host, method_modules
 from mona_mm.nn.digest import digests, fingerprint
 from mona_mm.nn.mixin import qualified_name
 from mona_mm.nn.private import DROPOUTS, change_count
-from mona_mm.nn.substitute import substitute
+from mona_mm.nn.substitute import call_substituted
 from mona_mm.record import make_record, record_of
 
 
@@ -283,7 +283,7 @@ def _compute_recording(backbone: nn.Module, recorded: dict[str, Any], x: Tensor)
     if isinstance(spec.grid, GridSource):
         source = backbone.get_submodule(spec.grid.path)
         parts[spec.grid.path] = grid
-    return type(backbone).forward(substitute(backbone, parts), x)
+    return call_substituted(backbone, parts, lambda stand_in: type(backbone).forward(stand_in, x))
 
 
 def _last_block(backbone: nn.Module) -> nn.Module:

@@ -247,8 +247,7 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
             f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
             f'the {method} modules in them, and repeats it at every .train(), even after the model '
             f'has been wrapped for DDP. A method freezes its base anyway: set frozen_stages={_no_stages(type(host))}, '
-            'and select in '
-            '`trainable` which parameters of the base train.'
+            'and select in `trainable` which parameters of the base train.'
         )
 
 

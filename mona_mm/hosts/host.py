@@ -303,6 +303,13 @@ class Host:
         name = qualified_name(stock_class(module))
         return next((spec for spec in self.specs if spec.cls == name and spec.fits(module)), None)
 
+    def what_is_missing(self, backbone: nn.Module) -> str:
+        """Why no block of a backbone fits, if it has blocks of the classes that are described; else nothing."""
+        classes = {spec.cls for spec in self.specs} & {qualified_name(stock_class(m)) for m in backbone.modules()}
+        names = ', '.join(sorted(cls.rpartition('.')[2] for cls in classes))
+        missing = 'without the layers that a method attaches to, as where it was converted for inference (deploy=True)'
+        return f'its blocks ({names}) are {missing}' if names else ''
+
     def within(self, backbone: nn.Module) -> Host:
         """The description of this backbone alone: without descriptions of blocks that it does not hold."""
         held = {id(spec) for spec in map(self.spec, backbone.modules()) if spec is not None}
@@ -393,13 +400,9 @@ def find_host(backbone: nn.Module) -> Host:
         held = None if host is None else host.within(backbone)
         if held is not None and held.specs:
             return held
-        if host is not None:
-            blocks = ' or '.join(sorted({spec.cls.rpartition('.')[2] for spec in host.specs}))
-            reason = (
-                f'it holds no {blocks} with the layers that a method attaches to, as where it was converted for '
-                'inference (deploy=True)'
-            )
-        if reason:
+        if host is not None and not reason:
+            reason = host.what_is_missing(backbone)
+        if host is not None or reason:
             break
     raise UnsupportedHostError(
         f'{name} is not a supported host{f": {reason}" if reason else ""}. Supported backbones: {_supported()}. To '

@@ -36,8 +36,9 @@ def call_substituted(module: nn.Module, parts: Mapping[str, Any], call: Callable
     before = [dict(vars(each)) for each, _ in made]
     result = call(stand_in)
     for (each, original), attributes in zip(made, before, strict=True):
-        assigned = {name: value for name, value in vars(each).items() if attributes.get(name, before) is not value}
-        vars(original).update(assigned)
+        for name, value in vars(each).items():
+            if name not in attributes or attributes[name] is not value:
+                vars(original)[name] = value
     return result
 
 
