@@ -437,5 +437,6 @@ def test_a_plan_at_a_site_that_a_block_lacks_is_refused(tmp_path):
 
 def test_a_backbone_that_was_converted_for_inference_is_refused():
     """The blocks of a deployed LeViT have other layers than those that train."""
-    with pytest.raises(UnsupportedHostError, match=r'LeViT is not a supported host: its blocks \(Residual\) are .*deploy=True'):
+    said = r'LeViT is not a supported host: its blocks \(Residual\) are .*deploy=True'
+    with pytest.raises(UnsupportedHostError, match=said):
         PeftBackbone(base=dict(type='mmpretrain.LeViT', arch='128s', deploy=True), peft=dict(type='LoRA'))
