@@ -12,7 +12,7 @@ from mona_mm.errors import ConfigError
 from mona_mm.frozen.feature_cache import cache_features as keep_features
 from mona_mm.frozen.half_precision import in_float32, keep_frozen
 from mona_mm.frozen.rules import Rules, as_rules, freeze
-from mona_mm.hosts import find_host, is_host, make_fast, method_modules
+from mona_mm.hosts import find_host, is_host, make_fast, method_modules, taken_out
 from mona_mm.methods import Method, build_method
 from mona_mm.methods import deploy as put_in_deploy_forms
 from mona_mm.methods.auxiliary import expect_auxiliary_losses
@@ -184,14 +184,16 @@ def init_weights(self: nn.Module, method: Method | None = None) -> None:
     """``init_weights`` of a :func:`PeftBackbone`: load or initialise the base, then initialise the method.
 
     The file of a ``Pretrained`` ``init_cfg`` is loaded by :func:`load_pretrained`, which checks that it fits, whatever
-    library the host is from. The method comes last, since some hosts re-initialise every linear layer.
+    library the host is from. Without a file the base gets the values that the stock backbone would get from the same
+    random numbers.
     """
     pretrained = pretrained_file(self)
     with in_float32(self):
         if pretrained is not None:
             load_pretrained(self, **pretrained)
         else:
-            initialise_as_stock(self)
+            with taken_out(self.modules()):
+                initialise_as_stock(self)
         if method is not None:
             method.check_base(self)
     for module in method_modules(self):

@@ -1,7 +1,7 @@
 """Put methods beside single layers of any module, as ``type='mona_mm.PeftModel'`` in a config asks."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,16 @@ from mona_mm.backbone import build_base, load_hosts_strictly
 from mona_mm.errors import ConfigError
 from mona_mm.frozen.copies import moving_copies
 from mona_mm.frozen.rules import Rules, as_rules, freeze
-from mona_mm.hosts import Layer, PeftLayer, PeftModules, attach_to_layer, find_layers, read_past, weights_with_method
+from mona_mm.hosts import (
+    Layer,
+    PeftLayer,
+    PeftModules,
+    attach_to_layer,
+    find_layers,
+    read_past,
+    taken_out,
+    weights_with_method,
+)
 from mona_mm.methods import LinearModule
 from mona_mm.methods.auxiliary import expect_auxiliary_losses
 from mona_mm.methods.base import NOT_OPTIONS, check_size, check_widths, start_from_base
@@ -257,7 +266,7 @@ def init_weights(self: nn.Module, inner: partial | None = None) -> None:
     """
     is_loaded = inner is None and hasattr(type(self), 'init_weights') and _is_loaded_whole(self)
     layers = [layer for layer in self.modules() if isinstance(layer, PeftLayer)]
-    with contextlib.nullcontext() if is_loaded else _without_methods(layers):
+    with contextlib.nullcontext() if is_loaded else taken_out(layer.peft for layer in layers):
         if inner is not None:
             inner()
         elif hasattr(type(self), 'init_weights'):
@@ -268,22 +277,6 @@ def init_weights(self: nn.Module, inner: partial | None = None) -> None:
     for module in modules:
         module.reset_parameters()
     start_from_base(self, modules)
-
-
-@contextlib.contextmanager
-def _without_methods(layers: Sequence[PeftLayer]) -> Iterator[None]:
-    """A context in which the layers have no modules of methods.
-
-    Some models initialise every linear layer within a part of theirs and expect each to have a bias.
-    """
-    held = [layer.peft for layer in layers]
-    for layer in layers:
-        layer.peft = PeftModules()
-    try:
-        yield
-    finally:
-        for layer, modules in zip(layers, held, strict=True):
-            layer.peft = modules
 
 
 def _is_loaded_whole(module: nn.Module) -> bool:

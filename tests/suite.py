@@ -389,13 +389,14 @@ def trains_in_mixed_precision(host, tuning, dtype, device='cpu') -> None:
 
 def check_start(host, method, start: str, folder: Path):
     """The method starts from its own initial values whether the base was loaded, initialised, or re-initialised by a
-    model-level init_cfg, and the base is what was asked for."""
+    model-level init_cfg, and the base is what was asked for: what the file has, or what the stock backbone draws."""
     stock = MODELS.build(host)
     torch.save({'state_dict': stock.state_dict()}, folder / 'base.pth')
     base = dict(host)
     if start == 'pretrained':
         base['init_cfg'] = dict(type='Pretrained', checkpoint=str(folder / 'base.pth'))
     model = PeftBackbone(base=base, peft=method)
+    model.load_state_dict(stock.state_dict(), strict=False)  # what init_weights leaves alone was drawn by each
     with torch.no_grad():
         for module in method_modules(model):
             for p in module.parameters():
@@ -411,7 +412,10 @@ def check_start(host, method, start: str, folder: Path):
     for module in method_modules(model):
         assert not any((p == 7.0).any() for p in module.parameters())
         assert not any(p.requires_grad is False for p in module.parameters())
-    if start == 'pretrained':
+    if start == 'random':
+        torch.manual_seed(5)
+        stock.init_weights()
+    if start != 'model-level':
         loaded = model.state_dict()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in stock.state_dict().items())
 

@@ -1,8 +1,9 @@
-"""Backbones of pretraining: those that leave tokens out, so that the tokens of a block are no grid, and those that keep
-what another part of the model reads."""
+"""Backbones of pretraining: those that leave tokens out, so that the tokens of a block are no grid, those that keep
+what another part of the model reads, and those that initialise whatever is linear."""
 
 import pytest
 import torch
+from suite import check_start
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError
@@ -71,3 +72,13 @@ def test_blocks_that_get_the_stream_by_its_name(peft):
     assert tokens.shape == (2, 5, 16)
     tokens.square().sum().backward()
     assert all(p.grad.any() for name, p in model.named_parameters() if '.peft.' in name)
+
+
+@pytest.mark.parametrize(
+    'peft',
+    [dict(type='LoRA', rank=4, sites=['q', 'v', 'fc1']), dict(type='Mona', bottleneck=4)],
+    ids=lambda peft: peft['type'],
+)
+def test_a_backbone_that_initialises_every_linear_layer(peft, tmp_path):
+    """MoCo v3's does, and expects each to have a bias, which LoRA's have not."""
+    check_start(dict(type='mmpretrain.MoCoV3ViT', arch=ARCH, img_size=32, patch_size=8), peft, 'random', tmp_path)

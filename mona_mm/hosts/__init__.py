@@ -72,7 +72,15 @@ from mona_mm.hosts.host import (
 )
 from mona_mm.hosts.inject import Site, Sites, inject, modules_beside_linears, remove, sites_of
 from mona_mm.hosts.layers import Layer, PeftLayer, attach_to_layer, find_layers, read_past, weights_with_method
-from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES, PeftModules, method_modules, method_names, method_paths
+from mona_mm.hosts.sites import (
+    LINEAR_SITES,
+    STREAM_SITES,
+    PeftModules,
+    method_modules,
+    method_names,
+    method_paths,
+    taken_out,
+)
 
 __all__ = [
     'HOSTS',
@@ -117,5 +125,6 @@ __all__ = [
     'remove',
     'separate_linears',
     'sites_of',
+    'taken_out',
     'weights_with_method',
 ]

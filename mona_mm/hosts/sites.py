@@ -1,5 +1,8 @@
 """The named places in a block at which a method may attach, and the modules that are attached there."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
+
 from torch import nn
 
 STREAM_SITES = ('post_attn', 'post_ffn', 'attn_branch', 'ffn_branch', 'attn_out', 'ffn_out', 'parallel_ffn')
@@ -16,6 +19,23 @@ class PeftModules(nn.ModuleDict):
 def method_modules(model: nn.Module) -> list[nn.Module]:
     """Every module that a method added to ``model``."""
     return [child for m in model.modules() if isinstance(m, PeftModules) for child in m.values()]
+
+
+@contextlib.contextmanager
+def taken_out(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which those of ``modules`` that hold what a method added are empty.
+
+    A stock model is initialised within it: some initialise every linear layer that they find, expect it to have a bias,
+    and would draw more random numbers with a method than without.
+    """
+    held = [(holder, dict(holder._modules)) for holder in modules if isinstance(holder, PeftModules)]
+    for holder, _ in held:
+        holder._modules.clear()
+    try:
+        yield
+    finally:
+        for holder, children in held:
+            holder._modules.update(children)
 
 
 def method_paths(model: nn.Module) -> list[str]:
