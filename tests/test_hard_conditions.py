@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -138,8 +139,9 @@ def test_a_worker_that_is_killed(pictures, tmp_path):
     made['train_dataloader']['persistent_workers'] = True
     run = finished(made)
     (error,) = errors(run.text)
-    assert run.status == [2] and "A process that loads data was ended by the signal 'Killed'." in error
-    assert 'lower train_dataloader.num_workers (now 1)' in error
+    # On a busy machine the loader can miss its worker before it hears of the signal.
+    assert re.search("A process that loads data (was ended by the signal 'Killed'|ended unexpectedly)", error)
+    assert run.status == [2] and re.search(r'[Ll]ower train_dataloader\.num_workers .*\(now 1\)', error)
     assert f'The last good checkpoint is {tmp_path}/work/epoch_1.pth; go on from it with: python ' in error
 
 
