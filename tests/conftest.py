@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 import mona_mm  # noqa: F401  first: it makes the OpenMMLab libraries importable
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.nn import choice
 
 pytest.register_assert_rewrite('helpers', 'suite', 'small_models', 'toy_runs', 'fast_forms', 'shipped')

@@ -121,6 +121,7 @@ def options_of(tool: Path) -> set[str]:
     rooms = [
         tool,
         *tool.parents[1].glob('mona_mm/commands/*.py'),
+        *tool.parents[1].glob('mona_mm/config/*.py'),
         *([tool.with_name('train.py')] if tool.name == 'dist_train.sh' else []),  # it hands its options on
         *tool.parents[1].glob('mona_mm/benchmark/*.py'),
         *tool.parents[1].glob('mona_mm/reproduce/*.py'),

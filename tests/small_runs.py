@@ -27,12 +27,12 @@ from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-import mona_mm.commands.check_config
+import mona_mm.config.check
 import mona_mm.datasets
 import mona_mm.hooks
 import mona_mm.models  # noqa: F401  imported here, so that the processes need not do it
 from mona_mm.checkpoint.pretrained import read_checkpoint
-from mona_mm.commands.config import find_last_checkpoint
+from mona_mm.config.load import find_last_checkpoint
 
 
 @DATASETS.register_module()

@@ -5,8 +5,8 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.utils import get_installed_path
 
-from mona_mm.commands.check_config import check_config
-from mona_mm.commands.config import load_config
+from mona_mm.config.check import check_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError
 
 DEMO = ROOT / 'configs/demo/demo_mona_shapes.py'

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import load_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce import (

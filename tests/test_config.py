@@ -6,8 +6,8 @@ from helpers import strings
 from mmengine.config import Config
 
 from mona_mm.commands.cli import run_parser
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
-from mona_mm.commands.data import check_data
+from mona_mm.config.load import adapt_to_device, find_last_checkpoint, load_config, resume_from
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 
 DEMO_CLASSES = ('disc', 'square', 'triangle', 'star')
@@ -101,13 +101,13 @@ def test_classes_that_do_not_fit_the_annotations(classes, message, demo_data):
 
 def test_cpu_fallback_is_said_and_complete(monkeypatch, capsys):
     """Without an accelerator no SyncBN, AMP or nccl is left, and one line says so; with one nothing changes."""
-    monkeypatch.setattr('mona_mm.commands.config.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mona_mm.config.load.get_device', lambda: 'cuda')
     cfg = load_config(COCO)
     untouched = cfg.pretty_text
     adapt_to_device(cfg)
     assert cfg.pretty_text == untouched
 
-    monkeypatch.setattr('mona_mm.commands.config.get_device', lambda: 'cpu')
+    monkeypatch.setattr('mona_mm.config.load.get_device', lambda: 'cpu')
     cfg.launcher = 'pytorch'
     cfg.optim_wrapper.update(dtype='float16')
     capsys.readouterr()

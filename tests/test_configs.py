@@ -28,10 +28,10 @@ from mmengine.structures import InstanceData
 from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 from torch import nn
 
-from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.data import check_data
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce import published_results

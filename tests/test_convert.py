@@ -17,7 +17,7 @@ from small_models import SmallModel  # noqa: F401  registered
 from mona_mm import FrozenModel, PeftBackbone, save_delta
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict, recognise, to_published
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.load import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.hooks.load_check import _class_layers
 

@@ -25,8 +25,8 @@ from own_folders import (
     xml_text,
 )
 
-from mona_mm.commands.config import load_config
-from mona_mm.commands.data import check_data
+from mona_mm.config.load import load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 
 

@@ -27,7 +27,7 @@ from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import stock_config, types_left
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config, resume_from
+from mona_mm.config.load import adapt_to_device, find_last_checkpoint, load_config, resume_from
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 from mona_mm.record import record_of
 from mona_mm.spt import Plan

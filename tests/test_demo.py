@@ -18,8 +18,8 @@ from conftest import ROOT
 from pycocotools.coco import COCO
 
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.data import check_data
+from mona_mm.config.load import adapt_to_device, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.datasets import shapes as demo_data
 from mona_mm.datasets.shapes import CLASSES, make_demo_dataset
 from mona_mm.errors import ConfigError, UserError

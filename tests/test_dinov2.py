@@ -11,8 +11,8 @@ from mmengine.registry import MODELS
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint import convert_state_dict
 from mona_mm.checkpoint.convert import recognise
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, load_config
 from mona_mm.errors import CheckpointMismatchError
 from mona_mm.frozen.activations import training_size
 from mona_mm.hosts import find_host

@@ -30,7 +30,7 @@ from suite import (
 
 from mona_mm import PeftBackbone
 from mona_mm.checkpoint.merge import merged_state_dict
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import HOSTS as REGISTERED
 from mona_mm.hosts import method_modules

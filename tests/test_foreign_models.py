@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mona_mm import PeftBackbone
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import find_host, method_modules
 from mona_mm.nn.meta import meta_device

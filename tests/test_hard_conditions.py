@@ -19,13 +19,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from small_runs import by_iterations, config, errors, finished, iterations, logged, make_pictures, start
 
-from mona_mm.commands import data
-from mona_mm.commands import lock_work_dir as locks
-from mona_mm.commands.failures import explained, in_one_line
-from mona_mm.commands.lock_work_dir import WorkDirLock, lock_work_dir
-from mona_mm.commands.unreadable_images import check_images
+from mona_mm.data_check import check as data_check
 from mona_mm.errors import OutOfMemoryError, UserError, WorkDirError
 from mona_mm.own_data.images import read_header
+from mona_mm.reliability import lock_work_dir as locks
+from mona_mm.reliability.failures import explained, in_one_line
+from mona_mm.reliability.lock_work_dir import WorkDirLock, lock_work_dir
+from mona_mm.reliability.unreadable_images import check_images
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ DAMAGES = {
 
 def without_check_of_images() -> None:
     """The check before training looks at the headers of a part of the images of a large set alone."""
-    data._check_images = lambda *_: None
+    data_check._check_images = lambda *_: None
 
 
 @pytest.mark.parametrize(
@@ -403,11 +403,11 @@ def test_errors_of_the_system_are_one_line(tool, monkeypatch):
     def broken(*arguments):
         raise PermissionError(13, 'Permission denied', '/some/file')
 
-    monkeypatch.setattr('mona_mm.commands.config.Config.fromfile', broken)
+    monkeypatch.setattr('mona_mm.config.load.Config.fromfile', broken)
     config_file = 'configs/demo/demo_mona_shapes.py'
     status, _, err = tool('count_params.py', config_file)
     assert status == 2 and err == "error: [Errno 13] Permission denied: '/some/file'\n"
     with pytest.raises(PermissionError):
         tool('count_params.py', config_file, '--traceback')
-    monkeypatch.setattr('mona_mm.commands.config.Config.fromfile', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr('mona_mm.config.load.Config.fromfile', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert tool('count_params.py', config_file)[::2] == (130, 'error: interrupted\n')

@@ -9,7 +9,7 @@ from declared_hosts import DECLARED, VARIANTS
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone
-from mona_mm.commands.hosts import LIBRARIES, backbone_rows, render_hosts
+from mona_mm.catalogue.hosts import LIBRARIES, backbone_rows, render_hosts
 from mona_mm.errors import UnsupportedHostError
 from mona_mm.hosts import REFUSED, find_host, method_modules, method_names
 from mona_mm.nn.meta import meta_device

@@ -15,7 +15,7 @@ from torch import nn
 from mona_mm import FrozenModel, PeftBackbone, load_delta, save_delta
 from mona_mm.checkpoint.delta import changing
 from mona_mm.checkpoint.rehearsal import rehearse
-from mona_mm.commands.config import fine_tune_from, load_config
+from mona_mm.config.load import fine_tune_from, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 
 MONA = dict(type='Mona', bottleneck=4)

@@ -18,8 +18,8 @@ from torch import nn
 import mona_mm
 from mona_mm import PeftBackbone, PeftModel, count_trainable
 from mona_mm.checkpoint.merge import merged_state_dict
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import method_modules, method_names
 from mona_mm.hosts.block import StockLinear

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from mona_mm.commands.catalogue import method_name
+from mona_mm.catalogue.methods import method_name
 from mona_mm.frozen.rules import METHOD_RULES
 from mona_mm.registry import METHODS
 

@@ -6,10 +6,10 @@ import torch
 from mmengine.config import ConfigDict
 from tiny_tasks import checkpoint_of, classifier, segmentor, write
 
-from mona_mm.commands.config import load_config
-from mona_mm.commands.export import decoded, settle
-from mona_mm.commands.predict import load_model, predict
-from mona_mm.commands.sources import find_sources
+from mona_mm.config.load import load_config
+from mona_mm.inference.export import decoded, settle
+from mona_mm.inference.predict import load_model, predict
+from mona_mm.inference.sources import find_sources
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -39,12 +39,12 @@ from own_folders import (
 from PIL import Image
 
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.lock_work_dir import WorkDirLock
-from mona_mm.commands.own_data import use_data
+from mona_mm.config.load import adapt_to_device, load_config
+from mona_mm.config.own_data import use_data
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import WorkDirError
 from mona_mm.own_data.splits import stratify
+from mona_mm.reliability.lock_work_dir import WorkDirLock
 
 SCOPES = dict(boxes='mmdet', maps='mmseg', labels='mmpretrain')
 

@@ -20,9 +20,9 @@ from own_folders import (
     xml_text,
 )
 
-from mona_mm.commands.config import load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.own_data import use_data
+from mona_mm.config.load import load_config
+from mona_mm.config.own_data import use_data
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import UserError
 
 JSON = 'annotations/all.json'

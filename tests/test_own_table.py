@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import MODELS
 from own_folders import make_coco, make_folders, make_masks, make_yolo
 
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.reproduce import MINI, Cell, Composer, extend_own_table, read_own_table, read_records
 from mona_mm.type_names import enter_scope

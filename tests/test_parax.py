@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import mona_mm
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.checkpoint.convert import convert_model, convert_state_dict
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import method_modules
 from mona_mm.methods import ParaX

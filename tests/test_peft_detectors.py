@@ -22,8 +22,8 @@ from torch import nn
 import mona_mm
 from mona_mm import FrozenModel, PeftModel, count_trainable, load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import load_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.rules import check_trainable
 

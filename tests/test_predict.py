@@ -13,11 +13,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from tiny_tasks import checkpoint_of, classifier, segmentor, write
 
-from mona_mm.commands.config import load_config
-from mona_mm.commands.predict import load_model, predict
-from mona_mm.commands.sources import Source, find_sources
-from mona_mm.commands.tta import library_of, use_tta
+from mona_mm.config.load import load_config
+from mona_mm.config.tta import library_of, use_tta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
+from mona_mm.inference.predict import load_model, predict
+from mona_mm.inference.sources import Source, find_sources
 from mona_mm.type_names import enter_scope
 
 

@@ -18,7 +18,7 @@ from small_runs import by_iterations, config, finished, iterations, make_picture
 
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import read_checkpoint
-from mona_mm.commands.config import find_last_checkpoint
+from mona_mm.config.load import find_last_checkpoint
 from mona_mm.hooks import PreemptionHook
 
 

@@ -18,15 +18,15 @@ from mona_mm import PeftBackbone
 from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import stock_config, types_left
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import adapt_to_device, fine_tune_from, load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.sensitivity import config_fingerprint
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, fine_tune_from, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError
 from mona_mm.hooks import LoadCheckHook
 from mona_mm.methods import LoRA
 from mona_mm.registry import METHODS, MODELS
 from mona_mm.reproduce.cells import differences
+from mona_mm.spt_plans.sensitivity import config_fingerprint
 from mona_mm.type_names import _CLASSES, full_name, is_of_mona_mm, is_type, look_up, type_name, with_names
 
 

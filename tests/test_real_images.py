@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, real_images
 
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.load import adapt_to_device, load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_images]
 CONFIG = str(ROOT / 'configs/mona/cascade_swin_b_coco.py')

@@ -13,9 +13,9 @@ from tiny_tasks import classifier
 
 from mona_mm.commands import batch as batch_module
 from mona_mm.commands.batch import Batch, Probe, batch_argument, largest_batch, set_batch
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import load_config
-from mona_mm.commands.recipe import apply_recipe, scale_learning_rate
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import load_config
+from mona_mm.config.recipe import apply_recipe, scale_learning_rate
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.type_names import enter_scope
 

@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mona_mm
 from mona_mm import PeftBackbone, count_trainable
-from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, load_config
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import method_modules, method_names
 from mona_mm.methods import Rein

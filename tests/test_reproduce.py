@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 
 from mona_mm.checkpoint.config_text import parse_config
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config, resume_from
+from mona_mm.config.load import adapt_to_device, load_config, resume_from
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.reproduce import (
     build_tables,

@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny_tasks import classifier, segmentor
 from toy_runs import log_of, mona_swin
 
-from mona_mm.commands.run_hooks import add_hooks
+from mona_mm.config.run_hooks import add_hooks
 from mona_mm.report.classification import ClassificationEvaluator
 from mona_mm.report.detection import DetectionEvaluator, _polygons
 from mona_mm.report.evaluator import chosen

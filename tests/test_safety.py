@@ -30,7 +30,7 @@ from mona_mm.checkpoint.delta import apply_delta
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.pretrained import download_place, read_checkpoint
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import find_last_checkpoint, resume_from
+from mona_mm.config.load import find_last_checkpoint, resume_from
 from mona_mm.errors import CheckpointMismatchError, MissingFileError, PlanError, UserError
 from mona_mm.spt import Plan
 from mona_mm.spt.published import _read

@@ -17,7 +17,6 @@ import mona_mm
 from mona_mm import PeftBackbone, count_trainable
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.merge import merged_state_dict, set_deploy, unmergeable
-from mona_mm.commands.planning import put_plan_in, spt_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 from mona_mm.hosts import method_names
 from mona_mm.methods import LinearModule, build_method
@@ -25,6 +24,7 @@ from mona_mm.record import record_of
 from mona_mm.registry import METHODS
 from mona_mm.reproduce.cells import method_of
 from mona_mm.reproduce.logs import Log
+from mona_mm.spt_plans.plans import put_plan_in, spt_config
 
 LORA, MONA = dict(type='LoRA', rank=4, sites=['q', 'v']), dict(type='Mona', bottleneck=8)
 FFN = dict(type='LoRA', rank=2, sites=['fc1', 'fc2'], name='ffn')
@@ -228,7 +228,7 @@ def test_one_that_does_not_merge_is_named(base):
     with pytest.raises(ConfigError, match='^Mona cannot be merged'):
         mona_mm.merge(model)
     config = dict(model=dict(backbone=dict(type='mona_mm.PeftBackbone', base=base, peft=[LORA, MONA])))
-    cfg = mona_mm.commands.config.Config(config)
+    cfg = mona_mm.config.load.Config(config)
     set_deploy(cfg)
     assert cfg.model.backbone.deploy
     deployed = PeftBackbone(base=base, peft=[LORA, MONA], deploy=True)
@@ -284,7 +284,7 @@ def test_spt_may_be_one_of_them(spt_plan, tmp_path):
     assert lines_of(model)['SPT'] == counts.total - in_vectors
     assert count_trainable(model).trainable == counts.total + lines_of(model)['Mona']
     assert unmergeable(model) == ['Mona']
-    cfg = mona_mm.commands.config.Config(
+    cfg = mona_mm.config.load.Config(
         dict(model=dict(backbone=dict(type='mona_mm.PeftBackbone', base=base, peft=[dict(spt, name='s'), MONA])))
     )
     assert spt_config(cfg) == dict(spt, name='s')

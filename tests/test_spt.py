@@ -28,9 +28,8 @@ from suite import (
 from torch import nn
 
 from mona_mm import PeftBackbone, count_trainable
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config
-from mona_mm.commands.planning import make_plan, require_plan
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, find_last_checkpoint, load_config
 from mona_mm.errors import ConfigError, MissingFileError, PlanError, UserError
 from mona_mm.hosts import find_host, method_modules
 from mona_mm.methods.base import start_from_base
@@ -38,6 +37,7 @@ from mona_mm.nn.meta import meta_device
 from mona_mm.spt import Plan
 from mona_mm.spt.parts import Architecture
 from mona_mm.spt.sparse import merge_sparse, sparse_deltas
+from mona_mm.spt_plans.plans import make_plan, require_plan
 
 on_every_host = pytest.mark.parametrize(
     ('host', 'kind'),
@@ -370,7 +370,7 @@ def test_a_request_is_checked_before_the_measuring(detector_config, tmp_path, mo
     cfg = spt_detector(detector_config, budget='2%')
     cfg.work_dir = str(tmp_path / 'work')
     cfg.model.backbone.peft[option] = value
-    monkeypatch.setattr('mona_mm.commands.planning.measure', lambda *args: pytest.fail('it was measured'))
+    monkeypatch.setattr('mona_mm.spt_plans.plans.measure', lambda *args: pytest.fail('it was measured'))
     with pytest.raises(UserError, match=message):
         make_plan(cfg)
 

@@ -14,12 +14,12 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.sensitivity import base_model_config, build_loader, measure
+from mona_mm.config.load import adapt_to_device, load_config
 from mona_mm.errors import ConfigError, MissingFileError, SensitivityError
 from mona_mm.spt import Plan, Sensitivity, allocate, compute_sensitivity
 from mona_mm.spt import sensitivity as module
 from mona_mm.spt.sensitivity import set_seed
+from mona_mm.spt_plans.sensitivity import base_model_config, build_loader, measure
 
 BACKBONES = {
     'vit': dict(

@@ -13,10 +13,10 @@ from shipped import CONFIGS, NARROW, NARROW_TASK, REAL, kind
 
 import mona_mm
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.planning import make_plan
+from mona_mm.config.load import adapt_to_device, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.spt import Plan
+from mona_mm.spt_plans.plans import make_plan
 
 
 def tensors(result) -> list[torch.Tensor]:

@@ -21,7 +21,7 @@ from suite import plan_for
 
 from mona_mm import save_delta
 from mona_mm.checkpoint.delta import changing
-from mona_mm.commands.config import adapt_to_device
+from mona_mm.config.load import adapt_to_device
 
 needs_compiled_mmcv = pytest.mark.skipif(
     Path(_ext.__file__).name == 'mmcv_ops.py', reason='needs a compiled mmcv, to import this library without mona_mm'

@@ -36,7 +36,7 @@ from mona_mm.checkpoint.delta import load_delta, save_delta
 from mona_mm.checkpoint.delta_file import read_delta
 from mona_mm.checkpoint.loading import load_from_delta
 from mona_mm.commands.cli import join_process_group
-from mona_mm.commands.strategy import use_strategy
+from mona_mm.config.strategy import use_strategy
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.half_precision import kept_weights
 from mona_mm.hooks import LoadCheckHook

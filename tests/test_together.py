@@ -14,9 +14,9 @@ from torch import nn
 
 import mona_mm
 from mona_mm import FrozenModel, PeftBackbone, PeftModel, count_trainable
-from mona_mm.commands.planning import find_spt
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.reach import unreached
+from mona_mm.spt_plans.plans import find_spt
 
 MSCAN = dict(type='mmseg.MSCAN', embed_dims=[8] * 4, depths=[1] * 4, mlp_ratios=[2] * 4, norm_cfg=dict(type='SyncBN'))
 RESNET = dict(type='mmdet.ResNet', depth=50, base_channels=8, frozen_stages=-1, norm_eval=False)

@@ -16,8 +16,8 @@ from mmengine.registry import TRANSFORMS
 
 from mona_mm.checkpoint.pretrained import read_checkpoint
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, resume_from
 from mona_mm.compat.safe_globals import register_safe_globals
+from mona_mm.config.load import adapt_to_device, find_last_checkpoint, resume_from
 from mona_mm.hooks import iteration_seed
 
 STOP = 2

@@ -27,18 +27,18 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from mona_mm.commands.build import build_on_meta
 from mona_mm.commands.cli import build_runner, read_run_config, run_parser
-from mona_mm.commands.config import adapt_to_device, load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.planning import make_plan
-from mona_mm.commands.sensitivity import build_loader
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import adapt_to_device, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.nn.meta import meta_device
 from mona_mm.optim.schedule import WarmupCosineLR
 from mona_mm.spt import Plan
 from mona_mm.spt.published import load_published_plan
+from mona_mm.spt_plans.plans import make_plan
+from mona_mm.spt_plans.sensitivity import build_loader
 
 METHODS = ('full', 'fixed', 'bitfit', 'partial_1', 'adapter', 'lora', 'spt_lora', 'spt_adapter')
 MODELS = {

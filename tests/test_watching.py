@@ -13,7 +13,7 @@ from tiny_tasks import classifier
 from torch import nn
 
 from mona_mm.commands.dry_run import _recorded
-from mona_mm.commands.watching import BACKENDS, score_each_class, stop_early, watch
+from mona_mm.config.watching import BACKENDS, score_each_class, stop_early, watch
 from mona_mm.errors import ConfigError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_backends_are_added_once(monkeypatch, tmp_path):
     """To those of the config, or beside mmengine's own file; wandb's run is named after the work dir."""
-    monkeypatch.setattr('mona_mm.commands.watching.importlib.import_module', lambda name: None)
+    monkeypatch.setattr('mona_mm.config.watching.importlib.import_module', lambda name: None)
     cfg = Config(dict(work_dir=str(tmp_path / 'mine')))
     watch(cfg, ['tensorboard', 'wandb'])
     watch(cfg, ['tensorboard'])

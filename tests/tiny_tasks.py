@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from mmengine.registry import MODELS
 
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.type_names import enter_scope
 
 HEAD = """

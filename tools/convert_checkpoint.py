@@ -25,7 +25,7 @@ from mona_mm.checkpoint.convert import (
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.checkpoint.pretrained import load_pretrained, read_checkpoint
 from mona_mm.commands.cli import new_file, run
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError, MissingFileError
 from mona_mm.hosts import method_names
 from mona_mm.type_names import enter_scope

@@ -16,13 +16,13 @@ from mmengine.device import get_device
 from mmengine.registry import MODELS
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.commands.build import build_on_meta, freeze_by_hooks
+from mona_mm.catalogue.hosts import backbone_rows, render_hosts
 from mona_mm.commands.cli import add_cfg_options, data_of, run
-from mona_mm.commands.config import default_work_dir, load_config
-from mona_mm.commands.hosts import backbone_rows, render_hosts
-from mona_mm.commands.planning import PLAN_FILE, find_plan, find_spt, spt_config
+from mona_mm.config.build import build_on_meta, freeze_by_hooks
+from mona_mm.config.load import default_work_dir, load_config
 from mona_mm.frozen.activations import KeptActivations, measure_activations, training_size
 from mona_mm.frozen.count import backbone_path, count_trainable
+from mona_mm.spt_plans.plans import PLAN_FILE, find_plan, find_spt, spt_config
 from mona_mm.type_names import enter_scope
 
 

@@ -27,12 +27,12 @@ from mona_mm.checkpoint.merge import (
 )
 from mona_mm.checkpoint.pretrained import compare, misfit, read_checkpoint
 from mona_mm.checkpoint.rehearsal import model_state, rehearse
-from mona_mm.commands.build import build_on_meta, freeze_by_hooks
 from mona_mm.commands.cli import add_cfg_options, data_of, new_file, run
-from mona_mm.commands.config import adapt_to_device, default_work_dir, load_config
-from mona_mm.commands.planning import put_plan_in, require_plan
+from mona_mm.config.build import build_on_meta, freeze_by_hooks
+from mona_mm.config.load import adapt_to_device, default_work_dir, load_config
 from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.methods import deploy
+from mona_mm.spt_plans.plans import put_plan_in, require_plan
 from mona_mm.type_names import enter_scope
 
 

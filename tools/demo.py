@@ -30,7 +30,7 @@ from mmengine.structures import BaseDataElement, InstanceData
 
 import mona_mm
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.commands.config import find_last_checkpoint
+from mona_mm.config.load import find_last_checkpoint
 from mona_mm.datasets.shapes import make_demo_dataset
 from mona_mm.errors import MissingFileError, UserError
 from mona_mm.report.run import read_results

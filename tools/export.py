@@ -5,12 +5,12 @@ from pathlib import Path
 
 import mona_mm
 from mona_mm.commands.cli import add_cfg_options, new_file, run
-from mona_mm.commands.config import load_config
-from mona_mm.commands.export import export_part, normalised_inputs, parts_of, require_packages, settle
-from mona_mm.commands.predict import load_model
-from mona_mm.commands.sources import find_sources
-from mona_mm.commands.tta import library_of
+from mona_mm.config.load import load_config
+from mona_mm.config.tta import library_of
 from mona_mm.errors import ConfigError, UserError
+from mona_mm.inference.export import export_part, normalised_inputs, parts_of, require_packages, settle
+from mona_mm.inference.predict import load_model
+from mona_mm.inference.sources import find_sources
 
 _NOT_EXPORTED = dict(
     mmdet='Not in it: non-maximum suppression, and in a detector of two stages the choice of regions and RoIAlign.',

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import add_cfg_options, run
-from mona_mm.commands.config import load_config
-from mona_mm.commands.predict import Clock, load_model, predict, warn
-from mona_mm.commands.predictions import WRITERS
-from mona_mm.commands.sources import find_sources
-from mona_mm.commands.tta import library_of, use_tta
+from mona_mm.config.load import load_config
+from mona_mm.config.tta import library_of, use_tta
 from mona_mm.errors import ConfigError, UserError
+from mona_mm.inference.predict import Clock, load_model, predict, warn
+from mona_mm.inference.sources import find_sources
+from mona_mm.inference.writers import WRITERS
 
 _SCORES = dict(mmdet=0.3, mmseg=0.0, mmpretrain=0.0)
 """The least score of what is drawn and written, by the library of the model."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import add_data_options, run
-from mona_mm.commands.config import has_accelerator
+from mona_mm.config.load import has_accelerator
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce import (
     DEVICES,

@@ -10,13 +10,13 @@ from mmengine.dist import is_main_process
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
 from mona_mm.commands.cli import join_process_group, new_file, read_run_config, run, run_parser
-from mona_mm.commands.data import check_data, sensitivity_split
-from mona_mm.commands.planning import PLAN_FILE, spt_config
-from mona_mm.commands.sensitivity import measure
+from mona_mm.data_check.check import check_data, sensitivity_split
 from mona_mm.spt.allocation import RULES, allocate, parse_budget
 from mona_mm.spt.plot import plot_plan, plot_sensitivity
 from mona_mm.spt.sensitivity import Sensitivity
 from mona_mm.spt.structured import STRUCTURED
+from mona_mm.spt_plans.plans import PLAN_FILE, spt_config
+from mona_mm.spt_plans.sensitivity import measure
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab lib
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, read_run_config, run, run_parser
-from mona_mm.commands.data import check_data
-from mona_mm.commands.planning import require_plan
-from mona_mm.commands.tta import use_tta
-from mona_mm.commands.unreadable_images import check_images
-from mona_mm.commands.watching import add_watching
+from mona_mm.config.tta import use_tta
+from mona_mm.config.watching import add_watching
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.nn.wrappers import innermost
+from mona_mm.reliability.unreadable_images import check_images
+from mona_mm.spt_plans.plans import require_plan
 from mona_mm.type_names import is_type
 
 

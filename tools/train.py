@@ -13,17 +13,17 @@ from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.batch import batch_argument, set_batch
 from mona_mm.commands.cli import build_runner, join_process_group, read_run_config, run, run_parser, show_report
-from mona_mm.commands.config import fine_tune_from, resume_from, skip_nonfinite
-from mona_mm.commands.data import check_data
 from mona_mm.commands.dry_run import dry_run
-from mona_mm.commands.failures import explained
-from mona_mm.commands.lock_work_dir import lock_work_dir
-from mona_mm.commands.planning import make_plan
-from mona_mm.commands.recipe import apply_recipe
-from mona_mm.commands.strategy import STRATEGIES, use_strategy
-from mona_mm.commands.unreadable_images import check_images
-from mona_mm.commands.watching import add_watching
+from mona_mm.config.load import fine_tune_from, resume_from, skip_nonfinite
+from mona_mm.config.recipe import apply_recipe
+from mona_mm.config.strategy import STRATEGIES, use_strategy
+from mona_mm.config.watching import add_watching
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError
+from mona_mm.reliability.failures import explained
+from mona_mm.reliability.lock_work_dir import lock_work_dir
+from mona_mm.reliability.unreadable_images import check_images
+from mona_mm.spt_plans.plans import make_plan
 
 
 def parse_args() -> argparse.Namespace:

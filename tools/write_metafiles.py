@@ -16,15 +16,15 @@ from typing import Any
 import yaml
 
 import mona_mm  # noqa: F401  imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.commands.build import build_on_meta
-from mona_mm.commands.catalogue import CATALOGUE
+from mona_mm.catalogue.methods import CATALOGUE
 from mona_mm.commands.cli import run
-from mona_mm.commands.config import load_config
-from mona_mm.commands.planning import spt_config
+from mona_mm.config.build import build_on_meta
+from mona_mm.config.load import load_config
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce.cells import config_name
 from mona_mm.reproduce.published import published_scores
 from mona_mm.reproduce.tasks import task_of_config_name
+from mona_mm.spt_plans.plans import spt_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / 'mona_mm/published.json'

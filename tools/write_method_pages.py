@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 import mona_mm  # imported first, because it makes the OpenMMLab libraries importable
-from mona_mm.commands.catalogue import CATALOGUE, method_name
+from mona_mm.catalogue.hosts import backbone_rows, render_hosts, render_names
+from mona_mm.catalogue.methods import CATALOGUE, method_name
 from mona_mm.commands.cli import run
-from mona_mm.commands.hosts import backbone_rows, render_hosts, render_names
 from mona_mm.frozen import rules
 from mona_mm.frozen.count import count_trainable
 from mona_mm.methods.base import NOT_OPTIONS, LinearModule, PeftModule

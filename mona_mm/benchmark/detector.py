@@ -24,7 +24,7 @@ from mona_mm.benchmark.backbone import (
     measure,
 )
 from mona_mm.benchmark.module import rates
-from mona_mm.commands.config import adapt_to_device, load_config
+from mona_mm.config.load import adapt_to_device, load_config
 
 CONFIGS = {
     't': '_base_/voc_retinanet_swin_t.py',

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mona_mm.benchmark.backbone import LABELS, VARIANTS, Row, reference
-from mona_mm.commands.catalogue import method_colour
+from mona_mm.catalogue.methods import method_colour
 from mona_mm.report.html import save_png
 
 _COLOURS_OF_VARIANTS = dict(

@@ -12,7 +12,7 @@ def whole_model_base(cfg: Config, delta: str | None = None) -> str | None:
     """Find the whole model from which the run of a config started; its deltas need it as their base.
 
     It is the config's ``load_from``. In a resumed run, whose ``load_from`` is the checkpoint that it continued from,
-    it is the ``base_checkpoint`` that :func:`mona_mm.commands.config.resume_from` has kept. If that file no longer
+    it is the ``base_checkpoint`` that :func:`mona_mm.config.load.resume_from` has kept. If that file no longer
     exists, the file that ``delta`` names is tried, and one of the same name beside the delta.
 
     Args:

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from mona_mm.commands.config import has_accelerator
-from mona_mm.commands.config_nodes import dicts_of
-from mona_mm.commands.recipe import batch_of, scale_learning_rate
+from mona_mm.config.load import has_accelerator
+from mona_mm.config.nodes import dicts_of
+from mona_mm.config.recipe import batch_of, scale_learning_rate
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.type_names import is_type
 

@@ -19,14 +19,14 @@ from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mona_mm.checkpoint.delta import expect_delta
-from mona_mm.commands.check_config import check_config
-from mona_mm.commands.config import adapt_to_device, default_work_dir, has_accelerator, load_config
-from mona_mm.commands.data_report import DataReport
-from mona_mm.commands.failures import in_one_line
-from mona_mm.commands.run_hooks import add_hooks
-from mona_mm.commands.watching import apply_watching
 from mona_mm.compat.terminal import short_terminal
+from mona_mm.config.check import check_config
+from mona_mm.config.load import adapt_to_device, default_work_dir, has_accelerator, load_config
+from mona_mm.config.run_hooks import add_hooks
+from mona_mm.config.watching import apply_watching
+from mona_mm.data_check.report import DataReport
 from mona_mm.errors import ConfigError, UserError
+from mona_mm.reliability.failures import in_one_line
 
 _SPACE = '\x1f'  # stands for a space, since mmengine's parser removes spaces
 _LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -101,7 +101,7 @@ def add_data_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) 
 
 
 def data_of(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What ``--data`` and ``--data-options`` say, for :func:`mona_mm.commands.config.load_config`."""
+    """What ``--data`` and ``--data-options`` say, for :func:`mona_mm.config.load.load_config`."""
     said = {**({} if args.data is None else dict(folder=args.data)), **(args.data_options or {})}
     return said or None
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
-from mona_mm.commands.planning import make_plan
 from mona_mm.frozen.count import backbone_path, count_trainable
 from mona_mm.nn.wrappers import innermost
 from mona_mm.report.memory import forget_peak, peak_of_process, peak_since, resident
+from mona_mm.spt_plans.plans import make_plan
 
 _STAGES = ('stages', 'layers', 'blocks')
 """The names of the lists in which backbones keep their stages."""

@@ -28,9 +28,8 @@ from mmengine.runner import Runner
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner
-from mona_mm.commands.config import adapt_to_device, find_last_checkpoint, load_config
-from mona_mm.commands.data import check_data
-from mona_mm.commands.planning import make_plan, require_plan
+from mona_mm.config.load import adapt_to_device, find_last_checkpoint, load_config
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import UserError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.hooks.preemption import SIGNALS, shield_workers
@@ -39,6 +38,7 @@ from mona_mm.report.memory import peak_of_process
 from mona_mm.report.processor import processor_name
 from mona_mm.reproduce.class_scores import measure_classes, split_classes
 from mona_mm.reproduce.comparison import STOPPED
+from mona_mm.spt_plans.plans import make_plan, require_plan
 
 _LOSS_EVERY = 10  # the number of iterations whose mean loss is recorded as one value
 

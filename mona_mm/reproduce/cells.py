@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mona_mm.commands.catalogue import CATALOGUE, method_name
-from mona_mm.commands.config import load_config
+from mona_mm.catalogue.methods import CATALOGUE, method_name
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.frozen.rules import METHOD_RULES, published_name
 from mona_mm.registry import METHODS as METHOD_CLASSES

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mona_mm.commands.catalogue import method_colour
+from mona_mm.catalogue.methods import method_colour
 from mona_mm.reproduce.comparison import Cell, Comparison
 from mona_mm.reproduce.records import Record, Row, rows_of
 

@@ -13,8 +13,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mona_mm.commands.config import load_config
-from mona_mm.commands.recipe import apply_recipe
+from mona_mm.config.load import load_config
+from mona_mm.config.recipe import apply_recipe
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.reproduce.carve import carve_coco, carve_labels, carve_voc
 from mona_mm.reproduce.cells import configs_folder

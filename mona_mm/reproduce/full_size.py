@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mona_mm.commands.catalogue import CATALOGUE
-from mona_mm.commands.config import load_config
+from mona_mm.catalogue.methods import CATALOGUE
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError
 from mona_mm.reproduce.cells import config_name, configs_folder
 from mona_mm.reproduce.comparison import MINI, ComparedTask, Comparison

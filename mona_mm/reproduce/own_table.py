@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.commands.config import load_config
+from mona_mm.config.load import load_config
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data import read_folder, task_of_folder
 from mona_mm.reproduce.cells import configs_folder

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mona_mm.checkpoint.config_text import parse_config
-from mona_mm.commands.build import build_on_meta
+from mona_mm.config.build import build_on_meta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.frozen.count import count_trainable
 from mona_mm.reproduce.cells import (

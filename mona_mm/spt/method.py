@@ -152,6 +152,17 @@ class SPT(Method):
         return build_structured(self.structured, site.widths, name, site.is_called)
 
 
+def check_spt(peft: dict[str, Any]) -> None:
+    """Check an SPT config's options and those of its structured module.
+
+    Raises:
+        UnknownOptionError: if an option does not exist.
+        ConfigError: if a value is not accepted.
+    """
+    check_options('SPT', SPT, {key: value for key, value in peft.items() if key not in ('type', 'name')})
+    check_structured(peft.get('structured'))
+
+
 def check_structured(structured: Mapping[str, Any] | None) -> None:
     """Check the options of a structured module.
 

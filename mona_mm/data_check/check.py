@@ -13,9 +13,9 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 
-from mona_mm.commands.config_nodes import datasets, dicts_of
-from mona_mm.commands.data_reading import Reading, read_dataset
-from mona_mm.commands.data_report import DataReport, SplitReport
+from mona_mm.config.nodes import datasets, dicts_of
+from mona_mm.data_check.reading import Reading, read_dataset
+from mona_mm.data_check.report import DataReport, SplitReport
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data import Findings, note_duplicates, short
 from mona_mm.own_data.images import is_image, read_header

@@ -12,9 +12,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.commands.predict import Predicted
-from mona_mm.commands.sources import write_image
 from mona_mm.errors import UserError
+from mona_mm.inference.predict import Predicted
+from mona_mm.inference.sources import write_image
 from mona_mm.report.pictures import class_colour, draw_box, draw_labels, draw_outlines, outlines_of, palette, titled
 
 _TOP = 5  # the classes of an image that are written

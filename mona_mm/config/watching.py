@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from mona_mm.commands.run_hooks import checkpoint_hook
+from mona_mm.config.run_hooks import checkpoint_hook
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.type_names import is_type, type_name
 

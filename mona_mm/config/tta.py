@@ -6,7 +6,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mona_mm.commands.data import datasets
+from mona_mm.config.nodes import datasets
 from mona_mm.errors import ConfigError
 from mona_mm.type_names import enter_scope, look_up, type_name
 

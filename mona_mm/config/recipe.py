@@ -7,9 +7,9 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_world_size
 
-from mona_mm.commands.config_nodes import dicts_of
-from mona_mm.commands.run_hooks import checkpoint_hook
-from mona_mm.commands.watching import stop_early
+from mona_mm.config.nodes import dicts_of
+from mona_mm.config.run_hooks import checkpoint_hook
+from mona_mm.config.watching import stop_early
 from mona_mm.errors import ConfigError
 from mona_mm.type_names import is_type, type_name
 

@@ -12,7 +12,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS
 
-from mona_mm.commands.config_nodes import dicts_of
+from mona_mm.config.nodes import dicts_of
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.own_data import Findings
 from mona_mm.own_data.coco import check_structure, read_json

@@ -11,11 +11,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
-from mona_mm.commands.config_nodes import dicts_of, set_num_classes
-from mona_mm.commands.lock_work_dir import refuse_if_used
+from mona_mm.config.nodes import dicts_of, set_num_classes
 from mona_mm.errors import ConfigError
 from mona_mm.own_data import TASKS, OwnData, as_maps, complete_splits, palette, read_folder, write_data
 from mona_mm.own_data.images import walk
+from mona_mm.reliability.lock_work_dir import refuse_if_used
 from mona_mm.type_names import enter_scope, look_up, type_name
 
 _TASK_OF_LIBRARY = dict(mmdet='boxes', mmseg='maps', mmpretrain='labels')

@@ -24,10 +24,10 @@ from mmengine.registry import (
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mona_mm.commands.planning import check_options as check_spt
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.methods.base import build_method
 from mona_mm.options import Count, Ratio, check_options, show
+from mona_mm.spt.method import check_spt
 from mona_mm.type_names import enter_scope, is_type, look_up
 
 _NEAR = 0.75

@@ -47,7 +47,7 @@ class SplitReport:
     has_objects: bool = False
 
     def add(self, reading: Any) -> None:
-        """Add what a library has read, a :class:`mona_mm.commands.data_reading.Reading`."""
+        """Add what a library has read, a :class:`mona_mm.data_check.reading.Reading`."""
         self.read += len(reading.samples)
         self.kept += len(reading.kept)
         for sample in reading.kept:

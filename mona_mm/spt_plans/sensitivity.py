@@ -16,8 +16,8 @@ from mmengine.runner import Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mona_mm.commands.config_nodes import datasets
-from mona_mm.commands.data import sensitivity_split
+from mona_mm.config.nodes import datasets
+from mona_mm.data_check.check import sensitivity_split
 from mona_mm.errors import ConfigError, SensitivityError
 from mona_mm.spt.sensitivity import NO_LABELS, Sensitivity, alone, compute_sensitivity, first_batches, set_seed
 from mona_mm.type_names import enter_scope, is_type, type_name, with_names

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mona_mm.checkpoint.merge import merge, unmergeable
-from mona_mm.commands.predict import Loaded
 from mona_mm.errors import UserError
+from mona_mm.inference.predict import Loaded
 from mona_mm.methods.base import deploy
 
 _LARGEST_RATIO = 16 / 1000  # of the sizes of a box and its anchor, the default of mmdet's coder

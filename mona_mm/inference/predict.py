@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from mona_mm.checkpoint.base import whole_model_base
 from mona_mm.checkpoint.delta_file import SUFFIX
 from mona_mm.commands.cli import build_runner, close_log_file, use_temporary
-from mona_mm.commands.config import adapt_to_device
-from mona_mm.commands.data import datasets
-from mona_mm.commands.planning import require_plan
-from mona_mm.commands.run_hooks import add_hooks
-from mona_mm.commands.sources import Source, frames
+from mona_mm.config.load import adapt_to_device
+from mona_mm.config.nodes import datasets
+from mona_mm.config.run_hooks import add_hooks
 from mona_mm.errors import ConfigError, MissingFileError
+from mona_mm.inference.sources import Source, frames
+from mona_mm.spt_plans.plans import require_plan
 from mona_mm.type_names import enter_scope, is_type, look_up
 
 _READERS = 4  # processes that read images, on a machine with a GPU

@@ -8,13 +8,12 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 
-from mona_mm.commands.data import check_data
-from mona_mm.commands.sensitivity import config_fingerprint, measure
+from mona_mm.data_check.check import check_data
 from mona_mm.errors import ConfigError, MissingFileError, UserError
-from mona_mm.options import check_options as check_options_of
 from mona_mm.spt.allocation import allocate, check_rule, parse_budget
-from mona_mm.spt.method import SPT, check_structured
+from mona_mm.spt.method import SPT, check_spt
 from mona_mm.spt.plan import Plan, structured_module
+from mona_mm.spt_plans.sensitivity import config_fingerprint, measure
 from mona_mm.type_names import is_type
 
 PLAN_FILE = 'plan.safetensors'
@@ -69,7 +68,7 @@ def make_plan(cfg: Config) -> None:
     peft = spt_config(cfg)
     if peft is None:
         return
-    check_options(peft)  # before the measurement, which takes long
+    check_spt(peft)  # before the measurement, which takes long
     named = peft.get('plan')
     found = find_plan(cfg, (cfg.work_dir, *([osp.dirname(cfg.load_from)] if cfg.get('resume') else [])))
     if found:
@@ -145,17 +144,6 @@ def put_plan_in(cfg: Config) -> None:
     name = {key: value for key, value in peft.items() if key == 'name'}
     peft.clear()
     peft.update(type='SPT', **name, structured=structured or None, plan=sites)
-
-
-def check_options(peft: dict[str, Any]) -> None:
-    """Check an SPT config's options and those of its structured module.
-
-    Raises:
-        UnknownOptionError: if an option does not exist.
-        ConfigError: if a value is not accepted.
-    """
-    check_options_of('SPT', SPT, {key: value for key, value in peft.items() if key not in ('type', 'name')})
-    check_structured(peft.get('structured'))
 
 
 def _request(cfg: Config) -> dict[str, Any]:

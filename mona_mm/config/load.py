@@ -10,8 +10,8 @@ from mmengine.logging import print_log
 
 from mona_mm.checkpoint.base import is_gone
 from mona_mm.checkpoint.delta_file import SUFFIX, read_delta
-from mona_mm.commands.config_nodes import SPLITS, datasets, map_children, set_num_classes
-from mona_mm.commands.own_data import use_data
+from mona_mm.config.nodes import SPLITS, datasets, map_children, set_num_classes
+from mona_mm.config.own_data import use_data
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.type_names import is_type
 
@@ -34,7 +34,7 @@ def load_config(
     Args:
         file: the config file.
         options: values by the paths of their keys.
-        data: the folder that :func:`mona_mm.commands.own_data.use_data` sets the config to, or its options with the
+        data: the folder that :func:`mona_mm.config.own_data.use_data` sets the config to, or its options with the
             folder as ``folder``; by default the ``data`` of the config, if it has one.
         work_dir: the work dir, below which the annotations of ``data`` are written; by default the config's own.
         write_data: whether they are written; without them the config says what its classes are, but has no data.

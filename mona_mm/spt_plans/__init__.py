@@ -1,0 +1,1 @@
+"""The plan of an SPT config: found, or made by measuring the base on the config's data."""
