@@ -223,7 +223,8 @@ def _image(size, generator) -> torch.Tensor:
 
 
 def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: int = 2) -> dict:
-    """Images with three objects each: boxes, masks, a semantic map, a caption; proposals if nothing makes them."""
+    """Images with three objects each: boxes, a semantic map, a caption; masks if the model has to do with any, since
+    RTMDet takes other centres with masks; proposals if nothing makes them."""
     import numpy as np
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -258,10 +259,11 @@ def detection_batch(config: dict, size: tuple[int, int], seed: int = 0, images: 
             )
         )
         labels = torch.arange(3) % min(classes, 3)
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))
-        sample.ignored_instances = InstanceData(
-            bboxes=boxes[:0], labels=labels[:0], masks=BitmapMasks(masks[:0], height, width)
-        )
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
+        sample.ignored_instances = InstanceData(bboxes=boxes[:0], labels=labels[:0])
+        if 'mask' in json.dumps(plain(config)).lower():
+            sample.gt_instances.masks = BitmapMasks(masks, height, width)
+            sample.ignored_instances.masks = BitmapMasks(masks[:0], height, width)
         if not has_key(config, 'rpn_head'):
             sample.proposals = InstanceData(bboxes=boxes + 2, scores=torch.ones(3))
         total = (things + [classes])[0] + sum(stuff[:1])
