@@ -28,10 +28,12 @@ PATCH = 14
 CLASSES = 11
 
 
-def features(backbone: nn.Module, folder: Path, split: str, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Normalised tokens ``(patches, 384)`` of all images of a split, and their classes ``(patches,)``."""
+def features(
+    backbone: nn.Module, folder: Path, split: str, size: tuple[int, int], images: int | None
+) -> tuple[Tensor, Tensor]:
+    """Normalised tokens ``(patches, 384)`` of the first images of a split, and their classes ``(patches,)``."""
     tokens, classes = [], []
-    for path in sorted((folder / 'images' / split).iterdir()):
+    for path in sorted((folder / 'images' / split).iterdir())[:images]:
         image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
         labels = cv2.imread(str(folder / 'annotations' / split / f'{path.stem}.png'), cv2.IMREAD_UNCHANGED)
@@ -68,11 +70,15 @@ def scores(answers: Tensor, classes: Tensor) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        '--data', type=Path, required=True, help='CamVid: images/{train,test}, annotations/{train,test}'
+        '--data', type=Path, required=True, help='CamVid: images/{train,val,test}, annotations/ likewise'
     )
     parser.add_argument('--weights', required=True, help="ViT-S/14 under Meta's names")
     parser.add_argument('--size', type=int, nargs=2, default=(168, 224), help='height and width, multiples of 14')
     parser.add_argument('--neighbours', type=int, default=20)
+    parser.add_argument('--split', default='test', help='the images that are classified')
+    parser.add_argument(
+        '--images', type=int, nargs=2, default=(None, None), help='of train, and of the split: the first'
+    )
     args = parser.parse_args()
     MMLogger.get_current_instance().setLevel('WARNING')
     for weights in (args.weights, None):
@@ -83,11 +89,11 @@ def main() -> None:
         else:
             backbone.init_weights()
         backbone.eval()
-        tokens, classes = features(backbone, args.data, 'train', tuple(args.size))
-        queries, truth = features(backbone, args.data, 'test', tuple(args.size))
+        tokens, classes = features(backbone, args.data, 'train', tuple(args.size), args.images[0])
+        queries, truth = features(backbone, args.data, args.split, tuple(args.size), args.images[1])
         accuracy, iou = scores(classify(queries, tokens, classes, args.neighbours), truth)
         print(
-            f'{Path(weights).name if weights else "random weights"}: {len(queries)} patches of the test images, '
+            f'{Path(weights).name if weights else "random weights"}: {len(queries)} patches of {args.split}, '
             f'{len(tokens)} of the training images: accuracy {accuracy:.1f}%, mean IoU {iou:.1f}'
         )
 
