@@ -27,7 +27,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS
 from torch import nn
 
-from mona_mm.checkpoint.delta import describe_methods
+from mona_mm.checkpoint.described_methods import describe_methods
 from mona_mm.errors import UserError
 from mona_mm.hosts import recomputed_names
 from mona_mm.methods import LoRA, Mona

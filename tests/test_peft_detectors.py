@@ -360,7 +360,7 @@ def test_in_a_frozen_model():
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trains == {n for n, _ in model.named_parameters() if '.peft.' in n or n.startswith('bbox_head.')}
     check_trainable(model)
-    described = mona_mm.checkpoint.delta.describe_methods(model)
+    described = mona_mm.checkpoint.described_methods.describe_methods(model)
     assert [described[path]['type'] for path in ('', 'neck')] == [None, 'PeftModel']
     counted = {part.part: part.trainable for part in count_trainable(model).parts}
     assert counted['method (LoRA: lateral_convs.*.conv)'] == 2 * (16 + 32 + 64 + 3 * 16) and counted['neck'] == 0

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mona_mm
 from mona_mm import PeftModel, count_trainable
-from mona_mm.checkpoint.delta import describe_methods
+from mona_mm.checkpoint.described_methods import describe_methods
 from mona_mm.checkpoint.merge import merged_state_dict
 from mona_mm.errors import CheckpointMismatchError, ConfigError, FreezeError, UnknownOptionError
 from mona_mm.frozen.rules import check_trainable

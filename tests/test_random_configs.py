@@ -10,7 +10,7 @@ from random_configs import BUILT, FAILED, REFUSED, cases, choices, outcome
 from torch import nn
 
 from mona_mm import PeftBackbone
-from mona_mm.checkpoint.delta import describe_methods
+from mona_mm.checkpoint.described_methods import describe_methods
 from mona_mm.errors import ConfigError, UnknownOptionError, UserError
 from mona_mm.methods import LoRand, Mona
 from mona_mm.options import Count, check_options, checked, show

@@ -46,7 +46,7 @@ class DeltaHeader:
 
     Args:
         methods: the method and rules of modules in the model, by path (``''`` is the model itself); see
-            :func:`mona_mm.checkpoint.delta.describe_methods`.
+            :func:`mona_mm.checkpoint.described_methods.describe_methods`.
         backbone: the prefix of the backbone's names, ``'backbone.'``; empty for a delta of a backbone alone.
         parts: the parts of the model that the delta holds; None for all. ``'method'`` is everything in the backbone.
         half: whether trained values were rounded to float16.
