@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import os.path as osp
 from pathlib import Path
 from typing import Any
@@ -107,14 +108,14 @@ def _fingerprint(folder: str) -> str:
     digest = hashlib.sha256()
     for path in walk(Path(folder)):
         stat = path.stat() if path.exists() else path.lstat()  # a link to nothing is named when it is read
-        digest.update(f'{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
+        digest.update(os.fsencode(path) + f'\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
 
 
 def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     """Read and write the data, or take what an earlier run with the same work dir has written of the same files."""
     file = place / 'record.json'
-    key = dict(request, files=_fingerprint(request['folder']), version=2)
+    key = dict(request, files=_fingerprint(request['folder']), version=3)
     if file.is_file():
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['key'] == key and all(osp.isfile(d['ann_file']) for s in record['datasets'].values() for d in s):
@@ -123,10 +124,12 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
         refuse_if_used(place.parent)  # whose label maps another run is reading
     arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
     data = read_folder(request['folder'], extracted=place / 'images' if write else None, **arguments)
-    if request['task'] == 'maps' and all(s.label_map is None for samples in data.splits.values() for s in samples):
-        as_maps(data)
+    drawn = request['task'] == 'maps' and all(s.label_map is None for each in data.splits.values() for s in each)
     if request['classes'] is not None:
-        _select(data, request['classes'])
+        added = ('background',) if drawn and 'background' not in data.classes else ()
+        _select(data, [name for name in request['classes'] if name not in added])
+    if drawn:
+        as_maps(data)
     has_masks = data.has_masks
     if request['masks'] and has_masks:
         _ignore_without_mask(data)

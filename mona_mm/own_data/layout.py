@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mona_mm.own_data.findings import Findings
-from mona_mm.own_data.images import Header, ImageIndex, read_header
+from mona_mm.own_data.images import Header, ImageIndex, read_header, split_of_path
 from mona_mm.own_data.samples import OwnData, Sample
+from mona_mm.own_data.text import lines_of
 
 
 @dataclass
@@ -51,8 +52,17 @@ class Folder:
             self._headers[image] = read_header(image)
         return self._headers[image]
 
+    def split_of(self, path: Path) -> str:
+        """The split that the folders above a file speak of; ``''`` if they speak of none."""
+        if not path.is_relative_to(self.root):
+            return ''
+        return split_of_path(path.parent, self.root) or ''
+
     def sample(self, image: Path) -> Sample | None:
         """A sample of an image, with its size; None, noted as a fault, if it cannot be read."""
+        if '\n' in image.name or '\r' in image.name or not _is_unicode(str(image)):
+            self.unreadable(f'{str(self.show(image))!a}: the name of the file is not in UTF-8, or has a line break')
+            return None
         header = self.header(image)
         if header.problem:
             self.unreadable(f'{self.show(image)}: {header.problem}')
@@ -64,6 +74,12 @@ class Folder:
                 'images have more than 100 million pixels', self.show(image), 'slow to read: make them smaller'
             )
         return Sample(image, header.width, header.height)
+
+    def missing(self, name: str, annotation: Path, relation: str = 'which {} lists') -> None:
+        """Note an image that an annotation names and :meth:`ImageIndex.find` has not found, or has found twice."""
+        found = self.images.named(name)
+        also = f': there are {self.show(found[0])} and {self.show(found[1])}' if len(found) > 1 else ''
+        self.unreadable(f'{name}, {relation.format(self.show(annotation))}{also}')
 
     def unreadable(self, what: str) -> None:
         """Note an image that is missing or cannot be read."""
@@ -97,6 +113,15 @@ class Layout(ABC):
         """Read a folder. Faults are noted in its findings; only what leaves nothing to read raises a ConfigError."""
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a path is text: the bytes of a name in another encoding cannot be written into a list of files."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def class_names(names: Sequence[object], findings: Findings, source: str) -> tuple[str, ...]:
     """Names of classes as text, checked: none empty, none twice."""
     texts = tuple(str(name).strip() for name in names)
@@ -113,7 +138,34 @@ def natural(name: str) -> tuple:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def classes_file(folder: Folder) -> Path | None:
-    """A text file with a name of a class in each line, if there is one at the top of the folder."""
-    names = ('classes.txt', 'labels.txt', 'obj.names', 'class_names.txt', 'names.txt', 'label_names.txt')
-    return next((folder.root / name for name in names if (folder.root / name).is_file()), None)
+_NAME_FILES = (
+    *('classes.txt', 'labels.txt', 'obj.names', 'class_names.txt', 'names.txt', 'label_names.txt'),
+    *('_classes.txt', '_darknet.labels'),
+)
+
+
+def classes_file(folder: Folder, names: Sequence[str] = _NAME_FILES) -> Path | None:
+    """A text file with a name of a class in each line, if there is one: at the top of the folder, or below.
+
+    Of files below the top, the content of all must be the same; otherwise it is noted as a fault.
+    """
+    top = next((folder.root / name for name in names if (folder.root / name).is_file()), None)
+    if top is not None:
+        return top
+    below = [path for path in folder.files if path.name in names]
+    for path in below[1:]:
+        if lines_of(path) != lines_of(below[0]):
+            what = f'{folder.show(below[0])}, {folder.show(path)}'
+            folder.findings.error('files of classes differ', what, 'write one at the top of the folder')
+            break
+    return below[0] if below else None
+
+
+def listed_names(folder: Folder) -> list[str] | None:
+    """The lines of the file of classes, empty ones included, since each has its number; None without such a file.
+
+    Raises:
+        ConfigError: if the file is not in UTF-8.
+    """
+    file = classes_file(folder)
+    return None if file is None else lines_of(file)

@@ -5,7 +5,8 @@ from pathlib import Path
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data.coco import Coco
 from mona_mm.own_data.folders import ClassFolders
-from mona_mm.own_data.images import walk
+from mona_mm.own_data.foreign import ARCHIVES, other_format
+from mona_mm.own_data.images import OTHER_SUFFIXES, walk
 from mona_mm.own_data.labelme import LabelMe
 from mona_mm.own_data.layout import Folder, Layout
 from mona_mm.own_data.masks import Masks
@@ -46,12 +47,17 @@ def read_folder(
     path = Path(root).expanduser()
     if not path.is_dir():
         kind = 'is a file, not a folder' if path.exists() else 'does not exist'
-        raise MissingFileError(f'--data {root}: it {kind}. Name the folder that holds images and annotations.')
+        unpack = 'Unpack it, and name' if path.suffix.lower() in ARCHIVES else 'Name'
+        raise MissingFileError(f'--data {root}: it {kind}. {unpack} the folder that holds images and annotations.')
     folder = Folder(path.resolve(), list(walk(path.resolve())), skip_unreadable=skip, extracted=extracted)
     if not folder.files:
         raise MissingFileError(f'--data {root}: the folder is empty.')
     chosen, others = _choose(folder, root, task, layout)
     data = chosen.read(folder)
+    unread = [file for file in folder.files if file.suffix.lower() in OTHER_SUFFIXES]
+    if unread:
+        text = 'images are of kinds that OpenCV does not read'
+        folder.findings.warn(text, folder.show(unread[0]), 'not used: convert them to JPEG or PNG', len(unread))
     if others:
         names = ', '.join(other.title for other in others)
         data.notes.append(f'also there: {names}; to read it, say --data-options layout={others[0].name}')
@@ -73,7 +79,8 @@ def task_of_folder(root: str, layout: str | None = None) -> str:
     """
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise MissingFileError(f'--data {root}: there is no such folder.')
+        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
+        raise MissingFileError(f'--data {root}: it {kind}.')
     folder = Folder(path.resolve(), list(walk(path.resolve())))
     for task, layouts in _LAYOUTS.items():
         if any(each.name == layout if layout else each.recognise(folder) for each in layouts):
@@ -100,12 +107,17 @@ def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[L
     count = len(folder.images.paths)
     raise ConfigError(
         f'--data {root}: no layout is recognised ({count} images, {len(folder.files) - count} other files). For '
-        f'{TASKS[task]} it may be {accepted}; see docs/own_data.md.'
+        f'{TASKS[task]} it may be {accepted}; see docs/own_data.md.{other_format(folder)}'
     )
 
 
 def _check(data: OwnData, root: str, task: str) -> None:
     samples = [sample for samples in data.splits.values() for sample in samples]
+    alike: dict[str, str] = {}
+    for name in data.classes:
+        if alike.setdefault(name.lower(), name) != name:
+            what = f'{alike[name.lower()]}, {name}'
+            data.findings.warn('names of classes differ in upper and lower case alone', what, 'kept as two classes')
     if not data.classes:
         raise ConfigError(f'--data {root}: no class is named in its annotations.')
     if len(samples) < 2:

@@ -23,7 +23,13 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
     """
     loose = data.splits.pop('', [])
     if loose:
-        if 'train' in data.splits:
+        held_out = {str(s.image) for split, samples in data.splits.items() if split != 'train' for s in samples}
+        again = [sample for sample in loose if str(sample.image) in held_out]
+        if again:
+            text = 'annotations in no split are of images that validate or test'
+            data.findings.warn(text, again[0].image.name, 'not used', len(again))
+            loose = [sample for sample in loose if str(sample.image) not in held_out]
+        if loose and 'train' in data.splits:
             text = 'annotations are in no split, as others are'
             data.findings.warn(text, loose[0].image.name, 'they join the training images', len(loose))
         data.splits['train'] = data.splits.get('train', []) + loose
@@ -56,6 +62,10 @@ def _draw(data: OwnData, shares: dict[str, float], seed: int) -> None:
     if equal:
         example = ' = '.join('/'.join(sample.image.parts[-3:]) for sample in equal[0][:2])
         data.findings.warn('groups of images have equal content', example, 'each kept in one split', len(equal))
+    if len(groups) <= len(shares):
+        text = f'training images of different content are too few to draw {" and ".join(shares)} from them'
+        data.findings.error(text, '', 'add images', len(groups))
+        return
     chosen = stratify([_labels(group) for group in groups], [len(group) for group in groups], shares, seed)
     parts: dict[str, list[Sample]] = {'train': [], **{split: [] for split in shares}}
     for group, split in zip(groups, chosen, strict=True):
@@ -127,7 +137,11 @@ def _join_listed_twice(data: OwnData) -> None:
         for sample in samples:
             known = first.setdefault(str(sample.image), sample)
             if known is not sample:
-                known.instances += sample.instances
+                new = [instance for instance in sample.instances if instance not in known.instances]
+                if len(new) < len(sample.instances):
+                    text = 'objects are in several files alike, with the same class and box'
+                    data.findings.warn(text, sample.image.name, 'kept once', len(sample.instances) - len(new))
+                known.instances += new
         data.splits[split] = list(first.values())
 
 
