@@ -1,7 +1,6 @@
 """Find the images to predict: files, folders, patterns, and the frames of videos; and names for what is written."""
 
 import glob
-import os
 import os.path as osp
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ import cv2
 import numpy as np
 
 from mona_mm.errors import MissingFileError, UserError
+from mona_mm.own_data.images import SUFFIXES, walk
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+IMAGES = tuple(sorted(SUFFIXES))
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 
 
@@ -62,19 +62,14 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 def _files(text: str) -> list[str]:
     if osp.isdir(text):
-        found = (osp.join(folder, name) for folder, _, names in os.walk(text) for name in names)
-        return sorted(file for file in found if file.lower().endswith(IMAGES + VIDEOS))
+        return sorted(file for file in map(str, walk(Path(text))) if file.lower().endswith(IMAGES + VIDEOS))
     if osp.isfile(text):
         return [text]
     return sorted(file for file in glob.glob(text, recursive=True) if osp.isfile(file))
 
 
 def frames(video: str, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number and the image, in BGR, of every n-th frame of a video.
-
-    Raises:
-        UserError: if it has none that can be read.
-    """
+    """Yield the number and the image, in BGR, of every n-th frame of a video; none if it cannot be read."""
     capture = cv2.VideoCapture(video)
     try:
         number = 0
@@ -87,8 +82,6 @@ def frames(video: str, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
             number += 1
     finally:
         capture.release()
-    if not number:
-        raise UserError(f'{video}: no frame of this video can be read.')
 
 
 def write_image(file: Path, image: np.ndarray) -> None:
