@@ -861,3 +861,63 @@ def test_an_archive_for_a_folder(tmp_path):
     (tmp_path / 'data.zip').write_bytes(b'PK')
     with pytest.raises(UserError, match='is a file, not a folder. Unpack it'):
         read(tmp_path / 'data.zip')
+
+
+# Rotations, contradictions, options ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('annotated', ['stored', 'turned'])
+@pytest.mark.parametrize('layout', ['voc', 'labelme'])
+def test_photographs_with_a_rotation(layout, annotated, tmp_path):
+    """Tools that know nothing of EXIF data annotate the stored pixels: the rotation is then not applied."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    size = SIZE if annotated == 'stored' else SIZE[::-1]
+    for i in range(4):
+        image(tmp_path / f'{i}.jpg', exif=exif)
+        if layout == 'voc':
+            (tmp_path / f'{i}.xml').write_text(xml_text(f'{i}.jpg', [('cat', 9, 7, 25, 23)], size))
+        else:
+            shape = dict(label='cat', points=np.reshape(square(), (-1, 2)).tolist(), shape_type='polygon')
+            content = dict(shapes=[shape], imagePath=f'{i}.jpg', imageWidth=size[0], imageHeight=size[1])
+            write_json(tmp_path / f'{i}.json', content)
+    data = read(tmp_path)
+    assert data.keep_orientation == (annotated == 'stored') and not data.findings.warnings
+    assert {(sample.width, sample.height) for sample in all_samples(data)} == {size}
+    if layout == 'voc':
+        (tmp_path / '0.xml').write_text(xml_text('0.jpg', [('cat', 9, 7, 25, 23)], size[::-1]))
+        with pytest.raises(ConfigError, match='annotated after the rotation of their EXIF data, others before it'):
+            read(tmp_path)
+
+
+def test_equal_images_in_different_classes_are_named(tmp_path):
+    root = make_folders(tmp_path)
+    shutil.copy(root / 'cat/cat0.jpg', root / 'dog/x.jpg')
+    assert 'are in different classes' in warnings(read(root, 'labels'))
+
+
+def test_names_with_prefixes(tmp_path):
+    for i in range(4):
+        image(tmp_path / f'images/image_{i}.jpg')
+        write_map(tmp_path / f'masks/mask_{i}.png', label_map(0, 1))
+    assert len(all_samples(read(tmp_path, 'maps'))) == 4
+
+
+def test_a_size_without_end(tmp_path):
+    make_voc(tmp_path)
+    (tmp_path / '2.xml').write_text(xml_text('2.jpg', [('cat', 9, 7, 25, 23)], ('inf', 'inf')))
+    with pytest.raises(ConfigError, match=r'size that is no number .2\.xml'):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['{{_base_.model}}', '{{$USER:x}}'])
+def test_names_that_a_config_would_replace(name, tmp_path):
+    with pytest.raises(ConfigError, match='two braces'):
+        read(edited(tmp_path, lambda c: c['categories'][0].update(name=name)))
+
+
+@pytest.mark.parametrize('options', [dict(seed='x'), dict(seed=[1]), dict(skip='no'), dict(layout=['coco'])])
+def test_options_of_another_kind(options, tmp_path):
+    cfg = load_config(str(ROOT / CONFIGS['boxes']))
+    with pytest.raises(ConfigError, match=f'--data-options {next(iter(options))}='):
+        use_data(cfg, dict(folder=str(make_coco(tmp_path / 'data')), **options), str(tmp_path / 'work'))

@@ -74,6 +74,9 @@ def _options(data: dict[str, Any]) -> dict[str, Any]:
     for key in ('val', 'test'):
         if not (isinstance(options[key], int | float) and 0 <= options[key] < 1):
             raise ConfigError(f'--data-options {key}={options[key]}: it is a share of the images, from 0 to below 1.')
+    for key, kind, accepted in (('seed', int, 'a whole number'), ('skip', bool, 'True or False')):
+        if type(options[key]) is not kind:
+            raise ConfigError(f'--data-options {key}={options[key]}: it is {accepted}.')
     if options['val'] + options['test'] >= 1:
         raise ConfigError('--data-options: val and test together leave no image to train on.')
     return options

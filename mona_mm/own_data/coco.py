@@ -81,24 +81,11 @@ class Coco(Layout):
             names.update(dict.fromkeys(class_names(found, folder.findings, folder.show(path))))
         folder.findings.raise_errors()
         data.classes = tuple(names)
-        objects, votes = Objects(folder.findings), Counter()
+        objects = Objects(folder.findings)
         for path, raw in contents.items():
-            _read_file(folder, path, raw, data, objects, votes)
+            _read_file(folder, path, raw, data, objects)
         objects.finish()
-        if votes['stored']:
-            data.keep_orientation = True
-            data.notes.append(
-                f'{votes["stored"]} images have a rotation in their EXIF data that the annotations do not '
-                'follow: it is '
-                'not applied'
-            )
-            if votes['turned']:
-                folder.findings.error(
-                    'images were annotated after the rotation of their EXIF data, others before it',
-                    '',
-                    'rotate the files themselves',
-                    votes['turned'],
-                )
+        folder.settle_rotation(data)
         return data
 
     def _check(self, folder: Folder, path: Path, raw: dict) -> None:
@@ -173,7 +160,7 @@ def _categories(raw: dict, notes: list[str]) -> list[dict]:
     return [category for category in raw['categories'] if category not in above]
 
 
-def _read_file(folder: Folder, path: Path, raw: dict, data: OwnData, objects: Objects, votes: Counter) -> None:
+def _read_file(folder: Folder, path: Path, raw: dict, data: OwnData, objects: Objects) -> None:
     """Add the images of a file and their objects to the split that the file or else the folder of an image names."""
     numbers = {name: number for number, name in enumerate(data.classes)}
     labels = {category['id']: numbers.get(str(category['name']).strip()) for category in raw['categories']}
@@ -187,7 +174,7 @@ def _read_file(folder: Folder, path: Path, raw: dict, data: OwnData, objects: Ob
             folder.missing(str(entry['file_name']), path)
             continue
         sample = folder.sample(image)
-        if sample is None or not _check_size(folder, sample, entry, votes):
+        if sample is None or not _has_size(folder, sample, entry):
             continue
         for annotation in by_image[entry['id']]:
             _add(folder, objects, sample, labels[annotation['category_id']], annotation)
@@ -224,7 +211,7 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _check_size(folder: Folder, sample: Sample, entry: dict, votes: Counter) -> bool:
+def _has_size(folder: Folder, sample: Sample, entry: dict) -> bool:
     """Compare the size in the json with the file's; return whether the annotations can be in the file's pixels."""
     width, height = (_whole(entry.get(key)) for key in ('width', 'height'))
     if width is None or height is None:
@@ -234,17 +221,4 @@ def _check_size(folder: Folder, sample: Sample, entry: dict, votes: Counter) -> 
     if not width or not height:
         folder.findings.warn('images have no size in the json', sample.image.name, 'taken from the files')
         return True
-    header = folder.header(sample.image)
-    said, turned, stored = (width, height), (header.width, header.height), header.stored
-    if turned != stored and said in (turned, stored):
-        votes['turned' if said == turned else 'stored'] += 1
-        sample.width, sample.height = said
-        return True
-    if said == turned:
-        return True
-    example = f'{sample.image.name}: {width} x {height} in the json, {header.width} x {header.height} in the file'
-    if said == turned[::-1]:
-        folder.findings.warn('images have width and height swapped in the json', example, 'taken from the files')
-        return True
-    folder.findings.error('images have another size than the json says', example, 'annotate the files as they are')
-    return False
+    return folder.fits(sample, (width, height), sample.image.name, 'json')

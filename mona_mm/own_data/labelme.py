@@ -52,6 +52,7 @@ class LabelMe(Layout):
                     _add(folder, objects, sample, classes.index(label), shapes)
             data.splits[split or folder.split_of(sample.image)].append(sample)
         objects.finish()
+        folder.settle_rotation(data)
         rest = [path for path in folder.images.paths if path not in used]
         if rest:
             folder.findings.warn('images have no json file', folder.show(rest[0]), 'not used', len(rest))
@@ -91,14 +92,14 @@ def _sample(folder: Folder, path: Path, raw: dict, split: str) -> Sample | None:
         folder.missing(name or path.stem, path, 'the image of {}')
         return None
     sample = folder.sample(image)
-    said = (raw.get('imageWidth'), raw.get('imageHeight'))
-    size = None if sample is None else (sample.width, sample.height)
-    if size and all(said) and tuple(map(str, said)) != tuple(map(str, size)):
-        example = (
-            f'{folder.show(path)}: {said[0]} x {said[1]} in the json, {sample.width} x {sample.height} in the image'
-        )
-        folder.findings.error('images have another size than the json says', example, 'annotate the files as they are')
-    return sample
+    if sample is None:
+        return None
+    try:
+        said = tuple(int(float(raw.get(key) or 0)) for key in ('imageWidth', 'imageHeight'))
+    except (TypeError, ValueError, OverflowError):
+        folder.findings.error('json files have a size that is no number', folder.show(path))
+        return None
+    return sample if 0 in said or folder.fits(sample, said, folder.show(path), 'json') else None
 
 
 def _extract(folder: Folder, path: Path, data: str) -> Path | None:

@@ -1,6 +1,7 @@
 """The interface of a layout."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ class Folder:
         findings: where faults are noted.
         skip_unreadable: whether images that cannot be read are left out; otherwise they are errors.
         extracted: where images that are inside annotation files are written.
+        turned: of images with a rotation in their EXIF data, how many were annotated as they are ``'stored'``, and how
+            many ``'turned'``.
     """
 
     root: Path
@@ -28,6 +31,7 @@ class Folder:
     findings: Findings = field(default_factory=Findings)
     skip_unreadable: bool = False
     extracted: Path | None = None
+    turned: Counter = field(default_factory=Counter)
     _images: ImageIndex | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
 
@@ -74,6 +78,48 @@ class Folder:
                 'images have more than 100 million pixels', self.show(image), 'slow to read: make them smaller'
             )
         return Sample(image, header.width, header.height)
+
+    def fits(self, sample: Sample, said: tuple[int, int], where: str, source: str) -> bool:
+        """Compare the size that annotations say with the file's; return whether they can be in the file's pixels.
+
+        An image with a rotation in its EXIF data may have been annotated before or after it; the size of the sample
+        becomes the one that is said.
+
+        Args:
+            sample: the image.
+            said: width and height.
+            where: the file to name in a message.
+            source: the kind of the annotations in messages.
+        """
+        header = self.header(sample.image)
+        turned = (header.width, header.height)
+        if turned != header.stored and said in (turned, header.stored):
+            self.turned['turned' if said == turned else 'stored'] += 1
+            sample.width, sample.height = said
+            return True
+        if said == turned:
+            return True
+        example = f'{where}: {said[0]} x {said[1]} in the {source}, {turned[0]} x {turned[1]} in the file'
+        if said == turned[::-1]:
+            text = f'images have width and height swapped in the {source}'
+            self.findings.warn(text, example, 'taken from the files')
+            return True
+        text = f'images have another size than the {source} says'
+        self.findings.error(text, example, 'annotate the files as they are')
+        return False
+
+    def settle_rotation(self, data: OwnData) -> None:
+        """Leave out the rotation in EXIF data if the annotations do not follow it; it is an error if only some do."""
+        if not self.turned['stored']:
+            return
+        data.keep_orientation = True
+        data.notes.append(
+            f'{self.turned["stored"]} images have a rotation in their EXIF data that the annotations do not follow: it '
+            'is not applied'
+        )
+        if self.turned['turned']:
+            text = 'images were annotated after the rotation of their EXIF data, others before it'
+            self.findings.error(text, '', 'rotate the files themselves', self.turned['turned'])
 
     def missing(self, name: str, annotation: Path, relation: str = 'which {} lists') -> None:
         """Note an image that an annotation names and :meth:`ImageIndex.find` has not found, or has found twice."""
@@ -130,6 +176,8 @@ def class_names(names: Sequence[object], findings: Findings, source: str) -> tup
             findings.error('classes have no name', f'class {number} of {source}')
         elif text in texts[:number]:
             findings.error('names of classes occur twice', f'{text!r} in {source}')
+        elif '{{' in text:
+            findings.error('names of classes have two braces, for which configs put in values', f'{text!r} in {source}')
     return texts
 
 

@@ -21,6 +21,7 @@ _MASK_NAME = re.compile(
 _GT_NAME = re.compile(r'_(gtfine|gtcoarse)$', re.IGNORECASE)
 _OTHER_NAME = re.compile(r'_(color|colour|instanceids|instancetrainids|overlay)$', re.IGNORECASE)
 _IMAGE_NAME = re.compile(r'_(leftimg8bit|image|img|rgb|sat)$', re.IGNORECASE)
+_PREFIX = re.compile(r'^(image|img|masks?|labels?|gt|seg)[_\-. ](?=.*\d)', re.IGNORECASE)
 _NAME_FILES = (
     *('classes.txt', 'labels.txt', 'class_names.txt', 'names.txt', 'class_dict.csv', 'classes.csv'),
     *('label_colors.txt', 'labelmap.txt', 'colors.txt', '_classes.csv'),
@@ -180,7 +181,7 @@ def _suffix(path: Path) -> str:
 
 def _key(path: Path) -> str:
     """What the names of an image and of its label map have in common."""
-    stem = _IMAGE_NAME.sub('', path.stem)
+    stem = _PREFIX.sub('', _IMAGE_NAME.sub('', path.stem))
     return _GT_NAME.sub('', _MASK_NAME.sub('', stem)).lower()
 
 

@@ -90,7 +90,7 @@ def task_of_folder(root: str, layout: str | None = None) -> str:
 
 def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[Layout, list[Layout]]:
     if layout is not None:
-        if layout not in _ALL:
+        if str(layout) not in _ALL:
             raise ConfigError(f'--data-options layout={layout}: the layouts are {", ".join(LAYOUTS)}.')
         found = [_ALL[layout]]
     else:

@@ -46,6 +46,7 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
     if shares:
         _draw(data, shares, seed)
     note_duplicates(_splits_of(data), data.findings)
+    _note_contradictions(data)
 
 
 def _splits_of(data: OwnData) -> dict[str, set[str]]:
@@ -128,6 +129,14 @@ def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, 
             fullest = max(weights, key=sides.count)
             chosen[next(i for i in order if chosen[i] == fullest)] = split
     return [chosen[i] for i in range(len(labels))]
+
+
+def _note_contradictions(data: OwnData) -> None:
+    """Warn of images of equal content that are in different classes."""
+    labels = {str(s.image): s.label for samples in data.splits.values() for s in samples if s.label is not None}
+    for group in equal_files(labels, labels.get):
+        example = ' = '.join('/'.join(path.split('/')[-3:]) for path in group[:2])
+        data.findings.warn('groups of images of equal content are in different classes', example)
 
 
 def _join_listed_twice(data: OwnData) -> None:

@@ -51,6 +51,7 @@ class Voc(Layout):
                 _add(folder, objects, sample, thing, order)
             data.splits[split or folder.split_of(sample.image)].append(sample)
         objects.finish()
+        folder.settle_rotation(data)
         twice = [image for image, count in used.items() if count > 1]
         if twice:
             folder.findings.error('images have more than one xml file', folder.show(twice[0]), '', len(twice))
@@ -116,20 +117,10 @@ def _sample(folder: Folder, path: Path, root: ET.Element, split: str) -> Sample 
         return sample
     try:
         said = tuple(int(float(size.findtext(key) or 0)) for key in ('width', 'height'))
-    except ValueError:
+    except (ValueError, OverflowError):
         folder.findings.error('xml files have a size that is no number', folder.show(path))
         return None
-    if 0 not in said and said != (sample.width, sample.height):
-        example = (
-            f'{folder.show(path)}: {said[0]} x {said[1]} in the xml, {sample.width} x {sample.height} in the image'
-        )
-        if said == (sample.height, sample.width):
-            folder.findings.warn('xml files have width and height swapped', example, 'taken from the images')
-        else:
-            folder.findings.error(
-                'images have another size than the xml says', example, 'annotate the files as they are'
-            )
-    return sample
+    return sample if 0 in said or folder.fits(sample, said, folder.show(path), 'xml') else None
 
 
 def _add(folder: Folder, objects: Objects, sample: Sample, thing: ET.Element, classes: tuple[str, ...]) -> None:

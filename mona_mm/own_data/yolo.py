@@ -50,6 +50,12 @@ class Yolo(Layout):
                     _read_labels(folder, file, sample, len(names), objects, bool(settings.get('kpt_shape')))
                 samples.append(sample)
         objects.finish()
+        turned = [sample for samples in data.splits.values() for sample in samples if _is_turned(folder, sample)]
+        if turned:
+            data.notes.append(
+                f'{len(turned)} images have a rotation in their EXIF data, which the labels are taken to follow '
+                f'({turned[0].image.name})'
+            )
         if without and not used:
             folder.findings.error(
                 'no image has a file of labels', '', 'they belong in labels/ beside images/, or beside the images', 0
@@ -61,6 +67,11 @@ class Yolo(Layout):
         if rest:
             folder.findings.warn('files of labels have no image', folder.show(rest[0]), 'not used', len(rest))
         return data
+
+
+def _is_turned(folder: Folder, sample: Sample) -> bool:
+    header = folder.header(sample.image)
+    return header.stored != (header.width, header.height)
 
 
 def _settings_file(folder: Folder) -> Path | None:
