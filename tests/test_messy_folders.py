@@ -35,6 +35,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mona_mm.commands.config import load_config
+from mona_mm.commands.data import check_data
 from mona_mm.commands.own_data import use_data
 from mona_mm.errors import ConfigError, UserError
 from mona_mm.own_data import as_maps, complete_splits, read_folder, write_data
@@ -921,3 +922,68 @@ def test_options_of_another_kind(options, tmp_path):
     cfg = load_config(str(ROOT / CONFIGS['boxes']))
     with pytest.raises(ConfigError, match=f'--data-options {next(iter(options))}='):
         use_data(cfg, dict(folder=str(make_coco(tmp_path / 'data')), **options), str(tmp_path / 'work'))
+
+
+# A second look -------------------------------------------------------------------------------------------------------
+
+
+def test_few_images_a_class(tmp_path):
+    """Two images of each of twelve classes: a fifth of all validates, not the one that no class would spare."""
+    for label in range(12):
+        for i in range(2):
+            image(tmp_path / f'{label}/{i}.jpg')
+    data = read(tmp_path, 'labels')
+    assert {split: len(found) for split, found in data.splits.items()} == dict(train=20, val=4)
+    assert {sample.label for sample in data.splits['train']} == set(range(12))
+
+
+def test_validation_without_objects_is_named(tmp_path):
+    root = make_coco(tmp_path / 'data')
+    content = json.loads((root / JSON).read_text())
+    (root / JSON).rename(root / 'annotations/train.json')
+    image(root / 'images/v.jpg')
+    entry = dict(id=1, file_name='v.jpg', width=SIZE[0], height=SIZE[1])
+    write_json(root / 'annotations/val.json', {**content, 'images': [entry], 'annotations': []})
+    cfg = load_config(str(ROOT / CONFIGS['boxes']))
+    use_data(cfg, dict(folder=str(root)), str(tmp_path / 'work'))
+    report = check_data(cfg, ('train', 'val'))
+    assert any('the val data have no object' in line for line in report.warning_lines())
+
+
+@pytest.mark.parametrize(
+    'make, name, task',
+    [
+        (make_coco, 'x.json', 'boxes'),
+        (make_voc, 'x.xml', 'boxes'),
+        (make_yolo, 'train/labels/x.txt', 'boxes'),
+        (make_yolo, 'a.yaml', 'boxes'),
+        (make_labelme, 'x.json', 'boxes'),
+        (make_masks, 'classes.txt', 'maps'),
+    ],
+)
+def test_links_to_nothing(make, name, task, tmp_path):
+    (make(tmp_path) / name).symlink_to(tmp_path / 'nothing')
+    with pytest.raises(ConfigError, match=f'links lead to no file .{name}'):
+        read(tmp_path, task)
+
+
+def test_a_number_of_a_class_that_is_a_mistake(tmp_path):
+    """Without names there would be a hundred million classes."""
+    root = make_yolo(tmp_path)
+    (root / 'data.yaml').unlink()
+    (root / 'train/labels/0.txt').write_text('99999999 0.5 0.5 0.2 0.2\n')
+    with pytest.raises(ConfigError, match='a line of labels has the class 99999999'):
+        read(root)
+
+
+def test_names_that_are_lists(tmp_path):
+    with pytest.raises(ConfigError, match=r'data\.yaml: names must be a list'):
+        read(yolo_with('names: [[cat], {a: b}]\n')(tmp_path))
+
+
+def test_a_json_file_cut_before_its_keys(tmp_path):
+    root = make_coco(tmp_path)
+    (root / 'data.json').write_text((root / JSON).read_text()[:200])
+    shutil.rmtree(root / 'annotations')
+    with pytest.raises(ConfigError, match=r'no layout is recognised .* data\.json does not parse as JSON'):
+        read(root)

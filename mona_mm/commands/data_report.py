@@ -112,6 +112,9 @@ class DataReport:
         Raises:
             ConfigError: if there is nothing to learn from.
         """
+        for split in self.splits.values():
+            if split.name in ('val', 'test') and split.has_objects and not split.objects:
+                self.findings.warn(f'the {split.name} data have no object', '', 'their score says nothing', 0)
         train = self.splits.get('train')
         if train is None or self.classes is None:
             return

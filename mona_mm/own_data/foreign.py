@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from mona_mm.errors import ConfigError
 from mona_mm.own_data.images import OTHER_SUFFIXES
 from mona_mm.own_data.layout import Folder
-from mona_mm.own_data.text import says
+from mona_mm.own_data.text import read_json, says
 
 ARCHIVES = frozenset(('.zip', '.tar', '.gz', '.tgz', '.7z', '.rar', '.bz2', '.xz'))
 """The suffixes of archives, in lower case."""
@@ -51,4 +52,9 @@ def _said(path: Path) -> str:
     for suffix, words, text in _WORDS:
         if name.endswith(suffix) and path.is_file() and says(path.read_bytes(), *words):
             return text
+    if name.endswith('.json') and path.is_file():
+        try:
+            read_json(path)
+        except ConfigError:
+            return 'does not parse as JSON: it may be empty, cut short or of another kind'
     return ''

@@ -171,13 +171,15 @@ def _is_unicode(text: str) -> bool:
 def class_names(names: Sequence[object], findings: Findings, source: str) -> tuple[str, ...]:
     """Names of classes as text, checked: none empty, none twice."""
     texts = tuple(str(name).strip() for name in names)
+    known: set[str] = set()
     for number, text in enumerate(texts):
         if not text:
             findings.error('classes have no name', f'class {number} of {source}')
-        elif text in texts[:number]:
+        elif text in known:
             findings.error('names of classes occur twice', f'{text!r} in {source}')
         elif '{{' in text:
             findings.error('names of classes have two braces, for which configs put in values', f'{text!r} in {source}')
+        known.add(text)
     return texts
 
 

@@ -6,7 +6,7 @@ from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data.coco import Coco
 from mona_mm.own_data.folders import ClassFolders
 from mona_mm.own_data.foreign import ARCHIVES, other_format
-from mona_mm.own_data.images import OTHER_SUFFIXES, walk
+from mona_mm.own_data.images import OTHER_SUFFIXES, is_image, walk
 from mona_mm.own_data.labelme import LabelMe
 from mona_mm.own_data.layout import Folder, Layout
 from mona_mm.own_data.masks import Masks
@@ -52,6 +52,10 @@ def read_folder(
     folder = Folder(path.resolve(), list(walk(path.resolve())), skip_unreadable=skip, extracted=extracted)
     if not folder.files:
         raise MissingFileError(f'--data {root}: the folder is empty.')
+    lost = [file for file in folder.files if not is_image(file.name) and not file.exists()]
+    if lost:
+        folder.findings.error('links lead to no file', folder.show(lost[0]), 'mend or remove them', len(lost))
+        folder.findings.raise_errors()
     chosen, others = _choose(folder, root, task, layout)
     data = chosen.read(folder)
     unread = [file for file in folder.files if file.suffix.lower() in OTHER_SUFFIXES]

@@ -1,7 +1,7 @@
 """Splits: completed where the folder has only some, drawn by a seed where it has none; no image on both sides."""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from mona_mm.own_data.findings import Findings
@@ -123,12 +123,34 @@ def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, 
                 wanted[split, None] -= sizes[i]
                 for each in labels[i] or (-1,):
                     wanted[split, each] -= 1
+    for split, share in shares.items():
+        _fill(split, share * sum(sizes), labels, sizes, order, chosen)
     for split in weights:  # none may be empty, however few images there are
         sides = list(chosen.values())
         if split not in sides and len(sides) >= len(weights):
             fullest = max(weights, key=sides.count)
             chosen[next(i for i in order if chosen[i] == fullest)] = split
     return [chosen[i] for i in range(len(labels))]
+
+
+def _fill(
+    split: str, wanted: float, labels: list[Collection[int]], sizes: list[int], order: list[int], chosen: dict[int, str]
+) -> None:
+    """Give a split more of the training groups, in place, if less than three quarters of what it is to have are in it.
+
+    Where a class has few images, its share of them is less than one, and all of it would train. Each class keeps at
+    least one group for training.
+    """
+    left = wanted - sum(sizes[i] for i, side in chosen.items() if side == split)
+    if left < 0.25 * wanted:
+        return
+    training = Counter(label for i, side in chosen.items() if side == 'train' for label in labels[i])
+    here = Counter(label for i, side in chosen.items() if side == split for label in labels[i])
+    for i in sorted(order, key=lambda i: (not labels[i], sum(here[label] for label in labels[i]))):
+        if chosen[i] == 'train' and sizes[i] <= left and all(training[label] > 1 for label in labels[i]):
+            chosen[i] = split
+            left -= sizes[i]
+            training.subtract(labels[i])
 
 
 def _note_contradictions(data: OwnData) -> None:

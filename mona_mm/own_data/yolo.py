@@ -14,6 +14,7 @@ from mona_mm.own_data.objects import Objects
 from mona_mm.own_data.samples import SPLITS, OwnData, Sample
 from mona_mm.own_data.text import read_text, says
 
+_MOST_NUMBERS = 20_000  # classes without names, beyond which a number is a mistake
 _NOT_LABELS = ('classes', 'labels', 'names', 'class_names', 'label_names', 'readme', 'source', 'notes', 'license')
 
 
@@ -180,7 +181,7 @@ def _names(folder: Folder, settings: dict[str, Any], files: Any) -> list[Any]:
                 f'{settings["file"]}: the names must be those of the classes 0, 1, 2, ..., not of {", ".join(names)}.'
             )
         names = [numbers[key] for key in range(len(names))]
-    if names is not None and not isinstance(names, list):
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ConfigError(f'{settings["file"]}: names must be a list, not {names!r}.')
     if names:
         count = settings.get('nc')
@@ -192,7 +193,11 @@ def _names(folder: Folder, settings: dict[str, Any], files: Any) -> list[Any]:
         return listed
     numbers = [int(line.split()[0]) for path in files if _is_labels(path) for line in _lines(path)]
     folder.findings.warn('no names of classes are there', '', 'numbers stand for them: write names into classes.txt', 0)
-    return [str(number) for number in range(max(numbers, default=0) + 1)]
+    count = max(numbers, default=0) + 1
+    if count > _MOST_NUMBERS:
+        text = f'a line of labels has the class {count - 1}, and there are no names of so many classes'
+        raise ConfigError(f'{folder.root}: {text}. Write data.yaml or classes.txt, or mend the line.')
+    return [str(number) for number in range(count)]
 
 
 def _lines(path: Path) -> list[str]:
