@@ -981,6 +981,12 @@ def test_names_that_are_lists(tmp_path):
         read(yolo_with('names: [[cat], {a: b}]\n')(tmp_path))
 
 
+@pytest.mark.parametrize('layout', ['voc', 'labelme'])
+def test_a_layout_that_is_asked_for_and_not_there(layout, tmp_path):
+    with pytest.raises(ConfigError, match='there is no (Pascal VOC xml|LabelMe json) in it'):
+        read(make_coco(tmp_path), layout=layout)
+
+
 def test_a_json_file_cut_before_its_keys(tmp_path):
     root = make_coco(tmp_path)
     (root / 'data.json').write_text((root / JSON).read_text()[:200])

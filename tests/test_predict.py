@@ -44,6 +44,10 @@ def test_sources(tmp_path):
     twice = find_sources([str(tmp_path / 'in/b/*.png'), str(tmp_path / 'in/b/x.png'), str(tmp_path / 'in/clip.mp4')])
     assert [source.name for source in twice] == ['b/x', 'b/y', 'clip'] and twice[-1].is_video
     assert find_sources([str(tmp_path / 'in/a/x.png')])[0].name == 'x'
+    write(tmp_path / 'in/out/pictures/x.jpg', image(9))
+    left = find_sources([str(tmp_path / 'in'), str(tmp_path / 'in/**')], tmp_path / 'in/out')
+    assert [source.name for source in left] == ['a/x', 'b/x', 'b/y.bmp', 'b/y.png', 'clip']
+    assert len(find_sources([str(tmp_path / 'in/out/pictures')], tmp_path / 'in/out')) == 1
     with pytest.raises(MissingFileError, match='nowhere/\\*.png: there are no images'):
         find_sources([str(tmp_path / 'nowhere/*.png')])
     with pytest.raises(UserError, match='notes.txt is neither an image'):

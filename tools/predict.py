@@ -39,7 +39,7 @@ def main() -> None:
             raise ConfigError(f'--{name} {getattr(args, name)}: must be at least 1.')
     if args.out.exists() and not args.out.is_dir():
         raise ConfigError(f'--out {args.out}: it is a file, not a folder. Name a folder to write into.')
-    sources = find_sources(args.inputs)
+    sources = find_sources(args.inputs, args.out)
     cfg = load_config(args.config, args.cfg_options)
     library = library_of(cfg)
     if args.tta:

@@ -122,6 +122,8 @@ def _check(data: OwnData, root: str, task: str) -> None:
         if alike.setdefault(name.lower(), name) != name:
             what = f'{alike[name.lower()]}, {name}'
             data.findings.warn('names of classes differ in upper and lower case alone', what, 'kept as two classes')
+    if not data.classes and not samples:
+        raise ConfigError(f'--data {root}: there is no {data.layout} in it.')
     if not data.classes:
         raise ConfigError(f'--data {root}: no class is named in its annotations.')
     if len(samples) < 2:
