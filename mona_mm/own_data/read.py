@@ -1,6 +1,7 @@
 """Recognise the layout of a folder and read it."""
 
 from pathlib import Path
+from typing import Any
 
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data.coco import Coco
@@ -44,12 +45,7 @@ def read_folder(
         ConfigError: if no layout is recognised, or it has not what is needed, or the data have faults that forbid
             training; one line for each.
     """
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
-        unpack = 'Unpack it, and name' if path.suffix.lower() in ARCHIVES else 'Name'
-        raise MissingFileError(f'--data {root}: it {kind}. {unpack} the folder that holds images and annotations.')
-    folder = Folder(path.resolve(), list(walk(path.resolve())), skip_unreadable=skip, extracted=extracted)
+    folder = _opened(root, skip_unreadable=skip, extracted=extracted)
     if not folder.files:
         raise MissingFileError(f'--data {root}: the folder is empty.')
     lost = [file for file in folder.files if not is_image(file.name) and not file.exists()]
@@ -81,15 +77,20 @@ def task_of_folder(root: str, layout: str | None = None) -> str:
         MissingFileError: if there is no such folder.
         ConfigError: if no layout is recognised.
     """
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
-        raise MissingFileError(f'--data {root}: it {kind}.')
-    folder = Folder(path.resolve(), list(walk(path.resolve())))
+    folder = _opened(root)
     for task, layouts in _LAYOUTS.items():
         if any(each.name == layout if layout else each.recognise(folder) for each in layouts):
             return task
     raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.')
+
+
+def _opened(root: str, **options: Any) -> Folder:
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
+        unpack = 'Unpack it, and name' if path.suffix.lower() in ARCHIVES else 'Name'
+        raise MissingFileError(f'--data {root}: it {kind}. {unpack} the folder that holds images and annotations.')
+    return Folder(path.resolve(), list(walk(path.resolve())), **options)
 
 
 def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[Layout, list[Layout]]:
