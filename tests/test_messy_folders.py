@@ -388,6 +388,20 @@ def test_labelme(name, tmp_path):
         assert coco_mask.area(instance.mask) == 5 * 5 * 2 + 16 * 16
 
 
+def test_images_inside_json_for_a_tool_that_writes_nothing(tmp_path):
+    """The classes of a folder, without a work dir, where the images are in the annotations alone."""
+    root = make_labelme(tmp_path / 'data')
+    for file in root.glob('*.json'):
+        picture = file.with_suffix('.jpg')
+        content = base64.b64encode(picture.read_bytes()).decode()
+        edit_json(file, lambda c, content=content: c.update(imageData=content))
+        picture.unlink()
+    cfg = load_config(str(ROOT / CONFIGS['boxes']))
+    use_data(cfg, dict(folder=str(root)), str(tmp_path / 'work'), write=False)
+    assert cfg.own_data.images == dict(train=5, val=1) and cfg.model.roi_head.bbox_head.num_classes == 2
+    assert not (tmp_path / 'work').exists()
+
+
 LABELME_ERRORS = {
     'a shape that is none': (lambda c: c['shapes'].append('x'), r'no objects of JSON .0\.json: x'),
     'no label': (lambda c: c['shapes'][0].update(label=None), 'classes have no name'),

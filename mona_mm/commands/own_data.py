@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import os.path as osp
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +126,12 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
             return {**record['found'], 'datasets': record['datasets']}
     if write:
         refuse_if_used(place.parent)  # whose label maps another run is reading
-    arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
-    data = read_folder(request['folder'], extracted=place / 'images' if write else None, **arguments)
-    drawn = request['task'] == 'maps' and all(s.label_map is None for each in data.splits.values() for s in each)
-    if request['classes'] is not None:
-        added = ('background',) if drawn and 'background' not in data.classes else ()
-        _select(data, [name for name in request['classes'] if name not in added])
-    if drawn:
-        as_maps(data)
-    has_masks = data.has_masks
-    if request['masks'] and has_masks:
-        _ignore_without_mask(data)
-    complete_splits(data, request['seed'], request['val'], request['test'])
-    data.findings.raise_errors()
+        data = _prepared(request, place / 'images')
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # for images inside annotation files, whose size is needed
+            data = _prepared(request, Path(folder))
     found = dict(request, layout=data.layout, classes=list(data.classes), palette=[list(c) for c in palette(data)])
-    found |= dict(has_masks=has_masks, keep_orientation=data.keep_orientation, notes=data.notes)
+    found |= dict(has_masks=data.has_masks, keep_orientation=data.keep_orientation, notes=data.notes)
     found['images'] = {split: len(samples) for split, samples in data.splits.items()}
     found['warnings'] = [finding.line() for finding in data.findings.warnings.values()]
     empty = {split: [{}] for split in data.splits}
@@ -147,6 +139,27 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     if write:
         AtomicLocalBackend().put_text(json.dumps(dict(key=key, found=found, datasets=datasets), indent=1), file)
     return {**found, 'datasets': datasets}
+
+
+def _prepared(request: dict[str, Any], extracted: Path) -> OwnData:
+    """Read the data that a request asks for, with their classes chosen and their splits completed.
+
+    Raises:
+        UserError: if they have faults that forbid training.
+    """
+    arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
+    data = read_folder(request['folder'], extracted=extracted, **arguments)
+    drawn = request['task'] == 'maps' and all(s.label_map is None for each in data.splits.values() for s in each)
+    if request['classes'] is not None:
+        added = ('background',) if drawn and 'background' not in data.classes else ()
+        _select(data, [name for name in request['classes'] if name not in added])
+    if drawn:
+        as_maps(data)
+    if request['masks'] and data.has_masks:
+        _ignore_without_mask(data)
+    complete_splits(data, request['seed'], request['val'], request['test'])
+    data.findings.raise_errors()
+    return data
 
 
 def _select(data: OwnData, classes: list[str]) -> None:

@@ -81,10 +81,15 @@ def task_of_folder(root: str, layout: str | None = None) -> str:
     for task, layouts in _LAYOUTS.items():
         if any(each.name == layout if layout else each.recognise(folder) for each in layouts):
             return task
-    raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.')
+    raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.{other_format(folder)}')
 
 
 def _opened(root: str, **options: Any) -> Folder:
+    """List the files of a folder.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+    """
     path = Path(root).expanduser()
     if not path.is_dir():
         kind = 'is a file, not a folder' if path.exists() else 'does not exist'
