@@ -93,7 +93,7 @@ def test_the_table_grows(config, tmp_path):
         extend_own_table(work, None, methods=['spt_lora'])
     with pytest.raises(ConfigError, match='--learning-rates are numbers between 0 and 1'):
         extend_own_table(work, None, learning_rates=[3.0])
-    with pytest.raises(MissingFileError, match='there is no such folder'):
+    with pytest.raises(MissingFileError, match='it does not exist. Name the folder'):
         extend_own_table(work, str(tmp_path / 'nowhere'))
 
 

@@ -11,13 +11,17 @@ import torch
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from PIL import Image
 from tiny_tasks import checkpoint_of, classifier, segmentor, write
 
 from mona_mm.config.load import load_config
 from mona_mm.config.tta import library_of, use_tta
 from mona_mm.errors import ConfigError, MissingFileError, UserError
+from mona_mm.inference.export import normalised_inputs
 from mona_mm.inference.predict import load_model, predict
 from mona_mm.inference.sources import Source, find_sources
+from mona_mm.report.evaluator import ignores_orientation
+from mona_mm.report.pictures import read_image
 from mona_mm.type_names import enter_scope
 
 
@@ -40,6 +44,10 @@ def test_sources(tmp_path):
     twice = find_sources([str(tmp_path / 'in/b/*.png'), str(tmp_path / 'in/b/x.png'), str(tmp_path / 'in/clip.mp4')])
     assert [source.name for source in twice] == ['b/x', 'b/y', 'clip'] and twice[-1].is_video
     assert find_sources([str(tmp_path / 'in/a/x.png')])[0].name == 'x'
+    write(tmp_path / 'in/out/pictures/x.jpg', image(9))
+    left = find_sources([str(tmp_path / 'in'), str(tmp_path / 'in/**')], tmp_path / 'in/out')
+    assert [source.name for source in left] == ['a/x', 'b/x', 'b/y.bmp', 'b/y.png', 'clip']
+    assert len(find_sources([str(tmp_path / 'in/out/pictures')], tmp_path / 'in/out')) == 1
     with pytest.raises(MissingFileError, match='nowhere/\\*.png: there are no images'):
         find_sources([str(tmp_path / 'nowhere/*.png')])
     with pytest.raises(UserError, match='notes.txt is neither an image'):
@@ -218,3 +226,68 @@ def test_library_of_a_config():
     assert library_of(Config(dict(model=dict(type='mona_mm.PeftModel', base=detector)))) == 'mmdet'
     with pytest.raises(ConfigError, match='SmallNothing is a model of none of mmdet'):
         library_of(Config(dict(model=dict(type='SmallNothing', backbone={}))))
+
+
+def test_inputs_that_cannot_be_read(tool, tmp_path):
+    """A JPEG cut short, an empty file and a video that is none are named and left out, and the rest is written; hidden
+    files of other systems are no inputs."""
+    config = classifier(tmp_path)
+    weights = checkpoint_of(config)
+    write(tmp_path / 'in/good.jpg', image(0))
+    write(tmp_path / 'in/cut.jpg', image(1, 200, 240))
+    content = (tmp_path / 'in/cut.jpg').read_bytes()
+    (tmp_path / 'in/cut.jpg').write_bytes(content[: len(content) // 2])
+    (tmp_path / 'in/empty.png').touch()
+    (tmp_path / 'in/clip.mp4').write_bytes(b'no video')
+    for name in ('in/._good.jpg', 'in/__MACOSX/good.jpg', 'in/.cache/good.jpg'):
+        write(tmp_path / name, image(2))
+    out = tmp_path / 'out'
+    status, printed, err = tool('predict.py', str(config), str(weights), str(tmp_path / 'in'), '--out', str(out))
+    assert status == 0 and '1 images in' in printed and '3 left out' in printed, err
+    for name, problem in (('cut.jpg', 'truncated'), ('empty.png', ''), ('clip.mp4', 'no frame of this video')):
+        assert any(f'{name} is left out: ' in line and problem in line for line in (printed + err).splitlines())
+    with (out / 'predictions.csv').open(newline='') as lines:
+        assert [Path(row['image']).name for row in csv.DictReader(lines)] == ['good.jpg']
+    status, _, err = tool('predict.py', str(config), str(weights), str(tmp_path / 'in'), '--out', str(config))
+    assert status == 2 and 'is a file, not a folder' in err
+    loaded = load_model(load_config(str(config)), str(weights))
+    with pytest.raises(UserError, match=r'--images: .*cut\.jpg cannot be read: the file is cut short'):
+        normalised_inputs(loaded, [str(tmp_path / 'in/cut.jpg')], None)
+
+
+def test_images_for_an_export(tool, tmp_path, monkeypatch):
+    """Videos alone, and a size of nothing."""
+    monkeypatch.setattr('mona_mm.inference.export.require_packages', lambda *names: None)
+    config = classifier(tmp_path)
+    (tmp_path / 'clip.mp4').touch()
+    arguments = [
+        'export.py',
+        str(config),
+        str(config),
+        str(tmp_path / 'out.onnx'),
+        '--images',
+        str(tmp_path / 'clip.mp4'),
+    ]
+    status, _, err = tool(*arguments)
+    assert status == 2 and 'these are videos' in err
+    status, _, err = tool(*arguments, '--size', '0', '32')
+    assert status == 2 and '--size 0 32: height and width must be at least 1' in err
+
+
+def test_pictures_lie_as_the_pipeline_reads_the_images(tmp_path):
+    """With a pipeline that leaves the rotation in EXIF data out, so do the pictures of predictions and of the page."""
+    config = classifier(tmp_path)
+    weights = str(checkpoint_of(config))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / 'in/turned.jpg'
+    file.parent.mkdir()
+    Image.fromarray(image(0, 40, 64)).save(file, exif=exif)
+    for color_type, shape in (('color', (64, 40, 3)), ('color_ignore_orientation', (40, 64, 3))):
+        cfg = load_config(str(config), {'test_dataloader.dataset.pipeline.0.color_type': color_type})
+        (item,) = predict(load_model(cfg, weights), find_sources([str(file)]))
+        assert item.image().shape == shape == (*item.sample.ori_shape, 3)
+        enter_scope(cfg)
+        stored = ignores_orientation(DATASETS.build(cfg.test_dataloader.dataset))
+        assert stored == (color_type != 'color')
+        assert read_image(str(file), shape[1], stored)[0].shape == shape

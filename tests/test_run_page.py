@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from tiny_tasks import classifier, segmentor
 from toy_runs import log_of, mona_swin
 
 from mona_mm.config.run_hooks import add_hooks
+from mona_mm.data_check.report import DataReport, SplitReport
 from mona_mm.report.classification import ClassificationEvaluator
 from mona_mm.report.detection import DetectionEvaluator, _polygons
 from mona_mm.report.evaluator import chosen
-from mona_mm.report.run import main_metric, read_results
+from mona_mm.report.run import RunState, main_metric, read_results, write_run
 from mona_mm.report.segmentation import SegmentationEvaluator
 from mona_mm.reproduce.own_runs import find_own_runs, render_own_runs
 
@@ -173,6 +175,25 @@ def test_labels_are_counted():
     result = several.summary()
     assert result.confusion is None and 'several classes' in result.remarks[0]
     assert [row[2:4] for row in result.rows] == [['0.500', '1.000'], ['1.000', '0.500']]
+
+
+NAMES = ['<b>x</b>', 'a & b', '"q"', '日本', '$x$', '$\\foo$', '_under', 'y' * 99, 'a\\b', '{x}', '%s', 'é']
+
+
+def test_odd_names_of_classes(drawn_charts, tmp_path):
+    """Signs of HTML, formulas and other languages are text in the charts, in the page and in labels.png."""
+    evaluator = ClassificationEvaluator(NAMES, None, 24)
+    scores = np.eye(12).repeat(2, 0)
+    evaluator.add([labelled(scores[i], [i // 2], f'{i}.jpg') for i in range(24)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        page = write_run(RunState('run', 'done', 'train', evaluation=evaluator.summary()), tmp_path).read_text()
+        report = DataReport(tuple(NAMES), dict(train=SplitReport('train', read=1, kept=1)))
+        report.plot(str(tmp_path / 'labels.png'))
+    assert '<b>x</b>' not in page
+    for name in ('$x$', '$\\foo$', 'a &amp; b', '日本', '_under', 'y' * 29, '{x}', '%s', 'é'):
+        assert len(re.findall(f'<text[^>]*>[^<]*{re.escape(name)}', page)), name
+    assert (tmp_path / 'labels.png').stat().st_size > 5000
 
 
 def test_memory_is_bounded():

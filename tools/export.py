@@ -36,8 +36,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.out.endswith('.onnx'):
         raise ConfigError(f'{args.out}: the file to write must end with .onnx.')
+    if args.size and min(args.size) < 1:
+        raise ConfigError(f'--size {args.size[0]} {args.size[1]}: height and width must be at least 1.')
     require_packages('onnx', 'onnxruntime')
     images = [source.path for source in find_sources(args.images) if not source.is_video]
+    if not images:
+        raise ConfigError(f'--images {" ".join(args.images)}: these are videos, and the comparison needs images.')
     cfg = load_config(args.config, args.cfg_options)
     library = library_of(cfg)
     preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}

@@ -37,7 +37,9 @@ def main() -> None:
     for name in ('batch', 'every'):
         if getattr(args, name) < 1:
             raise ConfigError(f'--{name} {getattr(args, name)}: must be at least 1.')
-    sources = find_sources(args.inputs)
+    if args.out.exists() and not args.out.is_dir():
+        raise ConfigError(f'--out {args.out}: it is a file, not a folder. Name a folder to write into.')
+    sources = find_sources(args.inputs, args.out)
     cfg = load_config(args.config, args.cfg_options)
     library = library_of(cfg)
     if args.tta:
@@ -56,7 +58,7 @@ def main() -> None:
             writer.add(item)
             clock.images += 1
     if not clock.images:
-        raise UserError(f'None of the {left_out} images can be read.')
+        raise UserError(f'None of the {left_out} images and videos can be read.')
     print(writer.finish())
     if writer.pictures:
         print(f'pictures: {args.out / "pictures"}')

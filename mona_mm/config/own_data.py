@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import os.path as osp
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,9 @@ def _options(data: dict[str, Any]) -> dict[str, Any]:
     for key in ('val', 'test'):
         if not (isinstance(options[key], int | float) and 0 <= options[key] < 1):
             raise ConfigError(f'--data-options {key}={options[key]}: it is a share of the images, from 0 to below 1.')
+    for key, kind, accepted in (('seed', int, 'a whole number'), ('skip', bool, 'True or False')):
+        if type(options[key]) is not kind:
+            raise ConfigError(f'--data-options {key}={options[key]}: it is {accepted}.')
     if options['val'] + options['test'] >= 1:
         raise ConfigError('--data-options: val and test together leave no image to train on.')
     return options
@@ -107,33 +112,26 @@ def _fingerprint(folder: str) -> str:
     digest = hashlib.sha256()
     for path in walk(Path(folder)):
         stat = path.stat() if path.exists() else path.lstat()  # a link to nothing is named when it is read
-        digest.update(f'{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
+        digest.update(os.fsencode(path) + f'\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     return digest.hexdigest()
 
 
 def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     """Read and write the data, or take what an earlier run with the same work dir has written of the same files."""
     file = place / 'record.json'
-    key = dict(request, files=_fingerprint(request['folder']), version=2)
+    key = dict(request, files=_fingerprint(request['folder']), version=3)
     if file.is_file():
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['key'] == key and all(osp.isfile(d['ann_file']) for s in record['datasets'].values() for d in s):
             return {**record['found'], 'datasets': record['datasets']}
     if write:
         refuse_if_used(place.parent)  # whose label maps another run is reading
-    arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
-    data = read_folder(request['folder'], extracted=place / 'images' if write else None, **arguments)
-    if request['task'] == 'maps' and all(s.label_map is None for samples in data.splits.values() for s in samples):
-        as_maps(data)
-    if request['classes'] is not None:
-        _select(data, request['classes'])
-    has_masks = data.has_masks
-    if request['masks'] and has_masks:
-        _ignore_without_mask(data)
-    complete_splits(data, request['seed'], request['val'], request['test'])
-    data.findings.raise_errors()
+        data = _prepared(request, place / 'images')
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # for images inside annotation files, whose size is needed
+            data = _prepared(request, Path(folder))
     found = dict(request, layout=data.layout, classes=list(data.classes), palette=[list(c) for c in palette(data)])
-    found |= dict(has_masks=has_masks, keep_orientation=data.keep_orientation, notes=data.notes)
+    found |= dict(has_masks=data.has_masks, keep_orientation=data.keep_orientation, notes=data.notes)
     found['images'] = {split: len(samples) for split, samples in data.splits.items()}
     found['warnings'] = [finding.line() for finding in data.findings.warnings.values()]
     empty = {split: [{}] for split in data.splits}
@@ -141,6 +139,27 @@ def _read(request: dict[str, Any], place: Path, write: bool) -> dict[str, Any]:
     if write:
         AtomicLocalBackend().put_text(json.dumps(dict(key=key, found=found, datasets=datasets), indent=1), file)
     return {**found, 'datasets': datasets}
+
+
+def _prepared(request: dict[str, Any], extracted: Path) -> OwnData:
+    """Read the data that a request asks for, with their classes chosen and their splits completed.
+
+    Raises:
+        UserError: if they have faults that forbid training.
+    """
+    arguments = {name: request[name] for name in ('task', 'layout', 'skip')}
+    data = read_folder(request['folder'], extracted=extracted, **arguments)
+    drawn = request['task'] == 'maps' and all(s.label_map is None for each in data.splits.values() for s in each)
+    if request['classes'] is not None:
+        added = ('background',) if drawn and 'background' not in data.classes else ()
+        _select(data, [name for name in request['classes'] if name not in added])
+    if drawn:
+        as_maps(data)
+    if request['masks'] and data.has_masks:
+        _ignore_without_mask(data)
+    complete_splits(data, request['seed'], request['val'], request['test'])
+    data.findings.raise_errors()
+    return data
 
 
 def _select(data: OwnData, classes: list[str]) -> None:

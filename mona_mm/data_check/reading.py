@@ -15,7 +15,8 @@ from mmengine.registry import DATASETS
 from mona_mm.config.nodes import dicts_of
 from mona_mm.errors import ConfigError, MissingFileError, UserError
 from mona_mm.own_data import Findings
-from mona_mm.own_data.coco import check_structure, read_json
+from mona_mm.own_data.coco import check_structure
+from mona_mm.own_data.text import read_json
 from mona_mm.type_names import look_up, type_name
 
 _NEEDED = dict(

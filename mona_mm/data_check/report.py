@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError
 from mona_mm.own_data import Findings, short
-from mona_mm.report.html import save_png
+from mona_mm.report.html import chart_text, save_png
 
 _MOST_LINES = 15
 _MOST_SIZES = 20_000
@@ -112,6 +112,9 @@ class DataReport:
         Raises:
             ConfigError: if there is nothing to learn from.
         """
+        for split in self.splits.values():
+            if split.name in ('val', 'test') and split.has_objects and not split.objects:
+                self.findings.warn(f'the {split.name} data have no object', '', 'their score says nothing', 0)
         train = self.splits.get('train')
         if train is None or self.classes is None:
             return
@@ -199,7 +202,7 @@ class DataReport:
     def plot(self, file: str) -> None:
         """Draw the frequency of the classes, the sizes of images, and the sizes of objects in them."""
         splits = list(self.splits.values())
-        names = [str(name)[:20] for name in self.classes or ()][:60]
+        names = [chart_text(str(name), 20) for name in self.classes or ()][:60]
         has_boxes, has_sizes = any(s.boxes for s in splits), any(s.sizes for s in splits)
         panels = 1 + has_boxes + has_sizes
         figure = Figure(figsize=(5.5 * panels, max(3.5, 0.2 * len(names) + 1.2)), layout='constrained')

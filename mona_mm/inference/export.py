@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mona_mm.checkpoint.merge import merge, unmergeable
-from mona_mm.errors import UserError
+from mona_mm.errors import UnreadableImageError, UserError
 from mona_mm.inference.predict import Loaded
 from mona_mm.methods.base import deploy
+from mona_mm.own_data.images import read_header
 
 _LARGEST_RATIO = 16 / 1000  # of the sizes of a box and its anchor, the default of mmdet's coder
 _ROIS = 16  # regions of an image with which the heads of a two-stage detector are compared
@@ -123,9 +124,15 @@ def normalised_inputs(loaded: Loaded, images: Sequence[str], size: tuple[int, in
         loaded: the model.
         images: the files.
         size: the height and width; None for those of the first image.
+
+    Raises:
+        UnreadableImageError: if an image cannot be read.
     """
     pipeline, made = Compose(loaded.pipeline), []
     for number, image in enumerate(images):
+        problem = read_header(image).problem
+        if problem:
+            raise UnreadableImageError(f'--images: {image} cannot be read: {problem}.')
         data = pipeline(dict(img_path=image, img_id=number))
         made.append(loaded.model.data_preprocessor(pseudo_collate([data]), False)['inputs'].float())
     size = size or tuple(made[0].shape[-2:])

@@ -26,6 +26,7 @@ from mona_mm.config.nodes import datasets
 from mona_mm.config.run_hooks import add_hooks
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.inference.sources import Source, frames
+from mona_mm.own_data.images import truncation
 from mona_mm.spt_plans.plans import require_plan
 from mona_mm.type_names import enter_scope, is_type, look_up
 
@@ -51,17 +52,20 @@ class Loaded:
 @dataclass
 class Predicted:
     """A prediction: the name of what to write for it, the image file or video, and the model's sample; or what was
-    wrong with the file."""
+    wrong with the file. An image is read as it is ``stored`` if the pipeline leaves the rotation in EXIF data out."""
 
     name: str
     path: str
     sample: Any = None
     frame: np.ndarray | None = None
     error: str | None = None
+    stored: bool = False
 
     def image(self) -> np.ndarray:
         """The image in BGR, read as the libraries read it."""
-        return self.frame if self.frame is not None else cv2.imread(self.path, cv2.IMREAD_COLOR)
+        if self.frame is not None:
+            return self.frame
+        return cv2.imread(self.path, cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if self.stored else 0))
 
 
 def load_model(cfg: Config, weights: str, allow_other_base: bool = False) -> Loaded:
@@ -170,9 +174,12 @@ def _prepared(pipeline: Compose, sources: Sequence[Source], every: int) -> Itera
     yield from DataLoader(_Files(pipeline, files), batch_size=None, num_workers=readers)
     for source in sources:
         if source.is_video:
+            number = None
             for number, image in frames(source.path, every):
                 item = Predicted(osp.join(source.name, f'{number:06d}'), source.path, frame=image)
                 yield item, _after_loading(pipeline)(_frame(image, source.path))
+            if number is None:
+                yield Predicted(source.name, source.path, error='no frame of this video can be read'), None
 
 
 class _Files(Dataset):
@@ -181,15 +188,19 @@ class _Files(Dataset):
     def __init__(self, pipeline: Compose, sources: Sequence[Source]) -> None:
         self.pipeline = pipeline
         self.sources = sources
+        self.stored = any(
+            str(getattr(step, 'color_type', '')).endswith('ignore_orientation') for step in pipeline.transforms
+        )
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def __getitem__(self, index: int) -> tuple[Predicted, dict | None]:
         source = self.sources[index]
-        item = Predicted(source.name, source.path)
+        item = Predicted(source.name, source.path, stored=self.stored)
         try:
-            data = self.pipeline(dict(img_path=source.path, img_id=index))
+            item.error = truncation(source.path) or None
+            data = None if item.error else self.pipeline(dict(img_path=source.path, img_id=index))
         except Exception as error:  # a damaged file can make a reader raise anything
             data, item.error = None, f'{type(error).__name__}: {error}'.splitlines()[0]
         if data is None and item.error is None:

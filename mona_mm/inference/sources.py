@@ -1,7 +1,6 @@
 """Find the images to predict: files, folders, patterns, and the frames of videos; and names for what is written."""
 
 import glob
-import os
 import os.path as osp
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ import cv2
 import numpy as np
 
 from mona_mm.errors import MissingFileError, UserError
+from mona_mm.own_data.images import SUFFIXES, walk
 
-IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+IMAGES = tuple(sorted(SUFFIXES))
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg')
 
 
@@ -29,11 +29,13 @@ class Source:
         return self.path.lower().endswith(VIDEOS)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str], out: Path | None = None) -> list[Source]:
     """Find the images and videos that inputs stand for.
 
     Args:
         inputs: files, folders (searched with their sub-folders) and patterns (``'images/*.jpg'``, ``**`` for folders).
+        out: the folder that predictions are written into. What an earlier run has left there is no input, unless an
+            input is within it.
 
     Returns:
         Each file once, in the order of the inputs. No two have the same name: names keep the folders below the one that
@@ -41,11 +43,13 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
     Raises:
         MissingFileError: if an input stands for nothing.
-        UserError: if a file is neither an image nor a video.
+        UserError: if a file that is named is neither an image nor a video.
     """
     files: dict[str, None] = {}
     for text in inputs:
         found = _files(text)
+        if out is not None and not _is_within(text, out):
+            found = [file for file in found if not _is_within(file, out)]
         if not found:
             raise MissingFileError(
                 f'{text}: there are no images or videos ({", ".join(IMAGES + VIDEOS)}). Give a file, folder or pattern.'
@@ -60,21 +64,19 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return [Source(f, name if count[name] == 1 else osp.relpath(f, root)) for f, name in names.items()]
 
 
+def _is_within(path: str, folder: Path) -> bool:
+    return Path(osp.abspath(path)).is_relative_to(osp.abspath(folder))
+
+
 def _files(text: str) -> list[str]:
-    if osp.isdir(text):
-        found = (osp.join(folder, name) for folder, _, names in os.walk(text) for name in names)
-        return sorted(file for file in found if file.lower().endswith(IMAGES + VIDEOS))
     if osp.isfile(text):
         return [text]
-    return sorted(file for file in glob.glob(text, recursive=True) if osp.isfile(file))
+    found = map(str, walk(Path(text))) if osp.isdir(text) else filter(osp.isfile, glob.glob(text, recursive=True))
+    return sorted(file for file in found if file.lower().endswith(IMAGES + VIDEOS))
 
 
 def frames(video: str, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number and the image, in BGR, of every n-th frame of a video.
-
-    Raises:
-        UserError: if it has none that can be read.
-    """
+    """Yield the number and the image, in BGR, of every n-th frame of a video; none if it cannot be read."""
     capture = cv2.VideoCapture(video)
     try:
         number = 0
@@ -87,8 +89,6 @@ def frames(video: str, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
             number += 1
     finally:
         capture.release()
-    if not number:
-        raise UserError(f'{video}: no frame of this video can be read.')
 
 
 def write_image(file: Path, image: np.ndarray) -> None:

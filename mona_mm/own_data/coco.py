@@ -1,32 +1,19 @@
 """COCO's json: files of any names, images in any folders, ids with gaps."""
 
 import json
-import os
+import mmap
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from mona_mm.errors import ConfigError
 from mona_mm.own_data.findings import Findings, short
 from mona_mm.own_data.images import split_of_path
 from mona_mm.own_data.layout import Folder, Layout, class_names
 from mona_mm.own_data.objects import Objects
 from mona_mm.own_data.samples import OwnData, Sample
+from mona_mm.own_data.text import read_json, says
 
 _PARTS = ('images', 'annotations', 'categories')
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ConfigError: if it does not parse; it names the file, and the place.
-    """
-    try:
-        with open(path, encoding='utf-8-sig') as file:
-            return json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f'{path} is no JSON file ({error}): it may be empty, cut short or of another kind.') from None
 
 
 def check_structure(raw: Any, file: str, needed: dict[str, tuple[str, ...]], findings: Findings) -> bool:
@@ -49,10 +36,17 @@ def check_structure(raw: Any, file: str, needed: dict[str, tuple[str, ...]], fin
             if without:
                 good = False
                 findings.error(f'entries of "{part}" in {file} have no "{key}"', _entry(without[0]), '', len(without))
+    for part in _PARTS if good else ():
+        for key in ('id', 'image_id', 'category_id'):
+            wrong = [entry for entry in raw[part] if not isinstance(entry.get(key), int | float | str | None)]
+            if wrong:
+                good = False
+                text = f'entries of "{part}" in {file} have a value of "{key}" that is neither a number nor text'
+                findings.error(text, _entry(wrong[0]), '', len(wrong))
     if not good:
         return False
     for part in _PARTS:
-        ids = Counter(entry['id'] for entry in raw[part] if 'id' in entry)
+        ids = Counter(entry['id'] for entry in raw[part] if entry.get('id') is not None)
         twice = [key for key, count in ids.items() if count > 1]
         if twice:
             text = f'ids occur more than once among the "{part}" of {file}'
@@ -70,43 +64,28 @@ class Coco(Layout):
     name, title, tasks = 'coco', 'COCO json', ('boxes', 'maps')
 
     def recognise(self, folder: Folder) -> bool:
-        return any(_looks_like_coco(path) for path in folder.with_suffix('.json'))
+        files = folder.with_suffix('.json')
+        if any(map(_says_coco, files)):
+            return True
+        return any(map(_is_named_as_coco, files)) and not folder.with_suffix('.xml', '.txt')
 
     def read(self, folder: Folder) -> OwnData:
-        contents = {path: read_json(path) for path in folder.with_suffix('.json') if _looks_like_coco(path)}
-        contents = _chosen(folder, contents)
+        contents = _contents(folder)
         names: dict[str, None] = {}
         for path, raw in contents.items():
             self._check(folder, path, raw)
-            listed = raw.get('categories') if isinstance(raw, dict) else None
-            listed = listed if isinstance(listed, list) else []
-            found = [str(c['name']) for c in listed if isinstance(c, dict) and c.get('name') is not None]
+        folder.findings.raise_errors()
+        data = OwnData(self.title, (), defaultdict(list), folder.findings)
+        for path, raw in contents.items():
+            found = [category['name'] for category in _categories(raw, data.notes)]
             names.update(dict.fromkeys(class_names(found, folder.findings, folder.show(path))))
         folder.findings.raise_errors()
-        used = _used_names(contents)
-        # Exports of Roboflow have a first category that stands above the others and has no objects.
-        above = {str(c.get('supercategory')) for raw in contents.values() for c in raw['categories']}
-        classes = tuple(name for name in names if name in used or not (name in above and len(names) > 1))
-        data = OwnData(self.title, classes, defaultdict(list), folder.findings)
-        objects, votes = Objects(folder.findings), Counter()
+        data.classes = tuple(names)
+        objects = Objects(folder.findings)
         for path, raw in contents.items():
-            split = split_of_path(path, folder.root) or ''
-            data.splits[split] += _read_file(folder, path, raw, split, data.classes, objects, votes)
+            _read_file(folder, path, raw, data, objects)
         objects.finish()
-        if votes['stored']:
-            data.keep_orientation = True
-            data.notes.append(
-                f'{votes["stored"]} images have a rotation in their EXIF data that the annotations do not '
-                'follow: it is '
-                'not applied'
-            )
-            if votes['turned']:
-                folder.findings.error(
-                    'images were annotated after the rotation of their EXIF data, others before it',
-                    '',
-                    'rotate the files themselves',
-                    votes['turned'],
-                )
+        folder.settle_rotation(data)
         return data
 
     def _check(self, folder: Folder, path: Path, raw: dict) -> None:
@@ -127,92 +106,119 @@ class Coco(Layout):
             folder.findings.error(f'{folder.show(path)} lists no images', count=0)
 
 
-def _looks_like_coco(path: Path) -> bool:
-    """Whether a file says the words of the format, or parses as no JSON and is named as COCO's files are."""
-    with open(path, 'rb') as file:
-        start = file.read(1 << 16)
-        file.seek(max(0, os.path.getsize(path) - (1 << 20)))
-        text = start + file.read()
-    if b'"images"' in text and (b'"annotations"' in text or b'"categories"' in text):
-        return True
+def _says_coco(path: Path) -> bool:
+    """Whether a file has the keys of the format, wherever in it they stand."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return says(content, '"images"') and (says(content, '"annotations"') or says(content, '"categories"'))
+
+
+def _is_named_as_coco(path: Path) -> bool:
+    """Whether a file has the name or the place of a COCO file, though it lacks the keys: it may be empty or cut short.
+
+    LabelMe's files may have this place, too.
+    """
     name = path.name.lower()
-    named = name.startswith('instances') or name.endswith('.coco.json') or path.parent.name.lower() == 'annotations'
-    return named and not any(word in text for word in (b'"shapes"', b'"imagePath"'))
+    if not (name.startswith('instances') or name.endswith('.coco.json') or path.parent.name.lower() == 'annotations'):
+        return False
+    content = path.read_bytes()
+    return not says(content, '"shapes"') and not says(content, '"imagePath"')
 
 
-def _chosen(folder: Folder, contents: dict[Path, Any]) -> dict[Path, Any]:
-    """The files of objects: without captions, and key points only where there is nothing else."""
-    contents = {
-        path: raw for path, raw in contents.items() if not path.name.startswith(('captions_', 'image_info_', 'stuff_'))
-    }
+def _contents(folder: Folder) -> dict[Path, Any]:
+    """The content of the files of objects: without captions, and key points only where there is nothing else."""
+    files = [p for p in folder.with_suffix('.json') if not p.name.startswith(('captions_', 'image_info_', 'stuff_'))]
+    good = [path for path in files if _says_coco(path)]
+    contents = {path: read_json(path) for path in files if path in good or _is_named_as_coco(path)}
+    for path in set(contents).difference(good) if good else ():
+        folder.findings.warn('json files are not in COCO format', folder.show(path), 'not used')
+        del contents[path]
     instances = {path: raw for path, raw in contents.items() if path.name.startswith('instances')}
     for path in set(contents) - set(instances) if instances else ():
         folder.findings.warn('other json files are not read, as there are files named instances_*', folder.show(path))
     return instances or contents
 
 
-def _used_names(contents: dict[Path, dict]) -> set[str]:
-    used = set()
-    for raw in contents.values():
-        names = {category['id']: str(category['name']).strip() for category in raw['categories']}
-        used |= {names[entry['category_id']] for entry in raw['annotations']}
-    return used
+def _categories(raw: dict, notes: list[str]) -> list[dict]:
+    """The categories of a file that are classes.
+
+    Exports of Roboflow have a first category that stands above the others and has no objects; it may have the name of
+    one of them.
+    """
+    used = {entry['category_id'] for entry in raw['annotations']}
+
+    def stands_above(category: dict) -> bool:
+        name = str(category['name'])
+        others = (other for other in raw['categories'] if other is not category)
+        return category['id'] not in used and any(str(other.get('supercategory')) == name for other in others)
+
+    above = [category for category in raw['categories'] if stands_above(category)]
+    note = f'{", ".join(str(c["name"]) for c in above)}: above other categories and without objects, so no class'
+    if above and note not in notes:
+        notes.append(note)
+    return [category for category in raw['categories'] if category not in above]
 
 
-def _read_file(
-    folder: Folder, path: Path, raw: dict, split: str, classes: tuple[str, ...], objects: Objects, votes: Counter
-) -> list[Sample]:
-    labels = {
-        category['id']: classes.index(str(category['name']).strip())
-        for category in raw['categories']
-        if str(category['name']).strip() in classes
-    }
+def _read_file(folder: Folder, path: Path, raw: dict, data: OwnData, objects: Objects) -> None:
+    """Add the images of a file and their objects to the split that the file or else the folder of an image names."""
+    numbers = {name: number for number, name in enumerate(data.classes)}
+    labels = {category['id']: numbers.get(str(category['name']).strip()) for category in raw['categories']}
+    split = split_of_path(path, folder.root)
     by_image = defaultdict(list)
     for entry in raw['annotations']:
         by_image[entry['image_id']].append(entry)
-    samples = []
     for entry in raw['images']:
-        image = folder.images.find(str(entry['file_name']), path.parent, split)
+        image = folder.images.find(str(entry['file_name']), path.parent, split or '')
         if image is None:
-            folder.unreadable(f'{entry["file_name"]}, which {folder.show(path)} lists')
+            folder.missing(str(entry['file_name']), path)
             continue
         sample = folder.sample(image)
-        if sample is None or not _check_size(folder, sample, entry, votes):
+        if sample is None or not _has_size(folder, sample, entry):
             continue
         for annotation in by_image[entry['id']]:
-            if annotation.get('ignore'):
-                continue
-            box, mask = annotation.get('bbox') or None, annotation.get('segmentation')
-            if box is not None and not _is_box(box):
-                folder.findings.error('boxes are not four numbers', f'{image.name}: {str(box)[:60]}')
-                continue
-            label, crowd = labels[annotation['category_id']], bool(annotation.get('iscrowd'))
-            objects.add(sample, label, box, mask, crowd, annotation.get('area') if mask else None)
-        samples.append(sample)
-    return samples
+            _add(folder, objects, sample, labels[annotation['category_id']], annotation)
+        data.splits[split or folder.split_of(image)].append(sample)
+
+
+def _add(folder: Folder, objects: Objects, sample: Sample, label: int, annotation: dict) -> None:
+    name = sample.image.name
+    if _flag(annotation.get('ignore')):
+        folder.findings.warn('objects are marked with "ignore"', name, 'dropped, as the library does')
+        return
+    box, mask = annotation.get('bbox') or None, annotation.get('segmentation')
+    if box is not None and not _is_box(box):
+        folder.findings.error('boxes are not four numbers', f'{name}: {str(box)[:60]}')
+        return
+    area = annotation.get('area') if mask else None
+    objects.add(sample, label, box, mask, _flag(annotation.get('iscrowd')), area)
+
+
+def _flag(value: Any) -> bool:
+    """A value of 0 or 1, which some tools write as text."""
+    return value not in ('0', '0.0', 'false', 'False', '') and bool(value)
 
 
 def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
 
 
-def _check_size(folder: Folder, sample: Sample, entry: dict, votes: Counter) -> bool:
+def _whole(value: Any) -> int | None:
+    """A size in pixels; 0 if there is none, None if it is no number."""
+    try:
+        return int(float(value or 0))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _has_size(folder: Folder, sample: Sample, entry: dict) -> bool:
     """Compare the size in the json with the file's; return whether the annotations can be in the file's pixels."""
-    width, height = entry.get('width'), entry.get('height')
+    width, height = (_whole(entry.get(key)) for key in ('width', 'height'))
+    if width is None or height is None:
+        what = f'{sample.image.name}: {entry.get("width")!r} x {entry.get("height")!r}'
+        folder.findings.error('images have a size in the json that is no number', what)
+        return False
     if not width or not height:
         folder.findings.warn('images have no size in the json', sample.image.name, 'taken from the files')
         return True
-    header = folder.header(sample.image)
-    said, turned, stored = (int(width), int(height)), (header.width, header.height), header.stored
-    if turned != stored and said in (turned, stored):
-        votes['turned' if said == turned else 'stored'] += 1
-        sample.width, sample.height = said
-        return True
-    if said == turned:
-        return True
-    example = f'{sample.image.name}: {width} x {height} in the json, {header.width} x {header.height} in the file'
-    if said == turned[::-1]:
-        folder.findings.warn('images have width and height swapped in the json', example, 'taken from the files')
-        return True
-    folder.findings.error('images have another size than the json says', example, 'annotate the files as they are')
-    return False
+    return folder.fits(sample, (width, height), sample.image.name, 'json')

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import os
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,9 +15,18 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 SUFFIXES = frozenset(
-    ('.jpg', '.jpeg', '.jpe', '.png', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pnm', '.jp2', '.gif')
+    ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.pnm', '.jp2')
+    + ('.gif',)
 )
 """The suffixes of files that count as images, in lower case."""
+
+OTHER_SUFFIXES = frozenset(
+    ('.heic', '.heif', '.avif', '.jxl', '.svg', '.psd', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.raw', '.dcm', '.exr')
+)
+"""The suffixes of images that OpenCV does not read, in lower case."""
+
+_MASK_FOLDER = re.compile(r'mask|segmentation|^segs?$|^gt|ground_?truth|label_?ids')
+"""What names of folders have that hold label maps, and no images."""
 
 LARGEST = 1 << 30
 """The most pixels that OpenCV decodes unless it is told otherwise."""
@@ -171,8 +182,17 @@ class ImageIndex:
         self.paths = sorted(path for path in walk(root) if is_image(path.name))
         self._by_name, self._by_stem = defaultdict(list), defaultdict(list)
         for path in self.paths:
-            self._by_name[path.name.lower()].append(path)
-            self._by_stem[path.stem.lower()].append(path)
+            self._by_name[_plain(path.name)].append(path)
+            if not any(_MASK_FOLDER.search(part.lower()) for part in path.relative_to(root).parts[:-1]):
+                self._by_stem[_plain(path.stem)].append(path)
+
+    def named(self, name: str) -> list[Path]:
+        """The images with the file name of an annotation, in any folder; those with another suffix if there is none.
+
+        Label maps are none of the latter.
+        """
+        name = name.replace('\\', '/').rpartition('/')[2]
+        return self._by_name.get(_plain(name)) or self._by_stem.get(_plain(os.path.splitext(name)[0]), [])
 
     def find(self, name: str, near: Path, split: str = '') -> Path | None:
         """The image that an annotation names: by its whole path, else by the end of its path.
@@ -185,12 +205,11 @@ class ImageIndex:
             near: the folder of the annotation.
             split: the split, whose name may be that of a folder.
         """
-        name = name.replace('\\', '/')
+        found, name = self.named(name), name.replace('\\', '/')
         for folder in (near, self.root):
             if is_image(name) and (folder / name).is_file():
-                return (folder / name).resolve()
+                return Path(os.path.normpath(folder / name))
         parts = name.split('/')
-        found = self._by_name.get(parts[-1].lower()) or self._by_stem.get(os.path.splitext(parts[-1])[0].lower(), [])
         if len(found) < 2:
             return found[0] if found else None
 
@@ -210,17 +229,39 @@ class ImageIndex:
         return best_paths[0] if len(best_paths) == 1 else None
 
 
+def _plain(name: str) -> str:
+    """A file name as it is compared: without case, and with accents as one character, as other systems write them."""
+    return unicodedata.normalize('NFC', name).lower()
+
+
+_SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information')
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one of those that systems make for themselves."""
+    return name.startswith(('.', *_SYSTEM_FOLDERS))
+
+
 def walk(root: Path) -> Iterable[Path]:
-    """Yield all files below a folder, but for hidden ones, in a fixed order; links to folders are followed once."""
+    """Yield all files below a folder, but for hidden ones, in a fixed order; links to folders are followed once.
+
+    Raises:
+        PermissionError: if a folder may not be read, which would hide a part of the data.
+    """
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise_if_forbidden):
         real = os.path.realpath(folder)
         if real in seen:
             folders[:] = []
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(('.', '__MACOSX')))
-        yield from (Path(folder, name) for name in sorted(files) if not name.startswith('.'))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(folder, name) for name in sorted(files) if not is_hidden(name))
+
+
+def _raise_if_forbidden(error: OSError) -> None:
+    if isinstance(error, PermissionError):
+        raise error
 
 
 _SPLITS = dict(

@@ -1,13 +1,15 @@
 """The interface of a layout."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mona_mm.own_data.findings import Findings
-from mona_mm.own_data.images import Header, ImageIndex, read_header
+from mona_mm.own_data.images import Header, ImageIndex, read_header, split_of_path
 from mona_mm.own_data.samples import OwnData, Sample
+from mona_mm.own_data.text import lines_of
 
 
 @dataclass
@@ -20,6 +22,8 @@ class Folder:
         findings: where faults are noted.
         skip_unreadable: whether images that cannot be read are left out; otherwise they are errors.
         extracted: where images that are inside annotation files are written.
+        turned: of images with a rotation in their EXIF data, how many were annotated as they are ``'stored'``, and how
+            many ``'turned'``.
     """
 
     root: Path
@@ -27,6 +31,7 @@ class Folder:
     findings: Findings = field(default_factory=Findings)
     skip_unreadable: bool = False
     extracted: Path | None = None
+    turned: Counter = field(default_factory=Counter)
     _images: ImageIndex | None = None
     _headers: dict[Path, Header] = field(default_factory=dict)
 
@@ -51,8 +56,17 @@ class Folder:
             self._headers[image] = read_header(image)
         return self._headers[image]
 
+    def split_of(self, path: Path) -> str:
+        """The split that the folders above a file speak of; ``''`` if they speak of none."""
+        if not path.is_relative_to(self.root):
+            return ''
+        return split_of_path(path.parent, self.root) or ''
+
     def sample(self, image: Path) -> Sample | None:
         """A sample of an image, with its size; None, noted as a fault, if it cannot be read."""
+        if '\n' in image.name or '\r' in image.name or not _is_unicode(str(image)):
+            self.unreadable(f'{str(self.show(image))!a}: the name of the file is not in UTF-8, or has a line break')
+            return None
         header = self.header(image)
         if header.problem:
             self.unreadable(f'{self.show(image)}: {header.problem}')
@@ -64,6 +78,54 @@ class Folder:
                 'images have more than 100 million pixels', self.show(image), 'slow to read: make them smaller'
             )
         return Sample(image, header.width, header.height)
+
+    def fits(self, sample: Sample, said: tuple[int, int], where: str, source: str) -> bool:
+        """Compare the size that annotations say with the file's; return whether they can be in the file's pixels.
+
+        An image with a rotation in its EXIF data may have been annotated before or after it; the size of the sample
+        becomes the one that is said.
+
+        Args:
+            sample: the image.
+            said: width and height.
+            where: the file to name in a message.
+            source: the kind of the annotations in messages.
+        """
+        header = self.header(sample.image)
+        turned = (header.width, header.height)
+        if turned != header.stored and said in (turned, header.stored):
+            self.turned['turned' if said == turned else 'stored'] += 1
+            sample.width, sample.height = said
+            return True
+        if said == turned:
+            return True
+        example = f'{where}: {said[0]} x {said[1]} in the {source}, {turned[0]} x {turned[1]} in the file'
+        if said == turned[::-1]:
+            text = f'images have width and height swapped in the {source}'
+            self.findings.warn(text, example, 'taken from the files')
+            return True
+        text = f'images have another size than the {source} says'
+        self.findings.error(text, example, 'annotate the files as they are')
+        return False
+
+    def settle_rotation(self, data: OwnData) -> None:
+        """Leave out the rotation in EXIF data if the annotations do not follow it; it is an error if only some do."""
+        if not self.turned['stored']:
+            return
+        data.keep_orientation = True
+        data.notes.append(
+            f'{self.turned["stored"]} images have a rotation in their EXIF data that the annotations do not follow: it '
+            'is not applied'
+        )
+        if self.turned['turned']:
+            text = 'images were annotated after the rotation of their EXIF data, others before it'
+            self.findings.error(text, '', 'rotate the files themselves', self.turned['turned'])
+
+    def missing(self, name: str, annotation: Path, relation: str = 'which {} lists') -> None:
+        """Note an image that an annotation names and :meth:`ImageIndex.find` has not found, or has found twice."""
+        found = self.images.named(name)
+        also = f': there are {self.show(found[0])} and {self.show(found[1])}' if len(found) > 1 else ''
+        self.unreadable(f'{name}, {relation.format(self.show(annotation))}{also}')
 
     def unreadable(self, what: str) -> None:
         """Note an image that is missing or cannot be read."""
@@ -97,14 +159,27 @@ class Layout(ABC):
         """Read a folder. Faults are noted in its findings; only what leaves nothing to read raises a ConfigError."""
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a path is text: the bytes of a name in another encoding cannot be written into a list of files."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def class_names(names: Sequence[object], findings: Findings, source: str) -> tuple[str, ...]:
     """Names of classes as text, checked: none empty, none twice."""
     texts = tuple(str(name).strip() for name in names)
+    known: set[str] = set()
     for number, text in enumerate(texts):
         if not text:
             findings.error('classes have no name', f'class {number} of {source}')
-        elif text in texts[:number]:
+        elif text in known:
             findings.error('names of classes occur twice', f'{text!r} in {source}')
+        elif '{{' in text:
+            findings.error('names of classes have two braces, for which configs put in values', f'{text!r} in {source}')
+        known.add(text)
     return texts
 
 
@@ -113,7 +188,34 @@ def natural(name: str) -> tuple:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def classes_file(folder: Folder) -> Path | None:
-    """A text file with a name of a class in each line, if there is one at the top of the folder."""
-    names = ('classes.txt', 'labels.txt', 'obj.names', 'class_names.txt', 'names.txt', 'label_names.txt')
-    return next((folder.root / name for name in names if (folder.root / name).is_file()), None)
+_NAME_FILES = (
+    *('classes.txt', 'labels.txt', 'obj.names', 'class_names.txt', 'names.txt', 'label_names.txt'),
+    *('_classes.txt', '_darknet.labels'),
+)
+
+
+def classes_file(folder: Folder, names: Sequence[str] = _NAME_FILES) -> Path | None:
+    """A text file with a name of a class in each line, if there is one: at the top of the folder, or below.
+
+    Of files below the top, the content of all must be the same; otherwise it is noted as a fault.
+    """
+    top = next((folder.root / name for name in names if (folder.root / name).is_file()), None)
+    if top is not None:
+        return top
+    below = [path for path in folder.files if path.name in names]
+    for path in below[1:]:
+        if lines_of(path) != lines_of(below[0]):
+            what = f'{folder.show(below[0])}, {folder.show(path)}'
+            folder.findings.error('files of classes differ', what, 'write one at the top of the folder')
+            break
+    return below[0] if below else None
+
+
+def listed_names(folder: Folder) -> list[str] | None:
+    """The lines of the file of classes, empty ones included, since each has its number; None without such a file.
+
+    Raises:
+        ConfigError: if the file is not in UTF-8.
+    """
+    file = classes_file(folder)
+    return None if file is None else lines_of(file)

@@ -10,8 +10,9 @@ from PIL import UnidentifiedImageError
 
 from mona_mm.errors import ConfigError
 from mona_mm.own_data.images import open_image, split_of
-from mona_mm.own_data.layout import Folder, Layout, class_names
+from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file
 from mona_mm.own_data.samples import OwnData, Sample
+from mona_mm.own_data.text import lines_of, read_text
 
 _MASK_FOLDER = re.compile(r'mask|annot|^labels?$|label_?ids|^gt|ground_?truth|^segs?$|segmentation|^ann(_dir|s)?$')
 _MASK_NAME = re.compile(
@@ -20,10 +21,13 @@ _MASK_NAME = re.compile(
 _GT_NAME = re.compile(r'_(gtfine|gtcoarse)$', re.IGNORECASE)
 _OTHER_NAME = re.compile(r'_(color|colour|instanceids|instancetrainids|overlay)$', re.IGNORECASE)
 _IMAGE_NAME = re.compile(r'_(leftimg8bit|image|img|rgb|sat)$', re.IGNORECASE)
+_PREFIX = re.compile(r'^(image|img|masks?|labels?|gt|seg)[_\-. ](?=.*\d)', re.IGNORECASE)
 _NAME_FILES = (
     *('classes.txt', 'labels.txt', 'class_names.txt', 'names.txt', 'class_dict.csv', 'classes.csv'),
-    *('label_colors.txt', 'labelmap.txt', 'colors.txt'),
+    *('label_colors.txt', 'labelmap.txt', 'colors.txt', '_classes.csv'),
 )
+_COLOURED = 1 << 24  # added to the values of a label map that has colours
+_MOST_CLASSES = 255  # in label maps of 8 bits, in which 255 is no class
 IGNORED = 255
 """The value of pixels that belong to no class."""
 
@@ -40,6 +44,11 @@ class Masks(Layout):
 
     def read(self, folder: Folder) -> OwnData:
         masks, images = _two_kinds(folder)
+        lists = _image_sets(folder)
+        rest = [image for image in images if image.stem not in lists] if lists else []
+        if rest:
+            folder.findings.warn('images are in no list of ImageSets', folder.show(rest[0]), 'not used', len(rest))
+            images = [image for image in images if image.stem in lists]
         pairs = _pairs(folder, masks, images)
         splits: dict[str, list[Sample]] = defaultdict(list)
         values, turned = _Values(), Counter()
@@ -55,26 +64,44 @@ class Masks(Layout):
                 continue
             sample.present = values.add(content, folder.show(mask))
             sample.label_map = mask
-            splits[_split(folder, image, mask) or ''].append(sample)
+            splits[lists.get(image.stem) or _split(folder, image, mask) or ''].append(sample)
         if not values.counts:
             folder.findings.raise_errors()
             raise ConfigError(f'{folder.root}: there is no image with a label map.')
         data = OwnData(self.title, (), dict(splits), folder.findings, keep_orientation=bool(turned['stored']))
+        samples = [sample for samples in splits.values() for sample in samples]
+        data.coloured = any(value >= _COLOURED for value in values.counts)
+        if data.coloured:
+            values = _colours_of(folder, samples)
         _name_values(folder, data, values)
-        for sample in (sample for samples in data.splits.values() for sample in samples):
+        if len(data.classes) == 1:
+            folder.findings.error(f'label maps hold only one class, {data.classes[0]}: a segmentor needs two', count=0)
+        if len(data.classes) > _MOST_CLASSES:
+            text = f'label maps can have {_MOST_CLASSES} classes at most, and there are {len(data.classes)}'
+            folder.findings.error(text, count=0)
+        folder.findings.raise_errors()
+        for sample in samples:
             sample.present = tuple(np.unique(to_classes(np.array(sample.present), data)).tolist())
         return data
 
 
-def read_map(path: Path) -> np.ndarray | str:
-    """Read a label map: numbers (H, W), or for one of colours 0xRRGGBB; if that fails, the reason."""
+def read_map(path: Path, coloured: bool | None = None) -> np.ndarray | str:
+    """Read a label map as numbers (H, W); if that fails, return the reason.
+
+    Args:
+        path: the file.
+        coloured: whether its values are colours, 0xRRGGBB, which a palette may stand for. By default they are if it has
+            three channels that differ, and are marked with a bit beyond 24; the colours of a palette are not looked at.
+    """
     try:
         with open_image(path) as image:
-            if image.mode in ('RGB', 'RGBA', 'CMYK', 'YCbCr'):
+            if coloured or image.mode in ('RGB', 'RGBA', 'CMYK', 'YCbCr'):
                 channels = np.asarray(image.convert('RGB')).astype(np.int32)
-                if (channels[..., 0] == channels[..., 1]).all() and (channels[..., 1] == channels[..., 2]).all():
-                    return channels[..., 0]
-                return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+                colours = channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+                if coloured:
+                    return colours
+                is_grey = (channels == channels[..., :1]).all()
+                return channels[..., 0] if is_grey else colours | _COLOURED
             content = np.asarray(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         return 'no image that Pillow knows' if isinstance(error, UnidentifiedImageError) else str(error)
@@ -84,15 +111,30 @@ def read_map(path: Path) -> np.ndarray | str:
     return content.astype(np.int32)
 
 
+def _colours_of(folder: Folder, samples: list[Sample]) -> '_Values':
+    """The colours in label maps of which some have colours and others are grey or have a palette."""
+    values = _Values()
+    for sample in samples:
+        if max(sample.present) >= _COLOURED:
+            found = np.array(sample.present) & ~_COLOURED
+        else:
+            found = np.unique(read_map(sample.label_map, coloured=True))
+        sample.present = values.add(found, folder.show(sample.label_map))
+    return values
+
+
 class _Values:
-    """The values in all label maps, with the first file that has each."""
+    """The values in all label maps, with the first file that has each, and the first file that is a JPEG."""
 
     def __init__(self) -> None:
         self.counts: Counter = Counter()
         self.first: dict[int, str] = {}
+        self.lossy = ''
 
     def add(self, content: np.ndarray, file: str) -> tuple[int, ...]:
         """Count the values of a label map, and return them."""
+        if file.lower().endswith(('.jpg', '.jpeg', '.jpe', '.jfif')):
+            self.lossy = self.lossy or file
         if content.min() >= 0 and content.max() < 1 << 16:
             counts = np.bincount(content.ravel())
             found = np.flatnonzero(counts)
@@ -115,9 +157,9 @@ def _two_kinds(folder: Folder) -> tuple[list[Path], list[Path]]:
     """The label maps and the images of a folder: told apart by their folders, else by the ends of their names."""
     masks, images = [], []
     for path in folder.images.paths:
-        if _OTHER_NAME.search(path.stem):
-            continue
         parts = path.relative_to(folder.root).parts[:-1]
+        if _OTHER_NAME.search(path.stem) or 'SegmentationObject' in parts:
+            continue
         (masks if any(map(_is_mask_folder, parts)) else images).append(path)
     if not masks:
         masks = [path for path in images if _MASK_NAME.search(path.stem)]
@@ -139,7 +181,7 @@ def _suffix(path: Path) -> str:
 
 def _key(path: Path) -> str:
     """What the names of an image and of its label map have in common."""
-    stem = _IMAGE_NAME.sub('', path.stem)
+    stem = _PREFIX.sub('', _IMAGE_NAME.sub('', path.stem))
     return _GT_NAME.sub('', _MASK_NAME.sub('', stem)).lower()
 
 
@@ -152,6 +194,17 @@ def _split(folder: Folder, image: Path, mask: Path) -> str | None:
     return None
 
 
+def _image_sets(folder: Folder) -> dict[str, str]:
+    """The split of every image, by its name, in the lists of VOC's devkit for segmentation; empty without lists."""
+    lists = [path for path in folder.with_suffix('.txt') if path.parent.parts[-2:] == ('ImageSets', 'Segmentation')]
+    lists = [path for path in lists if path.stem in ('train', 'val', 'test')]
+    found: dict[str, str] = {}
+    for path in lists if any(path.stem == 'train' for path in lists) else ():
+        for line in filter(None, lines_of(path)):
+            found.setdefault(line.rpartition('/')[2], path.stem)
+    return found
+
+
 def _pairs(folder: Folder, masks: list[Path], images: list[Path]) -> dict[Path, Path]:
     by_key = defaultdict(list)
     for path in masks:
@@ -159,6 +212,7 @@ def _pairs(folder: Folder, masks: list[Path], images: list[Path]) -> dict[Path, 
     pairs, used = {}, set()
     for image in images:
         candidates = by_key.get(_key(image), [])
+        candidates = [path for path in candidates if path.stem == image.stem] or candidates
         if len(candidates) > 1:
             split = _split(folder, image, image)
             candidates = [path for path in candidates if _split(folder, path, path) == split] or candidates
@@ -167,6 +221,8 @@ def _pairs(folder: Folder, masks: list[Path], images: list[Path]) -> dict[Path, 
             best = max(len(names.intersection(path.parts)) for path in candidates)
             candidates = [path for path in candidates if len(names.intersection(path.parts)) == best]
         if len(candidates) == 1:
+            if candidates[0] in used:
+                folder.findings.warn('label maps are those of several images', folder.show(candidates[0]))
             pairs[image] = candidates[0]
             used.add(candidates[0])
         elif candidates:
@@ -212,11 +268,11 @@ class _Named:
 
 def _read_names(folder: Folder) -> tuple[str, list[_Named]]:
     """The classes that a file beside the images lists: its name and its lines."""
-    file = next((folder.root / name for name in _NAME_FILES if (folder.root / name).is_file()), None)
+    file = classes_file(folder, _NAME_FILES)
     if file is None:
         return '', []
     found = []
-    for line in file.read_text(encoding='utf-8').splitlines():
+    for line in read_text(file).splitlines():
         words = [word for word in re.split(r'[,;:\t]+|\s+', line.split('#')[0].strip()) if word]
         if not words:
             continue
@@ -227,24 +283,27 @@ def _read_names(folder: Folder) -> tuple[str, list[_Named]]:
             colour, words = words[:3], words[3:]
         if len(words) > 1 and words[0].isdecimal():
             number, words = int(words[0]), words[1:]
-        if colour is None and not found and [word.lower() for word in words[-3:]] == ['r', 'g', 'b']:
-            continue  # the head of a table
         red, green, blue = map(int, colour or (0, 0, 0))
         found.append(_Named(' '.join(words), number, red << 16 | green << 8 | blue if colour else None))
+    if len(found) > 1 and _is_plain(found[0]) and not any(map(_is_plain, found[1:])):
+        found = found[1:]  # the head of a table
     class_names([line.name for line in found], folder.findings, file.name)
     return file.name, found
+
+
+def _is_plain(line: _Named) -> bool:
+    return line.number is None and line.colour is None
 
 
 def _name_values(folder: Folder, data: OwnData, values: _Values) -> None:
     """Decide what the values of the label maps mean: set the classes, the class of each value and the colours."""
     file, names = _read_names(folder)
     found = values.counts
-    coloured = any(value > 0xFFFF for value in found)
     if min(found) < 0:
         folder.findings.error('label maps have negative values', values.first[min(found)])
-    elif coloured:
+    elif data.coloured:
         _colours(folder, data, values, file, names)
-    elif _is_soft(found):
+    elif _is_soft(found, values.lossy):
         data.threshold = 127
         _binary(data, names)
         data.notes.append('label maps are masks with soft edges: from 128 on a pixel is an object')
@@ -254,14 +313,21 @@ def _name_values(folder: Folder, data: OwnData, values: _Values) -> None:
         data.notes.append(
             'label maps are masks of 0 and 255: 255 is the class that is looked for, and nothing is ignored'
         )
+    elif values.lossy:
+        text = 'label maps are saved as JPEG, which changes the numbers of classes'
+        folder.findings.error(text, values.lossy, 'save them as PNG', 0)
     else:
         _numbers(folder, data, values, file, names)
 
 
-def _is_soft(found: Counter) -> bool:
+def _is_soft(found: Counter, lossy: str) -> bool:
+    """Whether values are those of a mask with soft edges: nearly all of them close to 0 and to 255, and others between.
+
+    In a file that is lossy, few values are enough.
+    """
     extreme = sum(count for value, count in found.items() if value <= 10 or 245 <= value <= 255)
     both = any(value <= 10 for value in found) and any(245 <= value <= 255 for value in found)
-    return len(found) > 24 and both and max(found) <= 255 and extreme > 0.7 * sum(found.values())
+    return len(found) > (1 if lossy else 24) and both and max(found) <= 255 and extreme > 0.7 * sum(found.values())
 
 
 def _binary(data: OwnData, names: list[_Named]) -> None:
@@ -283,6 +349,10 @@ def _numbers(folder: Folder, data: OwnData, values: _Values, file: str, names: l
         plain = numbers == [0, 1]
         data.classes = ('background', 'foreground') if plain else tuple(f'class {value}' for value in numbers)
         data.notes.append('no names of classes are there: write one a line into classes.txt')
+        if IGNORED in values.counts:
+            data.notes.append(
+                '255 in the label maps is ignored: if it is a class, write numbers before the names, as in "255 car"'
+            )
         return
     data.classes = tuple(line.name for line in names)
     if all(line.colour is not None for line in names):
@@ -301,7 +371,8 @@ def _numbers(folder: Folder, data: OwnData, values: _Values, file: str, names: l
     if unknown:
         what = f'{unknown[-1]} in {values.first[unknown[-1]]}'
         text = f'numbers in label maps are none of the {len(names)} classes of {file}'
-        folder.findings.error(text, what, '', len(unknown))
+        fix = 'write the number before each name, as in "128 car"' if any(map(_is_plain, names)) else ''
+        folder.findings.error(text, what, fix, len(unknown))
 
 
 def _colours(folder: Folder, data: OwnData, values: _Values, file: str, names: list[_Named]) -> None:

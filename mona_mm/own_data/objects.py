@@ -20,6 +20,8 @@ class Objects:
         self.findings = findings
         self.seen, self.leave = 0, 0
         self.example = ''
+        self._sample: Sample | None = None
+        self._known: dict[tuple, Instance] = {}
 
     def add(
         self,
@@ -36,13 +38,13 @@ class Objects:
             sample: the image, whose size is known.
             label: the number of the class.
             box: x, y, width, height.
-            mask: polygons as flat lists of coordinates, or COCO's run-length code.
+            mask: polygons as lists of coordinates, flat or in pairs, or COCO's run-length code.
             ignored: whether it is neither right nor wrong to find the object.
             area: the number of its pixels where that is known.
         """
         self.seen += 1
         where = f'{sample.image.name}, {_text(box)}'
-        had_mask, mask = mask is not None, self._mask(sample, mask, where)
+        had_mask, mask = mask is not None, self._mask(sample, mask, box, where)
         if box is None:
             if mask is None:
                 if not had_mask:
@@ -70,7 +72,17 @@ class Objects:
             return
         if outside > _SLACK:
             self.findings.warn('boxes reach beyond their image', where, 'clipped to it')
-        sample.instances.append(Instance(label, (left, top, right - left, bottom - top), mask, area, ignored))
+        instance = Instance(label, (left, top, right - left, bottom - top), mask, _positive(area), ignored)
+        if self._is_known(sample, instance):
+            self.findings.warn('objects occur twice in an image, with the same class and box', where, 'kept once')
+        else:
+            sample.instances.append(instance)
+
+    def _is_known(self, sample: Sample, instance: Instance) -> bool:
+        if sample is not self._sample:
+            self._sample, self._known = sample, {}
+        key = (instance.label, *(round(value, 3) for value in instance.box))
+        return self._known.setdefault(key, instance) is not instance and self._known[key].mask == instance.mask
 
     def finish(self) -> None:
         """Judge the objects together: if many leave their images, something is wrong with all."""
@@ -82,28 +94,83 @@ class Objects:
                 count=self.leave,
             )
 
-    def _mask(self, sample: Sample, mask: Any, where: str) -> Any:
+    def _mask(self, sample: Sample, mask: Any, box: Sequence[float] | None, where: str) -> Any:
         if not mask:
             return None
         if isinstance(mask, dict):
-            size = mask.get('size')
-            if list(size or ()) != [sample.height, sample.width] or 'counts' not in mask:
-                self.findings.error(
-                    'masks (run-length codes) have another size than their image',
-                    f'{sample.image.name}: {size} for height {sample.height}, width {sample.width}',
-                )
-                return None
-            return mask
-        if not isinstance(mask, list) or not all(isinstance(polygon, list | tuple) for polygon in mask):
+            return self._run_lengths(sample, mask)
+        polygons = _flat(mask)
+        if polygons is None:
             self.findings.error('masks are neither polygons nor run-length codes', where)
             return None
-        polygons = [list(map(float, polygon)) for polygon in mask if _is_polygon(polygon)]
-        if len(polygons) < len(mask):
-            fix = 'dropped' if polygons else 'the object is kept without mask'
-            self.findings.warn(
-                'polygons have fewer than three points or no area', where, fix, len(mask) - len(polygons)
+        good = [polygon for polygon in polygons if _is_polygon(polygon)]
+        if len(good) < len(polygons):
+            fix = 'dropped' if good or box is None else 'the object is kept without mask'
+            text = 'polygons have fewer than three points or no area'
+            self.findings.warn(text, where, fix, len(polygons) - len(good))
+        return good or None
+
+    def _run_lengths(self, sample: Sample, mask: dict) -> dict | None:
+        size = mask.get('size')
+        if not isinstance(size, list) or size != [sample.height, sample.width] or 'counts' not in mask:
+            self.findings.error(
+                'masks (run-length codes) have another size than their image',
+                f'{sample.image.name}: {size} for height {sample.height}, width {sample.width}',
             )
-        return polygons or None
+            return None
+        runs = _runs(mask['counts'])
+        if runs is None or (runs < 0).any() or runs.sum() != sample.height * sample.width:
+            text = 'masks are no run-length codes of as many pixels as their image has'
+            self.findings.error(text, f'{sample.image.name}: {str(mask["counts"])[:40]}')
+            return None
+        return mask
+
+
+def _flat(mask: Any) -> list[list[float]] | None:
+    """Polygons as flat lists of numbers; None if they are none.
+
+    COCO has flat lists in a list; a single polygon without that list, and points as pairs, are read, too.
+    """
+    polygons = [mask] if isinstance(mask, list) and all(isinstance(value, int | float) for value in mask) else mask
+    try:
+        arrays = [np.asarray(polygon, float) for polygon in polygons]
+    except (TypeError, ValueError):
+        return None
+    if not all(array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 2) for array in arrays):
+        return None
+    return [array.ravel().tolist() for array in arrays]
+
+
+def _runs(counts: Any) -> np.ndarray | None:
+    """The lengths of the runs of a code, which COCO also has as text; None if it is none.
+
+    In the text, a number has five bits a character, the lowest first, with a sixth bit in all characters but its last,
+    and from the fourth number on it is the difference to the last but one (pycocotools, ``rleFrString``).
+    """
+    if isinstance(counts, list):
+        whole = all(isinstance(value, int) for value in counts)
+        return np.array(counts, np.int64) if counts and whole and max(map(abs, counts)) < 1 << 31 else None
+    if not isinstance(counts, str) or not counts.isascii() or not counts:
+        return None
+    codes = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = (codes & 32) == 0
+    if codes.min() < 0 or codes.max() > 63 or not last[-1]:
+        return None
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return None
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << shifts, starts)
+    runs -= np.where(codes[ends] & 16, 1 << 5 * lengths, 0)
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
+
+
+def _positive(area: Any) -> float | None:
+    """An area that is a number above zero; otherwise None, and it is computed."""
+    return area if isinstance(area, int | float) and math.isfinite(area) and area > 0 else None
 
 
 def _text(box: Sequence[float] | None) -> str:
@@ -111,7 +178,7 @@ def _text(box: Sequence[float] | None) -> str:
 
 
 def _is_polygon(polygon: Sequence[float]) -> bool:
-    if len(polygon) < 6 or len(polygon) % 2 or not all(math.isfinite(float(value)) for value in polygon):
+    if len(polygon) < 6 or len(polygon) % 2 or not all(map(math.isfinite, polygon)):
         return False
     return polygon_area(polygon) > 0
 

@@ -1,11 +1,13 @@
 """Recognise the layout of a folder and read it."""
 
 from pathlib import Path
+from typing import Any
 
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.own_data.coco import Coco
 from mona_mm.own_data.folders import ClassFolders
-from mona_mm.own_data.images import walk
+from mona_mm.own_data.foreign import ARCHIVES, other_format
+from mona_mm.own_data.images import OTHER_SUFFIXES, is_image, walk
 from mona_mm.own_data.labelme import LabelMe
 from mona_mm.own_data.layout import Folder, Layout
 from mona_mm.own_data.masks import Masks
@@ -43,15 +45,19 @@ def read_folder(
         ConfigError: if no layout is recognised, or it has not what is needed, or the data have faults that forbid
             training; one line for each.
     """
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
-        raise MissingFileError(f'--data {root}: it {kind}. Name the folder that holds images and annotations.')
-    folder = Folder(path.resolve(), list(walk(path.resolve())), skip_unreadable=skip, extracted=extracted)
+    folder = _opened(root, skip_unreadable=skip, extracted=extracted)
     if not folder.files:
         raise MissingFileError(f'--data {root}: the folder is empty.')
+    lost = [file for file in folder.files if not is_image(file.name) and not file.exists()]
+    if lost:
+        folder.findings.error('links lead to no file', folder.show(lost[0]), 'mend or remove them', len(lost))
+        folder.findings.raise_errors()
     chosen, others = _choose(folder, root, task, layout)
     data = chosen.read(folder)
+    unread = [file for file in folder.files if file.suffix.lower() in OTHER_SUFFIXES]
+    if unread:
+        text = 'images are of kinds that OpenCV does not read'
+        folder.findings.warn(text, folder.show(unread[0]), 'not used: convert them to JPEG or PNG', len(unread))
     if others:
         names = ', '.join(other.title for other in others)
         data.notes.append(f'also there: {names}; to read it, say --data-options layout={others[0].name}')
@@ -71,19 +77,30 @@ def task_of_folder(root: str, layout: str | None = None) -> str:
         MissingFileError: if there is no such folder.
         ConfigError: if no layout is recognised.
     """
-    path = Path(root).expanduser()
-    if not path.is_dir():
-        raise MissingFileError(f'--data {root}: there is no such folder.')
-    folder = Folder(path.resolve(), list(walk(path.resolve())))
+    folder = _opened(root)
     for task, layouts in _LAYOUTS.items():
         if any(each.name == layout if layout else each.recognise(folder) for each in layouts):
             return task
-    raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.')
+    raise ConfigError(f'--data {root}: no layout is recognised; see docs/own_data.md.{other_format(folder)}')
+
+
+def _opened(root: str, **options: Any) -> Folder:
+    """List the files of a folder.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+    """
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        kind = 'is a file, not a folder' if path.exists() else 'does not exist'
+        unpack = 'Unpack it, and name' if path.suffix.lower() in ARCHIVES else 'Name'
+        raise MissingFileError(f'--data {root}: it {kind}. {unpack} the folder that holds images and annotations.')
+    return Folder(path.resolve(), list(walk(path.resolve())), **options)
 
 
 def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[Layout, list[Layout]]:
     if layout is not None:
-        if layout not in _ALL:
+        if str(layout) not in _ALL:
             raise ConfigError(f'--data-options layout={layout}: the layouts are {", ".join(LAYOUTS)}.')
         found = [_ALL[layout]]
     else:
@@ -100,12 +117,19 @@ def _choose(folder: Folder, root: str, task: str, layout: str | None) -> tuple[L
     count = len(folder.images.paths)
     raise ConfigError(
         f'--data {root}: no layout is recognised ({count} images, {len(folder.files) - count} other files). For '
-        f'{TASKS[task]} it may be {accepted}; see docs/own_data.md.'
+        f'{TASKS[task]} it may be {accepted}; see docs/own_data.md.{other_format(folder)}'
     )
 
 
 def _check(data: OwnData, root: str, task: str) -> None:
     samples = [sample for samples in data.splits.values() for sample in samples]
+    alike: dict[str, str] = {}
+    for name in data.classes:
+        if alike.setdefault(name.lower(), name) != name:
+            what = f'{alike[name.lower()]}, {name}'
+            data.findings.warn('names of classes differ in upper and lower case alone', what, 'kept as two classes')
+    if not data.classes and not samples:
+        raise ConfigError(f'--data {root}: there is no {data.layout} in it.')
     if not data.classes:
         raise ConfigError(f'--data {root}: no class is named in its annotations.')
     if len(samples) < 2:

@@ -63,6 +63,7 @@ class OwnData:
         keep_orientation: whether annotations are in the frame of the stored pixels, so that the rotation of the EXIF
             data must not be applied.
         values: for label maps, the class of every value (of every colour, as 0xRRGGBB); None if the maps hold classes.
+        coloured: whether the values of label maps are colours.
         palette: for label maps, the colour of every class; None if unknown.
         threshold: for soft binary masks, from which value on a pixel is an object.
     """
@@ -74,6 +75,7 @@ class OwnData:
     notes: list[str] = field(default_factory=list)
     keep_orientation: bool = False
     values: dict[int, int] | None = None
+    coloured: bool = False
     palette: list[tuple[int, int, int]] | None = None
     threshold: int | None = None
 

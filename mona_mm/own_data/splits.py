@@ -1,7 +1,7 @@
 """Splits: completed where the folder has only some, drawn by a seed where it has none; no image on both sides."""
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 
 from mona_mm.own_data.findings import Findings
@@ -23,7 +23,13 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
     """
     loose = data.splits.pop('', [])
     if loose:
-        if 'train' in data.splits:
+        held_out = {str(s.image) for split, samples in data.splits.items() if split != 'train' for s in samples}
+        again = [sample for sample in loose if str(sample.image) in held_out]
+        if again:
+            text = 'annotations in no split are of images that validate or test'
+            data.findings.warn(text, again[0].image.name, 'not used', len(again))
+            loose = [sample for sample in loose if str(sample.image) not in held_out]
+        if loose and 'train' in data.splits:
             text = 'annotations are in no split, as others are'
             data.findings.warn(text, loose[0].image.name, 'they join the training images', len(loose))
         data.splits['train'] = data.splits.get('train', []) + loose
@@ -40,6 +46,7 @@ def complete_splits(data: OwnData, seed: int = 0, val: float = 0.2, test: float 
     if shares:
         _draw(data, shares, seed)
     note_duplicates(_splits_of(data), data.findings)
+    _note_contradictions(data)
 
 
 def _splits_of(data: OwnData) -> dict[str, set[str]]:
@@ -56,6 +63,10 @@ def _draw(data: OwnData, shares: dict[str, float], seed: int) -> None:
     if equal:
         example = ' = '.join('/'.join(sample.image.parts[-3:]) for sample in equal[0][:2])
         data.findings.warn('groups of images have equal content', example, 'each kept in one split', len(equal))
+    if len(groups) <= len(shares):
+        text = f'training images of different content are too few to draw {" and ".join(shares)} from them'
+        data.findings.error(text, '', 'add images', len(groups))
+        return
     chosen = stratify([_labels(group) for group in groups], [len(group) for group in groups], shares, seed)
     parts: dict[str, list[Sample]] = {'train': [], **{split: [] for split in shares}}
     for group, split in zip(groups, chosen, strict=True):
@@ -112,12 +123,42 @@ def stratify(labels: list[Collection[int]], sizes: list[int], shares: dict[str, 
                 wanted[split, None] -= sizes[i]
                 for each in labels[i] or (-1,):
                     wanted[split, each] -= 1
+    for split, share in shares.items():
+        _fill(split, share * sum(sizes), labels, sizes, order, chosen)
     for split in weights:  # none may be empty, however few images there are
         sides = list(chosen.values())
         if split not in sides and len(sides) >= len(weights):
             fullest = max(weights, key=sides.count)
             chosen[next(i for i in order if chosen[i] == fullest)] = split
     return [chosen[i] for i in range(len(labels))]
+
+
+def _fill(
+    split: str, wanted: float, labels: list[Collection[int]], sizes: list[int], order: list[int], chosen: dict[int, str]
+) -> None:
+    """Give a split more of the training groups, in place, if less than three quarters of what it is to have are in it.
+
+    Where a class has few images, its share of them is less than one, and all of it would train. Each class keeps at
+    least one group for training.
+    """
+    left = wanted - sum(sizes[i] for i, side in chosen.items() if side == split)
+    if left < 0.25 * wanted:
+        return
+    training = Counter(label for i, side in chosen.items() if side == 'train' for label in labels[i])
+    here = Counter(label for i, side in chosen.items() if side == split for label in labels[i])
+    for i in sorted(order, key=lambda i: (not labels[i], sum(here[label] for label in labels[i]))):
+        if chosen[i] == 'train' and sizes[i] <= left and all(training[label] > 1 for label in labels[i]):
+            chosen[i] = split
+            left -= sizes[i]
+            training.subtract(labels[i])
+
+
+def _note_contradictions(data: OwnData) -> None:
+    """Warn of images of equal content that are in different classes."""
+    labels = {str(s.image): s.label for samples in data.splits.values() for s in samples if s.label is not None}
+    for group in equal_files(labels, labels.get):
+        example = ' = '.join('/'.join(path.split('/')[-3:]) for path in group[:2])
+        data.findings.warn('groups of images of equal content are in different classes', example)
 
 
 def _join_listed_twice(data: OwnData) -> None:
@@ -127,7 +168,11 @@ def _join_listed_twice(data: OwnData) -> None:
         for sample in samples:
             known = first.setdefault(str(sample.image), sample)
             if known is not sample:
-                known.instances += sample.instances
+                new = [instance for instance in sample.instances if instance not in known.instances]
+                if len(new) < len(sample.instances):
+                    text = 'objects are in several files alike, with the same class and box'
+                    data.findings.warn(text, sample.image.name, 'kept once', len(sample.instances) - len(new))
+                known.instances += new
         data.splits[split] = list(first.values())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
+from mona_mm.errors import ConfigError
 from mona_mm.own_data.masks import read_map, to_classes
 from mona_mm.own_data.objects import area_of
 from mona_mm.own_data.samples import OwnData, Sample
@@ -37,6 +38,8 @@ _COLOURS = [
     '#aa4499',
     '#77aadd',
 ]
+NO_OBJECT = 'no object'
+"""The class of what is no object, where the data have another one with the name background."""
 
 
 def palette(data: OwnData) -> list[tuple[int, int, int]]:
@@ -48,7 +51,7 @@ def palette(data: OwnData) -> list[tuple[int, int, int]]:
         number = int(_COLOURS[i % len(_COLOURS)][1:], 16)
         shade = 1.0 - 0.25 * (i // len(_COLOURS) % 3)
         colour = tuple(int(shade * (number >> shift & 255)) for shift in (16, 8, 0))
-        colours.append((0, 0, 0) if name == 'background' else colour)
+        colours.append((0, 0, 0) if name in ('background', NO_OBJECT) else colour)
     return colours
 
 
@@ -95,20 +98,30 @@ def _write_labels(data: OwnData, split: str, samples: list[Sample], folder: Path
 
 def _write_maps(data: OwnData, split: str, samples: list[Sample], folder: Path) -> list[dict[str, Any]]:
     base = Path(os.path.commonpath([sample.image.parent for all_ in data.splits.values() for sample in all_]))
+    kinds = {sample.image.suffix for all_ in data.splits.values() for sample in all_}
     by_suffix = defaultdict(list)
     for sample in samples:
         name = sample.image.relative_to(base).with_suffix('')
-        content = _drawn(sample) if sample.label_map is None else to_classes(read_map(sample.label_map), data)
-        file = folder / 'labels' / name.with_name(f'{name.name}.png')
+        if str(name) != str(name).strip():
+            raise ConfigError(f'{sample.image}: mmseg reads no names with spaces at their ends. Rename the file.')
+        content = (
+            _drawn(sample) if sample.label_map is None else to_classes(read_map(sample.label_map, data.coloured), data)
+        )
+        file = _labels_of(folder, sample.image.suffix, kinds) / name.with_name(f'{name.name}.png')
         AtomicLocalBackend().put(cv2.imencode('.png', content)[1].tobytes(), file)
         by_suffix[sample.image.suffix].append(name.as_posix())
     written = []
     for number, (suffix, names) in enumerate(by_suffix.items()):
         file = folder / (f'{split}_{number}.txt' if number else f'{split}.txt')
         AtomicLocalBackend().put_text(''.join(f'{name}\n' for name in names), file)
-        prefix = dict(img_path=str(base), seg_map_path=str(folder / 'labels'))
+        prefix = dict(img_path=str(base), seg_map_path=str(_labels_of(folder, suffix, kinds)))
         written.append(dict(ann_file=str(file), data_prefix=prefix, img_suffix=suffix))
     return written
+
+
+def _labels_of(folder: Path, suffix: str, kinds: set[str]) -> Path:
+    """The folder of the label maps of images with a suffix: one for each, as a.jpg and a.png may differ."""
+    return folder / ('labels' if len(kinds) == 1 else f'labels_{suffix[1:]}')
 
 
 def _drawn(sample: Sample) -> np.ndarray:
@@ -132,8 +145,12 @@ def _drawn(sample: Sample) -> np.ndarray:
 
 
 def as_maps(data: OwnData) -> None:
-    """Make objects with masks the data of a segmentor, in place: the background becomes the first class."""
-    data.classes = ('background', *data.classes)
+    """Make objects with masks the data of a segmentor, in place: what is no object becomes the first class."""
+    background = 'background' if 'background' not in data.classes else NO_OBJECT
+    data.classes = (background, *data.classes)
+    if len(data.classes) > 255:
+        text = f'label maps can have 255 classes at most, and there are {len(data.classes)} with the background'
+        data.findings.error(text, '', 'choose some with --cfg-options classes="[...]"', 0)
     for sample in (sample for samples in data.splits.values() for sample in samples):
         sample.present = tuple(sorted({0, *(instance.label + 1 for instance in sample.instances)}))
-    data.notes.append('label maps are drawn from the masks of objects; what is no object is the class background')
+    data.notes.append('label maps are drawn from the masks of objects; what is no object is the class ' + background)

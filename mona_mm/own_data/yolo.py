@@ -1,5 +1,6 @@
 """YOLO's text files: boxes and polygons, with data.yaml, names of classes in a file, or none."""
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import yaml
 
 from mona_mm.errors import ConfigError
-from mona_mm.own_data.images import is_image, split_of_path, walk
-from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file
+from mona_mm.own_data.images import is_image, walk
+from mona_mm.own_data.layout import Folder, Layout, class_names, listed_names
 from mona_mm.own_data.objects import Objects
 from mona_mm.own_data.samples import SPLITS, OwnData, Sample
+from mona_mm.own_data.text import read_text, says
 
+_MOST_NUMBERS = 20_000  # classes without names, beyond which a number is a mistake
 _NOT_LABELS = ('classes', 'labels', 'names', 'class_names', 'label_names', 'readme', 'source', 'notes', 'license')
 
 
@@ -23,7 +26,7 @@ class Yolo(Layout):
     def recognise(self, folder: Folder) -> bool:
         if _settings_file(folder):
             return True
-        return any(_is_labels(path) for path in _label_files(folder)[:50])
+        return any(map(_is_labels, _label_files(folder)))
 
     def read(self, folder: Folder) -> OwnData:
         settings = _read_settings(folder)
@@ -31,7 +34,9 @@ class Yolo(Layout):
         images = _images_by_split(folder, settings)
         names = _names(folder, settings, files.values())
         data = OwnData(self.title, class_names(names, folder.findings, 'the names of classes'), {}, folder.findings)
-        objects, used = Objects(folder.findings), set()
+        objects, used, without = Objects(folder.findings), set(), []
+        if settings.get('kpt_shape'):
+            data.notes.append('the labels have key points behind their boxes: only the boxes are read')
         for split, paths in images.items():
             samples = data.splits.setdefault(split, [])
             for image in paths:
@@ -39,38 +44,56 @@ class Yolo(Layout):
                 if sample is None:
                     continue
                 file = next((files[key] for key in _label_places(image) if key in files), None)
-                if file is not None:
+                if file is None:
+                    without.append(image)
+                else:
                     used.add(file)
-                    _read_labels(folder, file, sample, len(names), objects)
+                    _read_labels(folder, file, sample, len(names), objects, bool(settings.get('kpt_shape')))
                 samples.append(sample)
         objects.finish()
-        if not used:
+        turned = [sample for samples in data.splits.values() for sample in samples if _is_turned(folder, sample)]
+        if turned:
+            data.notes.append(
+                f'{len(turned)} images have a rotation in their EXIF data, which the labels are taken to follow '
+                f'({turned[0].image.name})'
+            )
+        if without and not used:
             folder.findings.error(
                 'no image has a file of labels', '', 'they belong in labels/ beside images/, or beside the images', 0
             )
+        elif without:
+            text = 'images have no file of labels'
+            folder.findings.warn(text, folder.show(without[0]), 'taken as images without objects', len(without))
         rest = [path for path in files.values() if path not in used and _is_labels(path)]
         if rest:
             folder.findings.warn('files of labels have no image', folder.show(rest[0]), 'not used', len(rest))
         return data
 
 
+def _is_turned(folder: Folder, sample: Sample) -> bool:
+    header = folder.header(sample.image)
+    return header.stored != (header.width, header.height)
+
+
 def _settings_file(folder: Folder) -> Path | None:
     """The file that lists classes and splits: data.yaml, or another with ``names`` in it."""
     files = sorted(folder.with_suffix('.yaml', '.yml'), key=lambda path: (len(path.parts), path.name != 'data.yaml'))
-    return next((path for path in files if 'names:' in path.read_text(encoding='utf-8', errors='replace')), None)
+    return next((path for path in files if says(path.read_bytes(), 'names:')), None)
 
 
 def _read_settings(folder: Folder) -> dict[str, Any]:
     path = _settings_file(folder)
     if path is None:
         return {}
+    text = read_text(path)
     try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(text)
+        as_written = yaml.load(text, yaml.BaseLoader)  # in names, which may be no, on, null or 1:30, all is text
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f'{path} is no YAML file: {" ".join(str(error).split())}') from None
     if not isinstance(settings, dict):
         raise ConfigError(f'{path} has no settings: it needs names and the folders of train and val.')
-    return {**settings, 'file': path}
+    return {**settings, 'names': as_written.get('names'), 'file': path}
 
 
 def _label_files(folder: Folder) -> list[Path]:
@@ -83,14 +106,14 @@ def _label_files(folder: Folder) -> list[Path]:
 
 
 def _is_labels(path: Path) -> bool:
-    """Whether the first line is a number of a class and at least four numbers from 0 to 1."""
-    with open(path, encoding='utf-8', errors='replace') as file:
-        words = file.readline().split()
+    """Whether the first line that is not empty is a number of a class and at least four numbers from 0 to 1."""
+    with open(path, encoding='utf-8-sig', errors='replace') as file:
+        words = next((line.split() for line in file if line.strip()), [])
     try:
         numbers = [float(word) for word in words]
     except ValueError:
         return False
-    return len(numbers) >= 5 and numbers[0] == int(numbers[0]) and all(-0.5 <= value <= 1.5 for value in numbers[1:])
+    return len(numbers) >= 5 and numbers[0].is_integer() and all(-0.5 <= value <= 1.5 for value in numbers[1:])
 
 
 def _images_by_split(folder: Folder, settings: dict[str, Any]) -> dict[str, list[Path]]:
@@ -105,13 +128,13 @@ def _images_by_split(folder: Folder, settings: dict[str, Any]) -> dict[str, list
     if splits:
         return dict(splits)
     for path in folder.images.paths:
-        splits[split_of_path(path.parent, folder.root) or ''].append(path)
+        splits[folder.split_of(path)].append(path)
     return dict(splits)
 
 
 def _images_of(folder: Folder, settings: dict[str, Any], split: str, value: Any) -> list[Path]:
     """The images of a split: of folders, of lists, or of several of them."""
-    found = []
+    found, all_there = [], True
     for each in value if isinstance(value, list) else [value]:
         base, text = settings['file'].parent, str(each).replace('\\', '/')
         stripped = text
@@ -119,25 +142,31 @@ def _images_of(folder: Folder, settings: dict[str, Any], split: str, value: Any)
             stripped = stripped[3:]
         places = [base / str(settings.get('path') or ''), base, folder.root]
         tries = [place / part for part in dict.fromkeys((text, stripped)) for place in places]
-        path = next((place.resolve() for place in tries if place.exists()), None)
+        path = next((Path(os.path.normpath(place)) for place in tries if place.exists()), None)
         if path is None:
-            folder.findings.error(f'folders of {settings["file"].name} are not there', f'{split}: {each}')
+            all_there = False
+            if split == 'test':  # exports name it even where they have no such images
+                folder.findings.warn(
+                    f'folders of {settings["file"].name} are not there', f'{split}: {each}', 'not used'
+                )
+            else:
+                folder.findings.error(f'folders of {settings["file"].name} are not there', f'{split}: {each}')
         elif path.is_file():
             found += _listed(folder, path)
         else:
             found += sorted(image for image in walk(path) if is_image(image.name))
-    if not found and split != 'test':
+    if not found and all_there and split != 'test':
         folder.findings.error('splits have no image', f'{split}: {value}')
     return found
 
 
 def _listed(folder: Folder, path: Path) -> list[Path]:
     found = []
-    for line in path.read_text(encoding='utf-8').splitlines():
+    for line in read_text(path).splitlines():
         if line.strip():
             image = folder.images.find(line.strip(), path.parent)
             if image is None:
-                folder.unreadable(f'{line.strip()}, which {folder.show(path)} lists')
+                folder.missing(line.strip(), path)
             else:
                 found.append(image)
     return found
@@ -146,28 +175,33 @@ def _listed(folder: Folder, path: Path) -> list[Path]:
 def _names(folder: Folder, settings: dict[str, Any], files: Any) -> list[Any]:
     names = settings.get('names')
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
+        numbers = {int(key) if key.isdecimal() else key: name for key, name in names.items()}
+        if set(numbers) != set(range(len(names))):
             raise ConfigError(
-                f'{settings["file"]}: the names must be those of the classes 0, 1, 2, ..., not of {names}.'
+                f'{settings["file"]}: the names must be those of the classes 0, 1, 2, ..., not of {", ".join(names)}.'
             )
-        names = [names[key] for key in sorted(names)]
-    if names is not None and not isinstance(names, list):
+        names = [numbers[key] for key in range(len(names))]
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ConfigError(f'{settings["file"]}: names must be a list, not {names!r}.')
     if names:
         count = settings.get('nc')
-        if count is not None and count != len(names):
+        if count is not None and str(count) != str(len(names)):
             folder.findings.error(f'{settings["file"].name} has nc: {count}, but {len(names)} names', count=0)
         return names
-    listed = classes_file(folder)
+    listed = listed_names(folder)
     if listed:
-        return [line for line in listed.read_text(encoding='utf-8').splitlines() if line.strip()]
+        return listed
     numbers = [int(line.split()[0]) for path in files if _is_labels(path) for line in _lines(path)]
     folder.findings.warn('no names of classes are there', '', 'numbers stand for them: write names into classes.txt', 0)
-    return [str(number) for number in range(max(numbers, default=0) + 1)]
+    count = max(numbers, default=0) + 1
+    if count > _MOST_NUMBERS:
+        text = f'a line of labels has the class {count - 1}, and there are no names of so many classes'
+        raise ConfigError(f'{folder.root}: {text}. Write data.yaml or classes.txt, or mend the line.')
+    return [str(number) for number in range(count)]
 
 
 def _lines(path: Path) -> list[str]:
-    text = path.read_text(encoding='utf-8', errors='replace')
+    text = path.read_text(encoding='utf-8-sig', errors='replace')
     return [line for line in text.splitlines() if line.split() and line.split()[0].isdecimal()]
 
 
@@ -183,8 +217,11 @@ def _label_places(image: Path) -> list[tuple[Path, str]]:
     return [(place, image.stem) for place in places]
 
 
-def _read_labels(folder: Folder, file: Path, sample: Sample, classes: int, objects: Objects) -> None:
-    for number, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), start=1):
+def _read_labels(
+    folder: Folder, file: Path, sample: Sample, classes: int, objects: Objects, has_points: bool = False
+) -> None:
+    """Read the objects of an image; with ``has_points`` the key points behind the boxes are left out."""
+    for number, line in enumerate(file.read_text(encoding='utf-8-sig', errors='replace').splitlines(), start=1):
         words = line.split()
         if not words:
             continue
@@ -194,6 +231,7 @@ def _read_labels(folder: Folder, file: Path, sample: Sample, classes: int, objec
         except ValueError:
             folder.findings.error('lines of labels are no numbers', where)
             continue
+        values = values[:5] if has_points else values
         if len(values) == 6:
             folder.findings.error(
                 'lines have six numbers', where, 'a box has five, a polygon an odd number from seven on'
@@ -202,7 +240,7 @@ def _read_labels(folder: Folder, file: Path, sample: Sample, classes: int, objec
         if len(values) < 5 or len(values) % 2 == 0:
             folder.findings.error('lines are neither a box (5 numbers) nor a polygon (an odd number)', where)
             continue
-        if values[0] != int(values[0]) or not 0 <= values[0] < classes:
+        if not values[0].is_integer() or not 0 <= values[0] < classes:
             folder.findings.error(f'lines have a class that is none of 0 to {classes - 1}', where)
             continue
         if not all(-0.1 <= value <= 1.1 for value in values[1:]):

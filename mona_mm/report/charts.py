@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mona_mm.report.evaluator import Chart, Confusion
-from mona_mm.report.html import INK
+from mona_mm.report.html import INK, chart_text
 
 _MANY = 30  # classes beyond which the cells of a confusion matrix cannot be told apart
 _WRITTEN = 12  # classes up to which every cell has its number
@@ -44,7 +44,7 @@ def line_chart(chart: Chart, log: bool = False) -> Figure:
     with _figure(4.4, 3.1) as figure:
         axes = figure.add_subplot()
         for number, (name, (x, y)) in enumerate(chart.lines.items()):
-            axes.plot(x, y, 'o-' if len(x) < 3 else '-', markersize=3, label=name, color=f'C{number % 10}')
+            axes.plot(x, y, 'o-' if len(x) < 3 else '-', markersize=3, label=chart_text(name), color=f'C{number % 10}')
         if chart.mark is not None:
             axes.axvline(chart.mark, color=INK, linewidth=0.9, linestyle=':')
         axes.set(title=chart.title, xlabel=chart.x)
@@ -69,8 +69,8 @@ def confusion_chart(confusion: Confusion) -> Figure | None:
     with _figure(size + 0.5, size) as figure:
         axes = figure.add_subplot()
         axes.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
-        axes.set_xticks(range(len(counts)), confusion.predictions, rotation=60, ha='right')
-        axes.set_yticks(range(len(counts)), confusion.truths)
+        axes.set_xticks(range(len(counts)), map(chart_text, confusion.predictions), rotation=60, ha='right')
+        axes.set_yticks(range(len(counts)), map(chart_text, confusion.truths))
         axes.set(xlabel='predicted', ylabel='true')
         if len(counts) <= _WRITTEN:
             for (y, x), value in np.ndenumerate(counts):

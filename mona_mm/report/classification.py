@@ -131,7 +131,7 @@ class ClassificationEvaluator(Evaluator):
         able = {i: float(signed[i]) for i, path in enumerate(self._paths) if path and self._drawn[i]}
         for kind, number in chosen(able):
             try:
-                image, _ = read_image(self._paths[number], _WIDTH)
+                image, _ = read_image(self._paths[number], _WIDTH, self.stored)
             except (OSError, ValueError, cv2.error):
                 continue  # the file has gone, or is not of the local disk
             labels = np.flatnonzero(predicted[number])

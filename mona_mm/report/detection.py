@@ -248,7 +248,7 @@ class DetectionEvaluator(Evaluator):
 
     def _picture(self, image: _Image, best: float) -> np.ndarray:
         """The annotations on the left, the detections on the right."""
-        blank, scale = read_image(image.path, _WIDTH)
+        blank, scale = read_image(image.path, _WIDTH, self.stored)
         truth, found = blank.copy(), blank.copy()
         for outlines, label in zip(image.truth_outlines, image.truth_labels, strict=False):
             draw_outlines(truth, [scale * outline for outline in outlines], class_colour(label))

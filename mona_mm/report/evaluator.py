@@ -96,6 +96,7 @@ class Evaluator(ABC):
     ) -> None:
         self.classes = list(classes)
         self.dataset = dataset
+        self.stored = ignores_orientation(dataset)
         self._step = max(1, -(-images // most))
         self._picture_step = self._step * max(1, -(-images // (self._step * most_pictures)))
         self._shown = 0
@@ -129,6 +130,14 @@ class Evaluator(ABC):
     def remarks(self) -> list[str]:
         """Remarks on images that were not looked at."""
         return [f'Every {self._step}th image of the evaluation was looked at.'] if self._step > 1 else []
+
+
+def ignores_orientation(dataset: Any) -> bool:
+    """Whether the pipeline of a data set, which may be within wrappers, leaves the rotation in EXIF data out."""
+    while inner := getattr(dataset, 'dataset', None) or getattr(dataset, 'datasets', None):
+        dataset = inner[0] if isinstance(inner, list | tuple) else inner
+    steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+    return any(str(getattr(step, 'color_type', '')).endswith('ignore_orientation') for step in steps)
 
 
 def chosen(scores: Mapping[int, float]) -> list[tuple[str, int]]:

@@ -1,10 +1,12 @@
 """The parts of an HTML page that needs no other file: style, tables, charts as SVG, pictures as data."""
 
 import base64
+import contextlib
 import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -96,11 +98,29 @@ def jpeg_of(image: np.ndarray, quality: int = 85) -> bytes:
     return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
+def chart_text(name: str, longest: int = 30) -> str:
+    """A name as text of a chart, cut to ``longest`` characters.
+
+    matplotlib takes what is between two dollar signs for a formula, and leaves names with an underscore before them out
+    of legends.
+    """
+    text = name if len(name) <= longest else f'{name[: longest - 1]}\u2026'
+    return (' ' if text.startswith('_') else '') + text.replace('$', r'\$')
+
+
+@contextlib.contextmanager
+def _without_font_warnings() -> Iterator[None]:
+    """Suspend a warning for each character that the font of charts lacks, as in Chinese names of classes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'Glyph .* missing from')
+        yield
+
+
 def svg_of(chart: Figure) -> str:
     """The ``<svg>`` element of a chart; the same chart always has the same text, and :data:`INK` becomes the colour of
     the page's text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({'svg.hashsalt': 'mona_mm', 'svg.fonttype': 'none'}):
+    with matplotlib.rc_context({'svg.hashsalt': 'mona_mm', 'svg.fonttype': 'none'}), _without_font_warnings():
         FigureCanvasSVG(chart).print_svg(buffer, metadata=dict(Date=None, Creator=None))
     text = buffer.getvalue().replace(INK, 'currentColor')
     return re.sub(r'<metadata>.*?</metadata>', '', text[text.index('<svg') :], flags=re.DOTALL)
@@ -109,5 +129,6 @@ def svg_of(chart: Figure) -> str:
 def save_png(chart: Figure, file: str | Path, dpi: int = 110) -> None:
     """Write a chart to a PNG file, completely or not at all; its folder is created if it does not exist."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(chart).print_figure(buffer, dpi=dpi)
+    with _without_font_warnings():
+        FigureCanvasAgg(chart).print_figure(buffer, dpi=dpi)
     AtomicLocalBackend().put(buffer.getvalue(), file)

@@ -33,8 +33,13 @@ def palette(count: int) -> np.ndarray:
     return cv2.cvtColor(np.stack([hues, np.full_like(hues, 190), values], 1)[None], cv2.COLOR_HSV2BGR)[0]
 
 
-def read_image(path: str, width: int) -> tuple[np.ndarray, float]:
+def read_image(path: str, width: int, stored: bool = False) -> tuple[np.ndarray, float]:
     """Read an image as the libraries do, from any of their storage backends, and make it ``width`` pixels wide.
+
+    Args:
+        path: the file.
+        width: the width.
+        stored: whether the rotation in its EXIF data is left out.
 
     Returns:
         The image ``(H, W, 3)`` in BGR, and the factor by which it was scaled.
@@ -42,7 +47,8 @@ def read_image(path: str, width: int) -> tuple[np.ndarray, float]:
     Raises:
         ValueError: if the file is no image.
     """
-    image = cv2.imdecode(np.frombuffer(get(path), np.uint8), cv2.IMREAD_COLOR)
+    flags = cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if stored else 0)
+    image = cv2.imdecode(np.frombuffer(get(path), np.uint8), flags)
     if image is None:
         raise ValueError(f'{path} is not an image.')
     scale = width / image.shape[1]

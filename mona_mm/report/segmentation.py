@@ -132,7 +132,7 @@ class SegmentationEvaluator(Evaluator):
         for kind, number in chosen({i: image.score for i, image in enumerate(self._images)}):
             image = self._images[number]
             try:
-                blank, _ = read_image(image.path, _WIDTH)
+                blank, _ = read_image(image.path, _WIDTH, self.stored)
             except (OSError, ValueError, cv2.error):
                 continue  # the file has gone, or is not of the local disk
             panels = [titled(blank, 'image'), titled(draw_labels(blank, image.truth, colours), 'truth')]

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mona_mm.catalogue.methods import method_colour
+from mona_mm.report.html import chart_text
 from mona_mm.reproduce.comparison import Cell, Comparison
 from mona_mm.reproduce.records import Record, Row, rows_of
 
@@ -125,7 +126,7 @@ def class_chart(table: Comparison, task: str, records: dict[Cell, Record]) -> Fi
     low, high = np.nanmin(values, 0), np.nanmax(values, 0)
     axes.imshow((values - low) / np.maximum(high - low, 1e-9), cmap='YlGn', aspect='auto', vmin=0, vmax=1.4)
     _write_values(axes, values)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right', fontsize=8)
+    axes.set_xticks(range(len(classes)), map(chart_text, classes), rotation=45, ha='right', fontsize=8)
     axes.set_yticks(range(len(by_method)), by_method, fontsize=8)
     axes.set_title(f'{table.task(task).label} of each class, test', fontsize=10)
     return figure
