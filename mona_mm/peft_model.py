@@ -151,7 +151,7 @@ def build_target(cfg: Mapping[str, Any]) -> Target:
             f'{", ".join(sorted(known))}.'
         )
     check_options(f'targets: {cls.__name__}', cls, options, given=NOT_OPTIONS, more=['path', 'slices'])
-    if not isinstance(slices, list | tuple) or not set(slices) <= set('qkv') or len(set(slices)) < len(slices):
+    if not isinstance(slices, list | tuple) or any(s not in ('q', 'k', 'v') or slices.count(s) > 1 for s in slices):
         raise ConfigError(f"targets: slices={show(slices)} must be a list of 'q', 'k' and 'v', each at most once.")
     return Target(tuple(map(PathPattern, patterns)), cls, options, tuple(slices))
 
