@@ -232,9 +232,6 @@ class BlockSpec:
         row_major: whether tokens ``(B, N, C)`` are in the order of the grid's rows. Where they are not (Hiera keeps
             those of a window together), methods that read the grid are refused.
         family: the name under which the list of hosts has the block, where one backbone class serves many models.
-
-    Raises:
-        ConfigError: if it names sites or layouts that there are not, or does not say how wide the stream is.
     """
 
     cls: str | type
@@ -258,20 +255,19 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'cls', _name_of(self.cls, 'BlockSpec: cls'))
-        self._check_names()
         has_middle = 'attn' in self.branches if self.mixin else self.mid_norm is not None
         possible = {'post_ffn', 'parallel_ffn', *(['post_attn'] if has_middle else [])}
         possible |= {f'{branch}_{place}' for branch in self.branches for place in ('branch', 'out')}
         stream = [site for site in STREAM_SITES if site in possible and site not in self.without]
         object.__setattr__(self, 'sites', (*stream, *self.linears))
-        if stream and not self.width and 'fc2' not in self.linears:
-            raise ConfigError(
-                f'BlockSpec of {self.cls}: without a linear layer at fc2, `width` must name a parameter whose first '
-                "dimension is the width of the stream, such as width='norm1.weight'."
-            )
 
-    def _check_names(self) -> None:
-        """Refuse names of sites, branches and layouts that there are not, which would have no effect."""
+    def check(self) -> None:
+        """Refuse what would have no effect, or fail later, whatever the blocks are like.
+
+        Raises:
+            ConfigError: if it names sites, branches or layouts that there are not, or does not say how wide the stream
+                is.
+        """
         layouts = ('BNC', 'BHWC', 'BCHW')
         for option, given, possible in (
             ('linears', self.linears, LINEAR_SITES),
@@ -293,6 +289,12 @@ class BlockSpec:
                     f'BlockSpec of {self.cls}: {option} must map each name to a {cls.__name__}, such as '
                     f'{"separate_linears(fc1=...)" if cls is Linear else "Branch(...)"}, and not to a path alone.'
                 )
+        is_on_stream = any(site in STREAM_SITES for site in self.sites)
+        if is_on_stream and not self.width and 'fc2' not in self.linears:
+            raise ConfigError(
+                f'BlockSpec of {self.cls}: without a linear layer at fc2, `width` must name a parameter whose first '
+                "dimension is the width of the stream, such as width='norm1.weight'."
+            )
 
     def fits(self, module: nn.Module) -> bool:
         """Whether a module of the class has all that tells the meant blocks apart, and the linear layers."""
@@ -490,6 +492,8 @@ def _check_specs(name: str, specs: Any) -> None:
             f'The host {name} needs the descriptions of its classes of blocks, each a BlockSpec: '
             'Host(specs=(BlockSpec(...),)).'
         )
+    for spec in specs:
+        spec.check()
 
 
 def register_blocks(backbone: str | type, *specs: BlockSpec) -> None:
