@@ -1,6 +1,5 @@
 """Put methods beside single layers of any module, as ``type='mona_mm.PeftModel'`` in a config asks."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -266,7 +265,7 @@ def init_weights(self: nn.Module, inner: partial | None = None) -> None:
     """
     is_loaded = inner is None and hasattr(type(self), 'init_weights') and _is_loaded_whole(self)
     layers = [layer for layer in self.modules() if isinstance(layer, PeftLayer)]
-    with contextlib.nullcontext() if is_loaded else taken_out(layer.peft for layer in layers):
+    with taken_out(layer.peft for layer in layers):  # a Pretrained file is loaded into them all the same
         if inner is not None:
             inner()
         elif hasattr(type(self), 'init_weights'):

@@ -633,3 +633,23 @@ def test_a_base_that_initialises_linear_layers_of_its_parts():
     assert_equal(layer.bias, same.bias)
     lora = layer.peft['weight']
     assert not lora.up.weight.any() and 0 < lora.down.weight.abs().max() < 7
+
+
+@pytest.mark.parametrize('method', [LORA, dict(type='DoRA', rank=2)], ids=lambda method: method['type'])
+@pytest.mark.parametrize('also', [[], [dict(type='Normal', layer='Linear', std=0.5)]], ids=['file', 'rule and file'])
+def test_a_base_that_is_loaded_whole(method, also, tmp_path):
+    """The rules of an `init_cfg` beside its file are for the base: a model begins as the base of its file does, and has
+    the values of the method that a file holds."""
+    file = str(tmp_path / 'base.pth')
+    cfg = dict(type='OneLayer', cls=nn.Linear, in_features=6, out_features=5)
+    stock, x = MODELS.build(cfg), torch.randn(3, 6)
+    torch.save(stock.state_dict(), file)
+    cfg['init_cfg'] = [*also, dict(type='Pretrained', checkpoint=file)]
+    model = PeftModel(base=cfg, targets=[dict(method, path='layer')])
+    model.init_weights()
+    assert_near(model(x).detach(), stock(x).detach())
+    expected = off_zero(model)(x).detach()
+    torch.save(model.state_dict(), file)
+    again = PeftModel(base=cfg, targets=[dict(method, path='layer')])
+    again.init_weights()
+    assert_equal(again(x).detach(), expected)
