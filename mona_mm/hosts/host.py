@@ -397,8 +397,9 @@ class Host:
             if spec.cls in modules
         }
         if not absent:
-            declared = ', '.join(dict.fromkeys(spec.cls for spec in self.specs))
-            return f'it has no block of the classes that are described for it ({declared})'
+            first, *others = dict.fromkeys(spec.cls for spec in self.specs)
+            more = f' and {len(others)} others' if len(others) > 1 else ''.join(f' and {cls}' for cls in others)
+            return f'it has no block of the classes that are described for it ({first}{more})'
         paths = ', '.join(dict.fromkeys(path for paths in absent.values() for path in paths))
         return (
             f'its blocks ({", ".join(sorted(absent))}) are without {paths}, to which methods attach or by which they '
