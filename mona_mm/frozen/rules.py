@@ -30,7 +30,7 @@ from torch import nn
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.frozen.copies import is_under, moving_copies
 from mona_mm.frozen.reach import unreached
-from mona_mm.hosts import find_host, is_host, method_modules, method_names
+from mona_mm.hosts import PeftBlock, find_host, is_host, method_modules, method_names
 from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
 from mona_mm.record import FreezeRecord, freeze_records, make_record, record_of
@@ -256,8 +256,10 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
     host = next((m for m in module.modules() if hasattr(m, 'frozen_stages') and inside & set(m.modules())), module)
     stages = getattr(host, 'frozen_stages', -1)
     method = type([*frozen_by_host, *modules][0]).__name__ if modules else ''
-    is_everywhere = not record_of(module).targets  # in every stage, and not only beside the layers that targets match
-    if frozen_by_host or (modules and is_everywhere and stages >= 1):
+    # Not where targets match single layers, or the method is in later blocks alone.
+    first = next((m for m in module.modules() if isinstance(m, PeftBlock)), None)
+    is_at_start = not record_of(module).targets and first is not None and len(first.peft) > 0
+    if frozen_by_host or (is_at_start and stages >= 1):
         raise ConfigError(
             f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
             f'the {method} modules in them, and repeats it at every .train(), even after the model '
