@@ -203,6 +203,23 @@ def test_slices_of_attention():
     assert_near(model(xs, xs, xs)[0].transpose(0, 1), expected, 1e-12)
 
 
+def test_slices_of_two_targets():
+    """Each slice has the method of its target, and none can have two."""
+    cfg = dict(type='OneLayer', cls=nn.MultiheadAttention, embed_dim=8, num_heads=2, batch_first=True)
+    path = 'layer.in_proj_weight'
+    targets = [dict(LORA, path=path, slices=['q']), dict(type='LoRA', rank=1, path=path, slices=['k', 'v'])]
+    model = off_zero(PeftModel(base=cfg, targets=targets))
+    assert [model.layer.peft[name].down.out_features for name in 'qkv'] == [3, 1, 1]
+    x = torch.randn(2, 5, 8)
+    out = model(x, x, x)[0].detach()
+    merged = mona_mm.merge(copy.deepcopy(model))
+    assert type(merged.layer) is nn.MultiheadAttention
+    assert_near(merged(x, x, x)[0].detach(), out)
+    for slices in (['q'], ['k', 'q'], []):
+        with pytest.raises(ConfigError, match='a layer, or a slice of it, gets one method'):
+            PeftModel(base=cfg, targets=[targets[0], dict(LORA, path='layer.*_weight', slices=slices)])
+
+
 def test_the_fused_encoder_layer_of_torch():
     """In evaluation without gradients torch's encoder layer reads its layers' weights itself; the method's additions
     are in there as well."""
