@@ -106,6 +106,20 @@ def test_names(kind, library, tmp_path):
     assert_near(model(x)[0], source(x)[0])
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_names_of_a_training(kind, tmp_path):
+    """Meta's training writes the teacher alone, with its heads, and with blocks in groups."""
+    source = build(kind)
+    given = {re.sub(r'^blocks\.(\d+)\.', r'blocks.\1.\1.', name): t for name, t in to_meta(source.state_dict()).items()}
+    teacher = {**{f'backbone.{name}': t for name, t in given.items()}, 'dino_head.mlp.0.weight': torch.ones(2, 2)}
+    torch.save(dict(teacher=teacher), tmp_path / 'teacher_checkpoint.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'teacher_checkpoint.pth'))
+    model = PeftBackbone(base=dict(KINDS[kind], init_cfg=init_cfg), trainable='none')
+    model.init_weights()
+    loaded = model.state_dict()
+    assert_equal({name: loaded[name] for name in source.state_dict()}, source.state_dict())
+
+
 def test_a_name_that_is_lost_is_refused():
     """Of a model with other modules nothing is left out in silence."""
     given = to_meta(build('plain').state_dict())

@@ -35,7 +35,7 @@ def DINOv2(
 
     Attention is global in every layer. The position table is interpolated for every image size, and images whose sides
     are not multiples of the patch size are padded at their right and lower edges. The file in a ``Pretrained``
-    ``init_cfg`` may use Meta's, timm's or Hugging Face's parameter names.
+    ``init_cfg`` may use Meta's, timm's or Hugging Face's parameter names, or be the teacher of a run of Meta's code.
 
     Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024, and the published
     code (Apache-2.0).
