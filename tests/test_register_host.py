@@ -145,6 +145,7 @@ WHEN_CALLED = {
     ),
     'no such argument': ('mona', dict(grid=GridArgument(('H', 'W'))), 'has no H and W among its arguments'),
     'no such attribute': ('mona', dict(grid=GridAttribute('grid_size')), r"GridAttribute\('grid_size'\)"),
+    'another width': ('mona', dict(width='fc1.weight'), r'\(2, 8, 8\), which is not 16 wide in the layout BNC'),
     'an end that is not called': ('adapter', dict(branches=dict(ffn=Branch('unused'))), 'does not call .*ffn_branch'),
     'an end that is called once': (
         'adapter',

@@ -159,6 +159,8 @@ class PeftBlock(Mixin):
     """The sites that are reached by hooks."""
     num_hooks: int = 0
     """The number of hooks on the modules of the block when it was built."""
+    stream_width: int | None = None
+    """The width of the stream, by the description of the block; None without a module at a stream site."""
 
     def train(self, mode: bool = True) -> PeftBlock:
         """Switch to training or evaluation, and hook the modules that have been replaced since the last time."""
@@ -228,12 +230,25 @@ class PeftBlock(Mixin):
         """
         if site not in self.peft:
             return x
+        layout = 'BNC' if x.dim() == 3 else layout or self.spec.layout
+        self._check_width(site, x, layout)
         if x.dim() == 3:
             return self.peft[site](x, self._grid_of(x))
-        if (layout or self.spec.layout) == 'BHWC':
+        if layout == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
+
+    def _check_width(self, site: str, x: Tensor, layout: str) -> None:
+        if self.stream_width is None or is_traced():
+            return
+        width = x.shape[1] if x.dim() == 4 and layout != 'BHWC' else x.shape[-1]
+        if width != self.stream_width:
+            raise ConfigError(
+                f'The stream at {site} of this {type(self).__name__} has the shape {tuple(x.shape)}, which is not '
+                f'{self.stream_width} wide in the layout {layout}. Correct the `layout` (or mid_layout, branch_layout) '
+                'or the `width` in the description of the block (BlockSpec).'
+            )
 
     def _grid_of(self, tokens: Tensor) -> Grid | _UnknownGrid:
         """The grid of tokens ``(B, N, C)``, the last ``H * W`` of which form it."""
