@@ -1,6 +1,5 @@
 """Put methods beside single layers of any module, as ``type='mona_mm.PeftModel'`` in a config asks."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,7 +150,7 @@ def build_target(cfg: Mapping[str, Any]) -> Target:
             f'{", ".join(sorted(known))}.'
         )
     check_options(f'targets: {cls.__name__}', cls, options, given=NOT_OPTIONS, more=['path', 'slices'])
-    if not isinstance(slices, list | tuple) or not set(slices) <= set('qkv') or len(set(slices)) < len(slices):
+    if not isinstance(slices, list | tuple) or any(s not in ('q', 'k', 'v') or slices.count(s) > 1 for s in slices):
         raise ConfigError(f"targets: slices={show(slices)} must be a list of 'q', 'k' and 'v', each at most once.")
     return Target(tuple(map(PathPattern, patterns)), cls, options, tuple(slices))
 
@@ -178,14 +177,9 @@ def choose_layers(module: nn.Module, targets: Sequence[Target]) -> list[dict[str
             if not matched:
                 raise ConfigError(_describe_no_match(module, pattern, layers))
             for path, layer in matched.items():
-                first, other = taken.setdefault((id(layer.holder), layer.name), (path, target))
-                if other is not target:
-                    raise ConfigError(
-                        f'targets: {path} is matched by {other.path!r} and by {target.path!r}, and a layer gets one '
-                        'method. Make one of the patterns narrower.'
-                    )
-                if first == path:
-                    chosen[-1][path] = target.place(layer)
+                placed = target.place(layer)
+                if _take(taken, target, path, placed):
+                    chosen[-1][path] = placed
         if target.slices and not any(layer.name in target.slices for (layer, *_) in chosen[-1].values()):
             raise ConfigError(
                 f'targets: {target.path!r} matches no in_proj_weight, so slices={list(target.slices)} would have no '
@@ -193,6 +187,21 @@ def choose_layers(module: nn.Module, targets: Sequence[Target]) -> list[dict[str
             )
     _check_free(module, {path: layer for matched in chosen for path, (layer, *_) in matched.items()})
     return chosen
+
+
+def _take(taken: dict[tuple[int, str], tuple[str, Target]], target: Target, path: str, layers: Sequence[Layer]) -> bool:
+    """Note that a target has layers, by holder and name, and return whether it has them under this path."""
+    for layer in layers:
+        for name in 'qkv' if layer.name == 'in_proj_weight' else (layer.name,):
+            first, other = taken.setdefault((id(layer.holder), name), (path, target))
+            if other is not target:
+                raise ConfigError(
+                    f'targets: {path} is matched by {other.path!r} and by {target.path!r}, and a layer, or a slice of '
+                    'it, gets one method. Make one of the patterns narrower, or give them different slices.'
+                )
+            if first != path:
+                return False
+    return True
 
 
 def _describe_no_match(module: nn.Module, pattern: PathPattern, layers: Mapping[str, Layer]) -> str:
@@ -266,7 +275,7 @@ def init_weights(self: nn.Module, inner: partial | None = None) -> None:
     """
     is_loaded = inner is None and hasattr(type(self), 'init_weights') and _is_loaded_whole(self)
     layers = [layer for layer in self.modules() if isinstance(layer, PeftLayer)]
-    with contextlib.nullcontext() if is_loaded else taken_out(layer.peft for layer in layers):
+    with taken_out(layer.peft for layer in layers):  # a Pretrained file is loaded into them all the same
         if inner is not None:
             inner()
         elif hasattr(type(self), 'init_weights'):

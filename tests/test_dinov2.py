@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from helpers import assert_near
+from helpers import assert_equal, assert_near
 from mmengine.registry import MODELS
 
 from mona_mm import PeftBackbone
@@ -13,7 +13,7 @@ from mona_mm.checkpoint import convert_state_dict
 from mona_mm.checkpoint.convert import recognise
 from mona_mm.config.build import build_on_meta
 from mona_mm.config.load import adapt_to_device, load_config
-from mona_mm.errors import CheckpointMismatchError
+from mona_mm.errors import CheckpointMismatchError, ConfigError
 from mona_mm.frozen.activations import training_size
 from mona_mm.hosts import find_host
 from mona_mm.type_names import enter_scope
@@ -106,6 +106,20 @@ def test_names(kind, library, tmp_path):
     assert_near(model(x)[0], source(x)[0])
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_names_of_a_training(kind, tmp_path):
+    """Meta's training writes the teacher alone, with its heads, and with blocks in groups."""
+    source = build(kind)
+    given = {re.sub(r'^blocks\.(\d+)\.', r'blocks.\1.\1.', name): t for name, t in to_meta(source.state_dict()).items()}
+    teacher = {**{f'backbone.{name}': t for name, t in given.items()}, 'dino_head.mlp.0.weight': torch.ones(2, 2)}
+    torch.save(dict(teacher=teacher), tmp_path / 'teacher_checkpoint.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'teacher_checkpoint.pth'))
+    model = PeftBackbone(base=dict(KINDS[kind], init_cfg=init_cfg), trainable='none')
+    model.init_weights()
+    loaded = model.state_dict()
+    assert_equal({name: loaded[name] for name in source.state_dict()}, source.state_dict())
+
+
 def test_a_name_that_is_lost_is_refused():
     """Of a model with other modules nothing is left out in silence."""
     given = to_meta(build('plain').state_dict())
@@ -130,6 +144,31 @@ def test_registers_take_part_and_have_no_place():
     model(x)
     assert hw == (5, 6) and seen[0].shape == (2, 1 + 4 + 30, 24)
     assert_near(seen[0][:, 1:5], model.register_tokens.expand(2, -1, -1))
+
+
+def test_layers_by_negative_indices():
+    """A tuple as in mmengine's configs, counted from the end as Python does."""
+    backbone = MODELS.build(dict(PLAIN, out_indices=(-2, -1)))
+    last = MODELS.build(dict(PLAIN, out_indices=-1))
+    last.load_state_dict(backbone.state_dict())
+    image = torch.randn(1, 3, 28, 42)
+    outputs = backbone(image)
+    assert len(outputs) == 2
+    assert_equal(outputs[1].detach(), last(image)[0].detach())
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(arch='s'), "arch='s' must be 'small', 'base', 'large', 'giant' or a dict"),
+        (dict(num_registers=-1), 'num_registers=-1 must be a whole number of at least 0'),
+        (dict(out_indices=(9,)), r'out_indices=\(9,\) must be indices of the \d layers'),
+        (dict(out_type='map'), "out_type='map' must be 'featmap'"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ConfigError, match=message):
+        MODELS.build(dict(PLAIN, **options))
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -7,14 +7,17 @@ import warnings
 import pytest
 import torch
 from adapted import COVER, METHODS, adapted, assert_close, image
+from conftest import HOSTS
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError
 from mona_mm.hosts import PeftBlock, find_host
+from mona_mm.nn import choice
 from mona_mm.nn.mixin import mix_out, qualified_name, stock_class
 from mona_mm.spt.sparse import attach_sparse, merge_sparse
 
@@ -129,6 +132,19 @@ def test_dynamic_quantization(host, method):
     with torch.no_grad():
         assert_close(quantized(image(64, 64)), model(image(64, 64)), 0.2)
     assert called == every
+
+
+@pytest.mark.parametrize('peft', [None, dict(type='Mona', bottleneck=8)], ids=['plain', 'mona'])
+def test_dynamic_quantization_where_forms_are_measured(peft):
+    """The choice of a form by measurement, as outside of tests, takes a quantized layer as well."""
+    model = PeftBackbone(base=HOSTS['mmdet-swin'], peft=peft).eval()
+    expected = model(image(64, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    choice.measure(True)
+    with torch.no_grad():
+        assert_close(quantized(image(64, 64)), expected, 0.2)
 
 
 class Twice(nn.Module):

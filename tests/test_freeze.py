@@ -15,6 +15,7 @@ from mona_mm.frozen.rules import METHOD_RULES, check_trainable, freeze, select
 from mona_mm.hosts import find_host
 
 RESNET = dict(type='mmdet.ResNet', depth=18, norm_eval=False)
+HEAD = dict(type='mmseg.FCNHead', in_channels=512, channels=8, num_classes=2)
 
 
 def trainable(model: nn.Module) -> set[str]:
@@ -173,6 +174,17 @@ def test_rule_that_can_train_nothing():
             base=dict(type='mona_mm.PeftBackbone', base=HOSTS['mmdet-swin'], peft=dict(type='Mona')),
             trainable='norm0',
         )
+
+
+def test_rules_for_a_part_of_a_model():
+    """The part whose frozen_stages keeps a rule from training anything is named, and the rules of hosts are refused
+    where the model itself is none."""
+    parts = dict(type='mmseg.EncoderDecoder', backbone=dict(RESNET, frozen_stages=2), decode_head=HEAD)
+    with pytest.raises(ConfigError, match=r"trainable='backbone.layer2' .*frozen_stages=2 of backbone or by the"):
+        FrozenModel(base=parts, trainable='backbone.layer2')
+    for rule in ('output_norms', 'last_block'):
+        with pytest.raises(ConfigError, match=f"trainable='{rule}' .*EncoderDecoder is none.*by a PeftBackbone"):
+            FrozenModel(base=parts, trainable=rule)
 
 
 def test_change_after_the_build_is_found():

@@ -35,6 +35,7 @@ from suite import (
 
 from mona_mm import PeftBackbone
 from mona_mm.errors import ConfigError, UnknownOptionError, UnsupportedHostError
+from mona_mm.frozen.rules import check_trainable
 from mona_mm.hosts import HOSTS as SUPPORTED
 from mona_mm.hosts import LINEAR_SITES, STREAM_SITES, find_host, method_modules, method_names, register_host
 from mona_mm.methods import LinearModule, StreamModule, build_method
@@ -265,6 +266,24 @@ def test_frozen_stages_under_a_method_are_refused(base, stages):
     without = PeftBackbone(base=base)  # without a method it is the host's own business, and is respected
     without.train()
     assert 0 < len(record_of(without).freeze.trainable) < len(list(without.parameters()))
+
+
+@pytest.mark.parametrize(
+    ('base', 'blocks', 'refused'),
+    [
+        (dict(HOSTS['mmdet-swin'], frozen_stages=1), 'stages.1', 'stages.0'),
+        (dict(HOSTS['mmpretrain-vit'], frozen_stages=1), '1:', [0, -1]),
+        (dict(type='mmdet.ResNet', depth=18, base_channels=8, frozen_stages=1), 'layer{2,3,4}', 'layer1'),
+    ],
+)
+def test_a_method_behind_the_frozen_stages_is_accepted(base, blocks, refused):
+    """`frozen_stages=1` is in most stock configs, and freezes nothing of a method in later blocks alone."""
+    model = PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=8, blocks=blocks))
+    model.train()
+    assert all(p.requires_grad for m in method_modules(model) for p in m.parameters())
+    check_trainable(model)
+    with pytest.raises(ConfigError, match='frozen_stages=1 in the base config: .* the Mona modules'):
+        PeftBackbone(base=base, peft=dict(type='Mona', bottleneck=8, blocks=refused))
 
 
 def test_frozen_patch_embedding_is_accepted():

@@ -203,6 +203,23 @@ def test_slices_of_attention():
     assert_near(model(xs, xs, xs)[0].transpose(0, 1), expected, 1e-12)
 
 
+def test_slices_of_two_targets():
+    """Each slice has the method of its target, and none can have two."""
+    cfg = dict(type='OneLayer', cls=nn.MultiheadAttention, embed_dim=8, num_heads=2, batch_first=True)
+    path = 'layer.in_proj_weight'
+    targets = [dict(LORA, path=path, slices=['q']), dict(type='LoRA', rank=1, path=path, slices=['k', 'v'])]
+    model = off_zero(PeftModel(base=cfg, targets=targets))
+    assert [model.layer.peft[name].down.out_features for name in 'qkv'] == [3, 1, 1]
+    x = torch.randn(2, 5, 8)
+    out = model(x, x, x)[0].detach()
+    merged = mona_mm.merge(copy.deepcopy(model))
+    assert type(merged.layer) is nn.MultiheadAttention
+    assert_near(merged(x, x, x)[0].detach(), out)
+    for slices in (['q'], ['k', 'q'], []):
+        with pytest.raises(ConfigError, match='a layer, or a slice of it, gets one method'):
+            PeftModel(base=cfg, targets=[targets[0], dict(LORA, path='layer.*_weight', slices=slices)])
+
+
 def test_the_fused_encoder_layer_of_torch():
     """In evaluation without gradients torch's encoder layer reads its layers' weights itself; the method's additions
     are in there as well."""
@@ -338,7 +355,10 @@ class BesideOutput(LinearModule):
         ([dict(path='re:(', type='LoRA')], ConfigError, "'re:(' is not a valid pattern of paths"),
         ([dict(path='{fc', type='LoRA')], ConfigError, "'{fc' is not a valid pattern of paths"),
         ([dict(LORA, path='branches.*.cf')], ConfigError, "matches nothing in this Parts. Near paths of layers: 'bra"),
-        ([dict(LORA, path='qq')], ConfigError, "Near paths of layers: 'branches.**'"),
+        ([dict(LORA, path='qq')], ConfigError, "Near paths of layers: 'branches.**', '**.conv', '**.fc', '**.shared'."),
+        ([dict(LORA, path='fc')], ConfigError, "'fc' matches nothing in this Parts. Near paths of layers: '**.fc'."),
+        ([dict(LORA, path='{fc,conv}')], ConfigError, "Near paths of layers: '**.{fc,conv}'."),
+        ([dict(LORA, path='**.fc', slices=[['q']])], ConfigError, "slices=[['q']] must be a list"),
         ([dict(LORA, path='branches.*')], ConfigError, "only ModuleDict, and no layer. To match the layers within, ap"),
         ([dict(LORA, path=['**.fc', '**.norm'])], ConfigError, "'**.norm' matches only LayerNorm, and no layer in"),
         ([dict(LORA, path='**.fc'), dict(LORA, path='branches.0.**')], ConfigError,
@@ -633,3 +653,23 @@ def test_a_base_that_initialises_linear_layers_of_its_parts():
     assert_equal(layer.bias, same.bias)
     lora = layer.peft['weight']
     assert not lora.up.weight.any() and 0 < lora.down.weight.abs().max() < 7
+
+
+@pytest.mark.parametrize('method', [LORA, dict(type='DoRA', rank=2)], ids=lambda method: method['type'])
+@pytest.mark.parametrize('also', [[], [dict(type='Normal', layer='Linear', std=0.5)]], ids=['file', 'rule and file'])
+def test_a_base_that_is_loaded_whole(method, also, tmp_path):
+    """The rules of an `init_cfg` beside its file are for the base: a model begins as the base of its file does, and has
+    the values of the method that a file holds."""
+    file = str(tmp_path / 'base.pth')
+    cfg = dict(type='OneLayer', cls=nn.Linear, in_features=6, out_features=5)
+    stock, x = MODELS.build(cfg), torch.randn(3, 6)
+    torch.save(stock.state_dict(), file)
+    cfg['init_cfg'] = [*also, dict(type='Pretrained', checkpoint=file)]
+    model = PeftModel(base=cfg, targets=[dict(method, path='layer')])
+    model.init_weights()
+    assert_near(model(x).detach(), stock(x).detach())
+    expected = off_zero(model)(x).detach()
+    torch.save(model.state_dict(), file)
+    again = PeftModel(base=cfg, targets=[dict(method, path='layer')])
+    again.init_weights()
+    assert_equal(again(x).detach(), expected)

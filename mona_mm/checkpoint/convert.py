@@ -183,8 +183,9 @@ def backbone_tensors(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]
 
 
 def unwrap_checkpoint(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, without wrappers, and for MoCo v3 only those of its base encoder."""
-    for wrapper in ('state_dict', 'model'):
+    """The tensors of a checkpoint file, without wrappers: of DINO's training those of the teacher, and of MoCo v3 only
+    those of its base encoder."""
+    for wrapper in ('state_dict', 'model', 'teacher'):
         if isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     tensors = {name.removeprefix('module.'): t for name, t in checkpoint.items() if isinstance(t, Tensor)}

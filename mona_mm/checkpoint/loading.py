@@ -41,7 +41,7 @@ from mona_mm.checkpoint.rehearsal import model_state, rehearse
 from mona_mm.compat.safe_globals import finished, weights_only
 from mona_mm.errors import CheckpointMismatchError, ConfigError, UserError
 from mona_mm.frozen.changes import changing
-from mona_mm.hosts import PeftBlock, method_names
+from mona_mm.hosts import PeftBlock, method_names, put_back
 from mona_mm.methods.base import LinearModule
 from mona_mm.nn.wrappers import innermost
 from mona_mm.record import record_of
@@ -334,9 +334,10 @@ def pretrained_init(self: PretrainedInit, module: nn.Module) -> None:
         state_dict = {name.removeprefix(prefix): t for name, t in given.items() if name.startswith(prefix)}
         if not state_dict:
             raise CheckpointMismatchError(f'{self.checkpoint} has no tensor whose name begins with {prefix!r}.')
-    if not is_delta(state_dict):
-        _check_frozen(self.checkpoint, module, state_dict)
-    load_state_dict(module, state_dict, strict=False, logger='current')
+    with put_back(module):
+        if not is_delta(state_dict):
+            _check_frozen(self.checkpoint, module, state_dict)
+        load_state_dict(module, state_dict, strict=False, logger='current')
     if hasattr(module, '_params_init_info'):  # it exists only while mmengine initialises a whole model
         update_init_info(module, f'{type(self).__name__}: load from {self.checkpoint}')
 

@@ -62,7 +62,7 @@ def initialise_as_stock(host: nn.Module) -> None:
     """
     try:
         type(host).init_weights(host)
-    except (AssertionError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (AssertionError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if host.init_cfg is None or isinstance(error, UserError):
             raise
         raise _invalid_init_cfg(host, f'the stock backbone fails with it ({type(error).__name__}: {error})') from error

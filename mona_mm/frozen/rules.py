@@ -30,7 +30,7 @@ from torch import nn
 from mona_mm.errors import ConfigError, FreezeError
 from mona_mm.frozen.copies import is_under, moving_copies
 from mona_mm.frozen.reach import unreached
-from mona_mm.hosts import find_host, is_host, method_modules, method_names
+from mona_mm.hosts import PeftBlock, find_host, is_host, method_modules, method_names
 from mona_mm.nn.private import BATCH_NORMS, NORMS_WITH_STATISTICS
 from mona_mm.options import Rule
 from mona_mm.record import FreezeRecord, freeze_records, make_record, record_of
@@ -95,6 +95,12 @@ def _select(module: nn.Module, rule: str) -> set[str]:
         *_, last = find_host(module).blocks(module)
         return _names_under(module, [last])
     if rule == 'output_norms':
+        if not is_host(module):
+            raise ConfigError(
+                f"trainable='output_norms' is for backbones that are hosts of methods, and {type(module).__name__} is "
+                'none. Name the norms by their paths, or give the rule to the backbone within, by a PeftBackbone. '
+                + _suggest(module, rule)
+            )
         return _names_under(module, [prefix.rstrip('.') for prefix in find_host(module).output_norms])
     owners = {  # the module that directly has the parameter, and its name there, by path of the parameter
         f'{path}.{name}' if path else name: (m, name)
@@ -161,10 +167,9 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     for rule, names in selected.items():
         if METHOD_RULES.get(rule, rule) != 'none' and trainable.isdisjoint(names):
-            stages = getattr(module, 'frozen_stages', None)
             raise ConfigError(
                 f'trainable={rule!r} selects only parameters that {type(module).__name__} itself keeps frozen, by '
-                f'{"" if stages is None else f"frozen_stages={stages} or by "}the `trainable` of a PeftBackbone, '
+                f'{_frozen_stages_over(module, names)}the `trainable` of a PeftBackbone, '
                 'PeftModel or FrozenModel that it is or holds. Select other parameters, or change those settings.'
             )
     module.train(training)
@@ -173,6 +178,16 @@ def freeze(module: nn.Module, rules: Rules) -> None:
     if previous is not None:  # a FrozenModel around a PeftModel is the same module
         frozen |= previous.frozen
     make_record(module).freeze = FreezeRecord(rules, trainable, frozenset(unreached_names), frozenset(frozen))
+
+
+def _frozen_stages_over(module: nn.Module, names: Iterable[str]) -> str:
+    """The options ``frozen_stages`` of the parts of a module that have one of the parameters ``names``, as text."""
+    found = [
+        f'frozen_stages={part.frozen_stages} of {path or type(part).__name__} or by '
+        for path, part in module.named_modules()
+        if hasattr(part, 'frozen_stages') and any(not path or is_under(name, [path]) for name in names)
+    ]
+    return ''.join(found)
 
 
 def _trainable_in_parts(module: nn.Module) -> set[str]:
@@ -241,8 +256,10 @@ def _refuse_frozen_methods(module: nn.Module) -> None:
     host = next((m for m in module.modules() if hasattr(m, 'frozen_stages') and inside & set(m.modules())), module)
     stages = getattr(host, 'frozen_stages', -1)
     method = type([*frozen_by_host, *modules][0]).__name__ if modules else ''
-    is_everywhere = not record_of(module).targets  # in every stage, and not only beside the layers that targets match
-    if frozen_by_host or (modules and is_everywhere and stages >= 1):
+    # Not where targets match single layers, or the method is in later blocks alone.
+    first = next((m for m in module.modules() if isinstance(m, PeftBlock)), None)
+    is_at_start = not record_of(module).targets and first is not None and len(first.peft) > 0
+    if frozen_by_host or (is_at_start and stages >= 1):
         raise ConfigError(
             f'frozen_stages={stages} in the base config: {type(host).__name__} freezes those stages itself, with '
             f'the {method} modules in them, and repeats it at every .train(), even after the model '

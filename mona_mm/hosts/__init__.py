@@ -79,6 +79,7 @@ from mona_mm.hosts.sites import (
     method_modules,
     method_names,
     method_paths,
+    put_back,
     taken_out,
 )
 
@@ -118,6 +119,7 @@ __all__ = [
     'method_paths',
     'modules_beside_linears',
     'position_table_names',
+    'put_back',
     'read_past',
     'recomputed_names',
     'register_blocks',

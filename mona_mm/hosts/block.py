@@ -21,7 +21,7 @@ from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from mona_mm.errors import ConfigError
-from mona_mm.hosts.host import BlockSpec, Grid, input_of
+from mona_mm.hosts.host import BlockSpec, Grid, GridArgument, input_of
 from mona_mm.hosts.sites import PeftModules
 from mona_mm.nn.mixin import Mixin
 from mona_mm.nn.substitute import call_substituted
@@ -32,6 +32,22 @@ _NOT_TOLD = (
     'backbone, which passes the grid to it, or an activation checkpoint covers only a part of a block: put the '
     'checkpoint around the whole block (with_cp=True does, where the backbone has it).'
 )
+
+
+def _why_unknown(spec: BlockSpec) -> str:
+    """Why the grid of the tokens is not known in a call of a block."""
+    if spec.grid is None:
+        return (
+            f'The grid of the tokens is not known, so this method cannot run: the description of the blocks {spec.cls} '
+            '(BlockSpec) has no `grid`. Give it a GridSource, GridArgument, GridAttribute or SquareGrid.'
+        )
+    if isinstance(spec.grid, GridArgument):
+        return (
+            f'The grid of the tokens is not known, so this method cannot run: this call of a {spec.cls} has no '
+            f'{" and ".join(spec.grid.names)} among its arguments, by which the grid is known '
+            f'(grid=GridArgument({spec.grid.names!r}, position={spec.grid.position})).'
+        )
+    return _NOT_TOLD
 
 
 class _UnknownGrid:
@@ -143,6 +159,8 @@ class PeftBlock(Mixin):
     """The sites that are reached by hooks."""
     num_hooks: int = 0
     """The number of hooks on the modules of the block when it was built."""
+    stream_width: int | None = None
+    """The width of the stream, by the description of the block; None without a module at a stream site."""
 
     def train(self, mode: bool = True) -> PeftBlock:
         """Switch to training or evaluation, and hook the modules that have been replaced since the last time."""
@@ -172,7 +190,7 @@ class PeftBlock(Mixin):
         elif self.spec.layout != 'BNC':  # for sites within the block where its tokens are (B, N, C)
             sizes = input_of(args, kwargs).shape
             grid = tuple(sizes[1:3] if self.spec.layout == 'BHWC' else sizes[2:])
-        around, call = _RUNNING.call, _Call(self, _UnknownGrid() if grid is None else grid)
+        around, call = _RUNNING.call, _Call(self, _UnknownGrid(_why_unknown(self.spec)) if grid is None else grid)
         _RUNNING.call = call
         try:
             x = self.forward_with_sites(*args, **kwargs)
@@ -184,12 +202,23 @@ class PeftBlock(Mixin):
         if missed and missed & set(self.peft):
             if not self.training and _hook_replaced(self):  # in training, statistics would be updated a second time
                 return self._forward_in_call(given, kwargs)
-            raise ConfigError(
-                f'A module within this {type(self).__name__} was replaced after the method had been attached, so the '
-                f'method at {", ".join(sorted(missed))} is not reached. Call the train() or eval() of the model after '
-                'modules have been replaced, or replace them before PeftBackbone is built.'
-            )
+            raise self._not_reached(missed)
         return x
+
+    def _not_reached(self, sites: set[str]) -> ConfigError:
+        """The error for sites whose hooks were not called in a call of the block."""
+        name, listed = type(self).__name__, ', '.join(sorted(sites))
+        if sum(1 for _ in _site_hooks(self)) >= self.num_hooks:
+            return ConfigError(
+                f'The forward of this {name} does not call the modules that its description (BlockSpec) names for '
+                f'{listed}, or not as often, so the method there is not reached. Correct the paths in `linears` '
+                '(is_called=False for a layer whose weight alone is read), or the path and `call` of the Branch.'
+            )
+        return ConfigError(
+            f'A module within this {name} was replaced after the method had been attached, so the method at {listed} '
+            'is not reached. Call the train() or eval() of the model after modules have been replaced, or replace them '
+            'before PeftBackbone is built.'
+        )
 
     def apply_at(self, site: str, x: Tensor, layout: str | None = None) -> Tensor:
         """Apply the module at a stream site to ``x``; return ``x`` itself if the site has no module.
@@ -201,12 +230,25 @@ class PeftBlock(Mixin):
         """
         if site not in self.peft:
             return x
+        layout = 'BNC' if x.dim() == 3 else layout or self.spec.layout
+        self._check_width(site, x, layout)
         if x.dim() == 3:
             return self.peft[site](x, self._grid_of(x))
-        if (layout or self.spec.layout) == 'BHWC':
+        if layout == 'BHWC':
             return self.peft[site](x.flatten(1, 2), (x.shape[1], x.shape[2])).view(x.shape)
         grid = x.shape[2], x.shape[3]
         return self.peft[site](x.flatten(2).transpose(1, 2), grid).transpose(1, 2).unflatten(2, grid)
+
+    def _check_width(self, site: str, x: Tensor, layout: str) -> None:
+        if self.stream_width is None or is_traced():
+            return
+        width = x.shape[1] if x.dim() == 4 and layout != 'BHWC' else x.shape[-1]
+        if width != self.stream_width:
+            raise ConfigError(
+                f'The stream at {site} of this {type(self).__name__} has the shape {tuple(x.shape)}, which is not '
+                f'{self.stream_width} wide in the layout {layout}. Correct the `layout` (or mid_layout, branch_layout) '
+                'or the `width` in the description of the block (BlockSpec).'
+            )
 
     def _grid_of(self, tokens: Tensor) -> Grid | _UnknownGrid:
         """The grid of tokens ``(B, N, C)``, the last ``H * W`` of which form it."""
@@ -303,14 +345,17 @@ def hook_sites(block: PeftBlock) -> None:
     hooked: list[str] = []
     middle = [site for site in ('post_attn', 'parallel_ffn') if site in block.peft]
     if middle and isinstance(block, HookedBlock) and block.spec.mid_norm is not None:
-        for path in filter(None, (block.spec.mid_residual, block.spec.mid_norm)):
-            block.get_submodule(path).register_forward_pre_hook(partial(_map_residual, block))
+        for option in ('mid_residual', 'mid_norm'):
+            path = getattr(block.spec, option)
+            if path:
+                module = block.spec.module_in(block, option, path)
+                module.register_forward_pre_hook(partial(_map_residual, block))
         hooked += middle
     for name, branch in block.spec.branches.items():
         for site, path in ((f'{name}_branch', branch.drop_path), (f'{name}_out', '')):
             if site not in block.peft:
                 continue
-            module = block.get_submodule(path or branch.end)
+            module = block.spec.module_in(block, f'the branch {name!r} with', path or branch.end)
             if path:
                 module.register_forward_pre_hook(partial(_map_input, block, site, branch.call))
             else:
@@ -318,7 +363,8 @@ def hook_sites(block: PeftBlock) -> None:
             hooked.append(site)
     grid = block.spec.grid
     if getattr(grid, 'is_in_block', False):
-        block.get_submodule(grid.path).register_forward_hook(partial(_see_grid, block, grid.find))
+        module = block.spec.module_in(block, 'grid=GridSource', grid.path)
+        module.register_forward_hook(partial(_see_grid, block, grid.find))
     sites_of_linear: dict[str, list[str]] = {}
     for site, linear in block.spec.linears.items():
         if site in block.peft and linear.is_called:

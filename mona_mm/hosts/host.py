@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mona_mm.errors import ConfigError, UnsupportedHostError
 from mona_mm.hosts.formats import CheckpointFormat, OwnNames
-from mona_mm.hosts.sites import STREAM_SITES
+from mona_mm.hosts.sites import LINEAR_SITES, STREAM_SITES
 from mona_mm.nn.mixin import Mixin, qualified_name, stock_class
 
 Grid = tuple[int, int]
@@ -130,7 +130,13 @@ class GridAttribute:
     name: str
 
     def of_call(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Grid | None:
-        """The grid that the block was made for."""
+        """The grid that the block was made for.
+
+        Raises:
+            ConfigError: if the block has no such attribute.
+        """
+        if not hasattr(block, self.name):
+            raise _wrong(block, f'grid=GridAttribute({self.name!r}), and the block has no attribute of this name')
         return tuple(getattr(block, self.name))
 
 
@@ -150,12 +156,31 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def grid_in_output(child: nn.Module, args: tuple, output: tuple[Tensor, Grid]) -> Grid:
-    """The grid in the output ``(tokens, (H, W))`` of a module; by its name, since blocks are pickled with it."""
+    """The grid in the output ``(tokens, (H, W))`` of a module; by its name, since blocks are pickled with it.
+
+    Raises:
+        ConfigError: if the module returns something else.
+    """
+    if not isinstance(output, list | tuple) or len(output) < 2 or not hasattr(output[1], '__len__'):
+        raise ConfigError(
+            f'GridSource: the {type(child).__name__} that is to show the grid of the tokens returns no pair '
+            '(tokens, (H, W)). Give the GridSource a function `find` that gets the grid from its call: '
+            'mona_mm.hosts.grid_of_map where it returns a map (B, C, H, W).'
+        )
     return tuple(output[1])
 
 
 def grid_of_map(child: nn.Module, args: tuple, output: Tensor) -> Grid:
-    """The grid of a module's output ``(B, C, H, W)``, for :class:`GridSource`."""
+    """The grid of a module's output ``(B, C, H, W)``, for :class:`GridSource`.
+
+    Raises:
+        ConfigError: if the module returns something else.
+    """
+    if not isinstance(output, Tensor) or output.dim() != 4:
+        raise ConfigError(
+            f'GridSource: the {type(child).__name__} that is to show the grid of the tokens returns no map '
+            '(B, C, H, W). Leave out find=grid_of_map where it returns (tokens, (H, W)), or give another function.'
+        )
     return tuple(output.shape[-2:])
 
 
@@ -185,7 +210,7 @@ class BlockSpec:
     """The description of a class of blocks.
 
     Args:
-        cls: the qualified name of the class. Blocks of other classes, subclasses included, are left alone.
+        cls: the class, or its qualified name. Blocks of other classes, subclasses included, are left alone.
         has: the path of a module or parameter, or several, that tell blocks of one class apart: only those that have
             all of them, and the linear layers, are meant. Where several descriptions fit a block, the first one counts.
         linears: the linear layers of a block, by site.
@@ -209,7 +234,7 @@ class BlockSpec:
         family: the name under which the list of hosts has the block, where one backbone class serves many models.
     """
 
-    cls: str
+    cls: str | type
     linears: Mapping[str, Linear]
     branches: Mapping[str, Branch]
     mixin: type[Mixin] | None = None
@@ -229,26 +254,86 @@ class BlockSpec:
     sites: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'cls', _name_of(self.cls, 'BlockSpec: cls'))
         has_middle = 'attn' in self.branches if self.mixin else self.mid_norm is not None
         possible = {'post_ffn', 'parallel_ffn', *(['post_attn'] if has_middle else [])}
         possible |= {f'{branch}_{place}' for branch in self.branches for place in ('branch', 'out')}
         stream = [site for site in STREAM_SITES if site in possible and site not in self.without]
         object.__setattr__(self, 'sites', (*stream, *self.linears))
 
+    def check(self) -> None:
+        """Refuse what would have no effect, or fail later, whatever the blocks are like.
+
+        Raises:
+            ConfigError: if it names sites, branches or layouts that there are not, or does not say how wide the stream
+                is.
+        """
+        layouts = ('BNC', 'BHWC', 'BCHW')
+        for option, given, possible in (
+            ('linears', self.linears, LINEAR_SITES),
+            ('branches', self.branches, ('attn', 'ffn')),
+            ('without', self.without, STREAM_SITES),
+            ('layout', (self.layout,), layouts),
+            ('mid_layout', (self.mid_layout,), (*layouts, None)),
+            ('branch_layout', (self.branch_layout,), (*layouts, None)),
+        ):
+            wrong = [name for name in given if name not in possible]
+            if wrong:
+                raise ConfigError(
+                    f'BlockSpec of {self.cls}: {option} has {wrong[0]!r}, and may have '
+                    f'{", ".join(name for name in possible if name)}.'
+                )
+        for option, cls in (('linears', Linear), ('branches', Branch)):
+            if not all(isinstance(each, cls) for each in getattr(self, option).values()):
+                raise ConfigError(
+                    f'BlockSpec of {self.cls}: {option} must map each name to a {cls.__name__}, such as '
+                    f'{"separate_linears(fc1=...)" if cls is Linear else "Branch(...)"}, and not to a path alone.'
+                )
+        is_on_stream = any(site in STREAM_SITES for site in self.sites)
+        if is_on_stream and not self.width and 'fc2' not in self.linears:
+            raise ConfigError(
+                f'BlockSpec of {self.cls}: without a linear layer at fc2, `width` must name a parameter whose first '
+                "dimension is the width of the stream, such as width='norm1.weight'."
+            )
+
     def fits(self, module: nn.Module) -> bool:
         """Whether a module of the class has all that tells the meant blocks apart, and the linear layers."""
+        return not self.absent(module)
+
+    def absent(self, module: nn.Module) -> list[str]:
+        """The paths of what tells the meant blocks apart, and of the linear layers, that a module has not."""
         told_by = (self.has,) if isinstance(self.has, str) else self.has
-        return all(_has(module, path) for path in (*told_by, *(linear.weight for linear in self.linears.values())))
+        paths = (*told_by, *(linear.weight for linear in self.linears.values()))
+        return [path for path in paths if not _has(module, path)]
 
     def widths(self, block: nn.Module, site: str) -> tuple[int, ...]:
         """The widths of a block's site: ``(channels,)`` of a stream site, ``(in_channels, out_channels)`` of a linear
         one."""
         linear = self.linears.get(site)
         if linear is None:
-            return (len(block.get_parameter(self.width or self.linears['fc2'].weight)),)
+            path = self.width or self.linears['fc2'].weight
+            if not _has(block, path):
+                raise _wrong(block, f'width={path!r}, and the block has no such parameter')
+            return (len(block.get_parameter(path)),)
         weight = block.get_parameter(linear.weight)
         rows = linear.rows(weight)
+        if weight.dim() < 2 or (linear.slice_index is not None and len(weight) % linear.num_slices):
+            one_of = '' if linear.slice_index is None else f' of {linear.num_slices} linear layers in one'
+            raise _wrong(
+                block, f'{linear.weight} at {site!r}, and the shape {tuple(weight.shape)} is no weight{one_of}'
+            )
         return weight.shape[1], rows.stop - rows.start
+
+    def module_in(self, block: nn.Module, option: str, path: str) -> nn.Module:
+        """The module at a path that an option of this description names.
+
+        Raises:
+            ConfigError: if the block has none.
+        """
+        if not _has(block, path):
+            names = ', '.join(name for name in block._modules if name != 'peft')
+            raise _wrong(block, f'{option} {path!r}, and the block has no such module. It has {names}')
+        return block.get_submodule(path)
 
 
 @dataclass(frozen=True)
@@ -304,11 +389,22 @@ class Host:
         return next((spec for spec in self.specs if spec.cls == name and spec.fits(module)), None)
 
     def what_is_missing(self, backbone: nn.Module) -> str:
-        """Why no block of a backbone fits, if it has blocks of the classes that are described; else nothing."""
-        classes = {spec.cls for spec in self.specs} & {qualified_name(stock_class(m)) for m in backbone.modules()}
-        names = ', '.join(sorted(cls.rpartition('.')[2] for cls in classes))
-        missing = 'without the layers that a method attaches to, as where it was converted for inference (deploy=True)'
-        return f'its blocks ({names}) are {missing}' if names else ''
+        """Why no block of a backbone fits."""
+        modules = {qualified_name(stock_class(m)): m for m in backbone.modules()}
+        absent = {
+            spec.cls.rpartition('.')[2]: spec.absent(modules[spec.cls])
+            for spec in self.specs[::-1]
+            if spec.cls in modules
+        }
+        if not absent:
+            first, *others = dict.fromkeys(spec.cls for spec in self.specs)
+            more = f' and {len(others)} others' if len(others) > 1 else ''.join(f' and {cls}' for cls in others)
+            return f'it has no block of the classes that are described for it ({first}{more})'
+        paths = ', '.join(dict.fromkeys(path for paths in absent.values() for path in paths))
+        return (
+            f'its blocks ({", ".join(sorted(absent))}) are without {paths}, to which methods attach or by which they '
+            'are known, as where it was converted for inference (deploy=True)'
+        )
 
     def within(self, backbone: nn.Module) -> Host:
         """The description of this backbone alone: without descriptions of blocks that it does not hold."""
@@ -344,6 +440,22 @@ def _has(module: nn.Module, path: str) -> bool:
     return module._modules.get(last) is not None or getattr(module, last, None) is not None
 
 
+def _wrong(block: nn.Module, what: str) -> ConfigError:
+    """The error for a description of a class of blocks that one of them does not fit."""
+    return ConfigError(f'The description of the blocks {stock_class(block).__name__} (BlockSpec) has {what}.')
+
+
+def _name_of(cls: str | type, what: str) -> str:
+    """The qualified name of a class, which may be given itself."""
+    name = qualified_name(cls) if isinstance(cls, type) else cls
+    if not isinstance(name, str) or '.' not in name:
+        raise ConfigError(
+            f'{what}={cls!r} must be a class, or its qualified name with its module, such as '
+            "'mmdet.models.backbones.swin.SwinTransformer'."
+        )
+    return name
+
+
 OUTPUT_NORMS = ('norm0.', 'norm1.', 'norm2.', 'norm3.')
 """The prefixes of the norms of a hierarchical backbone's outputs."""
 
@@ -356,34 +468,50 @@ REFUSED: dict[str, str] = {}
 """Backbones that cannot be hosts, by qualified class name, and why."""
 
 
-def register_host(backbone: str, host: Host) -> None:
+def register_host(backbone: str | type, host: Host) -> None:
     """Make a backbone class a host.
 
     Args:
-        backbone: its qualified name, such as ``'mmdet.models.backbones.swin.SwinTransformer'``.
+        backbone: the class, or its qualified name, such as ``'mmdet.models.backbones.swin.SwinTransformer'``.
         host: its description.
 
     Raises:
-        ConfigError: if the class is a host already.
+        ConfigError: if the class is a host already, or the description has no blocks.
     """
-    if backbone in HOSTS:
-        raise ConfigError(f'{backbone} is a host already.')
-    HOSTS[backbone] = host
+    name = _name_of(backbone, 'register_host: backbone')
+    if name in HOSTS:
+        raise ConfigError(f'{name} is a host already.')
+    if not isinstance(host, Host):
+        raise ConfigError(f'register_host: the description of {name} must be a mona_mm.hosts.Host, not {host!r}.')
+    _check_specs(name, host.specs)
+    HOSTS[name] = host
 
 
-def register_blocks(backbone: str, *specs: BlockSpec) -> None:
+def _check_specs(name: str, specs: Any) -> None:
+    if not isinstance(specs, list | tuple) or not specs or not all(isinstance(spec, BlockSpec) for spec in specs):
+        raise ConfigError(
+            f'The host {name} needs the descriptions of its classes of blocks, each a BlockSpec: '
+            'Host(specs=(BlockSpec(...),)).'
+        )
+    for spec in specs:
+        spec.check()
+
+
+def register_blocks(backbone: str | type, *specs: BlockSpec) -> None:
     """Add classes of blocks to a host, such as those of another of timm's models to a ``TIMMBackbone``.
 
     Args:
-        backbone: the qualified name of the host's class.
+        backbone: the host's class, or its qualified name.
         specs: the descriptions of the blocks. They count before those that the host has.
 
     Raises:
-        ConfigError: if the class is no host.
+        ConfigError: if the class is no host, or no blocks are described.
     """
-    if backbone not in HOSTS:
-        raise ConfigError(f'{backbone} is no host, so that no blocks can be added. Declare it with register_host.')
-    HOSTS[backbone] = replace(HOSTS[backbone], specs=(*specs, *HOSTS[backbone].specs))
+    name = _name_of(backbone, 'register_blocks: backbone')
+    if name not in HOSTS:
+        raise ConfigError(f'{name} is no host, so that no blocks can be added. Declare it with register_host.')
+    _check_specs(name, specs)
+    HOSTS[name] = replace(HOSTS[name], specs=(*specs, *HOSTS[name].specs))
 
 
 def find_host(backbone: nn.Module) -> Host:

@@ -89,6 +89,9 @@ def inject(backbone: nn.Module, modules: Mapping[str, Mapping[str, nn.Module]]) 
         mix_in(block, spec.mixin or HookedBlock)
         block.spec = spec
         block.peft = PeftModules(modules.get(path, {}))
+        on_stream = [site for site in block.peft if site not in spec.linears]
+        if on_stream:
+            block.stream_width = spec.widths(block, on_stream[0])[0]
         hook_sites(block)
 
 
@@ -103,6 +106,7 @@ def remove(backbone: nn.Module) -> None:
     for block in [m for m in backbone.modules() if isinstance(m, PeftBlock)]:
         unhook_sites(block)
         del block.peft, block.spec, block.hooked
+        vars(block).pop('stream_width', None)
         mix_out(block)
 
 

@@ -1,7 +1,7 @@
 """The named places in a block at which a method may attach, and the modules that are attached there."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
@@ -14,6 +14,9 @@ LINEAR_SITES = ('q', 'k', 'v', 'proj', 'fc1', 'fc2')
 
 class PeftModules(nn.ModuleDict):
     """The modules that a method added: to one block, by site, or to one module, by parameter."""
+
+    taken: Mapping[str, nn.Module] | None = None
+    """What it holds but for the context :func:`taken_out` that it is in."""
 
 
 def method_modules(model: nn.Module) -> list[nn.Module]:
@@ -28,14 +31,30 @@ def taken_out(modules: Iterable[nn.Module]) -> Iterator[None]:
     A stock model is initialised within it: some initialise every linear layer that they find, expect it to have a bias,
     and would draw more random numbers with a method than without.
     """
-    held = [(holder, dict(holder._modules)) for holder in modules if isinstance(holder, PeftModules)]
-    for holder, _ in held:
+    held = [holder for holder in modules if isinstance(holder, PeftModules) and holder.taken is None]
+    for holder in held:
+        holder.taken = dict(holder._modules)
         holder._modules.clear()
     try:
         yield
     finally:
-        for holder, children in held:
-            holder._modules.update(children)
+        for holder in held:
+            holder._modules.update(holder.taken)
+            del holder.taken
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """A context within :func:`taken_out` in which a model holds what a method added, so that a file is loaded into all
+    of it."""
+    emptied = [m for m in model.modules() if isinstance(m, PeftModules) and m.taken is not None]
+    for holder in emptied:
+        holder._modules.update(holder.taken)
+    try:
+        yield
+    finally:
+        for holder in emptied:
+            holder._modules.clear()
 
 
 def method_paths(model: nn.Module) -> list[str]:

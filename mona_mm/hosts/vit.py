@@ -43,8 +43,10 @@ def convert_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert timm's ViT, MAE (without its decoder), MoCo v3 (its encoder) and DINOv2 to mmpretrain's names.
 
     DINOv2 may be Meta's or timm's. Where there are registers, timm has added the position of the class token to that
-    token and keeps none for it. Its SwiGLU is an ``fc1`` of twice the width.
+    token and keeps none for it. Its SwiGLU is an ``fc1`` of twice the width. Meta's training code puts the blocks into
+    groups, ``blocks.GROUP.BLOCK.``, where the numbers of the blocks go on.
     """
+    tensors = rename(tensors, ((r'^blocks\.\d+\.(?=\d+\.)', 'blocks.'),))
     renames = (
         (r'^norm\.', 'ln1.'),
         (r'^fc_norm\.', 'ln2.'),
@@ -180,7 +182,7 @@ register_host(
         formats=(
             CheckpointFormat(
                 name='vit',
-                recognised_by=r'blocks\.\d+\.attn\.',
+                recognised_by=r'blocks\.\d+\.(\d+\.)?attn\.',
                 convert=convert_vit,
                 # heads, and MAE's decoder and mask token
                 left_out=r'head|pre_logits\.|decoder|mask_token$',

@@ -193,7 +193,8 @@ class FastWindowAttention(Mixin):
         if is_hooked(*parts) or any(isinstance(part, Mixin) for part in parts):  # a trial would run a hook or a method
             return FastWindowAttention._fast
         w_msa, windows = self.w_msa, (self.w_msa.num_heads, self.window_size, self.shift_size)
-        trained = w_msa.relative_position_bias_table.requires_grad, w_msa.qkv.weight.requires_grad
+        weight = w_msa.qkv.weight  # that of a dynamically quantized layer is a method
+        trained = w_msa.relative_position_bias_table.requires_grad, isinstance(weight, Tensor) and weight.requires_grad
         key = x.shape[-1], *windows, *trained, bucket(x.shape[0]), *map(bucket, hw)
         return _FORMS.choose_form(self, x, hw, key=key)
 

@@ -89,7 +89,10 @@ def _positions(name: str, entry: int | str, paths: Sequence[str]) -> list[int]:
         return list(range(count)[slice(*(None if number is None else int(number) for number in part.groups()))])
     found = [position for position, path in enumerate(paths) if matches(entry, path)]
     if not found:
-        raise ConfigError(f'peft: {name}: blocks={show(entry)} matches no block of this backbone. {near(entry, paths)}')
+        raise ConfigError(
+            f'peft: {name}: blocks={show(entry)} matches no block of this backbone. {near(entry, paths)} Beside '
+            "patterns of paths there are 'last 6', a slice such as '4:', and a list of indices, [0, -1]."
+        )
     return found
 
 

@@ -9,6 +9,9 @@ from mona_mm.errors import ConfigError
 REGULAR_EXPRESSION = 're:'
 """The beginning of a pattern that is a regular expression."""
 
+_MOST_NEAR = 16
+"""The most patterns that are named where none is like a wrong one."""
+
 _TRANSLATED = {'**.': r'(?:[^.]+\.)*', '*': '[^.]*', '{': '(?:', '}': ')', ',': '|'}
 
 
@@ -40,11 +43,22 @@ class PathPattern:
         return self._expression.fullmatch(path if self._is_expression or not path else f'{path}.') is not None
 
     def near(self, paths: Iterable[str]) -> list[str]:
-        """The paths that are most like the pattern, with ``*`` for indices; or else patterns of how paths begin."""
+        """The paths that are most like the pattern, with ``*`` for indices; or else patterns of their begins and ends.
+
+        A pattern that matches the ends of paths, as those of Hugging Face's PEFT do, is given with ``**`` before it.
+        """
+        paths = list(paths)
+        anywhere = '' if self._is_expression else f'**.{self.text}'
+        if anywhere and any(map(PathPattern(anywhere).matches, paths)):
+            return [anywhere]
         known = list(dict.fromkeys(map(without_indices, paths)))
         like = without_indices(self.text.removeprefix(REGULAR_EXPRESSION).replace('\\', ''))
         close = get_close_matches(like, known, n=4, cutoff=0.5)
-        return close or [f'{name}.**' for name in dict.fromkeys(path.partition('.')[0] for path in known)]
+        if close:
+            return close
+        begins = dict.fromkeys(f'{path.partition(".")[0]}.**' for path in known if '.' in path)
+        ends = dict.fromkeys(f'**.{path.rpartition(".")[2]}' for path in known)
+        return [*begins, *(end for end in ends if end != '**.*')][:_MOST_NEAR]
 
 
 def without_indices(path: str) -> str:
