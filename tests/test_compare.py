@@ -6,6 +6,7 @@ The queue is tried with a program in the place of a cell that takes milliseconds
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -154,6 +155,21 @@ def test_what_is_finished_is_skipped(material):
     (material / 'work-out/tiny-lora-lr0.0001-seed0-val.json').unlink()
     queue(material).run()
     assert started(material)[len(done) :] == ['tiny-lora-lr0.0001-seed0 train']
+
+
+def test_weights_that_are_elsewhere_are_trained_again(material):
+    """Records may come from another machine, and its weights do not: a test that is missing trains them first."""
+    queue(material, ['lora']).run()
+    done, record = started(material), material / 'work-out/tiny-lora-lr0.0005-seed1-val.json'
+    before = record.read_bytes()
+    (material / 'work-out/tiny-lora-lr0.0005-seed1-test.json').unlink()
+    shutil.rmtree(material / 'work/tiny-lora-lr0.0005-seed1')
+    again = queue(material, ['lora'])
+    assert again.run() == 0
+    assert started(material)[len(done) :] == names('lora-lr0.0005-seed1 train', 'lora-lr0.0005-seed1 test')
+    assert any('its weights were not in' in line for line in again.lines)
+    assert json.loads((material / 'work-out/tiny-lora-lr0.0005-seed1-test.json').read_text())['score'] == 50
+    assert record.read_bytes() == before
 
 
 def test_another_config_is_run_anew(material):

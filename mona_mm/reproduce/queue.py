@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ _POLL = 0.05  # the seconds between two looks at the running cells
 @dataclass
 class _Job:
     cell: Cell
+    step: str
+    """What the process does, ``'train'`` or ``'test'``."""
     process: subprocess.Popen
     started: float
     expected: float
@@ -209,31 +211,45 @@ class Queue:
         for cell in self.missing(records) if len(running) < self.jobs else ():
             if len(self._running) >= self.jobs:
                 break
-            in_time = deadline is None or time.monotonic() + self.estimate(cell, records) <= deadline
+            step = self._step(cell)
+            seconds = self.estimate(replace(cell, split='val') if step == 'train' else cell, records)
+            in_time = deadline is None or time.monotonic() + seconds <= deadline
             if cell not in running and in_time:
-                self._running.append(self._launch(cell, self.estimate(cell, records)))
+                self._running.append(self._launch(cell, step, seconds))
                 started = True
         return started
 
-    def _launch(self, cell: Cell, seconds: float) -> _Job:
+    def _step(self, cell: Cell) -> str:
+        """What is to be done for a cell next.
+
+        Weights that are tested but were trained elsewhere, where the records are from, are trained again first.
+        """
+        is_trained = self._is_prepared(cell) and (self._folder(cell) / 'train.json').is_file()
+        return cell.step if is_trained else 'train'
+
+    def _is_prepared(self, cell: Cell) -> bool:
+        """Whether the folder of a cell was made, completely, for its current config."""
+        stamp = self._folder(cell) / 'fingerprint'
+        return stamp.is_file() and stamp.read_text() == self.composer.fingerprint(cell)
+
+    def _launch(self, cell: Cell, step: str, seconds: float) -> _Job:
         folder = self._folder(cell)
-        stamp, fingerprint = folder / 'fingerprint', self.composer.fingerprint(cell)
-        if not stamp.is_file() or stamp.read_text() != fingerprint:  # made for another config, or incomplete
+        if not self._is_prepared(cell):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self.composer.compose(cell).dump(str(folder / 'config.py'))
-            stamp.write_text(fingerprint)
+            (folder / 'fingerprint').write_text(self.composer.fingerprint(cell))
         root = str(Path(__file__).resolve().parents[2])
         paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
         environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads), 'PYTHONPATH': os.pathsep.join(paths)}
         environment |= dict.fromkeys(('MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(self.threads))
         if self.device == 'cpu':
             environment['CUDA_VISIBLE_DEVICES'] = ''
-        command = [*self.program, str(folder), cell.step, str(os.getpid())]
-        with (folder / f'{cell.step}.log').open('a') as log:
+        command = [*self.program, str(folder), step, str(os.getpid())]
+        with (folder / f'{step}.log').open('a') as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
         now = time.monotonic()
-        return _Job(cell, process, now, now + seconds)
+        return _Job(cell, step, process, now, now + seconds)
 
     def _folder(self, cell: Cell) -> Path:
         return self.composer.work_dir / cell.folder
@@ -260,7 +276,10 @@ class Queue:
             if status == STOPPED or (status < 0 and (self._stop or self._over or job.told)):
                 self.say(f'{cell.name}: stopped; it goes on from its last checkpoint')
                 continue
-            record = self._record(cell, status, records)
+            if status == 0 and job.step != cell.step:
+                self.say(f'{cell.name}: its weights were not in {self.composer.work_dir}; they have been trained again')
+                continue
+            record = self._record(cell, job.step, status, records)
             write_record(record, cell, self.out)
             self._retried.add(cell)
             records = {**records, cell: record}
@@ -269,9 +288,9 @@ class Queue:
             self._progress(records)
         return records
 
-    def _record(self, cell: Cell, status: int, records: dict[Cell, Record]) -> Record:
-        """The record of a cell whose process has ended with ``status``."""
-        task, folder, step = self.table.task(cell.task), self._folder(cell), cell.step
+    def _record(self, cell: Cell, step: str, status: int, records: dict[Cell, Record]) -> Record:
+        """The record of a cell whose process for ``step`` has ended with ``status``."""
+        task, folder = self.table.task(cell.task), self._folder(cell)
         record = dict(
             table=self.table.name,
             task=cell.task,
