@@ -447,7 +447,7 @@ def test_killed_and_continued(real, material):
     whole.run()
     made = real('killed', ['lora'])
     cell = Cell('tiny', 'lora', 5e-4, 0)
-    job = made._launch(cell, 60.0)
+    job = made._launch(cell, 'train', 60.0)
     pointer = material / 'killed' / cell.folder / 'run/last_checkpoint'
     while not pointer.is_file() and job.process.poll() is None:
         time.sleep(0.005)
