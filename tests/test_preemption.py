@@ -226,6 +226,19 @@ def test_where_a_signal_comes(place, iteration, changes, kept, done, pictures, t
     assert ('within a validation, which is lost' in run.text) == (place == 'validation')
 
 
+def test_resumed_in_an_epoch_of_fewer_iterations(pictures, tmp_path):
+    """Seven of eight iterations are three and a half of four: three are skipped, and the fourth ends the epoch."""
+    made = config(pictures, tmp_path / 'work')
+    made['custom_hooks'].append(dict(type='SignalHook', place='iteration', iteration=7))
+    assert finished(made).status == [143] and iterations(tmp_path / 'work') == 7
+    made['custom_hooks'].pop()
+    made['train_dataloader']['batch_size'] = 4
+    run = finished(made, '--resume')
+    assert run.status == [0], run.text[-3000:]
+    assert 'the first 3 of the 4 iterations of epoch 1 are trained and skipped' in run.text
+    assert iterations(tmp_path / 'work') == 2 * 4
+
+
 @pytest.mark.slow
 def test_averaged_weights_are_not_saved_in_place_of_the_models(pictures, tmp_path):
     """Within a validation of averaged weights no checkpoint can be written: the validation ends first."""
@@ -279,7 +292,7 @@ def test_stopped_at_random_and_moved(pictures, tmp_path):
             now = iterations(work) / length if number != signal.SIGKILL else at
             assert now >= at, (now, at)
             if number != signal.SIGKILL:
-                assert iterations(work) >= round(at * length) + before // count
+                assert iterations(work) >= int(at * length) + before // count
             else:
                 meta = read_checkpoint(find_last_checkpoint(str(work)))['meta']
                 now = max(at, float(meta['epoch']))

@@ -183,7 +183,8 @@ class ResumptionHook(Hook):
         old, loop = self._old, runner.train_loop
         within = old.iteration - old.epoch * (old.length or length)
         if old.length and old.length != length:
-            within = round(within * length / old.length) if 0 < within < old.length else 0
+            # Rounded down: what has been trained in part is trained again, and the epoch has an iteration left.
+            within = within * length // old.length if 0 < within < old.length else 0
             loop._iter = old.epoch * length + within  # as Runner.resume sets it; there is no public setter
             self._differs += ['the length of an epoch'] if self._schedulers else []
             notes.append(
