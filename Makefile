@@ -62,8 +62,8 @@ lint: env
 # The last step is for machines without libGL, where only the headless opencv can be imported.
 $(STAMP): $(BIN)/python $(REQUIREMENTS) $(CONSTRAINTS) requirements/test.txt pyproject.toml setup.py
 	@$(BIN)/python -m ensurepip >/dev/null
-	@df -Pk . | awk 'NR == 2 && $$4 < 11 * 1024 * 1024 { printf "only %.1f GB are free here: torch for CUDA takes" \
-	  " 6 GB in $(VENV), and pip as much again while it installs\n", $$4 / 1024 / 1024 }' >&2
+	@df -Pk . | awk 'NR == 2 && $$4 < 10 * 1024 * 1024 { printf "only %.1f GB are free here: torch for CUDA takes" \
+	  " 6 GB in $(VENV), and pip up to 4 GB beside it\n", $$4 / 1024 / 1024 }' >&2
 	$(PIP) install -r $(REQUIREMENTS) -r requirements/test.txt -c $(CONSTRAINTS)
 	$(INSTALL_MONA_MM)
 	@$(BIN)/python -c 'import cv2' 2>/dev/null || { \

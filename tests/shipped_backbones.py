@@ -89,9 +89,11 @@ def build(scope: str, config: dict, method: dict | None) -> nn.Module:
 
 
 def step(model: nn.Module, size: tuple[int, int]) -> None:
-    """A forward and a backward pass, whose gradients stay on the parameters."""
+    """A forward and a backward pass, whose gradients stay on the parameters, after a Runner's initialisation."""
     from mona_mm.frozen.reach import blank_image
 
+    torch.manual_seed(0)
+    model.init_weights()
     channels = blank_image(model, 'meta', size).shape[1]
     x = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     sum(out.float().square().mean() for out in tensors(model(x)) if out.requires_grad).backward()
