@@ -44,11 +44,12 @@ DEFAULT_PATHS = {
     'mmengine': ['tests/test_hooks', 'tests/test_runner', 'tests/test_model', 'tests/test_optim'],
 }
 
+_NETWORK = 'needs the network'
 # The reasons for failures that the run without this package has too: the first pattern that its error matches.
 STOCK_REASONS = {
     'an operator that mmcv has on a GPU only': r'not implemented on CPU|is not compiled with GPU'
     r'|implementation for device',
-    'needs the network': r'URLError|ConnectionError|MaxRetryError|[Nn]ame ?[Rr]esolution|HTTPS?Connection|HTTPError'
+    _NETWORK: r'URLError|urlopen error|ConnectionError|MaxRetryError|[Nn]ame ?[Rr]esolution|HTTPS?Connection|HTTPError'
     r'|huggingface|Network is unreachable|gaierror|openmmlab\.com|RemoteDisconnected|timed out',
     'needs a GPU': r'Torch not compiled with CUDA|NVIDIA driver|No CUDA GPUs|CUDA error|cuda is not available|nccl',
     'needs a package that is not installed': r'ModuleNotFoundError|No module named|ImportError|[Pp]lease install'
@@ -261,6 +262,10 @@ def classify(ours: dict, stock: dict | None) -> tuple[str, str]:
     missing = MISSING_OPERATOR.search(ours['error'] or '')
     if missing:
         return 'missing operator', missing[1] or missing[2]
+    if stock and stock['outcome'] == 'failed':
+        network = STOCK_REASONS[_NETWORK]
+        if all(re.search(network, each['error'] or '') for each in (ours, stock)):  # which we say by an error of our own
+            return 'stock', _NETWORK
     if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(ours['error']):
         for reason, pattern in STOCK_REASONS.items():
             if re.search(pattern, ours['error'] or '', re.MULTILINE):
