@@ -262,11 +262,12 @@ def classify(ours: dict, stock: dict | None) -> tuple[str, str]:
     missing = MISSING_OPERATOR.search(ours['error'] or '')
     if missing:
         return 'missing operator', missing[1] or missing[2]
-    if stock and stock['outcome'] == 'failed':
-        network = STOCK_REASONS[_NETWORK]
-        if all(re.search(network, each['error'] or '') for each in (ours, stock)):  # which we say by an error of our own
-            return 'stock', _NETWORK
-    if stock and stock['outcome'] == 'failed' and normalised(stock['error']) == normalised(ours['error']):
+    if not stock or stock['outcome'] != 'failed':
+        return 'ours', normalised(ours['error'])
+    # Without a network, the package has an error of its own.
+    if all(re.search(STOCK_REASONS[_NETWORK], each['error'] or '') for each in (ours, stock)):
+        return 'stock', _NETWORK
+    if normalised(stock['error']) == normalised(ours['error']):
         for reason, pattern in STOCK_REASONS.items():
             if re.search(pattern, ours['error'] or '', re.MULTILINE):
                 return 'stock', reason
