@@ -27,6 +27,8 @@ from mona_mm.config.run_hooks import add_hooks
 from mona_mm.errors import ConfigError, MissingFileError
 from mona_mm.inference.sources import Source, frames
 from mona_mm.own_data.images import truncation
+from mona_mm.report.evaluator import ignores_orientation
+from mona_mm.report.pictures import reading_flags
 from mona_mm.spt_plans.plans import require_plan
 from mona_mm.type_names import enter_scope, is_type, look_up
 
@@ -65,7 +67,7 @@ class Predicted:
         """The image in BGR, read as the libraries read it."""
         if self.frame is not None:
             return self.frame
-        return cv2.imread(self.path, cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if self.stored else 0))
+        return cv2.imread(self.path, reading_flags(self.stored))
 
 
 def load_model(cfg: Config, weights: str, allow_other_base: bool = False) -> Loaded:
@@ -188,9 +190,7 @@ class _Files(Dataset):
     def __init__(self, pipeline: Compose, sources: Sequence[Source]) -> None:
         self.pipeline = pipeline
         self.sources = sources
-        self.stored = any(
-            str(getattr(step, 'color_type', '')).endswith('ignore_orientation') for step in pipeline.transforms
-        )
+        self.stored = ignores_orientation(self)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mona_mm.own_data.findings import Findings, short
 from mona_mm.own_data.images import split_of_path
-from mona_mm.own_data.layout import Folder, Layout, class_names
+from mona_mm.own_data.layout import Folder, Layout, class_names, pixels
 from mona_mm.own_data.objects import Objects
 from mona_mm.own_data.samples import OwnData, Sample
 from mona_mm.own_data.text import read_json, says
@@ -129,13 +129,13 @@ def _is_named_as_coco(path: Path) -> bool:
 def _contents(folder: Folder) -> dict[Path, Any]:
     """The content of the files of objects: without captions, and key points only where there is nothing else."""
     files = [p for p in folder.with_suffix('.json') if not p.name.startswith(('captions_', 'image_info_', 'stuff_'))]
-    good = [path for path in files if _says_coco(path)]
+    good = {path for path in files if _says_coco(path)}
     contents = {path: read_json(path) for path in files if path in good or _is_named_as_coco(path)}
-    for path in set(contents).difference(good) if good else ():
+    for path in [path for path in contents if path not in good] if good else ():
         folder.findings.warn('json files are not in COCO format', folder.show(path), 'not used')
         del contents[path]
     instances = {path: raw for path, raw in contents.items() if path.name.startswith('instances')}
-    for path in set(contents) - set(instances) if instances else ():
+    for path in [path for path in contents if path not in instances] if instances else ():
         folder.findings.warn('other json files are not read, as there are files named instances_*', folder.show(path))
     return instances or contents
 
@@ -203,17 +203,9 @@ def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)
 
 
-def _whole(value: Any) -> int | None:
-    """A size in pixels; 0 if there is none, None if it is no number."""
-    try:
-        return int(float(value or 0))
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
 def _has_size(folder: Folder, sample: Sample, entry: dict) -> bool:
     """Compare the size in the json with the file's; return whether the annotations can be in the file's pixels."""
-    width, height = (_whole(entry.get(key)) for key in ('width', 'height'))
+    width, height = (pixels(entry.get(key)) for key in ('width', 'height'))
     if width is None or height is None:
         what = f'{sample.image.name}: {entry.get("width")!r} x {entry.get("height")!r}'
         folder.findings.error('images have a size in the json that is no number', what)

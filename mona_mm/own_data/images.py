@@ -25,8 +25,8 @@ OTHER_SUFFIXES = frozenset(
 )
 """The suffixes of images that OpenCV does not read, in lower case."""
 
-_MASK_FOLDER = re.compile(r'mask|segmentation|^segs?$|^gt|ground_?truth|label_?ids')
-"""What names of folders have that hold label maps, and no images."""
+LABEL_MAP_FOLDER = re.compile(r'mask|segmentation|^segs?$|^gt|ground_?truth|label_?ids')
+"""What the names of folders have, in lower case, that hold label maps and no images."""
 
 LARGEST = 1 << 30
 """The most pixels that OpenCV decodes unless it is told otherwise."""
@@ -183,7 +183,7 @@ class ImageIndex:
         self._by_name, self._by_stem = defaultdict(list), defaultdict(list)
         for path in self.paths:
             self._by_name[_plain(path.name)].append(path)
-            if not any(_MASK_FOLDER.search(part.lower()) for part in path.relative_to(root).parts[:-1]):
+            if not any(LABEL_MAP_FOLDER.search(part.lower()) for part in path.relative_to(root).parts[:-1]):
                 self._by_stem[_plain(path.stem)].append(path)
 
     def named(self, name: str) -> list[Path]:

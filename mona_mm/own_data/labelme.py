@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError
-from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural
+from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural, pixels
 from mona_mm.own_data.objects import Objects, box_of
 from mona_mm.own_data.samples import OwnData, Sample
 from mona_mm.own_data.text import lines_of, read_json, says
@@ -94,9 +94,8 @@ def _sample(folder: Folder, path: Path, raw: dict, split: str) -> Sample | None:
     sample = folder.sample(image)
     if sample is None:
         return None
-    try:
-        said = tuple(int(float(raw.get(key) or 0)) for key in ('imageWidth', 'imageHeight'))
-    except (TypeError, ValueError, OverflowError):
+    said = (pixels(raw.get('imageWidth')), pixels(raw.get('imageHeight')))
+    if None in said:
         folder.findings.error('json files have a size that is no number', folder.show(path))
         return None
     return sample if 0 in said or folder.fits(sample, said, folder.show(path), 'json') else None

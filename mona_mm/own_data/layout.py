@@ -168,6 +168,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+def pixels(value: object) -> int | None:
+    """A width or height that an annotation says; 0 if it says none, None if it is no number."""
+    try:
+        return int(float(value or 0))
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
 def class_names(names: Sequence[object], findings: Findings, source: str) -> tuple[str, ...]:
     """Names of classes as text, checked: none empty, none twice."""
     texts = tuple(str(name).strip() for name in names)

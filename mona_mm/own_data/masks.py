@@ -9,12 +9,12 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from mona_mm.errors import ConfigError
-from mona_mm.own_data.images import open_image, split_of
+from mona_mm.own_data.images import LABEL_MAP_FOLDER, open_image, split_of
 from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file
 from mona_mm.own_data.samples import OwnData, Sample
 from mona_mm.own_data.text import lines_of, read_text
 
-_MASK_FOLDER = re.compile(r'mask|annot|^labels?$|label_?ids|^gt|ground_?truth|^segs?$|segmentation|^ann(_dir|s)?$')
+_MASK_FOLDER = re.compile(rf'{LABEL_MAP_FOLDER.pattern}|annot|^labels?$|^ann(_dir|s)?$')
 _MASK_NAME = re.compile(
     r'[_\-. ](labeltrainids|labelids|masks?|labels?|gt|seg|segmentation|annotation|groundtruth|l|p)$', re.IGNORECASE
 )
@@ -27,9 +27,10 @@ _NAME_FILES = (
     *('label_colors.txt', 'labelmap.txt', 'colors.txt', '_classes.csv'),
 )
 _COLOURED = 1 << 24  # added to the values of a label map that has colours
-_MOST_CLASSES = 255  # in label maps of 8 bits, in which 255 is no class
 IGNORED = 255
 """The value of pixels that belong to no class."""
+MOST_CLASSES = IGNORED
+"""The most classes in label maps of 8 bits, from 0 to the last value below that of no class."""
 
 
 class Masks(Layout):
@@ -76,8 +77,8 @@ class Masks(Layout):
         _name_values(folder, data, values)
         if len(data.classes) == 1:
             folder.findings.error(f'label maps hold only one class, {data.classes[0]}: a segmentor needs two', count=0)
-        if len(data.classes) > _MOST_CLASSES:
-            text = f'label maps can have {_MOST_CLASSES} classes at most, and there are {len(data.classes)}'
+        if len(data.classes) > MOST_CLASSES:
+            text = f'label maps can have {MOST_CLASSES} classes at most, and there are {len(data.classes)}'
             folder.findings.error(text, count=0)
         folder.findings.raise_errors()
         for sample in samples:

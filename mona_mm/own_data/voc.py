@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from mona_mm.own_data.images import is_image, split_of
-from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural
+from mona_mm.own_data.layout import Folder, Layout, class_names, classes_file, natural, pixels
 from mona_mm.own_data.objects import Objects
 from mona_mm.own_data.samples import OwnData, Sample
 from mona_mm.own_data.text import lines_of
@@ -115,9 +115,8 @@ def _sample(folder: Folder, path: Path, root: ET.Element, split: str) -> Sample 
     size = root.find('size')
     if sample is None or size is None:
         return sample
-    try:
-        said = tuple(int(float(size.findtext(key) or 0)) for key in ('width', 'height'))
-    except (ValueError, OverflowError):
+    said = (pixels(size.findtext('width')), pixels(size.findtext('height')))
+    if None in said:
         folder.findings.error('xml files have a size that is no number', folder.show(path))
         return None
     return sample if 0 in said or folder.fits(sample, said, folder.show(path), 'xml') else None

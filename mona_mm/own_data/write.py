@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from mona_mm.checkpoint.atomic import AtomicLocalBackend
 from mona_mm.errors import ConfigError
-from mona_mm.own_data.masks import read_map, to_classes
+from mona_mm.own_data.masks import IGNORED, MOST_CLASSES, read_map, to_classes
 from mona_mm.own_data.objects import area_of
 from mona_mm.own_data.samples import OwnData, Sample
 
@@ -128,7 +128,7 @@ def _drawn(sample: Sample) -> np.ndarray:
     """The label map of objects: 0 is background, a class its number and one; the smaller object lies above."""
     content = np.zeros((sample.height, sample.width), np.uint8)
     for instance in sorted(sample.instances, key=area_of, reverse=True):
-        value = 255 if instance.ignored or instance.mask is None else instance.label + 1
+        value = IGNORED if instance.ignored or instance.mask is None else instance.label + 1
         if isinstance(instance.mask, dict):
             code = instance.mask
             code = coco_mask.frPyObjects(code, *code['size']) if isinstance(code['counts'], list) else code
@@ -148,8 +148,10 @@ def as_maps(data: OwnData) -> None:
     """Make objects with masks the data of a segmentor, in place: what is no object becomes the first class."""
     background = 'background' if 'background' not in data.classes else NO_OBJECT
     data.classes = (background, *data.classes)
-    if len(data.classes) > 255:
-        text = f'label maps can have 255 classes at most, and there are {len(data.classes)} with the background'
+    if len(data.classes) > MOST_CLASSES:
+        text = (
+            f'label maps can have {MOST_CLASSES} classes at most, and there are {len(data.classes)} with the background'
+        )
         data.findings.error(text, '', 'choose some with --cfg-options classes="[...]"', 0)
     for sample in (sample for samples in data.splits.values() for sample in samples):
         sample.present = tuple(sorted({0, *(instance.label + 1 for instance in sample.instances)}))

@@ -145,12 +145,11 @@ def _images_of(folder: Folder, settings: dict[str, Any], split: str, value: Any)
         path = next((Path(os.path.normpath(place)) for place in tries if place.exists()), None)
         if path is None:
             all_there = False
+            text, first = f'folders of {settings["file"].name} are not there', f'{split}: {each}'
             if split == 'test':  # exports name it even where they have no such images
-                folder.findings.warn(
-                    f'folders of {settings["file"].name} are not there', f'{split}: {each}', 'not used'
-                )
+                folder.findings.warn(text, first, 'not used')
             else:
-                folder.findings.error(f'folders of {settings["file"].name} are not there', f'{split}: {each}')
+                folder.findings.error(text, first)
         elif path.is_file():
             found += _listed(folder, path)
         else:

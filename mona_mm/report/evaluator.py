@@ -133,7 +133,7 @@ class Evaluator(ABC):
 
 
 def ignores_orientation(dataset: Any) -> bool:
-    """Whether the pipeline of a data set, which may be within wrappers, leaves the rotation in EXIF data out."""
+    """Whether the ``pipeline`` of a data set, which may be within wrappers, leaves the rotation in EXIF data out."""
     while inner := getattr(dataset, 'dataset', None) or getattr(dataset, 'datasets', None):
         dataset = inner[0] if isinstance(inner, list | tuple) else inner
     steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())

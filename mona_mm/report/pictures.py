@@ -33,6 +33,11 @@ def palette(count: int) -> np.ndarray:
     return cv2.cvtColor(np.stack([hues, np.full_like(hues, 190), values], 1)[None], cv2.COLOR_HSV2BGR)[0]
 
 
+def reading_flags(stored: bool) -> int:
+    """OpenCV's flags for reading an image in BGR; with ``stored`` the rotation in its EXIF data is left out."""
+    return cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if stored else 0)
+
+
 def read_image(path: str, width: int, stored: bool = False) -> tuple[np.ndarray, float]:
     """Read an image as the libraries do, from any of their storage backends, and make it ``width`` pixels wide.
 
@@ -47,8 +52,7 @@ def read_image(path: str, width: int, stored: bool = False) -> tuple[np.ndarray,
     Raises:
         ValueError: if the file is no image.
     """
-    flags = cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if stored else 0)
-    image = cv2.imdecode(np.frombuffer(get(path), np.uint8), flags)
+    image = cv2.imdecode(np.frombuffer(get(path), np.uint8), reading_flags(stored))
     if image is None:
         raise ValueError(f'{path} is not an image.')
     scale = width / image.shape[1]

@@ -211,10 +211,11 @@ class Queue:
         for cell in self.missing(records) if len(running) < self.jobs else ():
             if len(self._running) >= self.jobs:
                 break
+            if cell in running:
+                continue
             step = self._step(cell)
             seconds = self.estimate(replace(cell, split='val') if step == 'train' else cell, records)
-            in_time = deadline is None or time.monotonic() + seconds <= deadline
-            if cell not in running and in_time:
+            if deadline is None or time.monotonic() + seconds <= deadline:
                 self._running.append(self._launch(cell, step, seconds))
                 started = True
         return started
